@@ -1,0 +1,1 @@
+"""Fixed-offset sparse attention."""

@@ -1,0 +1,5 @@
+"""`python -m fibattn` is the command `fibattn`."""
+
+from fibattn.cli.main import main
+
+raise SystemExit(main())

@@ -1,0 +1,77 @@
+"""The door: finds the verb, imports only what it needs, and turns a user's mistake into one line.
+
+A verb is a module of this package with a function `run(arguments)`. The table below is all that
+`fibattn --help` needs, so it answers before anything heavy is imported.
+"""
+
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+from fibattn._version import __version__
+from fibattn.errors import InputError
+
+VERBS = {
+    "pattern": "show which distances every layer attends to, and what the stack reaches",
+    "prepare": "turn text into a tokenizer, token shards and held-out sets",
+    "train": "train a model from a recipe",
+    "eval": "perplexity, bits per byte and length extrapolation of a trained model",
+    "demo": "train dense and staggered on the standard library, and show both past their training length",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit status: 0 done, 1 failed, 2 a mistake in the input, 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if words[0] == "--version":
+        print(f"fibattn {__version__}")
+        return 0
+    verb, rest = words[0], words[1:]
+    try:
+        if verb not in VERBS:
+            near = get_close_matches(verb, VERBS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the verbs are {', '.join(VERBS)}"
+            raise InputError(f"unknown verb {verb!r}: {hint}")
+        importlib.import_module(f"fibattn.cli.{verb}").run(rest)
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - so that the flush at exit stays silent
+        return 1
+    except (InputError, ImportError, OSError) as error:
+        if os.environ.get("FIBATTN_TRACEBACK"):
+            raise
+        print(f"fibattn {verb}: {_explain(error)}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+    return 0
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" while writing {error.filename}" if error.filename else ""
+        return f"the disk is full{where}; free some space and run the same command again, it goes on from there"
+    if isinstance(error, ImportError):
+        return f"{error}; set FIBATTN_TRACEBACK=1 to see where"
+    return str(error)
+
+
+def _help() -> str:
+    lines = [
+        f"fibattn {__version__}: fixed-offset sparse attention, from text to an extrapolation table",
+        "",
+        "usage: fibattn VERB [arguments]      fibattn VERB --help",
+        "",
+    ]
+    lines += [f"  {verb:<10}{summary}" for verb, summary in VERBS.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
