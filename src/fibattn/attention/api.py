@@ -1,0 +1,212 @@
+"""The public operator: check what was given, choose a backend, call it.
+
+Messages name the value, what is allowed and what to do. An explicit backend is never replaced by another;
+`auto` takes the linear-time backend of the device and says so once, at debug level.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fibattn.attention import ops, reference
+from fibattn.errors import InputError
+from fibattn.pattern import Pattern
+
+Backend = Literal["auto", "reference", "cpu"]
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_log = logging.getLogger("fibattn")
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern | Sequence[Pattern],
+    *,
+    scale: float | None = None,
+    positions: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_lse: bool = False,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal attention of every query to the distances of `pattern` (arXiv 2606.28560, section 3).
+
+    Query heads share KV heads in groups of `query heads / KV heads`. Any strides are taken as they are as
+    long as the last dimension is contiguous. With fewer queries than keys, the queries are the last tokens.
+
+    Args:
+        q: (batch, query tokens, query heads, head size).
+        k, v: (batch, key tokens, KV heads, head size), of the dtype and device of `q`.
+        pattern: the distances, one pattern for all KV heads or a sequence with one for each; their windows agree.
+        scale: multiplies the dot products; `head size ** -0.5` when None.
+        positions: integer (batch or 1, query tokens), each query's position inside its document; a query
+            never looks farther back than that. For packed documents and padding. Values are not checked on
+            a GPU, which would stall it.
+        cu_seqlens: integer (documents + 1,), where packed documents begin and the last one ends, as an
+            alternative to `positions` for a batch of one.
+        return_lse: also return the natural log-sum-exp of the scaled dot products, float32 (float64 for
+            float64 input), (batch, query heads, query tokens). It is differentiable.
+        backend: `reference` (any device, quadratic), `cpu`, or `auto`.
+
+    Returns:
+        (batch, query tokens, query heads, head size), in the dtype of `q`; with `return_lse` a pair.
+
+    Raises:
+        InputError: (a ValueError) for shapes, dtypes, devices or values outside the above.
+    """
+    scale = _check_tensors(q, k, v, scale)
+    patterns = _check_patterns(pattern, k.shape[2])
+    positions = _document_positions(q, k, positions, cu_seqlens)
+    if _choose(backend, q) == "reference":
+        out, lse = reference.attend(q, k, v, patterns, scale, positions)
+    else:
+        offsets = [offset for one in patterns for offset in one.offsets]
+        sizes = [len(one.offsets) for one in patterns]
+        out, lse = ops.Attend.apply(q, k, v, positions, scale, patterns[0].window, offsets, sizes)
+    return (out, lse) if return_lse else out
+
+
+def attend_scaled(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    rungs: Sequence[int],
+    alpha: Tensor,
+    *,
+    max_offset: int | None = None,
+    scale: float | None = None,
+    positions: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_lse: bool = False,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal attention to a window and to rungs at the real-valued distances `alpha * rung`.
+
+    A rung between two keys reads their linear interpolation, so that `alpha` has a gradient (paper,
+    section 3.4); `fibattn.pattern.interpolate` says which rungs are kept. Everything else is as in `attend`.
+
+    Args:
+        q, k, v, scale, positions, cu_seqlens, return_lse, backend: as in `attend`.
+        window: distances 0 … window are always attended.
+        rungs: the base sequence, positive and strictly increasing.
+        alpha: a floating-point tensor with one element on the device of `q`; finite and above 0.
+        max_offset: rungs whose nearer key is farther than this are dropped; None keeps all.
+
+    Raises:
+        InputError: (a ValueError) as in `attend`, and for a bad window, rung or alpha.
+    """
+    scale = _check_tensors(q, k, v, scale)
+    Pattern(window)
+    if any(rung <= before for before, rung in zip((0, *rungs), rungs, strict=False)):
+        raise InputError(f"rungs are {list(rungs)}; they must be positive and strictly increasing")
+    if alpha.numel() != 1 or not alpha.is_floating_point() or alpha.device != q.device:
+        found = f"{tuple(alpha.shape)} {alpha.dtype} on {alpha.device}"
+        raise InputError(f"alpha is {found}; it must be one floating-point number on {q.device}")
+    positions = _document_positions(q, k, positions, cu_seqlens)
+    if _choose(backend, q) == "reference":
+        out, lse = reference.attend_scaled(q, k, v, window, rungs, alpha, scale, positions, max_offset)
+    else:
+        limit = ops.NO_LIMIT if max_offset is None else max_offset
+        out, lse = ops.AttendScaled.apply(q, k, v, positions, scale, window, alpha, list(rungs), limit)
+    return (out, lse) if return_lse else out
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> float:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise InputError(f"{name} has shape {tuple(x.shape)}; expected (batch, tokens, heads, head size)")
+        if x.dtype not in _DTYPES:
+            raise InputError(f"{name} is {x.dtype}; expected one of {', '.join(map(str, _DTYPES))}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise InputError(f"{name} is {x.dtype} on {x.device} but q is {q.dtype} on {q.device}; make them agree")
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise InputError(f"{name} has strides {x.stride()}; the last dimension must be contiguous, copy it first")
+    if k.shape != v.shape:
+        raise InputError(f"k is {tuple(k.shape)} and v is {tuple(v.shape)}; their shapes must be equal")
+    batch, tokens, heads, size = q.shape
+    if k.shape[0] != batch or k.shape[3] != size:
+        raise InputError(f"q is {tuple(q.shape)} and k is {tuple(k.shape)}; batch and head size must be equal")
+    if heads == 0 or k.shape[2] == 0 or heads % k.shape[2]:
+        raise InputError(f"{heads} query heads do not divide into {k.shape[2]} KV heads; use a multiple of them")
+    if tokens == 0 or tokens > k.shape[1]:
+        raise InputError(f"{tokens} query tokens and {k.shape[1]} key tokens; queries are the last of the keys, at least 1")
+    if scale is not None and not math.isfinite(scale):
+        raise InputError(f"scale is {scale}; it must be finite, or None for head size ** -0.5")
+    return size**-0.5 if scale is None else scale
+
+
+def _check_patterns(pattern: Pattern | Sequence[Pattern], kv_heads: int) -> tuple[Pattern, ...]:
+    patterns = (pattern,) if isinstance(pattern, Pattern) else tuple(pattern)
+    if not all(isinstance(one, Pattern) for one in patterns):
+        raise InputError(f"pattern is {pattern!r}; expected a fibattn.Pattern or a sequence of them")
+    if len(patterns) not in (1, kv_heads):
+        raise InputError(f"{len(patterns)} patterns for {kv_heads} KV heads; give one, or one for each")
+    windows = sorted({one.window for one in patterns})
+    if len(windows) != 1:
+        raise InputError(f"the patterns have windows {windows}; KV heads of one layer must share their window")
+    return patterns
+
+
+def _document_positions(q: Tensor, k: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
+    """`positions` as int32 (batch or 1, query tokens), made from `cu_seqlens` where that was given."""
+    if cu_seqlens is not None:
+        if positions is not None:
+            raise InputError("both positions and cu_seqlens were given; they say the same, give one")
+        return _positions_from_boundaries(q, k, cu_seqlens)
+    if positions is None:
+        return None
+    if positions.dtype not in (torch.int32, torch.int64) or positions.device != q.device:
+        raise InputError(f"positions are {positions.dtype} on {positions.device}; expected integers on {q.device}")
+    if positions.ndim != 2 or positions.shape[0] not in (1, q.shape[0]) or positions.shape[1] != q.shape[1]:
+        raise InputError(f"positions have shape {tuple(positions.shape)}; expected ({q.shape[0]} or 1, {q.shape[1]})")
+    if _readable(positions) and int(positions.min()) < 0:
+        raise InputError(f"positions go down to {int(positions.min())}; a position inside a document is 0 or more")
+    return positions.to(torch.int32)
+
+
+def _positions_from_boundaries(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> Tensor:
+    tokens = q.shape[1]
+    if q.shape[0] != 1 or k.shape[1] != tokens:
+        raise InputError(
+            f"cu_seqlens needs a batch of one with as many keys as queries, not {q.shape[0]} × {tokens} queries "
+            f"and {k.shape[1]} keys; pack the documents into one row, or give positions"
+        )
+    if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.device != q.device:
+        found = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)} on {cu_seqlens.device}"
+        raise InputError(f"cu_seqlens is {found}; expected integers (documents + 1,) on {q.device}")
+    if _readable(cu_seqlens):
+        values = cu_seqlens.tolist()
+        increasing = all(a < b for a, b in zip(values, values[1:], strict=False))
+        if len(values) < 2 or values[0] != 0 or values[-1] != tokens or not increasing:
+            raise InputError(f"cu_seqlens is {values}; it must increase strictly from 0 to the {tokens} tokens")
+    index = torch.arange(tokens, device=q.device, dtype=cu_seqlens.dtype)
+    document = torch.searchsorted(cu_seqlens, index, right=True) - 1
+    return (index - cu_seqlens[document]).to(torch.int32)[None]
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether looking at the values is free: not on a GPU, which would stall, nor while compiling."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _choose(backend: Backend, q: Tensor) -> str:
+    if backend not in get_args(Backend):
+        raise InputError(f"unknown backend {backend!r}; the backends are {', '.join(get_args(Backend))}")
+    if backend == "reference":
+        return backend
+    if q.device.type != "cpu":
+        raise InputError(f"backend {backend!r} runs on the CPU, not on {q.device}; backend='reference' runs anywhere")
+    if not torch.compiler.is_compiling():
+        _say("cpu", q.device.type)
+    return "cpu"
+
+
+@cache
+def _say(backend: str, device: str) -> None:
+    _log.debug("backend %r for %s tensors", backend, device)

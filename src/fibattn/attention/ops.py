@@ -1,0 +1,164 @@
+"""The operator as PyTorch sees it: schemas, shapes without data, and gradients.
+
+Each device's implementation is a set of plain functions behind `torch.ops.fibattn`, so that
+`torch.compile` treats a call as one node; the autograd functions stand outside. Offsets travel as integers;
+where every KV head has a pattern of its own, `offsets` holds them one after the other and `set_sizes` says
+where to cut. Kernels are imported on first use.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fibattn.attention import cpu
+from fibattn.pattern import Pattern, interpolate
+
+NO_LIMIT = 2**31 - 1
+"""The `max_offset` of a schema where the caller set none."""
+
+_library = torch.library.Library("fibattn", "DEF")
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? positions, float scale, int window"
+_SAVED = "Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse"
+_FIXED = "int[] offsets, int[] set_sizes"
+_SCALED = "Tensor alpha, int[] rungs, int max_offset"
+_library.define(f"attend_forward({_INPUTS}, {_FIXED}) -> (Tensor, Tensor)")
+_library.define(f"attend_backward({_SAVED}, {_INPUTS}, {_FIXED}) -> (Tensor, Tensor, Tensor)")
+_library.define(f"attend_scaled_forward({_INPUTS}, {_SCALED}) -> (Tensor, Tensor)")
+_library.define(f"attend_scaled_backward({_SAVED}, {_INPUTS}, {_SCALED}) -> (Tensor, Tensor, Tensor, Tensor)")
+
+
+def split_offsets(offsets: Sequence[int], set_sizes: Sequence[int]) -> list[tuple[int, ...]]:
+    """The offsets of every KV head (or the one set that all share)."""
+    ends = [sum(set_sizes[: i + 1]) for i in range(len(set_sizes))]
+    return [tuple(offsets[end - size : end]) for end, size in zip(ends, set_sizes, strict=True)]
+
+
+def _fixed_rungs(q: Tensor, window: int, offsets: Sequence[int], set_sizes: Sequence[int]) -> cpu.FixedRungs:
+    return cpu.FixedRungs([Pattern(window, some) for some in split_offsets(offsets, set_sizes)], q.device)
+
+
+def _scaled_rungs(alpha: Tensor, rungs: Sequence[int], window: int, max_offset: int) -> cpu.ScaledRungs:
+    return cpu.ScaledRungs(interpolate(rungs, float(alpha), window, max_offset), alpha.device)
+
+
+@torch.library.impl(_library, "attend_forward", "CPU")
+def _(q, k, v, positions, scale, window, offsets, set_sizes):
+    return cpu.forward(q, k, v, window, _fixed_rungs(q, window, offsets, set_sizes), scale, positions)
+
+
+@torch.library.impl(_library, "attend_backward", "CPU")
+def _(grad_out, grad_lse, out, lse, q, k, v, positions, scale, window, offsets, set_sizes):
+    rungs = _fixed_rungs(q, window, offsets, set_sizes)
+    return cpu.backward(grad_out, grad_lse, q, k, v, out, lse, window, rungs, scale, positions)
+
+
+@torch.library.impl(_library, "attend_scaled_forward", "CPU")
+def _(q, k, v, positions, scale, window, alpha, rungs, max_offset):
+    return cpu.forward(q, k, v, window, _scaled_rungs(alpha, rungs, window, max_offset), scale, positions)
+
+
+@torch.library.impl(_library, "attend_scaled_backward", "CPU")
+def _(grad_out, grad_lse, out, lse, q, k, v, positions, scale, window, alpha, rungs, max_offset):
+    some = _scaled_rungs(alpha, rungs, window, max_offset)
+    grads = cpu.backward(grad_out, grad_lse, q, k, v, out, lse, window, some, scale, positions)
+    # d alpha = sum of d fraction * rung, since a rung's distance is alpha * rung.
+    total = sum(grad * rungs[rung.index] for grad, rung in zip(some.fraction_grad, some.rungs, strict=True))
+    return *grads, torch.full_like(alpha, total)
+
+
+def _like(q: Tensor) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads, _ = q.shape
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return _like(q), q.new_empty(batch, heads, tokens, dtype=dtype)
+
+
+@torch.library.register_fake("fibattn::attend_forward", lib=_library)
+def _(q, k, v, positions, scale, window, offsets, set_sizes):  # noqa: ARG001
+    return _outputs(q)
+
+
+@torch.library.register_fake("fibattn::attend_scaled_forward", lib=_library)
+def _(q, k, v, positions, scale, window, alpha, rungs, max_offset):  # noqa: ARG001
+    return _outputs(q)
+
+
+@torch.library.register_fake("fibattn::attend_backward", lib=_library)
+def _(grad_out, grad_lse, out, lse, q, k, v, positions, scale, window, offsets, set_sizes):  # noqa: ARG001
+    return _like(q), _like(k), _like(v)
+
+
+@torch.library.register_fake("fibattn::attend_scaled_backward", lib=_library)
+def _(grad_out, grad_lse, out, lse, q, k, v, positions, scale, window, alpha, rungs, max_offset):  # noqa: ARG001
+    return _like(q), _like(k), _like(v), torch.empty_like(alpha)
+
+
+class Attend(torch.autograd.Function):
+    """`attend` with gradients in q, k and v."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor | None,
+        scale: float,
+        window: int,
+        offsets: list[int],
+        set_sizes: list[int],
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = torch.ops.fibattn.attend_forward(q, k, v, positions, scale, window, offsets, set_sizes)
+        ctx.save_for_backward(q, k, v, positions, out, lse)
+        ctx.arguments = (scale, window, offsets, set_sizes)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, positions, out, lse = ctx.saved_tensors
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        grads = torch.ops.fibattn.attend_backward(grad_out, grad_lse, out, lse, q, k, v, positions, *ctx.arguments)
+        return *grads, None, None, None, None, None
+
+
+class AttendScaled(torch.autograd.Function):
+    """`attend_scaled` with gradients in q, k, v and alpha."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor | None,
+        scale: float,
+        window: int,
+        alpha: Tensor,
+        rungs: list[int],
+        max_offset: int,
+    ) -> tuple[Tensor, Tensor]:
+        inputs = (q, k, v, positions, scale, window, alpha, rungs, max_offset)
+        out, lse = torch.ops.fibattn.attend_scaled_forward(*inputs)
+        ctx.save_for_backward(q, k, v, positions, alpha, out, lse)
+        ctx.arguments = (scale, window, rungs, max_offset)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, positions, alpha, out, lse = ctx.saved_tensors
+        scale, window, rungs, max_offset = ctx.arguments
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        *grads, grad_alpha = torch.ops.fibattn.attend_scaled_backward(
+            grad_out, grad_lse, out, lse, q, k, v, positions, scale, window, alpha, rungs, max_offset
+        )
+        return *grads, None, None, None, grad_alpha, None, None

@@ -1,0 +1,260 @@
+"""Which distances a layer attends to, and what a stack of layers reaches. Plain Python integers, no torch.
+
+A query at position `i` attends to the positions `i - d` for every distance `d` of its layer's pattern: the
+dense local window `0 … window` and a few far offsets, `round(alpha * rung)` for the rungs of a base
+sequence (arXiv 2606.28560, section 3). Offsets are resolved here, once, in float64 with Python's rounding
+(half to even), and are integers ever after; nothing else in the package rounds.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from fibattn.errors import InputError
+
+Base = Literal["fibonacci", "power_of_two"]
+Schedule = Literal["fixed", "linear", "coprime", "learned"]
+
+
+def base_rungs(base: Base, *, count: int = 15, reach: int = 1023) -> tuple[int, ...]:
+    """The rungs of a base sequence before scaling.
+
+    `fibonacci` gives the first `count` of 1, 2, 3, 5, 8, …; `power_of_two` gives 1, 2, 4, … up to the
+    largest that is at most `reach` (the paper's reach-matched log-sparse control).
+
+    Raises:
+        InputError: for an unknown base, a negative `count`, or a `reach` below 1.
+    """
+    if base == "fibonacci":
+        if count < 0:
+            raise InputError(f"the number of rungs is {count}; it must be 0 or more")
+        rungs = [1, 2]
+        while len(rungs) < count:
+            rungs.append(rungs[-1] + rungs[-2])
+        return tuple(rungs[:count])
+    if base == "power_of_two":
+        if reach < 1:
+            raise InputError(f"the reach of a power-of-two base is {reach}; it must be at least 1")
+        return tuple(1 << exponent for exponent in range(reach.bit_length()))
+    raise InputError(f"unknown base {base!r}; the bases are {', '.join(get_args(Base))}")
+
+
+def layer_alphas(schedule: Schedule, *, layers: int) -> tuple[float, ...]:
+    """The scale of every layer's rungs, first layer first (paper, section 3.3).
+
+    `fixed` and `learned` are 1 everywhere (a learned scale starts there); `linear` is
+    `0.5 + layer / (layers - 1)`; `coprime` visits the same values with the largest stride up to
+    `layers / 2` that is coprime to `layers`. A single layer has the middle of the ramp, 1.
+
+    Raises:
+        InputError: for an unknown schedule or fewer than one layer.
+    """
+    if layers < 1:
+        raise InputError(f"the number of layers is {layers}; it must be at least 1")
+    if schedule in ("fixed", "learned"):
+        return (1.0,) * layers
+    ramp = tuple(0.5 + layer / (layers - 1) for layer in range(layers)) if layers > 1 else (1.0,)
+    if schedule == "linear":
+        return ramp
+    if schedule == "coprime":
+        stride = next((s for s in range(layers // 2, 0, -1) if math.gcd(s, layers) == 1), 1)
+        return tuple(ramp[stride * layer % layers] for layer in range(layers))
+    raise InputError(f"unknown schedule {schedule!r}; the schedules are {', '.join(get_args(Schedule))}")
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """The distances one layer (or one KV head of it) attends to: `0 … window` and the `offsets` beyond.
+
+    `window = W` keeps `W + 1` keys, the query's own position among them: FlashAttention's window size
+    `(W, 0)`, Transformers' `sliding_window = W + 1`. A pattern does not depend on the length of any
+    input; an offset as long as the sequence or longer simply has no key there.
+
+    Raises:
+        InputError: for a negative window, or offsets that are not strictly increasing and beyond it.
+    """
+
+    window: int
+    offsets: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.window < 0:
+            raise InputError(f"window is {self.window}; it must be 0 or more (0 attends to the query's own position)")
+        nearest = self.window
+        for offset in self.offsets:
+            if offset <= nearest:
+                found = f"offset {offset} follows {nearest}" if nearest > self.window else f"offset {offset} is inside"
+                raise InputError(
+                    f"{found} (window {self.window}); offsets must be beyond the window and strictly increasing"
+                )
+            nearest = offset
+
+    @classmethod
+    def fibonacci(
+        cls, window: int = 12, alpha: float = 1.0, rungs: int = 15, max_offset: int | None = None
+    ) -> "Pattern":
+        """A window and `rungs` Fibonacci rungs scaled by `alpha`, none farther than `max_offset`."""
+        return cls.scaled(window, base_rungs("fibonacci", count=rungs), alpha, max_offset)
+
+    @classmethod
+    def power_of_two(
+        cls, window: int = 8, alpha: float = 1.0, reach: int = 1023, max_offset: int | None = None
+    ) -> "Pattern":
+        """A window and the powers of two up to `reach` scaled by `alpha`, none farther than `max_offset`."""
+        return cls.scaled(window, base_rungs("power_of_two", reach=reach), alpha, max_offset)
+
+    @classmethod
+    def local(cls, window: int = 128) -> "Pattern":
+        """A window without rungs."""
+        return cls(window)
+
+    @classmethod
+    def scaled(
+        cls, window: int, rungs: Sequence[int], alpha: float = 1.0, max_offset: int | None = None
+    ) -> "Pattern":
+        """Any rungs scaled by `alpha`: `round(alpha * rung)`, kept where beyond the window and within `max_offset`."""
+        if not (math.isfinite(alpha) and alpha > 0):
+            raise InputError(f"alpha is {alpha}; it must be a finite number above 0")
+        if max_offset is not None and max_offset < 0:
+            raise InputError(f"max_offset is {max_offset}; it must be 0 or more, or None for no limit")
+        distances = {round(alpha * rung) for rung in rungs}
+        limit = math.inf if max_offset is None else max_offset
+        return cls(window, tuple(sorted(d for d in distances if window < d <= limit)))
+
+    @property
+    def reach(self) -> int:
+        """The farthest distance."""
+        return self.offsets[-1] if self.offsets else self.window
+
+    @property
+    def distances(self) -> tuple[int, ...]:
+        """Every distance, nearest first: the window's and the offsets."""
+        return (*range(self.window + 1), *self.offsets)
+
+
+def layer_patterns(
+    base: Base,
+    schedule: Schedule,
+    *,
+    layers: int,
+    window: int,
+    rungs: int = 15,
+    reach: int = 1023,
+    max_offset: int | None = None,
+) -> tuple[Pattern, ...]:
+    """The pattern of every layer of a stack; a learned schedule gives the one it starts from (alpha = 1)."""
+    sequence = base_rungs(base, count=rungs, reach=reach)
+    return tuple(
+        Pattern.scaled(window, sequence, alpha, max_offset) for alpha in layer_alphas(schedule, layers=layers)
+    )
+
+
+@dataclass(frozen=True)
+class InterpolatedRung:
+    """One rung at a real-valued distance `near + fraction`, between the keys at `near` and `near + 1`."""
+
+    index: int
+    near: int
+    fraction: float
+
+
+def interpolate(
+    rungs: Sequence[int], alpha: float, window: int, max_offset: int | None = None
+) -> tuple[InterpolatedRung, ...]:
+    """The rungs that a learned scale of `alpha` keeps, in order (paper, section 3.4).
+
+    A rung is kept when its rounded distance is beyond the window and the nearer of its two keys is within
+    `max_offset`; of several rungs between the same two keys the first is kept.
+
+    Raises:
+        InputError: when `alpha` is not a finite number above 0.
+    """
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise InputError(f"alpha is {alpha}; it must be a finite number above 0")
+    kept: dict[int, InterpolatedRung] = {}
+    for index, rung in enumerate(rungs):
+        distance = alpha * rung
+        near = math.floor(distance)
+        if round(distance) > window and (max_offset is None or near <= max_offset) and near not in kept:
+            kept[near] = InterpolatedRung(index, near, distance - near)
+    return tuple(kept.values())
+
+
+def union_coverage(patterns: Sequence[Pattern], context: int) -> int:
+    """How many distinct distances inside `context` at least one of the patterns attends to, the window's included."""
+    return len({d for pattern in patterns for d in pattern.distances if d < context})
+
+
+@dataclass(frozen=True)
+class Composition:
+    """What a stack of layers reaches: `layers_needed[d]` is the fewest layers that carry a value over
+    distance `d`, or None where no path does; it ends at the farthest distance that was asked for."""
+
+    layers_needed: tuple[int | None, ...]
+
+    @property
+    def first_gap(self) -> int | None:
+        """The first distance that no path reaches, or None when every distance asked for is reached."""
+        return next((d for d, needed in enumerate(self.layers_needed) if needed is None), None)
+
+
+def compose(layers: Sequence[Sequence[Pattern] | None], limit: int | None = None) -> Composition:
+    """The distances that some path through the stack reaches, each with the fewest layers it takes.
+
+    A path moves by one distance of each layer it uses and stays put (the residual stream) in the others.
+    Since every integer is a sum of Fibonacci numbers (Zeckendorf), a few layers of Fibonacci rungs reach
+    every distance up to some thousands.
+
+    Args:
+        layers: for each layer the patterns of its KV heads (one pattern when they share it), or None for
+            a layer with full attention.
+        limit: the farthest distance to look at; the sum of the layers' reaches when None.
+
+    Raises:
+        InputError: when `limit` is negative, or None although a layer has full attention.
+    """
+    if limit is None:
+        if any(layer is None for layer in layers):
+            raise InputError("a layer with full attention reaches every distance; say how far to look with `limit`")
+        limit = sum(max(pattern.reach for pattern in layer) for layer in layers if layer is not None)
+    if limit < 0:
+        raise InputError(f"limit is {limit}; it must be 0 or more")
+    # Bit d of reached[n] says that at most n layers reach distance d; shifting a set by x adds a step of x.
+    everything = (1 << (limit + 1)) - 1
+    reached = [1] + [0] * len(layers)
+    for depth, layer in enumerate(layers):
+        for used in range(depth, -1, -1):
+            reached[used + 1] |= _step(reached[used], layer, everything)
+    needed: list[int | None] = [None] * (limit + 1)
+    found = 0
+    for used, distances in enumerate(reached):
+        fresh = distances & ~found
+        found |= fresh
+        while fresh:
+            lowest = fresh & -fresh
+            needed[lowest.bit_length() - 1] = used
+            fresh ^= lowest
+    return Composition(tuple(needed))
+
+
+def _step(start: int, layer: Sequence[Pattern] | None, everything: int) -> int:
+    """The set `start` of distances moved by every distance of one layer."""
+    if layer is None:
+        return everything & -(start & -start) if start else 0
+    result = 0
+    for pattern in layer:
+        result |= _widen(start, pattern.window)
+        for offset in pattern.offsets:
+            result |= start << offset
+    return result & everything
+
+
+def _widen(start: int, window: int) -> int:
+    """`start` moved by each of 0 … window, by doubling."""
+    width, result = 0, start
+    while width < window:
+        move = min(width + 1, window - width)
+        result |= result << move
+        width += move
+    return result
