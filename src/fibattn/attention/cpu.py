@@ -165,7 +165,7 @@ def backward(
     """The gradients of q, k and v, each in its tensor's dtype; learned rungs keep theirs in `fraction_grad`."""
     work = _Work(q, k, v, window, rungs, scale, positions)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    dk, dv = (torch.zeros_like(x, dtype=work.dtype).contiguous() for x in (work.keys, work.values))
+    dk, dv = (torch.zeros_like(x, dtype=work.dtype, memory_format=torch.contiguous_format) for x in (k, v))
     for chunk in work.chunks():
         rows = work.query_rows(chunk)
         queries, upstream = work.queries(q, chunk), work.queries(grad_out, chunk)
@@ -180,9 +180,9 @@ def backward(
         work.give(dq, work.weighted(grad_scores, near_keys, far_keys), chunk)
         for grad, left, right, into in ((grad_scores, queries, work.keys, dk), (weights, upstream, work.values, dv)):
             near_grad, far_grad = work.transposed(grad, left)
-            work.add_band(near_grad, into, chunk)
-            rungs.scatter(far_grad, into, right, chunk)
-    return dq, dk.transpose(1, 2).to(k.dtype), dv.transpose(1, 2).to(v.dtype)
+            work.add_band(near_grad, into.transpose(1, 2), chunk)
+            rungs.scatter(far_grad, into.transpose(1, 2), right, chunk)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
 class _Work:

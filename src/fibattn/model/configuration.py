@@ -1,0 +1,170 @@
+"""The configuration: Llama's names for what is shared with Llama, and the attention pattern of every layer."""
+
+from typing import Any, get_args
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+from fibattn.errors import InputError
+from fibattn.pattern import Base, Pattern, Schedule, base_rungs, layer_patterns
+
+LAYER_TYPES = ("fibonacci_attention", "sliding_attention", "full_attention")
+
+
+@strict
+class FibAttnConfig(PreTrainedConfig):
+    """Configuration of `FibAttnForCausalLM`; the defaults are the paper's 60 M-parameter model, linear stagger.
+
+    Args:
+        max_position_embeddings: the training length. It bounds nothing; evaluation tools read it.
+        rope_parameters: as in Llama. Scaling (`yarn`, `linear`, …) acts on the full-attention layers alone:
+            a sparse layer never sees a distance beyond its reach, so it has nothing to scale.
+        initializer_range: standard deviation of the initial weights; `hidden_size ** -0.5` when None.
+        base: `fibonacci` or `power_of_two`.
+        schedule: `fixed`, `linear`, `coprime` or `learned`: the scale alpha of each layer's rungs.
+        window: distances 0 … window are always attended (`window + 1` keys).
+        rungs: how many Fibonacci rungs there are before scaling.
+        rung_reach: the farthest unscaled rung of a power-of-two base; training length - 1 when None.
+        max_offset: rungs farther than this after scaling are dropped; None keeps all.
+        layer_types: for each layer `fibonacci_attention`, `sliding_attention` (window only) or
+            `full_attention`; all Fibonacci when None.
+        no_rope_layers: for each layer 1 with RoPE or 0 without, as in Transformers' SmolLM3; all 1 when None.
+        layer_offsets: for each layer the resolved integer offsets, one list for each set of KV heads that
+            shares one; None for full attention and learned rungs. Derived when None, checked when given.
+
+    Raises:
+        InputError: (a ValueError) for values outside the above, or stored offsets that the rest contradicts.
+    """
+
+    model_type = "fibattn"
+    keys_to_ignore_at_inference = ("past_key_values",)
+    default_theta = 10_000.0
+
+    vocab_size: int = 32_768
+    hidden_size: int = 512
+    intermediate_size: int = 1366
+    num_hidden_layers: int = 16
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = 2
+    head_dim: int | None = None
+    max_position_embeddings: int = 1024
+    rms_norm_eps: float = 1e-6
+    initializer_range: float | None = None
+    rope_parameters: RopeParameters | dict | None = None
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
+
+    base: str = "fibonacci"
+    schedule: str = "linear"
+    window: int = 12
+    rungs: int = 15
+    rung_reach: int | None = None
+    max_offset: int | None = None
+    layer_types: list[str] | None = None
+    no_rope_layers: list[int] | None = None
+    layer_offsets: list[list[list[int]] | None] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and self.num_attention_heads > 0:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.initializer_range is None and self.hidden_size > 0:
+            self.initializer_range = self.hidden_size**-0.5
+        if self.rung_reach is None:
+            self.rung_reach = max(self.max_position_embeddings - 1, 1)
+        if self.layer_types is None:
+            self.layer_types = ["fibonacci_attention"] * self.num_hidden_layers
+        if self.no_rope_layers is None:
+            self.no_rope_layers = [1] * self.num_hidden_layers
+        self._check_shapes()
+        resolved = self._resolve_offsets()
+        if self.layer_offsets is None:
+            self.layer_offsets = resolved
+        self._check_offsets(resolved)
+        super().__post_init__(**kwargs)
+
+    @property
+    def sliding_window(self) -> int:
+        """What Transformers calls the window: the number of keys, the query's own position included."""
+        return self.window + 1
+
+    @property
+    def base_rungs(self) -> tuple[int, ...]:
+        """The unscaled rungs."""
+        return base_rungs(self.base, count=self.rungs, reach=self.rung_reach or 1)  # pyright: ignore[reportArgumentType]
+
+    def layer_patterns(self, layer: int) -> tuple[Pattern, ...] | None:
+        """The patterns of a layer's KV heads (one when they share it); None for full attention and learned rungs."""
+        sets = (self.layer_offsets or [])[layer]
+        return None if sets is None else tuple(Pattern(self.window, tuple(offsets)) for offsets in sets)
+
+    def learns_alpha(self, layer: int) -> bool:
+        """Whether the layer has a scale that is trained."""
+        return self.schedule == "learned" and (self.layer_types or [])[layer] == "fibonacci_attention"
+
+    def validate_layer_type(self) -> None:
+        """Check `layer_types`; replaces Transformers' check, which does not know our type."""
+        for layer, kind in enumerate(self.layer_types or []):
+            if kind not in LAYER_TYPES:
+                raise InputError(f"layer_types[{layer}] is {kind!r}; the types are {', '.join(LAYER_TYPES)}")
+
+    def _check_shapes(self) -> None:
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        for name in (*sizes, "num_key_value_heads", "head_dim", "max_position_embeddings"):
+            if (getattr(self, name) or 0) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.num_attention_heads % (self.num_key_value_heads or 1):
+            raise InputError(
+                f"{self.num_attention_heads} attention heads do not divide into {self.num_key_value_heads} KV heads; "
+                "use a multiple of them"
+            )
+        if (self.head_dim or 0) % 2:
+            raise InputError(f"head_dim is {self.head_dim}; RoPE needs an even head size")
+        for name, allowed in (("base", get_args(Base)), ("schedule", get_args(Schedule))):
+            if getattr(self, name) not in allowed:
+                raise InputError(
+                    f"{name} is {getattr(self, name)!r}; this version knows {', '.join(allowed)}. "
+                    "A configuration of a newer fibattn needs that version"
+                )
+        for name in ("layer_types", "no_rope_layers"):
+            if len(getattr(self, name)) != self.num_hidden_layers:
+                raise InputError(f"{name} has {len(getattr(self, name))} entries for {self.num_hidden_layers} layers")
+        if set(self.no_rope_layers or []) - {0, 1}:
+            raise InputError(f"no_rope_layers is {self.no_rope_layers}; each entry is 1 (with RoPE) or 0 (without)")
+
+    def _resolve_offsets(self) -> list[list[list[int]] | None]:
+        patterns = layer_patterns(
+            self.base,  # pyright: ignore[reportArgumentType]
+            self.schedule,  # pyright: ignore[reportArgumentType]
+            layers=self.num_hidden_layers,
+            window=self.window,
+            rungs=self.rungs,
+            reach=self.rung_reach or 1,
+            max_offset=self.max_offset,
+        )
+        resolved: list[list[list[int]] | None] = []
+        for layer, (kind, pattern) in enumerate(zip(self.layer_types or [], patterns, strict=True)):
+            if kind == "sliding_attention":
+                resolved.append([[]])
+            elif kind == "full_attention" or self.learns_alpha(layer):
+                resolved.append(None)
+            else:
+                resolved.append([list(pattern.offsets)])
+        return resolved
+
+    def _check_offsets(self, resolved: list[list[list[int]] | None]) -> None:
+        stored = self.layer_offsets or []
+        if len(stored) != len(resolved):
+            raise InputError(f"layer_offsets has {len(stored)} entries for {len(resolved)} layers")
+        for layer, (found, expected) in enumerate(zip(stored, resolved, strict=True)):
+            if found != expected:
+                raise InputError(
+                    f"layer_offsets[{layer}] is {found}, but base {self.base!r}, schedule {self.schedule!r}, window "
+                    f"{self.window} and rungs {self.rungs} give {expected}; correct one of them, or leave "
+                    "layer_offsets out to have it derived"
+                )

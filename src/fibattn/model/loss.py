@@ -1,0 +1,64 @@
+"""Cross-entropy of a linear head without ever holding all logits.
+
+At the paper's shape the float32 logits of one step are 4.3 GB. Here they live one slice of tokens at a time:
+the forward computes a slice's loss and, at once, its part of the gradients, so the backward only scales.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_SLICE_LOGITS = 1 << 27
+
+IGNORED = -100
+"""Targets with this value do not count, as everywhere in PyTorch and Transformers."""
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The sum over tokens of the negative log-likelihood of `targets` under `softmax(hidden @ weight.T)`.
+
+    Args:
+        hidden: (tokens, hidden size).
+        weight: (vocabulary, hidden size); the products run in the autocast dtype where that is on.
+        targets: integer (tokens,); `IGNORED` entries add nothing.
+
+    Returns:
+        A float32 scalar (float64 for float64 input).
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    return _LinearCrossEntropy.apply(hidden, weight, targets)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        narrow = weight.to(hidden.dtype)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        total = hidden.new_zeros((), dtype=wide)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        step = max(1, _SLICE_LOGITS // weight.shape[0])
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, hidden.shape[0], step):
+                rows, goal = hidden[start : start + step], targets[start : start + step]
+                counted = goal != IGNORED
+                goal = goal.clamp(min=0)[:, None]
+                logits = (rows @ narrow.T).to(wide)
+                log_sum = torch.logsumexp(logits, dim=-1, keepdim=True)
+                total = total + ((log_sum - logits.gather(1, goal))[:, 0] * counted).sum()
+                grad = torch.exp(logits - log_sum)
+                grad = grad.scatter_add(1, goal, torch.full_like(log_sum, -1.0)) * counted[:, None]
+                grad = grad.to(hidden.dtype)
+                grad_hidden[start : start + step] = grad @ narrow
+                grad_weight += grad.T @ rows
+        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * upstream.to(grad_hidden.dtype), grad_weight * upstream.to(grad_weight.dtype), None

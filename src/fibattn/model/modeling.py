@@ -1,0 +1,341 @@
+"""A Llama-like decoder whose layers attend to a window and a few far distances, or to everything."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import initialization
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from fibattn.attention import attend, attend_scaled
+from fibattn.errors import InputError
+from fibattn.model.cache import check_cache
+from fibattn.model.configuration import FibAttnConfig
+from fibattn.model.loss import IGNORED, linear_cross_entropy
+from fibattn.model.positions import document_positions
+
+Rotation = tuple[Tensor, Tensor]
+
+
+class FibAttnRotaryEmbedding(nn.Module):
+    """Cosines and sines of the rotary angles, plain or with the scaling that `rope_parameters` asks for."""
+
+    inv_freq: Tensor
+    original_inv_freq: Tensor
+
+    def __init__(self, config: FibAttnConfig, *, scaled: bool):
+        super().__init__()
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"] if scaled else "default"  # pyright: ignore
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        frequencies = self.frequencies()
+        self.register_buffer("inv_freq", frequencies, persistent=False)
+        self.register_buffer("original_inv_freq", frequencies.clone(), persistent=False)
+
+    def frequencies(self) -> Tensor:
+        """The inverse frequencies (head size / 2,); also sets the factor on the cosines and sines."""
+        if self.rope_type != "default":
+            frequencies, self.attention_scaling = ROPE_INIT_FUNCTIONS[self.rope_type](self.config, None)
+            return frequencies
+        self.attention_scaling = 1.0
+        size, theta = self.config.head_dim or 0, self.config.rope_parameters["rope_theta"]  # pyright: ignore
+        return theta ** -(torch.arange(0, size, 2, dtype=torch.float32) / size)
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: Tensor, position_ids: Tensor) -> Rotation:
+        """Cosines and sines (batch or 1, tokens, 1, head size) in the dtype of `x`, computed in float32."""
+        angles = position_ids[..., None].float() * self.inv_freq.to(x.device).float()
+        angles = torch.cat((angles, angles), dim=-1)[:, :, None]
+        return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
+
+
+def _rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Apply the rotary embedding to x (batch, tokens, heads, head size)."""
+    cosine, sine = rotation
+    left, right = x.chunk(2, dim=-1)
+    return (x * cosine + torch.cat((-right, left), dim=-1) * sine).to(x.dtype)
+
+
+class FibAttnAttention(nn.Module):
+    """Grouped-query attention of one layer: sparse through `fibattn.attend`, full through Transformers."""
+
+    def __init__(self, config: FibAttnConfig, layer: int):
+        super().__init__()
+        heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads or 1, config.head_dim or 1
+        self.config, self.layer_idx, self.head_dim = config, layer, size
+        self.num_key_value_groups = heads // kv_heads
+        self.scaling, self.attention_dropout, self.is_causal = size**-0.5, 0.0, True
+        self.full = (config.layer_types or [])[layer] == "full_attention"
+        self.rotated = bool((config.no_rope_layers or [])[layer])
+        self.patterns = config.layer_patterns(layer)
+        self.theta = nn.Parameter(torch.zeros(1)) if config.learns_alpha(layer) else None
+        self.q_proj = nn.Linear(config.hidden_size, heads * size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads * size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads * size, bias=False)
+        self.o_proj = _residual_output(nn.Linear(heads * size, config.hidden_size, bias=False))
+
+    @property
+    def alpha(self) -> Tensor:
+        """The learned scale of the rungs, `0.5 + sigmoid(theta)` (paper, section 3.4), float32 (1,)."""
+        if self.theta is None:
+            raise AttributeError(f"layer {self.layer_idx} has no learned scale")
+        return 0.5 + torch.sigmoid(self.theta.float())
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rotation: Rotation,
+        attention_mask: Tensor | None,
+        positions: Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """`hidden` (batch, tokens, hidden size) in and out; `positions` as in `attend`, for sparse layers."""
+        shape = (*hidden.shape[:2], -1, self.head_dim)
+        q, k, v = (project(hidden).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
+        if self.rotated:
+            q, k = _rotate(q, rotation), _rotate(k, rotation)
+        if past_key_values is not None:
+            if not self.full:
+                check_cache(past_key_values, self.layer_idx)
+            cached = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
+            k, v = (x.transpose(1, 2) for x in cached)
+        if self.full:
+            out = self._attend_fully(q, k, v, attention_mask, **kwargs)
+        elif self.patterns is not None:
+            out = attend(q, k, v, self.patterns, scale=self.scaling, positions=positions)
+        else:
+            out = attend_scaled(
+                q,
+                k,
+                v,
+                self.config.window,
+                self.config.base_rungs,
+                self.alpha,
+                max_offset=self.config.max_offset,
+                scale=self.scaling,
+                positions=positions,
+            )
+        return self.o_proj(out.reshape(*hidden.shape[:2], -1))  # pyright: ignore
+
+    def _attend_fully(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
+        interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return interface(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)[0]
+
+
+class FibAttnMLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: FibAttnConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = _residual_output(nn.Linear(config.intermediate_size, config.hidden_size, bias=False))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`hidden` (batch, tokens, hidden size) in and out."""
+        return self.down_proj(functional.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+def _residual_output(linear: nn.Linear) -> nn.Linear:
+    """Mark a projection that writes to the residual stream; its initial weights are scaled down."""
+    linear.writes_residual = True  # pyright: ignore
+    return linear
+
+
+class FibAttnDecoderLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: FibAttnConfig, layer: int):
+        super().__init__()
+        self.self_attn = FibAttnAttention(config, layer)
+        self.mlp = FibAttnMLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
+        """`hidden` (batch, tokens, hidden size) in and out; the rest goes to the attention."""
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), **kwargs)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class FibAttnPreTrainedModel(PreTrainedModel):
+    """What the models share: initialisation, and what Transformers may do with them."""
+
+    config_class = FibAttnConfig
+    config: FibAttnConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("FibAttnDecoderLayer",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": FibAttnDecoderLayer}  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal weights, residual outputs scaled by 1 / sqrt(2 layers) (paper, section 4).
+
+        Buffers that are not saved must be filled here too: loading a checkpoint leaves them uninitialised.
+        """
+        std = self.config.initializer_range or 0.0
+        if isinstance(module, nn.Linear | nn.Embedding):
+            if getattr(module, "writes_residual", False):
+                std *= (2 * self.config.num_hidden_layers) ** -0.5
+            initialization.normal_(module.weight, std=std)
+        elif isinstance(module, nn.RMSNorm):
+            initialization.ones_(module.weight)
+        elif isinstance(module, FibAttnAttention) and module.theta is not None:
+            initialization.zeros_(module.theta)
+        elif isinstance(module, FibAttnRotaryEmbedding):
+            initialization.copy_(module.inv_freq, module.frequencies())
+            initialization.copy_(module.original_inv_freq, module.frequencies())
+
+
+class FibAttnModel(FibAttnPreTrainedModel):
+    """The decoder without its head."""
+
+    def __init__(self, config: FibAttnConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(FibAttnDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = FibAttnRotaryEmbedding(config, scaled=False)
+        scaled = config.rope_parameters["rope_type"] != "default"  # pyright: ignore
+        self.scaled_rotary_emb = FibAttnRotaryEmbedding(config, scaled=True) if scaled else None
+        self.has_full_layers = "full_attention" in (config.layer_types or [])
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of every token; arguments as in every Transformers decoder.
+
+        `position_ids` that restart mark packed documents (without a mask and a cache, as in Transformers); a
+        2-D `attention_mask` marks padding on either side.
+
+        Raises:
+            InputError: for a mask with holes or more than two dimensions, which the sparse layers cannot apply.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise InputError("give exactly one of input_ids and inputs_embeds")
+        hidden: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        positions = document_positions(hidden, attention_mask, position_ids, int(past))
+        if position_ids is None:
+            position_ids = torch.arange(past, past + hidden.shape[1], device=hidden.device)[None]
+        mask = None
+        if self.has_full_layers:
+            mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=hidden,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+        plain = self.rotary_emb(hidden, position_ids)
+        scaled = plain if self.scaled_rotary_emb is None else self.scaled_rotary_emb(hidden, position_ids)
+        for layer in self.layers:
+            hidden = layer(
+                hidden,
+                rotation=scaled if layer.self_attn.full else plain,  # pyright: ignore
+                attention_mask=mask,
+                positions=positions,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+
+
+class FibAttnForCausalLM(FibAttnPreTrainedModel, GenerationMixin):
+    """The decoder with its language-model head, tied to the embedding by default."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: FibAttnConfig):
+        super().__init__(config)
+        self.model = FibAttnModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the mean loss where targets are given.
+
+        Args:
+            labels: (batch, tokens), the input shifted inside by one; the last token has no target.
+            shift_labels: (batch, tokens), the target of every token, taken as it is; goes before `labels`.
+            logits_to_keep: logits of the last so many tokens (all for 0), or of these indices.
+            num_items_in_batch: divides the summed loss; the number of targets when None.
+
+        While training with targets, `logits` is None: the loss never holds them all.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden, loss, logits = outputs.last_hidden_state, None, None
+        if shift_labels is None and labels is not None:
+            shift_labels = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        if shift_labels is not None:
+            total = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, shift_labels.flatten())
+            loss = total / ((shift_labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
+        if loss is None or not self.training:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, kept])
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
