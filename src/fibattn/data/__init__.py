@@ -1,1 +1,1 @@
-"""Text in, windows of tokens out: sources, tokenizer, shards, the order of training windows."""
+"""From text to the order of training windows: sources, a tokenizer, token shards and held-out sets."""

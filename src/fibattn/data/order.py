@@ -1,0 +1,77 @@
+"""The order of training windows is a file: the position in it is the only state a resumed run needs.
+
+`x.npy` holds the first token of every window, `x.json` beside it how it was made and its SHA-256.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from fibattn import files
+from fibattn.data.shards import save_array
+from fibattn.errors import InputError
+
+Mode = Literal["random", "epochs"]
+
+
+def make_order(
+    path: Path, mode: Mode, seed: int, windows: int, tokens: int, length: int, data: str | None = None
+) -> np.ndarray:
+    """Write and return the starts of `windows` windows over a stream of `tokens`: [windows], uint32 or int64.
+
+    A window reads `length` tokens and the one after. "random" draws starts uniformly with replacement from
+    all 0 … tokens-length-1, by `numpy.random.RandomState(seed).randint`, as the paper's reference code
+    does. "epochs" takes the disjoint windows 0, length, 2·length, …, in a fresh permutation each epoch,
+    from the same generator. `data` is the fingerprint of the tokens, checked when the order is loaded.
+    """
+    if tokens < length + 1:
+        raise InputError(
+            f"the training stream has {tokens} tokens, one window of {length} needs {length + 1}; prepare "
+            "more text or train on shorter windows"
+        )
+    generator = np.random.RandomState(seed)
+    if mode == "random":
+        starts = generator.randint(0, tokens - length, size=windows, dtype=np.int64)
+    elif mode == "epochs":
+        starts = _epochs(generator, windows, (tokens - 1) // length) * length
+    else:
+        raise InputError(f"unknown order {mode!r}; expected 'random' or 'epochs'")
+    starts = starts.astype(np.uint32 if tokens <= 2**32 else np.int64)
+    save_array(path, starts)
+    about = {"mode": mode, "seed": seed, "windows": windows, "tokens": tokens, "length": length, "data": data}
+    files.write_json(path.with_suffix(".json"), about | {"sha256": files.sha256(path)})
+    return starts
+
+
+def _epochs(generator: np.random.RandomState, windows: int, distinct: int) -> np.ndarray:
+    permutations: Iterator[np.ndarray] = (
+        generator.permutation(distinct) for _ in range(math.ceil(windows / distinct))
+    )
+    return np.concatenate([np.zeros(0, np.int64), *permutations])[:windows]
+
+
+def load_order(path: Path, **expected: Any) -> np.ndarray:
+    """The starts in an order file, memory-mapped, after checking its SHA-256.
+
+    `expected` are parameters of `make_order` that must be those it was made with, for instance
+    `load_order(path, tokens=len(data.train), length=1024, data=data.fingerprint)`. `InputError` names what
+    differs.
+    """
+    anew = "make the order anew, or use the data and recipe it was made for"
+    about = files.read_json(path.with_suffix(".json"))
+    if not path.exists():
+        raise InputError(f"the order file {path} is missing; {anew}")
+    found = files.sha256(path)
+    if found != about.get("sha256"):
+        raise InputError(
+            f"the order file {path} was altered: SHA-256 {found}, expected {about.get('sha256')}; {anew}"
+        )
+    for name, value in expected.items():
+        if about.get(name) != value:
+            raise InputError(
+                f"the order file {path} has {name} = {about.get(name)}, expected {value}; {anew}"
+            )
+    return np.load(path, mmap_mode="r")

@@ -1,0 +1,100 @@
+"""What to prepare: the sources, their weights and budget, and how they are held out, tokenised and cut."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+
+from fibattn.data.sources import Source
+from fibattn.errors import InputError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that decides the bytes of a prepared folder, beside the texts themselves.
+
+    `weights` are each source's part of the training tokens (made to sum to 1); without them, and with a
+    budget `tokens`, the sources share alike. Without a budget the weights take as many tokens as all
+    sources can fill; with neither, everything is taken. `validation` names a held-out source for a training
+    source; the others have `held_out` of their documents held out, until there are `held_out_tokens`.
+    `tokenizer` is a folder or an id of the Hub; without it one of `vocab_size` is trained.
+    """
+
+    sources: tuple[Source, ...]
+    validation: Mapping[str, Source] = field(default_factory=dict)
+    weights: Mapping[str, float] | None = None
+    tokens: int | None = None
+    held_out: float = 0.02
+    held_out_tokens: int = 2**20 + 1
+    vocab_size: int = 32_768
+    tokenizer: str | None = None
+    shard_tokens: int = 100_000_000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        names = [source.name for source in self.sources]
+        if not names:
+            raise InputError("there is no source; name at least one file, folder, glob or data set")
+        for name in names:
+            if names.count(name) > 1:
+                raise InputError(f"two sources are named {name!r}; name them apart: NAME=WHAT")
+        for name in self.weights or ():
+            self.check_name("weight", name)
+        for name in self.validation:
+            self.check_name("held-out set", name)
+        self._check_weights(names)
+        for what, value, least in (
+            ("tokens", self.tokens, 1),
+            ("held_out_tokens", self.held_out_tokens, 1),
+            ("shard_tokens", self.shard_tokens, 1),
+        ):
+            if value is not None and value < least:
+                raise InputError(f"{what} is {value}; expected {least} or more")
+        if not 0 <= self.held_out < 1:
+            raise InputError(f"held_out is {self.held_out}; expected a share from 0 to below 1, such as 0.02")
+
+    def check_name(self, what: str, name: str) -> None:
+        """Raise `InputError` when `what` is given for a name that no source has."""
+        names = [source.name for source in self.sources]
+        if name not in names:
+            near = get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the sources are {', '.join(names)}"
+            raise InputError(f"a {what} is given for {name!r}, which is no source: {hint}")
+
+    def _check_weights(self, names: list[str]) -> None:
+        for name in names if self.weights is not None else ():
+            weight = (self.weights or {}).get(name)
+            if weight is None:
+                raise InputError(
+                    f"source {name!r} has no weight; give one for every source: {', '.join(names)}"
+                )
+            if not (weight > 0 and math.isfinite(weight)):
+                raise InputError(f"the weight of {name!r} is {weight}; expected a number above 0")
+
+    @property
+    def fractions(self) -> dict[str, float] | None:
+        """Each source's part of the training tokens, or None when everything is taken."""
+        if self.weights is None and self.tokens is None:
+            return None
+        weights = self.weights or {source.name: 1.0 for source in self.sources}
+        total = sum(weights.values())
+        return {source.name: weights[source.name] / total for source in self.sources}
+
+
+def shares(total: int, fractions: Mapping[str, float]) -> dict[str, int]:
+    """`total` tokens split by fractions into whole numbers that sum to `total`."""
+    result, before, sum_of_fractions = {}, 0, 0.0
+    for name, fraction in fractions.items():
+        sum_of_fractions += fraction
+        upto = round(total * sum_of_fractions)
+        result[name] = upto - before
+        before = upto
+    return result
+
+
+def largest_shares(available: Mapping[str, int], fractions: Mapping[str, float]) -> dict[str, int]:
+    """The largest split by fractions that every source can fill."""
+    total = int(min(available[name] / fraction for name, fraction in fractions.items()))
+    while any(share > available[name] for name, share in shares(total, fractions).items()):
+        total -= 1  # rounding gave one source a token more than it has
+    return shares(total, fractions)

@@ -1,0 +1,166 @@
+"""Reads a prepared folder: one logical stream of training tokens and one of each held-out set.
+
+Needs numpy only, so that training works on a machine without the packages that prepared the data.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fibattn import files
+from fibattn.data.record import DATA, UNFINISHED
+from fibattn.data.shards import Shard, is_intact, open_shard
+from fibattn.errors import InputError
+
+
+class TokenStream:
+    """The tokens of several shards as one sequence, memory-mapped when a process first reads."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self.paths = tuple(paths)
+        counts = [len(open_shard(path)) for path in self.paths]
+        self._ends = np.cumsum(counts, dtype=np.int64)
+        self._maps: list[np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_maps": None}  # a worker process maps the files itself
+
+    def window(self, start: int, length: int) -> np.ndarray:
+        """Tokens start … start+length-1, int64 [length], also across shards; `InputError` past the end."""
+        if start < 0 or length < 0 or start + length > len(self):
+            raise InputError(
+                f"tokens {start} to {start + length} were asked of a stream of {len(self)}; the order of "
+                "windows was made for other data: make it anew"
+            )
+        if self._maps is None:
+            self._maps = [open_shard(path) for path in self.paths]
+        index = int(np.searchsorted(self._ends, start, side="right"))
+        parts = []
+        while length > 0:
+            shard = self._maps[index]
+            at = start - (int(self._ends[index]) - len(shard))
+            parts.append(shard[at : at + length])
+            start, length, index = start + len(parts[-1]), length - len(parts[-1]), index + 1
+        return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A whole prepared folder.
+
+    `token_bytes` [vocabulary] are the bytes of text each token stands for; `fingerprint` changes when any
+    token does; `separator` is the id that begins every document; `sources` is what `data.json` says of each
+    source.
+    """
+
+    folder: Path
+    train: TokenStream
+    validation: dict[str, TokenStream]
+    tokenizer_path: Path
+    vocab_size: int
+    separator: int
+    token_bytes: np.ndarray
+    fingerprint: str
+    sources: tuple[dict[str, Any], ...]
+
+    @classmethod
+    def open(cls, folder: str | Path, *, verify: bool = True) -> "PreparedData":
+        """Open a folder that `prepare` made; `verify` reads every byte (about a second a gigabyte).
+
+        `InputError`: it is missing, unfinished, or a file is not what was written. Without `verify` a shard
+        of the wrong length is still found.
+        """
+        folder = Path(folder)
+        if not (folder / DATA).exists():
+            if (folder / UNFINISHED).exists():
+                raise InputError(
+                    f"{folder} is not finished; run the same `fibattn prepare` again, it goes on from there"
+                )
+            raise InputError(
+                f"{folder} holds no prepared data ({DATA} is missing); make it with `fibattn prepare`"
+            )
+        data = files.read_json(folder / DATA)
+        if data.get("format") != 1:
+            raise InputError(
+                f"{folder / DATA} has format {data.get('format')}, expected 1; prepare the data anew"
+            )
+        _check(folder, data, verify)
+        streams = {
+            (source["name"], split): TokenStream(
+                [_folder(folder, source) / s["file"] for s in source[split]["shards"]]
+            )
+            for source in data["sources"]
+            for split in ("train", "val")
+            if source[split]
+        }
+        paths = [path for (_, split), stream in streams.items() if split == "train" for path in stream.paths]
+        return cls(
+            folder=folder,
+            train=TokenStream(paths),
+            validation={name: stream for (name, split), stream in streams.items() if split == "val"},
+            tokenizer_path=folder / "tokenizer",
+            vocab_size=data["vocab_size"],
+            separator=data["separator"],
+            token_bytes=np.load(folder / "token_bytes.npy"),
+            fingerprint=data["fingerprint"],
+            sources=tuple(data["sources"]),
+        )
+
+
+def fingerprint(data: dict[str, Any]) -> str:
+    """SHA-256 over the fingerprints in `data.json`: the tokenizer and every shard in order."""
+    shards = [
+        [source["name"], split, shard["sha256"], shard["starts_sha256"]]
+        for source in data["sources"]
+        for split in ("train", "val")
+        if source[split]
+        for shard in source[split]["shards"]
+    ]
+    parts = [
+        data["vocab_size"],
+        data["separator"],
+        data["tokenizer_sha256"],
+        data["token_bytes_sha256"],
+        shards,
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _folder(folder: Path, source: dict[str, Any]) -> Path:
+    return folder / "shards" / source["name"]
+
+
+def _check(folder: Path, data: dict[str, Any], verify: bool) -> None:
+    repair = "run the same `fibattn prepare` again, it makes anew what is damaged"
+    if fingerprint(data) != data["fingerprint"]:
+        raise InputError(
+            f"{folder / DATA} was altered: its fingerprint is {fingerprint(data)}, "
+            f"expected {data['fingerprint']}; restore it or prepare the data anew"
+        )
+    for name, expected in (
+        ("tokenizer/tokenizer.json", data["tokenizer_sha256"]),
+        ("token_bytes.npy", data["token_bytes_sha256"]),
+    ):
+        path = folder / name
+        found = files.sha256(path) if path.exists() else "missing"
+        if found != expected:
+            raise InputError(f"{path} differs: SHA-256 {found}, expected {expected}; {repair}")
+    for source in data["sources"] if verify else ():
+        for split in ("train", "val"):
+            for shard in (Shard(**saved) for saved in (source[split] or {"shards": ()})["shards"]):
+                path = _folder(folder, source) / shard.file
+                open_shard(path)  # says more of a missing or truncated one
+                if not is_intact(path.parent, shard):
+                    found = files.sha256(path)
+                    raise InputError(
+                        f"the shard {path} was altered: SHA-256 {found}, expected {shard.sha256} (or its "
+                        f"document starts were); {repair}"
+                    )

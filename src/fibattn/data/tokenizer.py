@@ -1,0 +1,180 @@
+"""A byte-level BPE tokenizer: trained on a sample of the mixture, or an existing one.
+
+Every text can be encoded and decoding gives it back exactly. Texts are cut into words by the pattern of
+GPT-4, with digits in groups of at most two, which suits a vocabulary of this size (nanochat). `<|bos|>`
+begins every document and is also the end-of-text token; `<|pad|>` is for padding batches.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fibattn.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+BOS, PAD = "<|bos|>", "<|pad|>"
+WORDS = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+    r"|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+SMALLEST = 256 + 2
+PIECE = 2**20  # characters given to the encoder at once: a book of any length takes bounded memory
+BATCH = 2**23
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
+    """Train on `texts`; the vocabulary stays smaller than `vocab_size` when they hold too few words."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < SMALLEST:
+        raise InputError(
+            f"vocab_size is {vocab_size}; expected at least {SMALLEST}: 256 bytes, {BOS} and {PAD}"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=[BOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=BOS,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
+    """A tokenizer from a folder or the Hub; `InputError`: none, or none that can separate documents."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"no tokenizer can be loaded from {str(path)!r} ({reason}); expected a folder with "
+            "tokenizer.json, or an id of the Hub and a network"
+        ) from None
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"the tokenizer {str(path)!r} has no tokenizer.json; convert it to a fast tokenizer first"
+        )
+    separator(tokenizer)
+    return tokenizer
+
+
+def separator(tokenizer: "PreTrainedTokenizerFast") -> int:
+    """The id that begins every document: the tokenizer's bos, else its eos."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    raise InputError(
+        "the tokenizer has neither a bos nor an eos token; one is needed between documents: add it"
+    )
+
+
+def tokenizer_sha256(tokenizer: "PreTrainedTokenizerFast") -> str:
+    """The fingerprint of what the tokenizer does, wherever it was loaded from."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
+    """Save a Transformers tokenizer folder, whole or not at all."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    tokenizer.save_pretrained(str(temporary))
+    temporary.replace(folder)
+
+
+def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
+    """How many bytes of text each token stands for: uint16 [vocabulary], 0 for special tokens.
+
+    With these the bytes of any range of tokens are exact. `InputError` for a tokenizer that is neither
+    byte-level nor SentencePiece-like with byte fallback, since its tokens have no fixed length in bytes.
+    """
+    backend = tokenizer.backend_tokenizer
+    settings = json.loads(backend.to_str())
+    decoder = json.dumps(settings["decoder"])
+    byte_level, byte_fallback = '"ByteLevel"' in decoder, '"ByteFallback"' in decoder
+    if not byte_level and not byte_fallback:
+        raise InputError(
+            "the tokenizer is not byte-level, so text cannot be given back exactly; choose one that is"
+        )
+    added = {token["id"]: token for token in settings["added_tokens"]}
+    sizes = np.zeros(len(tokenizer), np.uint16)
+    for token, index in backend.get_vocab().items():
+        if index in added:
+            sizes[index] = 0 if added[index]["special"] else len(token.encode())
+        elif byte_level:
+            sizes[index] = len(token)  # one character of the byte alphabet a byte
+        elif len(token) == 6 and token.startswith("<0x"):
+            sizes[index] = 1
+        else:
+            sizes[index] = len(token.replace("\u2581", " ").encode())
+    return sizes
+
+
+def token_arrays(
+    tokenizer: "PreTrainedTokenizerFast", texts: Iterable[str], dtype: np.dtype
+) -> Iterator[np.ndarray]:
+    """Encode documents, many at once on all cores; yields an array for each, the separator first.
+
+    What looks like a special token inside a text is encoded as ordinary text.
+    """
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    first = np.array([separator(tokenizer)], dtype)
+    for batch in _batches(texts):
+        pieces = [_pieces(text) for text in batch]
+        flat = [piece for document in pieces for piece in document]
+        encoded = iter(backend.encode_batch_fast(flat, add_special_tokens=False))
+        for document in pieces:
+            yield np.concatenate([first, *(np.array(next(encoded).ids, dtype) for _ in document)])
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _pieces(text: str) -> list[str]:
+    """`text` in pieces of at most PIECE characters, cut after a line's end if there is one."""
+    pieces, start = [], 0
+    while len(text) - start > PIECE:
+        newline = text.rfind("\n", start + PIECE // 2, start + PIECE)
+        end = newline + 1 if newline >= 0 else start + PIECE
+        pieces.append(text[start:end])
+        start = end
+    return [*pieces, text[start:]]
