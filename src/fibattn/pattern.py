@@ -110,9 +110,7 @@ class Pattern:
         return cls(window)
 
     @classmethod
-    def scaled(
-        cls, window: int, rungs: Sequence[int], alpha: float = 1.0, max_offset: int | None = None
-    ) -> "Pattern":
+    def scaled(cls, window: int, rungs: Sequence[int], alpha: float = 1.0, max_offset: int | None = None) -> "Pattern":
         """Any rungs scaled by `alpha`: `round(alpha * rung)`, kept where beyond the window and within `max_offset`."""
         if not (math.isfinite(alpha) and alpha > 0):
             raise InputError(f"alpha is {alpha}; it must be a finite number above 0")
@@ -145,9 +143,7 @@ def layer_patterns(
 ) -> tuple[Pattern, ...]:
     """The pattern of every layer of a stack; a learned schedule gives the one it starts from (alpha = 1)."""
     sequence = base_rungs(base, count=rungs, reach=reach)
-    return tuple(
-        Pattern.scaled(window, sequence, alpha, max_offset) for alpha in layer_alphas(schedule, layers=layers)
-    )
+    return tuple(Pattern.scaled(window, sequence, alpha, max_offset) for alpha in layer_alphas(schedule, layers=layers))
 
 
 @dataclass(frozen=True)

@@ -42,10 +42,16 @@ class Meter:
 
     def __enter__(self) -> "Meter":
         if sys.stderr.isatty() and not self.quiet:
-            columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), transient=True)
-            self._task = self._bar.add_task(self.label, total=self.total, note="")
-            self._bar.start()
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TimeRemainingColumn(),
+            )
+            bar = Progress(*columns, TextColumn("{task.fields[note]}"), transient=True)
+            self._task = bar.add_task(self.label, total=self.total, note="")
+            bar.start()
+            self._bar = bar
         return self
 
     def resume(self, done: float) -> None:

@@ -6,8 +6,10 @@ Messages name the value, what is allowed and what to do. An explicit backend is 
 
 import logging
 import math
+import os
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
@@ -17,7 +19,7 @@ from fibattn.attention import ops, reference
 from fibattn.errors import InputError
 from fibattn.pattern import Pattern
 
-Backend = Literal["auto", "reference", "cpu"]
+Backend = Literal["auto", "reference", "cpu", "triton"]
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _log = logging.getLogger("fibattn")
 
@@ -51,7 +53,8 @@ def attend(
             alternative to `positions` for a batch of one.
         return_lse: also return the natural log-sum-exp of the scaled dot products, float32 (float64 for
             float64 input), (batch, query heads, query tokens). It is differentiable.
-        backend: `reference` (any device, quadratic), `cpu`, or `auto`.
+        backend: `reference` (any device, quadratic), `cpu`, `triton` (an NVIDIA GPU; on the CPU only in
+            Triton's interpreter, for tests), or `auto`.
 
     Returns:
         (batch, query tokens, query heads, head size), in the dtype of `q`; with `return_lse` a pair.
@@ -62,12 +65,14 @@ def attend(
     scale = _check_tensors(q, k, v, scale)
     patterns = _check_patterns(pattern, k.shape[2])
     positions = _document_positions(q, k, positions, cu_seqlens)
-    if _choose(backend, q) == "reference":
+    chosen = _choose(backend, q)
+    if chosen == "reference":
         out, lse = reference.attend(q, k, v, patterns, scale, positions)
     else:
         offsets = [offset for one in patterns for offset in one.offsets]
         sizes = [len(one.offsets) for one in patterns]
-        out, lse = ops.Attend.apply(q, k, v, positions, scale, patterns[0].window, offsets, sizes)
+        interpret = chosen == "triton" and q.device.type == "cpu"
+        out, lse = ops.Attend.apply(q, k, v, positions, scale, patterns[0].window, offsets, sizes, interpret)
     return (out, lse) if return_lse else out
 
 
@@ -109,11 +114,13 @@ def attend_scaled(
         found = f"{tuple(alpha.shape)} {alpha.dtype} on {alpha.device}"
         raise InputError(f"alpha is {found}; it must be one floating-point number on {q.device}")
     positions = _document_positions(q, k, positions, cu_seqlens)
-    if _choose(backend, q) == "reference":
+    chosen = _choose(backend, q)
+    if chosen == "reference":
         out, lse = reference.attend_scaled(q, k, v, window, rungs, alpha, scale, positions, max_offset)
     else:
         limit = ops.NO_LIMIT if max_offset is None else max_offset
-        out, lse = ops.AttendScaled.apply(q, k, v, positions, scale, window, alpha, list(rungs), limit)
+        interpret = chosen == "triton" and q.device.type == "cpu"
+        out, lse = ops.AttendScaled.apply(q, k, v, positions, scale, window, alpha, list(rungs), limit, interpret)
     return (out, lse) if return_lse else out
 
 
@@ -135,7 +142,9 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> floa
     if heads == 0 or k.shape[2] == 0 or heads % k.shape[2]:
         raise InputError(f"{heads} query heads do not divide into {k.shape[2]} KV heads; use a multiple of them")
     if tokens == 0 or tokens > k.shape[1]:
-        raise InputError(f"{tokens} query tokens and {k.shape[1]} key tokens; queries are the last of the keys, at least 1")
+        raise InputError(
+            f"{tokens} query tokens and {k.shape[1]} key tokens; queries are the last of the keys, at least 1"
+        )
     if scale is not None and not math.isfinite(scale):
         raise InputError(f"scale is {scale}; it must be finite, or None for head size ** -0.5")
     return size**-0.5 if scale is None else scale
@@ -182,7 +191,7 @@ def _positions_from_boundaries(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> Tens
         raise InputError(f"cu_seqlens is {found}; expected integers (documents + 1,) on {q.device}")
     if _readable(cu_seqlens):
         values = cu_seqlens.tolist()
-        increasing = all(a < b for a, b in zip(values, values[1:], strict=False))
+        increasing = all(a < b for a, b in pairwise(values))
         if len(values) < 2 or values[0] != 0 or values[-1] != tokens or not increasing:
             raise InputError(f"cu_seqlens is {values}; it must increase strictly from 0 to the {tokens} tokens")
     index = torch.arange(tokens, device=q.device, dtype=cu_seqlens.dtype)
@@ -200,11 +209,21 @@ def _choose(backend: Backend, q: Tensor) -> str:
         raise InputError(f"unknown backend {backend!r}; the backends are {', '.join(get_args(Backend))}")
     if backend == "reference":
         return backend
-    if q.device.type != "cpu":
-        raise InputError(f"backend {backend!r} runs on the CPU, not on {q.device}; backend='reference' runs anywhere")
+    device = q.device.type
+    chosen = {"cpu": "cpu", "cuda": "triton"}.get(device) if backend == "auto" else backend
+    interpreted = device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if chosen == "cpu" and device != "cpu":
+        raise InputError(f"backend 'cpu' runs on the CPU, not on {q.device}; use 'auto' or 'triton'")
+    if chosen == "triton" and device != "cuda" and not interpreted:
+        raise InputError(
+            f"backend 'triton' runs on an NVIDIA GPU, not on {q.device}; use 'auto', "
+            "or set TRITON_INTERPRET=1 to test the kernels on the CPU"
+        )
+    if chosen is None:
+        raise InputError(f"no backend for {q.device}; backend='reference' runs anywhere, in quadratic time")
     if not torch.compiler.is_compiling():
-        _say("cpu", q.device.type)
-    return "cpu"
+        _say(chosen, device)
+    return chosen
 
 
 @cache

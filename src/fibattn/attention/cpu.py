@@ -74,13 +74,15 @@ class FixedRungs:
                 yield heads, index, *chunk.rows(distance)
 
     def gather(self, x: Tensor, chunk: Chunk) -> Tensor:
+        """As in `Rungs`."""
         batch, heads, _, size = x.shape
         rows = x.new_zeros(batch, heads, chunk.stop - chunk.start, self.count, size)
         for some, index, first, keys in self._slices(chunk):
             rows[:, some, first:, index] = x[:, some, keys]
         return rows
 
-    def scatter(self, grad: Tensor, into: Tensor, x: Tensor, chunk: Chunk) -> None:  # noqa: ARG002
+    def scatter(self, grad: Tensor, into: Tensor, x: Tensor, chunk: Chunk) -> None:
+        """As in `Rungs`."""
         for some, index, first, keys in self._slices(chunk):
             into[:, some, keys] += grad[:, some, first:, index]
 
@@ -113,6 +115,7 @@ class ScaledRungs:
             yield index, rung, first, near, near_rows, far_rows
 
     def gather(self, x: Tensor, chunk: Chunk) -> Tensor:
+        """As in `Rungs`."""
         batch, heads, _, size = x.shape
         rows = x.new_zeros(batch, heads, chunk.stop - chunk.start, self.count, size)
         for index, rung, first, _, near_rows, far_rows in self._pairs(x, chunk):
@@ -120,6 +123,7 @@ class ScaledRungs:
         return rows
 
     def scatter(self, grad: Tensor, into: Tensor, x: Tensor, chunk: Chunk) -> None:
+        """As in `Rungs`."""
         for index, rung, first, near, near_rows, far_rows in self._pairs(x, chunk):
             rows = grad[:, :, first:, index]
             far_grad = rows * self._fraction(rung, chunk, first, x)
@@ -178,7 +182,10 @@ def backward(
             shift = shift - grad_lse.reshape(work.grouped(lse))[..., rows].movedim(2, -1)[..., None]
         grad_scores = weights * (work.products(upstream, near_values, far_values) - shift) * scale
         work.give(dq, work.weighted(grad_scores, near_keys, far_keys), chunk)
-        for grad, left, right, into in ((grad_scores, queries, work.keys, dk), (weights, upstream, work.values, dv)):
+        for grad, left, right, into in (
+            (grad_scores, queries, work.keys, dk),
+            (weights, upstream, work.values, dv),
+        ):
             near_grad, far_grad = work.transposed(grad, left)
             work.add_band(near_grad, into.transpose(1, 2), chunk)
             rungs.scatter(far_grad, into.transpose(1, 2), right, chunk)

@@ -24,10 +24,14 @@ _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? positions, float scale, int win
 _SAVED = "Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse"
 _FIXED = "int[] offsets, int[] set_sizes"
 _SCALED = "Tensor alpha, int[] rungs, int max_offset"
-_library.define(f"attend_forward({_INPUTS}, {_FIXED}) -> (Tensor, Tensor)")
-_library.define(f"attend_backward({_SAVED}, {_INPUTS}, {_FIXED}) -> (Tensor, Tensor, Tensor)")
-_library.define(f"attend_scaled_forward({_INPUTS}, {_SCALED}) -> (Tensor, Tensor)")
-_library.define(f"attend_scaled_backward({_SAVED}, {_INPUTS}, {_SCALED}) -> (Tensor, Tensor, Tensor, Tensor)")
+_INTERPRET = "bool interpret=False"
+"""Whether CPU tensors go through the GPU's kernels, in Triton's interpreter. On a GPU it says nothing."""
+_library.define(f"attend_forward({_INPUTS}, {_FIXED}, {_INTERPRET}) -> (Tensor, Tensor)")
+_library.define(f"attend_backward({_SAVED}, {_INPUTS}, {_FIXED}, {_INTERPRET}) -> (Tensor, Tensor, Tensor)")
+_library.define(f"attend_scaled_forward({_INPUTS}, {_SCALED}, {_INTERPRET}) -> (Tensor, Tensor)")
+_library.define(
+    f"attend_scaled_backward({_SAVED}, {_INPUTS}, {_SCALED}, {_INTERPRET}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
 
 
 def split_offsets(offsets: Sequence[int], set_sizes: Sequence[int]) -> list[tuple[int, ...]]:
@@ -40,28 +44,76 @@ def _fixed_rungs(q: Tensor, window: int, offsets: Sequence[int], set_sizes: Sequ
     return cpu.FixedRungs([Pattern(window, some) for some in split_offsets(offsets, set_sizes)], q.device)
 
 
+def _kernels() -> Any:
+    """The GPU's kernels; Triton is imported here and nowhere before."""
+    from fibattn.attention import triton
+
+    return triton
+
+
+def _offset_table(q: Tensor, offsets: Sequence[int], set_sizes: Sequence[int]) -> Tensor:
+    return _kernels().offset_table(tuple(split_offsets(offsets, set_sizes)), q.device)
+
+
 def _scaled_rungs(alpha: Tensor, rungs: Sequence[int], window: int, max_offset: int) -> cpu.ScaledRungs:
     return cpu.ScaledRungs(interpolate(rungs, float(alpha), window, max_offset), alpha.device)
 
 
+@torch.library.impl(_library, "attend_forward", "CUDA")
+def _triton_forward(q, k, v, positions, scale, window, offsets, set_sizes, interpret=False):
+    kernels = _kernels()
+    return kernels.forward(q, k, v, positions, scale, window, _offset_table(q, offsets, set_sizes))
+
+
+@torch.library.impl(_library, "attend_backward", "CUDA")
+def _triton_backward(
+    grad_out, grad_lse, out, lse, q, k, v, positions, scale, window, offsets, set_sizes, interpret=False
+):
+    table = _offset_table(q, offsets, set_sizes)
+    return _kernels().backward(grad_out, grad_lse, out, lse, q, k, v, positions, scale, window, table)[:3]
+
+
+@torch.library.impl(_library, "attend_scaled_forward", "CUDA")
+def _triton_scaled_forward(q, k, v, positions, scale, window, alpha, rungs, max_offset, interpret=False):
+    return _kernels().scaled_forward(q, k, v, positions, scale, window, alpha, rungs, max_offset)
+
+
+@torch.library.impl(_library, "attend_scaled_backward", "CUDA")
+def _triton_scaled_backward(
+    grad_out, grad_lse, out, lse, q, k, v, positions, scale, window, alpha, rungs, max_offset, interpret=False
+):
+    saved = (grad_out, grad_lse, out, lse)
+    return _kernels().scaled_backward(*saved, q, k, v, positions, scale, window, alpha, rungs, max_offset)
+
+
 @torch.library.impl(_library, "attend_forward", "CPU")
-def _(q, k, v, positions, scale, window, offsets, set_sizes):
+def _(q, k, v, positions, scale, window, offsets, set_sizes, interpret=False):
+    if interpret:
+        return _triton_forward(q, k, v, positions, scale, window, offsets, set_sizes)
     return cpu.forward(q, k, v, window, _fixed_rungs(q, window, offsets, set_sizes), scale, positions)
 
 
 @torch.library.impl(_library, "attend_backward", "CPU")
-def _(grad_out, grad_lse, out, lse, q, k, v, positions, scale, window, offsets, set_sizes):
+def _(grad_out, grad_lse, out, lse, q, k, v, positions, scale, window, offsets, set_sizes, interpret=False):
+    if interpret:
+        inputs = (q, k, v, positions, scale, window, offsets, set_sizes)
+        return _triton_backward(grad_out, grad_lse, out, lse, *inputs)
     rungs = _fixed_rungs(q, window, offsets, set_sizes)
     return cpu.backward(grad_out, grad_lse, q, k, v, out, lse, window, rungs, scale, positions)
 
 
 @torch.library.impl(_library, "attend_scaled_forward", "CPU")
-def _(q, k, v, positions, scale, window, alpha, rungs, max_offset):
+def _(q, k, v, positions, scale, window, alpha, rungs, max_offset, interpret=False):
+    if interpret:
+        return _triton_scaled_forward(q, k, v, positions, scale, window, alpha, rungs, max_offset)
     return cpu.forward(q, k, v, window, _scaled_rungs(alpha, rungs, window, max_offset), scale, positions)
 
 
 @torch.library.impl(_library, "attend_scaled_backward", "CPU")
-def _(grad_out, grad_lse, out, lse, q, k, v, positions, scale, window, alpha, rungs, max_offset):
+def _(grad_out, grad_lse, out, lse, q, k, v, positions, scale, window, alpha, rungs, max_offset, interpret=False):
+    if interpret:
+        inputs = (q, k, v, positions, scale, window, alpha, rungs, max_offset)
+        return _triton_scaled_backward(grad_out, grad_lse, out, lse, *inputs)
     some = _scaled_rungs(alpha, rungs, window, max_offset)
     grads = cpu.backward(grad_out, grad_lse, q, k, v, out, lse, window, some, scale, positions)
     # d alpha = sum of d fraction * rung, since a rung's distance is alpha * rung.
@@ -80,22 +132,22 @@ def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("fibattn::attend_forward", lib=_library)
-def _(q, k, v, positions, scale, window, offsets, set_sizes):  # noqa: ARG001
+def _(q, k, v, positions, scale, window, offsets, set_sizes, interpret=False):
     return _outputs(q)
 
 
 @torch.library.register_fake("fibattn::attend_scaled_forward", lib=_library)
-def _(q, k, v, positions, scale, window, alpha, rungs, max_offset):  # noqa: ARG001
+def _(q, k, v, positions, scale, window, alpha, rungs, max_offset, interpret=False):
     return _outputs(q)
 
 
 @torch.library.register_fake("fibattn::attend_backward", lib=_library)
-def _(grad_out, grad_lse, out, lse, q, k, v, positions, scale, window, offsets, set_sizes):  # noqa: ARG001
+def _(grad_out, grad_lse, out, lse, q, k, v, positions, scale, window, offsets, set_sizes, interpret=False):
     return _like(q), _like(k), _like(v)
 
 
 @torch.library.register_fake("fibattn::attend_scaled_backward", lib=_library)
-def _(grad_out, grad_lse, out, lse, q, k, v, positions, scale, window, alpha, rungs, max_offset):  # noqa: ARG001
+def _(grad_out, grad_lse, out, lse, q, k, v, positions, scale, window, alpha, rungs, max_offset, interpret=False):
     return _like(q), _like(k), _like(v), torch.empty_like(alpha)
 
 
@@ -113,20 +165,23 @@ class Attend(torch.autograd.Function):
         window: int,
         offsets: list[int],
         set_sizes: list[int],
+        interpret: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = torch.ops.fibattn.attend_forward(q, k, v, positions, scale, window, offsets, set_sizes)
+        fixed = (scale, window, offsets, set_sizes, interpret)
+        out, lse = torch.ops.fibattn.attend_forward(q, k, v, positions, *fixed)
         ctx.save_for_backward(q, k, v, positions, out, lse)
-        ctx.arguments = (scale, window, offsets, set_sizes)
+        ctx.arguments = fixed
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        """As every autograd function\'s."""
         q, k, v, positions, out, lse = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         grads = torch.ops.fibattn.attend_backward(grad_out, grad_lse, out, lse, q, k, v, positions, *ctx.arguments)
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None, None, None
 
 
 class AttendScaled(torch.autograd.Function):
@@ -144,21 +199,24 @@ class AttendScaled(torch.autograd.Function):
         alpha: Tensor,
         rungs: list[int],
         max_offset: int,
+        interpret: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        inputs = (q, k, v, positions, scale, window, alpha, rungs, max_offset)
+        """As every autograd function\'s."""
+        inputs = (q, k, v, positions, scale, window, alpha, rungs, max_offset, interpret)
         out, lse = torch.ops.fibattn.attend_scaled_forward(*inputs)
         ctx.save_for_backward(q, k, v, positions, alpha, out, lse)
-        ctx.arguments = (scale, window, rungs, max_offset)
+        ctx.arguments = (scale, window, rungs, max_offset, interpret)
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        """As every autograd function\'s."""
         q, k, v, positions, alpha, out, lse = ctx.saved_tensors
-        scale, window, rungs, max_offset = ctx.arguments
+        scale, window, *rest = ctx.arguments
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         *grads, grad_alpha = torch.ops.fibattn.attend_scaled_backward(
-            grad_out, grad_lse, out, lse, q, k, v, positions, scale, window, alpha, rungs, max_offset
+            grad_out, grad_lse, out, lse, q, k, v, positions, scale, window, alpha, *rest
         )
-        return *grads, None, None, None, grad_alpha, None, None
+        return *grads, None, None, None, grad_alpha, None, None, None

@@ -41,25 +41,28 @@ class Arguments:
 
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """The folder to make, or to go on with."""
-    sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE [SOURCE ...]")]
+    sources: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(metavar="SOURCE [SOURCE ...]", help_behavior_hint="(required)"),
+    ]
     """What to read, see above."""
-    weights: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=NUMBER ...")] = ()
+    weights: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=NUMBER ...", help_behavior_hint="")] = ()
     """Each source's part of the training tokens. Without it everything is taken."""
-    tokens: Annotated[str | None, tyro.conf.arg(metavar="COUNT")] = None
-    """Training tokens in all, such as 426M. Without it as many as there are, in the proportions of --weights."""
-    val: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=WHAT ...")] = ()
+    tokens: Annotated[str | None, tyro.conf.arg(metavar="COUNT", help_behavior_hint="")] = None
+    """Training tokens in all, such as 426M. Without it as many as there are, in --weights' proportions."""
+    val: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=WHAT ...", help_behavior_hint="")] = ()
     """A held-out set for source NAME, in place of a part of its documents."""
     held_out: float = 0.02
     """The share of documents to hold out of each source that --val does not name; 0 for none."""
     held_out_tokens: Annotated[str, tyro.conf.arg(metavar="COUNT")] = "1048577"
     """The most tokens in one held-out set."""
-    text: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=FIELD[+FIELD] ...")] = ()
+    text: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=FIELD[+FIELD] ...", help_behavior_hint="")] = ()
     """The fields of a row that hold the text; otherwise the field `text`."""
-    key: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=FIELD ...")] = ()
+    key: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=FIELD ...", help_behavior_hint="")] = ()
     """Rows with the same FIELD are held out together; otherwise the text is the key."""
     vocab_size: int = 32_768
     """Size of the tokenizer to train."""
-    tokenizer: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
+    tokenizer: Annotated[str | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
     """A tokenizer folder, or an id of the Hub, to use instead of training one."""
     shard_tokens: Annotated[str, tyro.conf.arg(metavar="COUNT")] = "100M"
     """Tokens in a shard; also the most that a killed run loses."""
@@ -87,9 +90,7 @@ def _plan(given: Arguments) -> Plan:
             weights = weights or (dict(PAPER_WEIGHTS) if len(given.sources) == 1 else {})
         else:
             sources.append(parse_source(spec))
-    validation = {
-        name: parse_source(f"{name}={what}") for name, what in _pairs("--val", given.val, str).items()
-    }
+    validation = {name: parse_source(f"{name}={what}") for name, what in _pairs("--val", given.val, str).items()}
     plan = Plan(
         sources=tuple(sources),
         validation=validation,

@@ -3,13 +3,16 @@
 from typing import Any, get_args
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, configuration_utils
 from transformers.modeling_rope_utils import RopeParameters
 
 from fibattn.errors import InputError
 from fibattn.pattern import Base, Pattern, Schedule, base_rungs, layer_patterns
 
 LAYER_TYPES = ("fibonacci_attention", "sliding_attention", "full_attention")
+
+# Transformers has no call to make a layer type known, and its Trainer reads configurations by their base class.
+configuration_utils.ALLOWED_ATTN_LAYER_TYPES += ("fibonacci_attention",)  # pyright: ignore[reportPrivateImportUsage]
 
 
 @strict
@@ -107,12 +110,6 @@ class FibAttnConfig(PreTrainedConfig):
         """Whether the layer has a scale that is trained."""
         return self.schedule == "learned" and (self.layer_types or [])[layer] == "fibonacci_attention"
 
-    def validate_layer_type(self) -> None:
-        """Check `layer_types`; replaces Transformers' check, which does not know our type."""
-        for layer, kind in enumerate(self.layer_types or []):
-            if kind not in LAYER_TYPES:
-                raise InputError(f"layer_types[{layer}] is {kind!r}; the types are {', '.join(LAYER_TYPES)}")
-
     def _check_shapes(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         for name in (*sizes, "num_key_value_heads", "head_dim", "max_position_embeddings"):
@@ -131,6 +128,9 @@ class FibAttnConfig(PreTrainedConfig):
                     f"{name} is {getattr(self, name)!r}; this version knows {', '.join(allowed)}. "
                     "A configuration of a newer fibattn needs that version"
                 )
+        for layer, kind in enumerate(self.layer_types or []):
+            if kind not in LAYER_TYPES:
+                raise InputError(f"layer_types[{layer}] is {kind!r}; the types are {', '.join(LAYER_TYPES)}")
         for name in ("layer_types", "no_rope_layers"):
             if len(getattr(self, name)) != self.num_hidden_layers:
                 raise InputError(f"{name} has {len(getattr(self, name))} entries for {self.num_hidden_layers} layers")

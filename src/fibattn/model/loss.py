@@ -61,4 +61,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * upstream.to(grad_hidden.dtype), grad_weight * upstream.to(grad_weight.dtype), None
+        return (
+            grad_hidden * upstream.to(grad_hidden.dtype),
+            grad_weight * upstream.to(grad_weight.dtype),
+            None,
+        )

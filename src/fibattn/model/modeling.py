@@ -73,7 +73,11 @@ class FibAttnAttention(nn.Module):
 
     def __init__(self, config: FibAttnConfig, layer: int):
         super().__init__()
-        heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads or 1, config.head_dim or 1
+        heads, kv_heads, size = (
+            config.num_attention_heads,
+            config.num_key_value_heads or 1,
+            config.head_dim or 1,
+        )
         self.config, self.layer_idx, self.head_dim = config, layer, size
         self.num_key_value_groups = heads // kv_heads
         self.scaling, self.attention_dropout, self.is_causal = size**-0.5, 0.0, True

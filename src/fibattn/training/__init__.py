@@ -1,0 +1,1 @@
+"""Training: recipes, a thin Trainer, checkpoints that are whole or absent."""

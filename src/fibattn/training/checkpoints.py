@@ -1,0 +1,108 @@
+"""Checkpoints that are whole or absent, and known to be whole.
+
+A checkpoint is written into a staging folder, its files are listed with size and SHA-256 in `COMPLETE.json`,
+and only then does the folder take its name. What a kill leaves behind is a staging folder, which nobody reads.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from fibattn import files
+from fibattn.errors import InputError
+
+STAGING = ".staging"
+_MANIFEST = "COMPLETE.json"
+_PREFIX = "checkpoint-"
+
+
+def publish(run: Path, step: int, keep: int) -> Path:
+    """Give the staged checkpoint of `step` its name, and remove all but the newest `keep`."""
+    staged, final = run / STAGING / f"{_PREFIX}{step}", run / f"{_PREFIX}{step}"
+    seal(staged)
+    if final.exists():
+        shutil.rmtree(final)
+    staged.replace(final)
+    _sync_folder(run)
+    shutil.rmtree(run / STAGING)
+    for old in _all(run)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest of a finished folder: every file's size and SHA-256."""
+    manifest = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != _MANIFEST:
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+            manifest[str(path.relative_to(folder))] = {
+                "bytes": path.stat().st_size,
+                "sha256": files.sha256(path),
+            }
+    files.write_json(folder / _MANIFEST, manifest)
+
+
+def verify(folder: Path) -> None:
+    """Check every file of a sealed folder.
+
+    Raises:
+        InputError: naming the file that is missing, cut short or changed.
+    """
+    if not (folder / _MANIFEST).exists():
+        raise InputError(f"{folder} has no {_MANIFEST}: it was not finished; use another checkpoint")
+    for name, expected in files.read_json(folder / _MANIFEST).items():
+        path = folder / name
+        if not path.exists():
+            raise InputError(f"{path} is missing; use another checkpoint")
+        if path.stat().st_size != expected["bytes"]:
+            raise InputError(
+                f"{path} has {path.stat().st_size} bytes, expected {expected['bytes']}: it was cut short; "
+                "use another checkpoint"
+            )
+        if files.sha256(path) != expected["sha256"]:
+            raise InputError(f"{path} was changed since it was written (SHA-256 differs); use another checkpoint")
+
+
+def is_sealed(folder: Path) -> bool:
+    """Whether the folder has a manifest to be checked against."""
+    return (folder / _MANIFEST).exists()
+
+
+def latest(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run; damaged ones are passed over with a line on stderr.
+
+    Raises:
+        InputError: when there are checkpoints and none is whole.
+    """
+    found = _all(run)
+    for folder in reversed(found):
+        try:
+            verify(folder)
+        except InputError as error:
+            print(f"passing over a damaged checkpoint: {error}", file=sys.stderr)
+            continue
+        return folder
+    if found:
+        raise InputError(f"no checkpoint in {run} is whole; remove the folder to start the run anew")
+    return None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix(_PREFIX))
+
+
+def _all(run: Path) -> list[Path]:
+    folders = [path for path in run.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
+    return sorted(folders, key=step_of)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

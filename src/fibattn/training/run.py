@@ -1,0 +1,153 @@
+"""One training run from recipe to finished model; run again, it goes on where it was."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from fibattn import files
+from fibattn.data.order import load_order, make_order
+from fibattn.data.stream import PreparedData
+from fibattn.data.windows import TrainingWindows
+from fibattn.errors import InputError
+from fibattn.model import FibAttnConfig, FibAttnForCausalLM
+from fibattn.progress import quantity
+from fibattn.training import checkpoints
+from fibattn.training.recipe import Recipe, to_json
+from fibattn.training.trainer import FibTrainer, process_count
+
+_MAY_CHANGE = {"log_every", "save_every", "keep_checkpoints", "track", "out", "data"}
+
+
+def model_config(recipe: Recipe, vocab_size: int, separator: int) -> FibAttnConfig:
+    """The configuration that a recipe means, for a tokenizer with `vocab_size` ids."""
+    shape = recipe.model
+    kinds = [f"{shape.attention}_attention"] * shape.num_hidden_layers
+    rotated = [1] * shape.num_hidden_layers
+    for layer in shape.full_layers:
+        kinds[layer] = "full_attention"
+        rotated[layer] = int(shape.full_layers_rope)
+    return FibAttnConfig(
+        vocab_size=vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_hidden_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        max_position_embeddings=recipe.length,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        base=shape.base,
+        schedule=shape.schedule,
+        window=shape.window,
+        rungs=shape.rungs,
+        max_offset=recipe.length - 1 if shape.clip_offsets else None,
+        layer_types=kinds,
+        no_rope_layers=rotated,
+        bos_token_id=separator,
+        eos_token_id=separator,
+    )
+
+
+def build_model(recipe: Recipe, vocab_size: int, separator: int) -> FibAttnForCausalLM:
+    """A freshly initialised model; `init_seed` alone decides its weights."""
+    config = model_config(recipe, vocab_size, separator)
+    torch.manual_seed(recipe.init_seed)
+    return FibAttnForCausalLM(config)
+
+
+def train(recipe: Recipe) -> Path:
+    """Train, or go on training, and return the folder of the finished model.
+
+    Raises:
+        InputError: for a recipe that cannot train, data that does not match, another recipe's run in the
+            output folder, or a loss that is not finite.
+    """
+    recipe.check()
+    recipe.micro_batches(process_count())
+    state = PartialState(cpu=not torch.cuda.is_available())
+    with state.main_process_first():
+        data = PreparedData.open(recipe.data, verify=state.is_main_process)
+        order = _order(recipe, data)
+        _claim(recipe, data, order)
+    finished = recipe.out / "model"
+    if checkpoints.is_sealed(finished):
+        state.print(f"{finished} is finished already")
+        return finished
+    disable_progress_bar()
+    model = build_model(recipe, data.vocab_size, data.separator)
+    if recipe.gradient_checkpointing:
+        # Renamed in the course of Transformers 5; the old name warns in the newer versions.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    state.print(
+        f"{quantity(model.num_parameters())} parameters, {quantity(recipe.tokens)} tokens in {recipe.steps} steps "
+        f"of {recipe.windows_per_step} windows of {recipe.length}, on {_device(state)}"
+    )
+    windows = TrainingWindows(data.train, load_order(order), recipe.length)
+    trainer = FibTrainer(model, recipe, windows, process_count())
+    checkpoint = checkpoints.latest(recipe.out)
+    if checkpoint is not None:
+        state.print(f"going on from {checkpoint}")
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    _finish(trainer, data, finished)
+    return finished
+
+
+def _order(recipe: Recipe, data: PreparedData) -> Path:
+    """The order file of this recipe, beside the data so that every run of the same order shares it."""
+    windows = recipe.steps * recipe.windows_per_step
+    name = f"{recipe.order}-seed{recipe.data_seed}-length{recipe.length}-windows{windows}.npy"
+    path = recipe.data / "order" / name
+    about: dict[str, Any] = {
+        "mode": recipe.order,
+        "seed": recipe.data_seed,
+        "windows": windows,
+        "tokens": len(data.train),
+        "length": recipe.length,
+        "data": data.fingerprint,
+    }
+    if not path.exists() or not path.with_suffix(".json").exists():
+        make_order(path, **about)
+    load_order(path, **about)
+    return path
+
+
+def _claim(recipe: Recipe, data: PreparedData, order: Path) -> None:
+    """Write down what the run is, or check that the run in the folder is this one."""
+    about = {"data_fingerprint": data.fingerprint, "order_sha256": files.sha256(order)}
+    path = recipe.out / "recipe.json"
+    if path.exists():
+        before, now = files.read_json(path), to_json(recipe)
+        changed = [key for key in now if key not in _MAY_CHANGE and before.get(key) != now[key]]
+        if changed:
+            details = "; ".join(f"{key} was {before.get(key)!r} and is now {now[key]!r}" for key in changed)
+            raise InputError(f"{recipe.out} holds another run: {details}. Give a new --out, or the old values")
+        known = files.read_json(recipe.out / "inputs.json")
+        if known != about:
+            raise InputError(
+                f"{recipe.out} was trained on other data or another order: {known} then, {about} now. "
+                "Give a new --out, or the old data"
+            )
+        return
+    files.write_json(recipe.out / "inputs.json", about)
+    files.write_json(path, to_json(recipe))
+
+
+def _finish(trainer: FibTrainer, data: PreparedData, finished: Path) -> None:
+    """Write the model folder, sealed, by rename."""
+    staged = finished.with_name(f"{checkpoints.STAGING}-model")
+    trainer.save_model(str(staged))
+    if trainer.args.should_save:
+        # The Trainer's pickle of its arguments; the recipe says more.
+        (staged / "training_args.bin").unlink(missing_ok=True)
+        AutoTokenizer.from_pretrained(data.tokenizer_path).save_pretrained(staged)
+        checkpoints.seal(staged)
+        staged.replace(finished)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _device(state: PartialState) -> str:
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    return name if state.num_processes == 1 else f"{state.num_processes} × {name}"

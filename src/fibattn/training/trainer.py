@@ -1,0 +1,222 @@
+"""Transformers' Trainer with what the recipe needs: its rate, parameter groups and loss, and whole checkpoints.
+
+The order of the data is a file and is read in sequence, so a run's position is its step and nothing else.
+"""
+
+import json
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+
+from fibattn import files
+from fibattn.data.windows import TrainingWindows
+from fibattn.errors import InputError
+from fibattn.progress import Meter
+from fibattn.training import checkpoints
+from fibattn.training.recipe import OptimizerRecipe, Recipe
+
+
+def rate_factor(step: int, optimizer: OptimizerRecipe, steps: int) -> float:
+    """The learning rate of `step` (counted from 1) over the peak: linear warm-up, then cosine (paper, section 4)."""
+    if step <= optimizer.warmup_steps:
+        return step / optimizer.warmup_steps
+    done = (step - optimizer.warmup_steps) / max(steps - optimizer.warmup_steps, 1)
+    return optimizer.final_fraction + (1 - optimizer.final_fraction) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay on parameters of two dimensions or more, none on the rest."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def training_arguments(recipe: Recipe, processes: int) -> TrainingArguments:
+    """The recipe in the Trainer's words."""
+    on_gpu = torch.cuda.is_available()
+    bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and on_gpu)
+    sharded = recipe.parallel == "fsdp" and processes > 1
+    return TrainingArguments(
+        output_dir=str(recipe.out),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.micro_batch,
+        gradient_accumulation_steps=recipe.micro_batches(processes),
+        max_grad_norm=recipe.optimizer.clip_norm,
+        bf16=bf16,
+        torch_compile=recipe.compile,
+        use_cpu=not on_gpu,
+        fsdp=True if sharded else None,  # pyright: ignore[reportArgumentType]
+        fsdp_config={"transformer_layer_cls_to_wrap": ["FibAttnDecoderLayer"]} if sharded else None,
+        seed=recipe.init_seed,
+        train_sampling_strategy="sequential",
+        dataloader_num_workers=2 if on_gpu else 0,
+        dataloader_persistent_workers=on_gpu,
+        dataloader_pin_memory=on_gpu,
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        average_tokens_across_devices=False,
+        # With the filter on, every micro-batch waits for the GPU to look at the loss; `log` looks at it instead.
+        logging_nan_inf_filter=False,
+        logging_steps=recipe.log_every,
+        logging_first_step=True,
+        save_steps=recipe.save_every,
+        report_to=list(recipe.track) or "none",
+        disable_tqdm=True,
+    )
+
+
+class FibTrainer(Trainer):
+    """Trains one recipe on windows in a given order."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, windows: TrainingWindows, processes: int):
+        super().__init__(
+            model=model,  # pyright: ignore[reportArgumentType]
+            args=training_arguments(recipe, processes),
+            train_dataset=windows,
+            callbacks=[MetricsFile(recipe)],
+        )
+        self.recipe = recipe
+        self.windows = windows
+        # `compute_loss` returns the mean of a micro-batch, and micro-batches are equal: let the Trainer average.
+        self.model_accepts_loss_kwargs = False
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Fused AdamW over the paper's two groups."""
+        if self.optimizer is None:
+            chosen = self.recipe.optimizer
+            self.optimizer = torch.optim.AdamW(
+                parameter_groups(self.model if model is None else model, chosen.weight_decay),  # pyright: ignore
+                lr=chosen.peak_rate,
+                betas=(chosen.beta1, chosen.beta2),
+                eps=chosen.epsilon,
+                fused=True,
+            )
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The paper's rate; its first step is step 1, the scheduler's is 0."""
+        if self.lr_scheduler is None:
+            chosen = self.recipe.optimizer
+            self.lr_scheduler = LambdaLR(
+                optimizer or self.optimizer,  # pyright: ignore[reportArgumentType]
+                lambda done: rate_factor(done + 1, chosen, num_training_steps),
+            )
+        return self.lr_scheduler
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The mean over all targets of the windows, each token's successor, the last one's included."""
+        outputs = model(input_ids=inputs["input_ids"], shift_labels=inputs["shift_labels"], use_cache=False)
+        if not outputs.loss.is_cuda and not torch.isfinite(outputs.loss):
+            self._stop_at(self.state.global_step, float(outputs.loss.detach()))
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Pass the metrics on, unless the loss is not finite: then stop, before a checkpoint keeps the damage."""
+        loss = logs.get("loss", 0.0)
+        if not math.isfinite(loss):
+            self._stop_at(self.state.global_step - 1, loss)
+        super().log(logs, start_time)
+
+    def _stop_at(self, step: int, loss: float) -> None:
+        recipe = self.recipe
+        first = step - step % recipe.log_every
+        ids = self.windows.order[first * recipe.windows_per_step : (step + 1) * recipe.windows_per_step]
+        kept = checkpoints.latest(recipe.out)
+        raise InputError(
+            f"the loss is {loss} at step {step + 1}. The windows of steps {first + 1} to {step + 1} start at tokens "
+            f"{', '.join(map(str, ids[-8:]))}{' (the last 8)' if len(ids) > 8 else ''} of the training stream. "
+            f"{f'{kept} is kept' if kept else 'There is no checkpoint yet'}; try a lower optimizer.peak_rate "
+            f"(now {recipe.optimizer.peak_rate}) in a new run"
+        )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.recipe.out / checkpoints.STAGING)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.should_save:
+            shutil.rmtree(self.recipe.out / checkpoints.STAGING, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoints.publish(self.recipe.out, self.state.global_step, self.recipe.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+
+class MetricsFile(TrainerCallback):
+    """Metrics as JSON Lines, one line every `log_every` steps, and progress for whoever watches."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.path = recipe.out / "metrics.jsonl"
+        self.meter = Meter("train", recipe.tokens, "tokens")
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        """Drop what a killed run wrote past its last checkpoint, and start the clock."""
+        self.meter.quiet = not state.is_world_process_zero
+        self._step_tokens = self.recipe.windows_per_step * self.recipe.length
+        self._last, self._last_step = time.monotonic(), state.global_step
+        if state.is_world_process_zero:
+            kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= state.global_step]
+            files.write_text(self.path, "".join(kept))
+        self.meter.__enter__()
+        self.meter.resume(state.global_step * self._step_tokens)
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        """Advance the progress."""
+        self.meter.update(self._step_tokens, self.meter.note)
+
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        """Append one line."""
+        if not state.is_world_process_zero or "loss" not in logs:
+            return
+        now = time.monotonic()
+        speed = (state.global_step - self._last_step) * self._step_tokens / max(now - self._last, 1e-9)
+        self._last, self._last_step = now, state.global_step
+        line = {
+            "step": state.global_step,
+            "tokens": state.global_step * self._step_tokens,
+            "loss": logs["loss"],
+            "learning_rate": logs.get("learning_rate"),
+            "grad_norm": logs.get("grad_norm"),
+            "tokens_per_second": round(speed),
+        }
+        self.meter.note = f"step {state.global_step}, loss {logs['loss']:.4f}"
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        """Say how long it took."""
+        self.meter.__exit__(None, None, None)
+
+
+def _lines(path: Path) -> list[str]:
+    """The whole lines of a JSON Lines file; a last one that a kill cut is left out."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+
+
+def process_count() -> int:
+    """How many processes torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

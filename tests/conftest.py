@@ -1,0 +1,32 @@
+"""Fixtures that several rooms share: a small corpus, prepared once."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def sentence(number: int) -> str:
+    """Text with structure at several scales, the same every time."""
+    word = LETTERS[number % 26] * (1 + number % 4)
+    return f"{word} {number * number % 97} follows {LETTERS[number * 7 % 26]}{number % 10}; so says line {number}.\n"
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared folder with some 40 k training tokens and a held-out set, vocabulary 512."""
+    folder = tmp_path_factory.mktemp("prepared")
+    texts = folder / "texts"
+    texts.mkdir()
+    for document in range(40):
+        lines = (sentence(document * 31 + line) for line in range(60))
+        (texts / f"{document:02d}.txt").write_text("".join(lines), encoding="utf-8")
+    command = [sys.executable, "-m", "fibattn", "prepare", str(folder / "data"), str(texts)]
+    subprocess.run([*command, "--vocab-size", "512", "--held-out", "0.15"], check=True, capture_output=True)
+    return folder / "data"
