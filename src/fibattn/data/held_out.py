@@ -40,11 +40,11 @@ class Survey:
     texts: array  # of uint64, one for each document
 
 
-def survey(source: Source, seed: int, *, quiet: bool = False) -> Survey:
+def survey(label: str, source: Source, seed: int, *, quiet: bool = False) -> Survey:
     """Read a source once, so that all that is wrong with its files is said before any long work begins."""
     digest, texts = hashlib.sha256(), array("Q")
     size, lowest, highest = 0, SPAN, -1
-    with Meter(f"read {source.name}", None, "B", quiet=quiet) as meter:
+    with Meter(f"read {label}", None, "B", quiet=quiet) as meter:
         for key, text in source.documents():
             data = text.encode()
             digest.update(len(data).to_bytes(8, "little") + data)

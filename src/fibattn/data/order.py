@@ -47,9 +47,7 @@ def make_order(
 
 
 def _epochs(generator: np.random.RandomState, windows: int, distinct: int) -> np.ndarray:
-    permutations: Iterator[np.ndarray] = (
-        generator.permutation(distinct) for _ in range(math.ceil(windows / distinct))
-    )
+    permutations: Iterator[np.ndarray] = (generator.permutation(distinct) for _ in range(math.ceil(windows / distinct)))
     return np.concatenate([np.zeros(0, np.int64), *permutations])[:windows]
 
 
@@ -66,12 +64,8 @@ def load_order(path: Path, **expected: Any) -> np.ndarray:
         raise InputError(f"the order file {path} is missing; {anew}")
     found = files.sha256(path)
     if found != about.get("sha256"):
-        raise InputError(
-            f"the order file {path} was altered: SHA-256 {found}, expected {about.get('sha256')}; {anew}"
-        )
+        raise InputError(f"the order file {path} was altered: SHA-256 {found}, expected {about.get('sha256')}; {anew}")
     for name, value in expected.items():
         if about.get(name) != value:
-            raise InputError(
-                f"the order file {path} has {name} = {about.get(name)}, expected {value}; {anew}"
-            )
+            raise InputError(f"the order file {path} has {name} = {about.get(name)}, expected {value}; {anew}")
     return np.load(path, mmap_mode="r")

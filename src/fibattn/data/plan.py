@@ -65,9 +65,7 @@ class Plan:
         for name in names if self.weights is not None else ():
             weight = (self.weights or {}).get(name)
             if weight is None:
-                raise InputError(
-                    f"source {name!r} has no weight; give one for every source: {', '.join(names)}"
-                )
+                raise InputError(f"source {name!r} has no weight; give one for every source: {', '.join(names)}")
             if not (weight > 0 and math.isfinite(weight)):
                 raise InputError(f"the weight of {name!r} is {weight}; expected a number above 0")
 

@@ -76,6 +76,7 @@ class _Preparation:
 
     def begin(self) -> bool:
         """Read what is local, compare it with what the folder was begun with; says whether all is done."""
+        damaged = self.record.drop_damaged()
         for name, source in self.validation.items():
             if source.hub is None or not self._is_held_out(name):
                 self.held_out_texts[name] = self._survey(f"{name}/val", source).texts
@@ -87,7 +88,6 @@ class _Preparation:
             if self._is_held_out(source.name):
                 self.excluded.update(np.load(self._held_out_path(source.name)).tolist())
         self.record.adopt(self._settings())
-        damaged = self.record.drop_damaged()
         if self.record.published:
             if not damaged and self._is_whole():
                 return True
@@ -102,7 +102,7 @@ class _Preparation:
         return f"{name}/val" in self.record.complete and self._held_out_path(name).exists()
 
     def _survey(self, name: str, source: Source) -> split.Survey:
-        self.surveys[name] = split.survey(source, self.plan.seed, quiet=self.quiet)
+        self.surveys[name] = split.survey(name, source, self.plan.seed, quiet=self.quiet)
         return self.surveys[name]
 
     def _settings(self) -> dict[str, Any]:
@@ -139,7 +139,12 @@ class _Preparation:
         if not path.exists() or files.sha256(path) != data["tokenizer_sha256"]:
             shutil.rmtree(folder, ignore_errors=True)
             return False
-        return table.exists() and files.sha256(table) == data["token_bytes_sha256"]
+        held_out = [name.removesuffix("/val") for name in self.record.complete if name.endswith("/val")]
+        return (
+            table.exists()
+            and files.sha256(table) == data["token_bytes_sha256"]
+            and all(map(self._is_held_out, held_out))
+        )
 
     def make_tokenizer(self) -> None:
         """Train the tokenizer, or take the given one, into `tokenizer/`; an earlier run's stays."""
@@ -150,6 +155,7 @@ class _Preparation:
                     self.tokenizer = tokenization.train_tokenizer(self._sample(meter), self.plan.vocab_size)
             tokenization.save_tokenizer(self.tokenizer, folder)
         self.tokenizer = tokenization.load_tokenizer(folder)
+        self.record.use_tokenizer(files.sha256(folder / "tokenizer.json"))
         self.dtype = token_dtype(len(self.tokenizer))
         self.sizes = tokenization.token_bytes(self.tokenizer)
         save_array(self.out / "token_bytes.npy", self.sizes)
@@ -172,9 +178,7 @@ class _Preparation:
     def _fractions(self) -> dict[str, float]:
         if self.plan.fractions:
             return self.plan.fractions
-        sizes = {
-            source.name: self.surveys[source.name].bytes for source in self.sources if source.hub is None
-        }
+        sizes = {source.name: self.surveys[source.name].bytes for source in self.sources if source.hub is None}
         if len(sizes) < len(self.sources):
             return {source.name: 1 / len(self.sources) for source in self.sources}
         return {name: size / sum(sizes.values()) for name, size in sizes.items()}
@@ -187,6 +191,7 @@ class _Preparation:
         name, stream, limit = source.name, f"{source.name}/val", self.thresholds[source.name]
         if self._is_held_out(name) or (name not in self.validation and limit == 0):
             return
+        self.record.forget(stream)  # it is small, and its texts are noted while it is written
         if name in self.validation:
             texts = self.held_out_texts[name]
             documents = (text for _, text in self.validation[name].documents())
@@ -221,15 +226,13 @@ class _Preparation:
     def _check_enough(self, source: Source, limit: int | None) -> None:
         have = self.record.tokens(f"{source.name}/train")
         if have == 0:
-            raise InputError(
-                f"source {source.name!r} has no document left to train on: all of them are held out too"
-            )
+            raise InputError(f"source {source.name!r} has no document left to train on: all of them are held out too")
         if limit is not None and have < limit:
             fraction = (self.plan.fractions or {})[source.name]
             raise InputError(
                 f"source {source.name!r} has {have:,} training tokens, fewer than its share of {limit:,} "
-                f"({fraction:.3g} of {self.plan.tokens:,}); lower --tokens to "
-                f"{int(have / fraction):,} or less, lower its weight, or leave --tokens out to take as many as fit (what is finished is kept)"
+                f"({fraction:.3g} of {self.plan.tokens:,}); lower --tokens to {int(have / fraction):,}, lower "
+                "its weight, or leave --tokens out to take as many as fit; what is finished is kept"
             )
 
     def _write(self, stream: str, documents: Iterator[str], limit: int | None, size: int | None) -> None:
@@ -241,9 +244,8 @@ class _Preparation:
         in_bytes = limit is None and size is not None
         count: Callable[[np.ndarray], int] = (lambda ids: int(self.sizes[ids].sum())) if in_bytes else len
         done = sum(shard.bytes for shard in shards) if in_bytes else self.record.tokens(stream)
-        with Meter(
-            f"encode {stream}", size if in_bytes else limit, "B" if in_bytes else "tokens", quiet=self.quiet
-        ) as meter:
+        total, unit = (size, "B") if in_bytes else (limit, "tokens")
+        with Meter(f"encode {stream}", total, unit, quiet=self.quiet) as meter:
             meter.resume(done)
             arrays = _metered(arrays, meter, count)
             while limit is None or self.record.tokens(stream) < limit:
@@ -252,11 +254,8 @@ class _Preparation:
                     break
                 path = self.record.stream_path(stream, len(shards))
                 room = None if limit is None else limit - self.record.tokens(stream)
-                shards.append(
-                    write_shard(
-                        path, chain([first], arrays), self.sizes, self.dtype, self.plan.shard_tokens, room
-                    )
-                )
+                rest = chain([first], arrays)
+                shards.append(write_shard(path, rest, self.sizes, self.dtype, self.plan.shard_tokens, room))
                 self.record.save()
 
     def balance(self) -> None:
@@ -278,7 +277,7 @@ class _Preparation:
             "format": 1,
             "vocab_size": len(self.tokenizer),
             "separator": tokenization.separator(self.tokenizer),
-            "tokenizer_sha256": files.sha256(self.out / "tokenizer" / "tokenizer.json"),
+            "tokenizer_sha256": self.record.tokenizer,
             "token_bytes_sha256": files.sha256(self.out / "token_bytes.npy"),
             "sources": [self._entry(source) for source in self.sources],
             "settings": self.record.settings,
@@ -308,9 +307,7 @@ def _noting(documents: Iterator[str], texts: array) -> Iterator[str]:
         yield text
 
 
-def _metered(
-    arrays: Iterator[np.ndarray], meter: Meter, count: Callable[[np.ndarray], int]
-) -> Iterator[np.ndarray]:
+def _metered(arrays: Iterator[np.ndarray], meter: Meter, count: Callable[[np.ndarray], int]) -> Iterator[np.ndarray]:
     for ids in arrays:
         meter.update(count(ids))
         yield ids

@@ -56,9 +56,7 @@ def read_plain(path: Path) -> str:
         raise InputError(f"{path} cannot be read ({error}); check it or fetch it again") from None
     if b"\0" in data:
         where = data.index(b"\0")
-        raise InputError(
-            f"{path} is binary or UTF-16 (byte 0 at {where}); text in UTF-8 was expected: leave it out"
-        )
+        raise InputError(f"{path} is binary or UTF-16 (byte 0 at {where}); text in UTF-8 was expected: leave it out")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -97,9 +95,7 @@ def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
         from datasets import load_dataset
     except ImportError:
         raise InputError(f"{path} needs the package datasets to be read: pip install 'datasets>=4'") from None
-    logging.getLogger("datasets").setLevel(
-        logging.CRITICAL
-    )  # it would print the error that is raised below too
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it would print the error that is raised below too
     builder = ROWS[kind(path) or ""]
     try:
         yield from load_dataset(builder, data_files=[str(path)], split="train", streaming=True)
@@ -118,14 +114,10 @@ def from_row(row: Mapping[str, Any], fields: tuple[str, ...], key: str | None, w
     for field in (*fields, *((key,) if key else ())):
         if field not in row:
             have = ", ".join(map(repr, row))
-            raise InputError(
-                f"{where} has no field {field!r}; it has {have}: name the right one with --text or --key"
-            )
+            raise InputError(f"{where} has no field {field!r}; it has {have}: name the right one with --text or --key")
         if not isinstance(row[field], str):
             got = type(row[field]).__name__
-            raise InputError(
-                f"field {field!r} in {where} is {got}, text was expected: name another field with --text"
-            )
+            raise InputError(f"field {field!r} in {where} is {got}, text was expected: name another field with --text")
         parts.append(row[field])
     text = "\n\n".join(parts[: len(fields)])
     return (parts[-1] if key else text), text

@@ -21,6 +21,7 @@ class Record:
     folder: Path
     settings: dict[str, Any] = field(default_factory=dict)
     limits: dict[str, int] | None = None
+    tokenizer: str | None = None  # SHA-256 of tokenizer.json
     shards: dict[str, list[Shard]] = field(default_factory=dict)
     complete: set[str] = field(default_factory=set)
     published: bool = False
@@ -33,16 +34,13 @@ class Record:
                 leftover.unlink()
         if (folder / UNFINISHED).exists():
             saved = files.read_json(folder / UNFINISHED)
-            shards = {
-                stream: [Shard(**shard) for shard in found] for stream, found in saved["shards"].items()
-            }
-            return cls(folder, saved["settings"], saved["limits"], shards, set(saved["complete"]))
+            shards = {stream: [Shard(**shard) for shard in found] for stream, found in saved["shards"].items()}
+            tokenizer, complete = saved["tokenizer_sha256"], set(saved["complete"])
+            return cls(folder, saved["settings"], saved["limits"], tokenizer, shards, complete)
         if (folder / DATA).exists():
             return cls._of_published(folder)
         if folder.exists() and any(folder.iterdir()):
-            raise InputError(
-                f"{folder} holds other files; expected a new, an empty or an earlier prepared folder"
-            )
+            raise InputError(f"{folder} holds other files; expected a new, an empty or an earlier prepared folder")
         return cls(folder)
 
     @classmethod
@@ -54,14 +52,33 @@ class Record:
             for split in ("train", "val")
             if source[split]
         }
-        return cls(folder, saved["settings"], saved["limits"], shards, set(shards), published=True)
+        tokenizer = saved["tokenizer_sha256"]
+        return cls(folder, saved["settings"], saved["limits"], tokenizer, shards, set(shards), published=True)
 
     def save(self) -> None:
         """Write `unfinished.json`."""
         shards = {stream: [asdict(shard) for shard in found] for stream, found in self.shards.items()}
-        complete = sorted(self.complete)
-        value = {"settings": self.settings, "limits": self.limits, "complete": complete, "shards": shards}
+        value = {
+            "settings": self.settings,
+            "limits": self.limits,
+            "tokenizer_sha256": self.tokenizer,
+            "complete": sorted(self.complete),
+            "shards": shards,
+        }
         files.write_json(self.folder / UNFINISHED, value)
+
+    def forget(self, stream: str) -> None:
+        """Have a stream written from its beginning."""
+        self.shards.pop(stream, None)
+        self.complete.discard(stream)
+
+    def use_tokenizer(self, sha256: str) -> None:
+        """Tokens of another tokenizer (its file was lost, and a newer library trains another) are of no use."""
+        if self.tokenizer not in (None, sha256):
+            for stream in list(self.shards):
+                self.forget(stream)
+        self.tokenizer = sha256
+        self.save()
 
     def adopt(self, settings: dict[str, Any]) -> None:
         """Go on under `settings`; they must be those the folder was begun with.

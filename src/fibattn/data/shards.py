@@ -94,8 +94,8 @@ def _header(dtype: np.dtype, tokens: int) -> bytes:
 def cut_shard(path: Path, sizes: np.ndarray, limit: int) -> Shard:
     """Rewrite a shard with its first `limit` tokens."""
     tokens, starts = open_shard(path), np.load(starts_path(path))
-    ends = [int(start) for start in starts if start < limit] + [limit]
-    return write_shard(path, (tokens[a:b] for a, b in pairwise(ends)), sizes, tokens.dtype, limit, limit)
+    documents = (tokens[a:b] for a, b in pairwise([*starts.tolist(), len(tokens)]))
+    return write_shard(path, documents, sizes, tokens.dtype, limit, limit)
 
 
 def open_shard(path: Path) -> np.ndarray:
@@ -108,14 +108,10 @@ def open_shard(path: Path) -> np.ndarray:
     dtype = next((dtype for dtype, magic in FORMATS.items() if (*magic,) == tuple(header[:2])), None)
     if dtype is None or len(header) < 3:
         found = header[:2].tolist()
-        raise InputError(
-            f"{path} is not a token shard: magic and version {found}, expected [20240520, 1]; {repair}"
-        )
+        raise InputError(f"{path} is not a token shard: magic and version {found}, expected [20240520, 1]; {repair}")
     expected = HEADER_BYTES + int(header[2]) * dtype.itemsize
     if size != expected:
-        raise InputError(
-            f"the shard {path} has {size} bytes, expected {expected} for {header[2]} tokens; {repair}"
-        )
+        raise InputError(f"the shard {path} has {size} bytes, expected {expected} for {header[2]} tokens; {repair}")
     return np.memmap(path, dtype, "r", offset=HEADER_BYTES)
 
 

@@ -10,9 +10,7 @@ from fibattn.data import readers
 from fibattn.errors import InputError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-HUB = re.compile(
-    r"hf:(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]*))?(:(?P<split>[\w.-]+))?(@(?P<revision>[\w./-]+))?"
-)
+HUB = re.compile(r"hf:(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]*))?(:(?P<split>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
 
 
 @dataclass(frozen=True)
@@ -36,17 +34,11 @@ class Source:
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
-            raise InputError(
-                f"source name {self.name!r} must be letters, digits, '.', '_' and '-'; it names a folder"
-            )
+            raise InputError(f"source name {self.name!r} must be letters, digits, '.', '_' and '-'; it names a folder")
 
     def __str__(self) -> str:
         if self.hub is None:
-            return (
-                str(self.paths[0])
-                if len(self.paths) == 1
-                else f"{len(self.paths)} files, {self.paths[0]} first"
-            )
+            return str(self.paths[0]) if len(self.paths) == 1 else f"{len(self.paths)} files, {self.paths[0]} first"
         name = f"hf:{self.hub}:{self.config or ''}:{self.split}"
         return name + (f"@{self.revision}" if self.revision else "")
 
@@ -90,19 +82,19 @@ def parse_source(spec: str) -> Source:
     if what.startswith("hf:"):
         match = HUB.fullmatch(what)
         if match is None:
-            raise InputError(
-                f"{what!r} is not a data set id; expected hf:owner/name[:config[:split]][@revision]"
-            )
+            raise InputError(f"{what!r} is not a data set id; expected hf:owner/name[:config[:split]][@revision]")
         name = name or match["id"].split("/")[1]
         split = match["split"] or "train"
-        return Source(
-            name, hub=match["id"], config=match["config"] or None, split=split, revision=match["revision"]
-        )
-    return Source(name or _default_name(what), paths=_expand(what))
+        return Source(name, hub=match["id"], config=match["config"] or None, split=split, revision=match["revision"])
+    paths = _expand(what)
+    return Source(name or _default_name(what), paths=paths)
 
 
 def _default_name(what: str) -> str:
-    stem = Path(what).resolve().name.split(".")[0]
+    path = Path(what).resolve()
+    while glob.has_magic(path.name):
+        path = path.parent
+    stem = path.name.split(".")[0]
     name = re.sub(r"[^A-Za-z0-9_-]+", "", stem)
     if not name:
         raise InputError(f"no name can be made from {what!r}; give one: NAME={what}")
@@ -155,9 +147,7 @@ def _stream(source: Source) -> Iterator[tuple[str, str]]:
 
     assert source.hub is not None
     try:
-        rows = load_dataset(
-            source.hub, source.config, split=source.split, revision=source.revision, streaming=True
-        )
+        rows = load_dataset(source.hub, source.config, split=source.split, revision=source.revision, streaming=True)
         wanted = list(dict.fromkeys((*source.text, *((source.key,) if source.key else ()))))
         if rows.column_names and set(wanted) <= set(rows.column_names):
             rows = rows.select_columns(wanted)  # of Parquet, only these are fetched

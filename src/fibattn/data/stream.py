@@ -84,19 +84,13 @@ class PreparedData:
                 raise InputError(
                     f"{folder} is not finished; run the same `fibattn prepare` again, it goes on from there"
                 )
-            raise InputError(
-                f"{folder} holds no prepared data ({DATA} is missing); make it with `fibattn prepare`"
-            )
+            raise InputError(f"{folder} holds no prepared data ({DATA} is missing); make it with `fibattn prepare`")
         data = files.read_json(folder / DATA)
         if data.get("format") != 1:
-            raise InputError(
-                f"{folder / DATA} has format {data.get('format')}, expected 1; prepare the data anew"
-            )
+            raise InputError(f"{folder / DATA} has format {data.get('format')}, expected 1; prepare the data anew")
         _check(folder, data, verify)
         streams = {
-            (source["name"], split): TokenStream(
-                [_folder(folder, source) / s["file"] for s in source[split]["shards"]]
-            )
+            (source["name"], split): TokenStream([_folder(folder, source) / s["file"] for s in source[split]["shards"]])
             for source in data["sources"]
             for split in ("train", "val")
             if source[split]
@@ -140,10 +134,14 @@ def _folder(folder: Path, source: dict[str, Any]) -> Path:
 
 def _check(folder: Path, data: dict[str, Any], verify: bool) -> None:
     repair = "run the same `fibattn prepare` again, it makes anew what is damaged"
-    if fingerprint(data) != data["fingerprint"]:
+    try:
+        found, expected = fingerprint(data), data["fingerprint"]
+    except (KeyError, TypeError) as error:
+        found, expected = f"without {error}", "a whole one"
+    if found != expected:
         raise InputError(
-            f"{folder / DATA} was altered: its fingerprint is {fingerprint(data)}, "
-            f"expected {data['fingerprint']}; restore it or prepare the data anew"
+            f"{folder / DATA} was altered: its fingerprint is {found}, expected {expected}; restore it or prepare "
+            "the data anew"
         )
     for name, expected in (
         ("tokenizer/tokenizer.json", data["tokenizer_sha256"]),

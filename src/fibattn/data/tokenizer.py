@@ -34,9 +34,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size < SMALLEST:
-        raise InputError(
-            f"vocab_size is {vocab_size}; expected at least {SMALLEST}: 256 bytes, {BOS} and {PAD}"
-        )
+        raise InputError(f"vocab_size is {vocab_size}; expected at least {SMALLEST}: 256 bytes, {BOS} and {PAD}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
         [
@@ -77,9 +75,7 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
             "tokenizer.json, or an id of the Hub and a network"
         ) from None
     if not tokenizer.is_fast:
-        raise InputError(
-            f"the tokenizer {str(path)!r} has no tokenizer.json; convert it to a fast tokenizer first"
-        )
+        raise InputError(f"the tokenizer {str(path)!r} has no tokenizer.json; convert it to a fast tokenizer first")
     separator(tokenizer)
     return tokenizer
 
@@ -89,9 +85,7 @@ def separator(tokenizer: "PreTrainedTokenizerFast") -> int:
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if isinstance(token, int):
             return token
-    raise InputError(
-        "the tokenizer has neither a bos nor an eos token; one is needed between documents: add it"
-    )
+    raise InputError("the tokenizer has neither a bos nor an eos token; one is needed between documents: add it")
 
 
 def tokenizer_sha256(tokenizer: "PreTrainedTokenizerFast") -> str:
@@ -118,9 +112,7 @@ def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
     decoder = json.dumps(settings["decoder"])
     byte_level, byte_fallback = '"ByteLevel"' in decoder, '"ByteFallback"' in decoder
     if not byte_level and not byte_fallback:
-        raise InputError(
-            "the tokenizer is not byte-level, so text cannot be given back exactly; choose one that is"
-        )
+        raise InputError("the tokenizer is not byte-level, so text cannot be given back exactly; choose one that is")
     added = {token["id"]: token for token in settings["added_tokens"]}
     sizes = np.zeros(len(tokenizer), np.uint16)
     for token, index in backend.get_vocab().items():
@@ -135,9 +127,7 @@ def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
     return sizes
 
 
-def token_arrays(
-    tokenizer: "PreTrainedTokenizerFast", texts: Iterable[str], dtype: np.dtype
-) -> Iterator[np.ndarray]:
+def token_arrays(tokenizer: "PreTrainedTokenizerFast", texts: Iterable[str], dtype: np.dtype) -> Iterator[np.ndarray]:
     """Encode documents, many at once on all cores; yields an array for each, the separator first.
 
     What looks like a special token inside a text is encoded as ordinary text.

@@ -1,0 +1,317 @@
+"""The whole way from files to a prepared folder, also killed, cut short and damaged."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import fingerprints, write_jsonl
+
+from fibattn.data.plan import Plan
+from fibattn.data.prepare import prepare
+from fibattn.data.sources import Source, parse_source
+from fibattn.data.stream import PreparedData
+from fibattn.data.tokenizer import load_tokenizer
+from fibattn.errors import InputError
+
+SMALL = {"vocab_size": 300, "shard_tokens": 3000, "held_out_tokens": 2500, "held_out": 0.2}
+
+
+def make(out: Path, sources, **change) -> PreparedData:
+    return prepare(out, Plan(tuple(sources), **{**SMALL, **change}), quiet=True)
+
+
+@pytest.fixture(scope="module")
+def sources(corpus) -> list[Source]:
+    return [parse_source(str(corpus / f"{name}.jsonl")) for name in ("books", "docs")]
+
+
+@pytest.fixture(scope="module")
+def whole(sources, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "data"
+    make(out, sources)
+    return out
+
+
+def documents(data: PreparedData, name: str, split: str) -> list[str]:
+    """The texts of one source's shards, by plain numpy and transformers."""
+    tokenizer = load_tokenizer(data.tokenizer_path)
+    found = []
+    for path in sorted((data.folder / "shards" / name).glob(f"{split}-*.bin")):
+        tokens = np.fromfile(path, "<u2", offset=1024)
+        starts = np.load(path.with_suffix(".starts.npy")).astype(np.int64)
+        assert (tokens[starts] == tokenizer.bos_token_id).all()
+        assert (tokens == tokenizer.bos_token_id).sum() == len(starts)
+        found += [tokenizer.decode(part[1:].tolist()) for part in np.split(tokens, starts[1:])]
+    return found
+
+
+def test_every_document_is_in_training_or_held_out_and_none_in_both(whole, texts):
+    data = PreparedData.open(whole)
+    assert len(list((whole / "shards" / "books").glob("train-*.bin"))) > 3
+    for name, all_texts in texts.items():
+        train, held_out = documents(data, name, "train"), documents(data, name, "val")
+        position = {text: i for i, text in enumerate(all_texts)}
+        places = [position[text] for text in train]
+        assert places == sorted(places)  # whole documents in the order of the source
+        assert not set(train) & set(held_out)
+        assert all(text in position for text in held_out[:-1])
+        assert any(text.startswith(held_out[-1]) for text in all_texts)  # cut at held_out_tokens
+        assert len(data.validation[name]) == SMALL["held_out_tokens"]
+    assert len(data.train) == sum(source["train"]["tokens"] for source in data.sources)
+
+
+def test_counts_in_the_record_are_right(whole):
+    data = PreparedData.open(whole)
+    for source in data.sources:
+        train = documents(data, source["name"], "train")
+        assert source["train"]["documents"] == len(train)
+        assert source["train"]["bytes"] == sum(len(text.encode()) for text in train)
+    assert data.token_bytes[data.train.window(0, len(data.train))].sum() == sum(
+        source["train"]["bytes"] for source in data.sources
+    )
+    assert data.vocab_size == 300
+
+
+def test_again_does_nothing_and_elsewhere_gives_the_same_bytes(whole, sources, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    make(whole, sources)
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+    make(tmp_path / "other", sources)
+    assert fingerprints(tmp_path / "other") == fingerprints(whole)
+
+
+def kill_when(out: Path, sources: list[Source], ready) -> None:
+    """Run the real command line in its own process and SIGKILL it once `ready()`."""
+    words = [f"{source.name}={source.paths[0]}" for source in sources]
+    flags = [
+        "--vocab-size",
+        "300",
+        "--shard-tokens",
+        "3000",
+        "--held-out",
+        "0.2",
+        "--held-out-tokens",
+        "2500",
+    ]
+    command = [sys.executable, "-m", "fibattn", "prepare", str(out), *words, *flags]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        while not ready():
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            time.sleep(0.0005)
+        os.kill(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_killed_and_resumed_gives_the_bytes_of_an_uninterrupted_run(whole, sources, tmp_path):
+    out = tmp_path / "data"
+    kill_when(out, sources, (out / "unfinished.json").exists)
+    kill_when(out, sources, (out / "shards/docs/train-00001.bin").exists)
+    assert (out / "unfinished.json").exists()
+    with pytest.raises(InputError, match="is not finished; run the same `fibattn prepare` again"):
+        PreparedData.open(out)
+    done = out / "shards/books/train-00000.bin"
+    before = done.stat().st_mtime_ns
+    make(out, sources)
+    assert done.stat().st_mtime_ns == before  # a finished shard is not made again
+    assert fingerprints(out) == fingerprints(whole)
+
+
+def test_a_write_that_fails_keeps_what_was_finished(whole, sources, tmp_path):
+    """A limit on the size of a file stands for a full disk: the write fails in the middle of a shard."""
+    code = """
+import resource, sys
+from pathlib import Path
+from fibattn.data.plan import Plan
+from fibattn.data.prepare import prepare
+from fibattn.data.sources import parse_source
+resource.setrlimit(resource.RLIMIT_FSIZE, (6500, 6500))
+sources = tuple(parse_source(path) for path in sys.argv[2:])
+plan = Plan(sources, vocab_size=300, shard_tokens=3000, held_out=0.2, held_out_tokens=2500)
+prepare(Path(sys.argv[1]), plan, quiet=True)
+"""
+    out = tmp_path / "data"
+    kill_when(out, sources, (out / "token_bytes.npy").exists)
+    words = [sys.executable, "-c", code, str(out), *(str(source.paths[0]) for source in sources)]
+    result = subprocess.run(words, capture_output=True, text=True)
+    assert "File too large" in result.stderr
+    assert not list(out.rglob(".*.tmp"))
+    make(out, sources)
+    assert fingerprints(out) == fingerprints(whole)
+
+
+def test_weights_and_a_budget_give_exact_shares(sources, tmp_path):
+    data = make(tmp_path / "a", sources, weights={"books": 3, "docs": 1}, tokens=10_001)
+    assert [source["train"]["tokens"] for source in data.sources] == [7501, 2500]
+    assert len(data.train) == 10_001
+
+
+def test_weights_without_a_budget_take_all_that_fits(whole, sources, tmp_path):
+    have = [source["train"]["tokens"] for source in PreparedData.open(whole).sources]
+    out = tmp_path / "a"
+    data = make(out, sources, weights={"books": 1, "docs": 1}, tokenizer=str(whole / "tokenizer"))
+    assert [source["train"]["tokens"] for source in data.sources] == [min(have)] * 2
+    budget = make(
+        tmp_path / "b",
+        sources,
+        weights={"books": 1, "docs": 1},
+        tokens=2 * min(have),
+        tokenizer=str(whole / "tokenizer"),
+    )
+    assert data.fingerprint == budget.fingerprint
+    assert len(list((out / "shards").rglob("*.bin"))) == len(list((tmp_path / "b" / "shards").rglob("*.bin")))
+
+
+def test_too_large_a_budget_names_both_numbers_and_a_smaller_one_goes_on(whole, sources, tmp_path):
+    out, have = tmp_path / "a", PreparedData.open(whole).sources[0]["train"]["tokens"]
+    plan = {"weights": {"books": 0.5, "docs": 0.5}, "tokenizer": str(whole / "tokenizer")}
+    with pytest.raises(
+        InputError,
+        match=f"'books' has {have:,} training tokens, fewer than its share of 100,000 .*{2 * have:,}",
+    ):
+        make(out, sources, tokens=200_000, **plan)
+    kept = (out / "shards/books/train-00000.bin").stat().st_mtime_ns
+    data = make(out, sources, tokens=15_000, **plan)
+    assert (out / "shards/books/train-00000.bin").stat().st_mtime_ns == kept
+    make(tmp_path / "fresh", sources, tokens=15_000, **plan)
+    assert fingerprints(out) == fingerprints(tmp_path / "fresh")
+    assert len(data.train) == 15_000
+
+
+def test_explicit_held_out_texts_are_never_trained_on_in_any_source(texts, tmp_path):
+    held = texts["books"][:10]
+    books = write_jsonl(tmp_path / "books.jsonl", texts["books"])
+    docs = write_jsonl(tmp_path / "docs.jsonl", [*texts["docs"], *held[:3]])
+    val = write_jsonl(tmp_path / "v.jsonl", held)
+    sources = [parse_source(str(books)), parse_source(str(docs))]
+    data = make(tmp_path / "out", sources, validation={"books": parse_source(str(val))}, held_out_tokens=10**6)
+    assert documents(data, "books", "val") == held
+    assert documents(data, "books", "train") == texts["books"][10:]
+    assert not set(documents(data, "docs", "train")) & set(held)
+    assert np.load(tmp_path / "out/shards/books/held-out.npy").shape == (10,)
+
+
+def test_rows_with_one_key_are_held_out_together_and_duplicates_never_leak(tmp_path):
+    rows = [{"problem": f"problem {i % 20}", "text": f"solution {i} " + "word " * 20} for i in range(200)]
+    rows += [{"problem": f"twin {i}", "text": f"solution {i % 50} " + "word " * 20} for i in range(100)]
+    path = tmp_path / "m.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = Source("m", (path,), text=("problem", "text"), key="problem")
+    data = make(tmp_path / "out", [source], held_out_tokens=10**6)
+    sides = [{text.split("\n")[0] for text in documents(data, "m", split)} for split in ("train", "val")]
+    assert sides[0]
+    assert sides[1]
+    assert not sides[0] & sides[1]
+    only = Source("m", (path,), key="problem")  # now twins have the text of another key
+    data = make(tmp_path / "only", [only], held_out_tokens=10**6)
+    assert not set(documents(data, "m", "train")) & set(documents(data, "m", "val"))
+
+
+def test_few_documents_still_give_a_held_out_one(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text(f"document {i} " * 50)
+    data = make(tmp_path / "out", [parse_source(f"t={tmp_path}/*.txt")], held_out=0.001)
+    assert (data.sources[0]["train"]["documents"], data.sources[0]["val"]["documents"]) == (2, 1)
+    one = [parse_source(f"t={tmp_path}/1.txt")]
+    with pytest.raises(InputError, match=r"'t' holds a single document.*--val t=FILE.*--held-out 0"):
+        make(tmp_path / "one", one)
+    assert make(tmp_path / "one", one, held_out=0.0).validation == {}
+
+
+def test_an_existing_tokenizer_is_used_as_it_is(whole, sources, tmp_path):
+    data = make(tmp_path / "out", sources[:1], tokenizer=str(whole / "tokenizer"))
+    assert (data.tokenizer_path / "tokenizer.json").read_bytes() == (whole / "tokenizer/tokenizer.json").read_bytes()
+
+
+def test_a_damaged_folder_is_named_and_the_same_command_repairs_it(whole, sources, tmp_path):
+    out = tmp_path / "data"
+    make(out, sources)
+    shard = out / "shards/docs/train-00001.bin"
+
+    def truncate(path: Path) -> None:
+        path.write_bytes(path.read_bytes()[:-7])
+
+    def alter(path: Path) -> None:
+        path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+
+    for path, damage, message in (
+        (shard, truncate, r"train-00001.bin has \d+ bytes, expected \d+ for .* tokens; run the same"),
+        (shard, alter, r"train-00001.bin was altered: SHA-256 .*, expected"),
+        (shard, Path.unlink, r"train-00001.bin is missing"),
+        (out / "tokenizer/tokenizer.json", alter, r"tokenizer.json differs: SHA-256"),
+        (out / "token_bytes.npy", Path.unlink, r"token_bytes.npy differs: SHA-256 missing"),
+    ):
+        damage(path)
+        with pytest.raises(InputError, match=message):
+            PreparedData.open(out)
+        make(out, sources)
+        assert fingerprints(out) == fingerprints(whole)
+    text = (out / "data.json").read_text()
+    (out / "data.json").write_text(
+        text.replace('"tokens": 2500', '"tokens": 2501').replace('"sha256": "', '"sha256": "0', 1)
+    )
+    with pytest.raises(InputError, match=r"data.json was altered: its fingerprint is .*restore it"):
+        PreparedData.open(out)
+
+
+@pytest.mark.parametrize("name", ["shards/docs/held-out.npy", "shards/docs/val-00000.bin"])
+def test_a_lost_held_out_set_is_made_again(whole, sources, tmp_path, name):
+    out = tmp_path / "data"
+    make(out, sources)
+    (out / name).unlink()
+    make(out, sources)
+    assert fingerprints(out) == fingerprints(whole)
+
+
+def test_a_tokenizer_that_cannot_be_made_again_has_everything_encoded_again(whole, sources, tmp_path, monkeypatch):
+    out = tmp_path / "data"
+    make(out, sources)
+    (out / "tokenizer/tokenizer.json").unlink()
+    monkeypatch.setattr("fibattn.data.prepare.DOCUMENT_CHARACTERS", 50)  # so that training gives another
+    data = make(out, sources)
+    assert data.fingerprint != PreparedData.open(whole).fingerprint
+    assert not set(documents(data, "docs", "train")) - {text for _, text in sources[1].documents()}
+
+
+def test_a_finished_folder_is_not_made_into_another(whole, sources, texts, tmp_path):
+    before = fingerprints(whole)
+    for change, message in (
+        ({"seed": 1}, "was prepared with seed = 0, now it is 1; give the same again, choose another folder"),
+        ({"tokens": 5000}, "was prepared with tokens = None, now it is 5000"),
+    ):
+        with pytest.raises(InputError, match=message):
+            make(whole, sources, **change)
+    changed = write_jsonl(tmp_path / "docs.jsonl", ["new", *texts["docs"]])
+    with pytest.raises(InputError, match=r"was prepared from another 'docs'.*documents was 200, is 201"):
+        make(whole, [sources[0], parse_source(str(changed))])
+    assert fingerprints(whole) == before
+
+
+def test_a_folder_with_other_files_is_left_alone(sources, tmp_path):
+    (tmp_path / "thesis.doc").write_text("precious")
+    with pytest.raises(InputError, match="holds other files; expected a new, an empty"):
+        make(tmp_path, sources)
+    with pytest.raises(InputError, match=r"holds no prepared data \(data.json is missing\)"):
+        PreparedData.open(tmp_path)
+
+
+def test_nothing_but_blank_text_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text(" \n")
+    with pytest.raises(InputError, match=r"source 'a' \(.*a.txt\) holds no text; expected at least one document"):
+        make(tmp_path / "out", [parse_source(str(tmp_path / "a.txt"))])
+
+
+def test_training_needs_no_datasets_package(whole):
+    code = """
+import sys
+sys.modules["datasets"] = None
+from fibattn.data import order, stream, windows
+data = stream.PreparedData.open(sys.argv[1])
+assert len(windows.held_out_windows(data.validation["books"], 64)) > 1
+"""
+    subprocess.run([sys.executable, "-c", code, str(whole)], check=True)

@@ -1,0 +1,114 @@
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from fibattn.data.sources import PAPER_WEIGHTS, PRESETS, Source, parse_source, resolve
+from fibattn.errors import InputError
+
+ROWS = b"".join(json.dumps({"text": text, "id": i}).encode() + b"\n" for i, text in enumerate(["one", "zwei ü", " "]))
+
+
+def texts(what: Path | str) -> list[str]:
+    return [text for _, text in parse_source(str(what)).documents()]
+
+
+@pytest.mark.parametrize("compress", [None, gzip.compress, zstandard.ZstdCompressor().compress])
+def test_plain_and_rows_read_alike_whatever_the_compression(tmp_path, compress):
+    ending = {None: "", gzip.compress: ".gz"}.get(compress, ".zst")
+    for name, data, expected in (
+        ("a.txt", "a\r\nb ü\n".encode(), ["a\r\nb ü\n"]),
+        ("b.jsonl", ROWS, ["one", "zwei ü"]),
+    ):
+        path = tmp_path / (name + ending)
+        path.write_bytes(compress(data) if compress else data)
+        assert texts(path) == expected
+
+
+def test_parquet_and_joined_fields_with_a_key(tmp_path):
+    table = pa.table({"problem": ["p", "q"], "solution": ["s", "t"], "other": [1, 2]})
+    pq.write_table(table, tmp_path / "m.parquet")
+    source = Source("m", (tmp_path / "m.parquet",), text=("problem", "solution"), key="problem")
+    assert list(source.documents()) == [("p", "p\n\ns"), ("q", "q\n\nt")]
+
+
+def test_a_folder_is_every_known_file_sorted_hidden_and_empty_ones_left_out(tmp_path):
+    for name in ("b.md", "a/z.py", "a/c.rst", ".git/x.txt", "a/image.png", "a/empty.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("" if "empty" in name else name)
+    assert texts(tmp_path) == ["a/c.rst", "a/z.py", "b.md"]
+    assert texts(f"{tmp_path}/**/*.py") == ["a/z.py"]
+
+
+def test_specs():
+    hub = parse_source("wiki=hf:wikimedia/wikipedia:20231101.en:train@abc123")
+    assert (hub.name, hub.hub, hub.config) == ("wiki", "wikimedia/wikipedia", "20231101.en")
+    assert (hub.split, hub.revision) == ("train", "abc123")
+    split = parse_source("hf:roneneldan/TinyStories::validation")
+    assert (split.name, split.config, split.split, split.revision) == (
+        "TinyStories",
+        None,
+        "validation",
+        None,
+    )
+    assert parse_source("stories=tinystories").hub == "roneneldan/TinyStories"
+    assert set(PAPER_WEIGHTS) == set(PRESETS)
+    assert sum(PAPER_WEIGHTS.values()) == pytest.approx(1)
+
+
+def test_names(tmp_path):
+    path = tmp_path / "my books.train.jsonl"
+    path.write_bytes(ROWS)
+    assert parse_source(str(path)).name == "mybooks"
+    assert parse_source(f"x={path}").name == "x"
+    with pytest.raises(InputError, match="names a folder"):
+        Source("a/b")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("latin.txt", "café".encode("latin1"), r"latin.txt is not UTF-8: e9 at byte 3 .*convert it"),
+        ("latin.jsonl", b'{"text": "caf\xe9 au lait"}\n', r"latin.jsonl is not UTF-8: e9 at byte"),
+        ("binary.txt", b"ab\0cd", r"binary.txt is binary or UTF-16 \(byte 0 at 2\)"),
+        ("wide.txt", "wide".encode("utf-16"), r"wide.txt is binary or UTF-16"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text": \n', r"broken.jsonl is not valid json .*check it"),
+        ("binary.jsonl", b"\0\1\2\xff" * 50, r"binary.jsonl is not valid json"),
+        ("empty.jsonl", b"", r"empty.jsonl is empty"),
+        ("empty.jsonl.gz", gzip.compress(b""), r"empty.jsonl.gz has no rows"),
+        ("cut.jsonl.gz", gzip.compress(ROWS * 100)[:40], r"cut.jsonl.gz is not valid json"),
+        ("cut.txt.gz", gzip.compress(ROWS * 100)[:40], r"cut.txt.gz cannot be read"),
+        ("not.txt.zst", b"plain text", r"not.txt.zst cannot be read"),
+        ("not.parquet", b"PAR1 not really", r"not.parquet is not valid parquet"),
+        ("field.jsonl", b'{"content": "a"}\n', r"row 1 of .*has no field 'text'; it has 'content': .*--text"),
+        ("number.jsonl", b'{"text": 5}\n', r"field 'text' in row 1 .* is int, text was expected"),
+        ("x.docx", b"a", r"x.docx is of no known kind; expected .txt"),
+    ],
+)
+def test_bad_files_are_named_with_what_to_do(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(InputError, match=message):
+        texts(tmp_path / name)
+
+
+def test_bad_specs(tmp_path):
+    for spec, message in (
+        ("no/such/file.txt", "no/such/file.txt does not exist; expected a file"),
+        ("hf:nothing", "not a data set id; expected hf:owner/name"),
+        (str(tmp_path), "holds no file of a known kind"),
+        (f"{tmp_path}/*.txt", "holds no file of a known kind"),
+    ):
+        with pytest.raises(InputError, match=message):
+            parse_source(spec)
+
+
+def test_without_a_network_the_hub_is_refused_politely(monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"roneneldan/TinyStories .*cannot be had: .*or give local files instead"):
+        resolve(PRESETS["tinystories"])
