@@ -1,0 +1,125 @@
+"""A learned scale: its rungs resolved on the device, its gradient gathered, the kernels called with both.
+
+The scale never comes to the host. One small program resolves every rung in float64 exactly as
+`fibattn.pattern.interpolate` does, drops what is dropped there, and writes the table of near offsets and the
+fractions that the kernels read; rungs between two keys are pairs of neighbouring far rows, and the logit
+is linear in their two dot products.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fibattn.attention.triton.backward import backward
+from fibattn.attention.triton.forward import forward
+from fibattn.errors import InputError
+
+_EXACT = 2**53
+
+
+def scaled_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor | None,
+    scale: float,
+    window: int,
+    alpha: Tensor,
+    rungs: Sequence[int],
+    max_offset: int,
+) -> tuple[Tensor, Tensor]:
+    """Output like q, and the natural log-sum-exp (B, Hq, Tq)."""
+    table, fractions, _ = resolve(alpha, tuple(rungs), window, max_offset)
+    return forward(q, k, v, positions, scale, window, table, fractions)
+
+
+def scaled_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor | None,
+    scale: float,
+    window: int,
+    alpha: Tensor,
+    rungs: Sequence[int],
+    max_offset: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and alpha."""
+    table, fractions, kept = resolve(alpha, tuple(rungs), window, max_offset)
+    inputs = (grad_out, grad_lse, out, lse, q, k, v, positions, scale, window, table, fractions)
+    dq, dk, dv, partial = backward(*inputs)
+    assert partial is not None
+    grad_alpha = torch.empty_like(alpha, memory_format=torch.contiguous_format)
+    programs = partial.shape[1]
+    alpha_grad_kernel[(1,)](partial, kept, table, grad_alpha, programs, BLOCK=1024, num_warps=8)
+    return dq, dk, dv, grad_alpha
+
+
+@cache
+def _rung_table(rungs: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(rungs, dtype=torch.float64).to(device)
+
+
+def resolve(alpha: Tensor, rungs: tuple[int, ...], window: int, max_offset: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The kept rungs of a scale: table (1, 1 + R) as `offset_table`, fractions (R,), and the rungs (R,)."""
+    if rungs and rungs[-1] >= _EXACT:
+        raise InputError(f"the last rung is {rungs[-1]}; rungs must be below {_EXACT}")
+    base = _rung_table(rungs, alpha.device)
+    table = torch.empty(1, 1 + len(rungs), dtype=torch.int32, device=alpha.device)
+    fractions = torch.empty(len(rungs), dtype=torch.float32, device=alpha.device)
+    kept = torch.empty_like(base)
+    size = max(16, triton.next_power_of_2(len(rungs)))
+    resolve_kernel[(1,)](alpha, base, table, fractions, kept, len(rungs), window, max_offset, SIZE=size)
+    return table, fractions, kept
+
+
+@triton.jit(do_not_specialize=["rungs", "window", "max_offset"])
+def resolve_kernel(p_alpha, p_base, p_table, p_fractions, p_kept, rungs, window, max_offset, SIZE: tl.constexpr):
+    """`fibattn.pattern.interpolate` in one program."""
+    o_rung = tl.arange(0, SIZE)
+    m_rung = o_rung < rungs
+    alpha = tl.load(p_alpha).to(tl.float64)
+    good = (alpha > 0) & (alpha < float("inf"))
+    b_base = tl.load(p_base + o_rung, mask=m_rung, other=0.0)
+    b_distance = tl.where(good, alpha, 1.0) * b_base
+    b_distance = tl.minimum(b_distance, 1 << 30)
+    b_near = tl.floor(b_distance)
+    b_fraction = b_distance - b_near
+    # Half to even: up where the fraction is beyond a half, or a half and the floor odd.
+    b_odd = b_near.to(tl.int64) % 2 == 1
+    b_up = (b_fraction > 0.5) | ((b_fraction == 0.5) & b_odd)
+    b_round = b_near + tl.where(b_up, 1.0, 0.0)
+    m_keep = m_rung & (b_round > window) & (b_near <= max_offset)
+    # Of several rungs between the same two keys the first is kept.
+    m_same = (b_near[:, None] == b_near[None, :]) & (o_rung[None, :] < o_rung[:, None]) & m_keep[None, :]
+    m_keep = m_keep & (tl.sum(m_same.to(tl.int32), 1) == 0)
+    o_place = tl.sum((m_keep[None, :] & (o_rung[None, :] < o_rung[:, None])).to(tl.int32), 1)
+    count = tl.sum(m_keep.to(tl.int32), 0)
+    # A scale that is no finite number above 0 cannot be refused here; it must not give plausible numbers.
+    b_fraction = tl.where(good, b_fraction, float("nan"))
+    tl.store(p_table, count)
+    tl.store(p_table + 1 + o_place, b_near.to(tl.int32), mask=m_keep)
+    tl.store(p_fractions + o_place, b_fraction.to(tl.float32), mask=m_keep)
+    tl.store(p_kept + o_place, b_base, mask=m_keep)
+
+
+@triton.jit(do_not_specialize=["programs"])
+def alpha_grad_kernel(p_partial, p_kept, p_table, p_grad, programs, BLOCK: tl.constexpr):
+    """The gradient of alpha: every rung's partial sums, added in a fixed order, times the rung."""
+    total = tl.zeros([BLOCK], tl.float64)
+    for i_rung in range(tl.load(p_table)):
+        b_sum = tl.zeros([BLOCK], tl.float64)
+        for start in range(0, programs, BLOCK):
+            o_program = start + tl.arange(0, BLOCK)
+            o_entry = tl.cast(i_rung, tl.int64) * programs + o_program
+            b_sum += tl.load(p_partial + o_entry, mask=o_program < programs, other=0.0)
+        total += b_sum * tl.load(p_kept + i_rung)
+    tl.store(p_grad, tl.sum(total, 0).to(p_grad.dtype.element_ty))

@@ -1,0 +1,125 @@
+"""Checks of the kernels' logic against the reference, in Triton's interpreter; run by `test_triton.py`.
+
+Small shapes in float32 (and one in float16: the interpreter's bfloat16 is broken in Triton 3.6). Precision,
+races and speed are the business of `tests/gpu`.
+"""
+
+import pytest
+import torch
+import triton.runtime.interpreter as interpreter
+
+from fibattn.attention import attend, attend_scaled
+from fibattn.errors import InputError
+from fibattn.pattern import Pattern
+
+_patch_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_index(tensor, scope):
+    # NumPy 2.4 no longer turns arrays of one element into integers, which Triton 3.6 does for loop bounds.
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
+interpreter._patch_lang_tensor = _patch_index
+
+RUNGS = (1, 2, 3, 5, 8, 13, 21, 34)
+DOCUMENTS = torch.cat([torch.arange(31), torch.arange(8)])[None]
+
+
+def results(function, backend, inputs):
+    """Output, log-sum-exp and every gradient."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    out, lse = function(*inputs, return_lse=True, backend=backend)
+    torch.manual_seed(1)
+    upstream = (torch.randn(out.shape).to(out.dtype), torch.randn(lse.shape))
+    return [out, lse, *torch.autograd.grad((out, lse), inputs, upstream)]
+
+
+def agree(function, inputs, tolerance=2e-6):
+    for ours, right in zip(results(function, "triton", inputs), results(function, "reference", inputs), strict=True):
+        assert ours.shape == right.shape
+        assert ours.dtype == right.dtype
+        assert torch.isfinite(ours).all()
+        error = (ours.double() - right.double()).norm()
+        assert error <= tolerance * (right.double().norm() + 1)
+
+
+def tensors(batch, tokens, keys, heads, kv_heads, size, dtype=torch.float32):
+    torch.manual_seed(0)
+    shapes = ((tokens, heads), (keys, kv_heads), (keys, kv_heads))
+    return [torch.randn(batch, t, h, size).to(dtype) for t, h in shapes]
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "keys", "heads", "kv_heads", "size"),
+    [
+        (2, 39, 39, 4, 2, 16),
+        (1, 1, 1, 4, 1, 16),
+        (1, 6, 45, 2, 2, 24),
+        (1, 37, 37, 7, 1, 40),
+        (1, 33, 40, 8, 1, 16),
+    ],
+)
+def test_attend(batch, tokens, keys, heads, kv_heads, size):
+    pattern = Pattern(5, (7, 13, 21, 34, 10**12))
+    agree(lambda q, k, v, **how: attend(q, k, v, pattern, **how), tensors(batch, tokens, keys, heads, kv_heads, size))
+
+
+@pytest.mark.parametrize("pattern", [Pattern(0), Pattern(3, (4,)), Pattern(37), Pattern(50, (60,))])
+def test_windows(pattern):
+    agree(lambda q, k, v, **how: attend(q, k, v, pattern, **how), tensors(1, 38, 38, 4, 2, 16))
+
+
+def test_a_pattern_for_each_head():
+    patterns = [Pattern(3, (7, 13, 21, 34)), Pattern(3, (4, 30))]
+    agree(lambda q, k, v, **how: attend(q, k, v, patterns, **how), tensors(1, 39, 39, 4, 2, 16))
+
+
+def test_packed_documents():
+    pattern = Pattern(5, (7, 13, 21, 34))
+    agree(lambda q, k, v, **how: attend(q, k, v, pattern, positions=DOCUMENTS, **how), tensors(2, 39, 39, 4, 2, 16))
+
+
+def test_half_precision():
+    pattern = Pattern(5, (7, 13, 21))
+    inputs = tensors(1, 39, 39, 4, 2, 16, torch.float16)
+    agree(lambda q, k, v, **how: attend(q, k, v, pattern, **how), inputs, tolerance=2e-3)
+
+
+def test_strided_views():
+    packed = torch.randn(2, 39, 8, 16)
+    views = [packed[:, :, :4], packed[:, :, 4:6], packed[:, :, 6:]]
+    ours = attend(*views, Pattern(3, (7, 20)), backend="triton")
+    copies = attend(*(x.contiguous() for x in views), Pattern(3, (7, 20)), backend="triton")
+    assert torch.equal(ours, copies)
+
+
+# 1.3125 * 8 = 10.5 and 1.1875 * 8 = 9.5 round to even; 0.5 puts 1 and 2, 3 … between the same keys.
+@pytest.mark.parametrize("alpha", [1.0, 1.07, 0.5, 1.3125, 1.1875])
+@pytest.mark.parametrize("packed", [False, True])
+def test_attend_scaled(alpha, packed):
+    positions = DOCUMENTS if packed else None
+
+    def scaled(q, k, v, alpha, **how):
+        return attend_scaled(q, k, v, 3, RUNGS, alpha, positions=positions, max_offset=40, **how)
+
+    agree(scaled, [*tensors(1, 39, 39, 4, 2, 16), torch.tensor(alpha)])
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
+def test_an_impossible_scale_gives_no_plausible_numbers(alpha):
+    q, k, v = tensors(1, 39, 39, 4, 2, 16)
+    out = attend_scaled(q, k, v, 3, RUNGS, torch.tensor(alpha), backend="triton")
+    assert out.isnan().any()
+
+
+def test_unsupported_input_is_refused():
+    for dtype, size, message in (
+        (torch.float64, 16, "float64"),
+        (torch.float32, 20, "20"),
+        (torch.float32, 264, "264"),
+    ):
+        q = torch.randn(1, 4, 2, size, dtype=dtype)
+        with pytest.raises(InputError, match=message):
+            attend(q, q, q, Pattern(2), backend="triton")
