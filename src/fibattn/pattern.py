@@ -112,8 +112,7 @@ class Pattern:
     @classmethod
     def scaled(cls, window: int, rungs: Sequence[int], alpha: float = 1.0, max_offset: int | None = None) -> "Pattern":
         """Any rungs scaled by `alpha`: `round(alpha * rung)`, kept where beyond the window and within `max_offset`."""
-        if not (math.isfinite(alpha) and alpha > 0):
-            raise InputError(f"alpha is {alpha}; it must be a finite number above 0")
+        _check_alpha(alpha, rungs)
         if max_offset is not None and max_offset < 0:
             raise InputError(f"max_offset is {max_offset}; it must be 0 or more, or None for no limit")
         distances = {round(alpha * rung) for rung in rungs}
@@ -166,8 +165,7 @@ def interpolate(
     Raises:
         InputError: when `alpha` is not a finite number above 0.
     """
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise InputError(f"alpha is {alpha}; it must be a finite number above 0")
+    _check_alpha(alpha, rungs)
     kept: dict[int, InterpolatedRung] = {}
     for index, rung in enumerate(rungs):
         distance = alpha * rung
@@ -175,6 +173,11 @@ def interpolate(
         if round(distance) > window and (max_offset is None or near <= max_offset) and near not in kept:
             kept[near] = InterpolatedRung(index, near, distance - near)
     return tuple(kept.values())
+
+
+def _check_alpha(alpha: float, rungs: Sequence[int]) -> None:
+    if not (alpha > 0 and math.isfinite(alpha * max(rungs, default=1))):
+        raise InputError(f"alpha is {alpha}; it must be a finite number above 0, and so must alpha times a rung")
 
 
 def union_coverage(patterns: Sequence[Pattern], context: int) -> int:
