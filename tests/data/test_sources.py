@@ -44,6 +44,13 @@ def test_a_folder_is_every_known_file_sorted_hidden_and_empty_ones_left_out(tmp_
     assert texts(f"{tmp_path}/**/*.py") == ["a/z.py"]
 
 
+def test_names_that_look_like_globs_are_files_all_the_same(tmp_path):
+    folder = tmp_path / "g[1] x*"
+    folder.mkdir()
+    (folder / "a?.jsonl").write_bytes(ROWS)
+    assert texts(folder) == texts(folder / "a?.jsonl") == ["one", "zwei ü"]
+
+
 def test_specs():
     hub = parse_source("wiki=hf:wikimedia/wikipedia:20231101.en:train@abc123")
     assert (hub.name, hub.hub, hub.config) == ("wiki", "wikimedia/wikipedia", "20231101.en")

@@ -4,6 +4,7 @@ A plain text file is one document; a row of JSON lines or Parquet is one documen
 `datasets`, imported only when there are any.
 """
 
+import glob
 import gzip
 import logging
 import zlib
@@ -96,9 +97,9 @@ def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
     except ImportError:
         raise InputError(f"{path} needs the package datasets to be read: pip install 'datasets>=4'") from None
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it would print the error that is raised below too
-    builder = ROWS[kind(path) or ""]
+    builder, pattern = ROWS[kind(path) or ""], glob.escape(str(path))
     try:
-        yield from load_dataset(builder, data_files=[str(path)], split="train", streaming=True)
+        yield from load_dataset(builder, data_files=[pattern], split="train", streaming=True)
     except UnicodeDecodeError as error:
         raise InputError(_not_utf8(path, error)) from None
     except StopIteration:  # what `datasets` raises for an archive with nothing in it

@@ -7,6 +7,8 @@ begins every document and is also the end-of-text token; `<|pad|>` is for paddin
 
 import hashlib
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -97,7 +99,13 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
     """Save a Transformers tokenizer folder, whole or not at all."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    tokenizer.save_pretrained(str(temporary))
+    try:
+        tokenizer.save_pretrained(str(temporary))
+    except Exception as error:  # a full disk is a bare Exception here, with the number only in its message
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from None
     temporary.replace(folder)
 
 
