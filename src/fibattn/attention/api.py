@@ -107,7 +107,7 @@ def attend_scaled(
         InputError: (a ValueError) as in `attend`, and for a bad window, rung or alpha.
     """
     scale = _check_tensors(q, k, v, scale)
-    Pattern(window)
+    Pattern.scaled(window, (), max_offset=max_offset)
     if any(rung <= before for before, rung in zip((0, *rungs), rungs, strict=False)):
         raise InputError(f"rungs are {list(rungs)}; they must be positive and strictly increasing")
     if alpha.numel() != 1 or not alpha.is_floating_point() or alpha.device != q.device:
@@ -139,6 +139,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> floa
     batch, tokens, heads, size = q.shape
     if k.shape[0] != batch or k.shape[3] != size:
         raise InputError(f"q is {tuple(q.shape)} and k is {tuple(k.shape)}; batch and head size must be equal")
+    if batch == 0 or size == 0:
+        raise InputError(f"q is {tuple(q.shape)}; batch and head size must be at least 1")
     if heads == 0 or k.shape[2] == 0 or heads % k.shape[2]:
         raise InputError(f"{heads} query heads do not divide into {k.shape[2]} KV heads; use a multiple of them")
     if tokens == 0 or tokens > k.shape[1]:
@@ -151,7 +153,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> floa
 
 
 def _check_patterns(pattern: Pattern | Sequence[Pattern], kv_heads: int) -> tuple[Pattern, ...]:
-    patterns = (pattern,) if isinstance(pattern, Pattern) else tuple(pattern)
+    patterns = tuple(pattern) if isinstance(pattern, Sequence) else (pattern,)
     if not all(isinstance(one, Pattern) for one in patterns):
         raise InputError(f"pattern is {pattern!r}; expected a fibattn.Pattern or a sequence of them")
     if len(patterns) not in (1, kv_heads):

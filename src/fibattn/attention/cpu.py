@@ -134,6 +134,7 @@ class ScaledRungs:
             self.fraction_grad[index] += float((rows * (far_rows - near_rows) * inside).sum())
 
 
+@torch.autocast("cpu", enabled=False)
 def forward(
     q: Tensor, k: Tensor, v: Tensor, window: int, rungs: Rungs, scale: float, positions: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -153,6 +154,7 @@ def forward(
     return out, lse
 
 
+@torch.autocast("cpu", enabled=False)
 def backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,

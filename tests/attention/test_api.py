@@ -1,0 +1,284 @@
+"""What `attend` and `attend_scaled` accept, what they refuse and how, and which backend they take."""
+
+import logging
+import math
+
+import pytest
+import torch
+from operator_inputs import FIBONACCI, Shape, fixed, learned, random_inputs, run
+
+from fibattn import InputError, Pattern, attend, attend_scaled
+from fibattn.attention import api
+
+PATTERN = Pattern(3, (5, 9))
+
+
+def tensors(dtype: torch.dtype = torch.float32, **changed: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """q (2, 6, 4, 8) and k, v (2, 6, 2, 8), or other shapes."""
+    shapes = {"q": (2, 6, 4, 8), "k": (2, 6, 2, 8), "v": (2, 6, 2, 8), **changed}
+    return {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+
+
+def refuses(message: str, pattern=PATTERN, **arguments) -> None:
+    """Both operators refuse the tensors with the message."""
+    with pytest.raises(InputError, match=message):
+        attend(pattern=pattern, **arguments)
+    with pytest.raises(InputError, match=message):
+        attend_scaled(window=3, rungs=(5, 9), alpha=torch.ones(1), **arguments)
+
+
+def test_errors_are_value_errors() -> None:
+    with pytest.raises(ValueError, match="window is -1"):
+        attend(**tensors(), pattern=Pattern(-1))
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("shape", [(6, 4, 8), (1, 2, 6, 4, 8), ()])
+def test_a_wrong_number_of_dimensions_is_refused(name: str, shape: tuple[int, ...]) -> None:
+    # The shape as it is printed, with its brackets escaped.
+    printed = str(shape).replace("(", r"\(").replace(")", r"\)")
+    refuses(rf"{name} has shape {printed}; expected \(batch, tokens, heads, head size\)", **tensors(**{name: shape}))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_a_dtype_without_a_kernel_is_refused(dtype: torch.dtype) -> None:
+    refuses(rf"q is {dtype}; expected one of torch.float16, torch.bfloat16, .*float64", **tensors(dtype))
+
+
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_mixed_dtypes_are_refused(name: str) -> None:
+    given = tensors()
+    given[name] = given[name].bfloat16()
+    refuses(rf"{name} is torch.bfloat16 on cpu but q is torch.float32 on cpu; make them agree", **given)
+
+
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_mixed_devices_are_refused(name: str) -> None:
+    given = tensors()
+    given[name] = given[name].to("meta")
+    refuses(rf"{name} is torch.float32 on meta but q is torch.float32 on cpu; make them agree", **given)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_a_last_dimension_that_is_not_contiguous_is_refused(name: str) -> None:
+    given = tensors()
+    given[name] = given[name].mT.contiguous().mT
+    refuses(rf"{name} has strides \(\d+, \d+, 1, \d\); the last dimension must be contiguous, copy it", **given)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"v": (2, 5, 2, 8)}, r"k is \(2, 6, 2, 8\) and v is \(2, 5, 2, 8\); their shapes must be equal"),
+        ({"v": (2, 6, 2, 4)}, r"v is \(2, 6, 2, 4\); their shapes must be equal"),
+        ({"q": (3, 6, 4, 8)}, r"q is \(3, 6, 4, 8\) and k is \(2, 6, 2, 8\); batch and head size must be equal"),
+        ({"q": (2, 6, 4, 16)}, r"q is \(2, 6, 4, 16\) and k is .*; batch and head size must be equal"),
+        ({"q": (2, 6, 5, 8)}, r"5 query heads do not divide into 2 KV heads; use a multiple of them"),
+        ({"q": (2, 6, 1, 8)}, r"1 query heads do not divide into 2 KV heads"),
+        ({"q": (2, 6, 0, 8)}, r"0 query heads do not divide into 2 KV heads"),
+        ({"k": (2, 6, 0, 8), "v": (2, 6, 0, 8)}, r"4 query heads do not divide into 0 KV heads"),
+        ({"q": (2, 7, 4, 8)}, r"7 query tokens and 6 key tokens; queries are the last of the keys"),
+        ({"q": (2, 0, 4, 8)}, r"0 query tokens and 6 key tokens; .* at least 1"),
+        ({"q": (2, 0, 4, 8), "k": (2, 0, 2, 8), "v": (2, 0, 2, 8)}, r"0 query tokens and 0 key tokens"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(shapes: dict[str, tuple[int, ...]], message: str) -> None:
+    refuses(message, **tensors(**shapes))
+
+
+@pytest.mark.parametrize(("batch", "size"), [(0, 8), (2, 0)])
+def test_empty_batches_and_heads_are_refused(batch: int, size: int) -> None:
+    given = tensors(q=(batch, 6, 4, size), k=(batch, 6, 2, size), v=(batch, 6, 2, size))
+    refuses(rf"q is \({batch}, 6, 4, {size}\); batch and head size must be at least 1", **given)
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf])
+def test_a_scale_that_is_not_finite_is_refused(scale: float) -> None:
+    refuses(rf"scale is {scale}; it must be finite, or None for head size", **tensors(), scale=scale)
+
+
+@pytest.mark.parametrize(
+    ("positions", "message"),
+    [
+        (torch.zeros(2, 6), r"positions are torch.float32 on cpu; expected integers on cpu"),
+        (torch.zeros(2, 6, dtype=torch.int16), r"positions are torch.int16 on cpu; expected integers"),
+        (torch.zeros(2, 6, dtype=torch.int64, device="meta"), r"positions are torch.int64 on meta; expected .* on cpu"),
+        (torch.zeros(6, dtype=torch.int64), r"positions have shape \(6,\); expected \(2 or 1, 6\)"),
+        (torch.zeros(3, 6, dtype=torch.int64), r"positions have shape \(3, 6\); expected \(2 or 1, 6\)"),
+        (torch.zeros(2, 5, dtype=torch.int64), r"positions have shape \(2, 5\); expected \(2 or 1, 6\)"),
+        (torch.tensor([[0, 1, 2, -7, 0, 1]]), r"positions go down to -7; a position inside a document is 0 or more"),
+    ],
+)
+def test_bad_positions_are_refused(positions: torch.Tensor, message: str) -> None:
+    refuses(message, **tensors(), positions=positions)
+
+
+@pytest.mark.parametrize(
+    ("boundaries", "message"),
+    [
+        (torch.tensor([0, 3, 3, 6]), r"cu_seqlens is \[0, 3, 3, 6\]; it must increase strictly from 0 to the 6 tokens"),
+        (torch.tensor([0, 4, 2, 6]), r"cu_seqlens is \[0, 4, 2, 6\]; it must increase strictly"),
+        (torch.tensor([0, 3, 5]), r"cu_seqlens is \[0, 3, 5\]; .* the 6 tokens"),
+        (torch.tensor([0, 3, 7]), r"cu_seqlens is \[0, 3, 7\]; .* the 6 tokens"),
+        (torch.tensor([1, 3, 6]), r"cu_seqlens is \[1, 3, 6\]; .* from 0 to"),
+        (torch.tensor([6]), r"cu_seqlens is \[6\]; "),
+        (torch.tensor([], dtype=torch.int32), r"cu_seqlens is \[\]; "),
+        (torch.tensor([[0, 6]]), r"cu_seqlens is torch.int64 \(1, 2\) on cpu; expected integers \(documents \+ 1,\)"),
+        (torch.tensor([0.0, 6.0]), r"cu_seqlens is torch.float32 \(2,\) on cpu; expected integers"),
+        (torch.tensor([0, 6], device="meta"), r"cu_seqlens is torch.int64 \(2,\) on meta; expected integers .* on cpu"),
+    ],
+)
+def test_bad_boundaries_are_refused(boundaries: torch.Tensor, message: str) -> None:
+    one = tensors(q=(1, 6, 4, 8), k=(1, 6, 2, 8), v=(1, 6, 2, 8))
+    refuses(message, **one, cu_seqlens=boundaries)
+
+
+def test_boundaries_need_one_row_with_as_many_keys_as_queries() -> None:
+    remedy = "pack the documents into one row, or give positions"
+    boundaries = torch.tensor([0, 6])
+    refuses(rf"a batch of one .* not 2 × 6 queries and 6 keys; {remedy}", **tensors(), cu_seqlens=boundaries)
+    longer = tensors(q=(1, 6, 4, 8), k=(1, 9, 2, 8), v=(1, 9, 2, 8))
+    refuses(rf"not 1 × 6 queries and 9 keys; {remedy}", **longer, cu_seqlens=boundaries)
+
+
+def test_positions_and_boundaries_together_are_refused() -> None:
+    one = tensors(q=(1, 6, 4, 8), k=(1, 6, 2, 8), v=(1, 6, 2, 8))
+    given = {"positions": torch.arange(6)[None], "cu_seqlens": torch.tensor([0, 6])}
+    refuses("both positions and cu_seqlens were given; they say the same, give one", **one, **given)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ([PATTERN] * 3, r"3 patterns for 2 KV heads; give one, or one for each"),
+        ([], r"0 patterns for 2 KV heads"),
+        ([Pattern(3), Pattern(4)], r"patterns have windows \[3, 4\]; KV heads of one layer must share their window"),
+        ([1, 2], r"pattern is \[1, 2\]; expected a fibattn.Pattern or a sequence of them"),
+        (["fibonacci", PATTERN], r"pattern is .*'fibonacci'.*; expected a fibattn.Pattern"),
+    ],
+)
+def test_bad_patterns_are_refused(pattern, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        attend(**tensors(), pattern=pattern)
+
+
+@pytest.mark.parametrize("pattern", [7, None])
+def test_what_is_no_pattern_at_all_is_refused(pattern) -> None:
+    with pytest.raises(InputError, match=f"pattern is {pattern}; expected a fibattn.Pattern"):
+        attend(**tensors(), pattern=pattern)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "cpu"])
+@pytest.mark.parametrize(
+    ("alpha", "message"),
+    [
+        (torch.ones(2), r"alpha is \(2,\) torch.float32 on cpu; it must be one floating-point number on cpu"),
+        (torch.ones(1, dtype=torch.int64), r"alpha is \(1,\) torch.int64 on cpu; it must be one floating-point"),
+        (torch.ones(1, device="meta"), r"alpha is \(1,\) torch.float32 on meta; it must be .* on cpu"),
+        (torch.tensor(math.nan), r"alpha is nan; it must be a finite number above 0"),
+        (torch.tensor([math.inf]), r"alpha is inf; it must be a finite number above 0"),
+        (torch.tensor([-0.5]), r"alpha is -0.5; it must be a finite number above 0"),
+        (torch.tensor([0.0]), r"alpha is 0.0; it must be a finite number above 0"),
+    ],
+)
+def test_bad_scales_of_the_rungs_are_refused(alpha: torch.Tensor, message: str, backend: api.Backend) -> None:
+    with pytest.raises(InputError, match=message):
+        attend_scaled(**tensors(), window=3, rungs=(5, 9), alpha=alpha, backend=backend)
+
+
+@pytest.mark.parametrize("rungs", [(9, 5), (5, 5), (0, 5), (-3, 5)])
+def test_rungs_out_of_order_are_refused(rungs: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=rf"rungs are \[{rungs[0]}, 5\]; they must be positive and strictly incr"):
+        attend_scaled(**tensors(), window=3, rungs=rungs, alpha=torch.ones(1))
+
+
+def test_a_bad_window_or_limit_of_learned_rungs_is_refused() -> None:
+    with pytest.raises(InputError, match="window is -2; it must be 0 or more"):
+        attend_scaled(**tensors(), window=-2, rungs=(5, 9), alpha=torch.ones(1))
+    with pytest.raises(InputError, match="max_offset is -1; it must be 0 or more, or None"):
+        attend_scaled(**tensors(), window=2, rungs=(5, 9), alpha=torch.ones(1), max_offset=-1)
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    refuses("unknown backend 'flash'; the backends are auto, reference, cpu, triton", **tensors(), backend="flash")
+
+
+def test_an_explicit_backend_never_becomes_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    refuses("backend 'triton' runs on an NVIDIA GPU, not on cpu; use 'auto'", **tensors(), backend="triton")
+    meta = {name: x.to("meta") for name, x in tensors().items()}
+    with pytest.raises(InputError, match="backend 'cpu' runs on the CPU, not on meta; use 'auto' or 'triton'"):
+        attend(**meta, pattern=PATTERN, backend="cpu")
+
+
+def test_a_device_without_a_backend_is_told_of_the_reference() -> None:
+    meta = {name: x.to("meta") for name, x in tensors().items()}
+    with pytest.raises(InputError, match="no backend for meta; backend='reference' runs anywhere, in quadratic time"):
+        attend(**meta, pattern=PATTERN)
+
+
+def test_auto_takes_the_cpu_backend_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    api._say.cache_clear()
+    with caplog.at_level(logging.DEBUG, logger="fibattn"):
+        for _ in range(3):
+            found = attend(**(given := tensors()), pattern=PATTERN)
+            assert torch.equal(found, attend(**given, pattern=PATTERN, backend="cpu"))
+    assert [record.getMessage() for record in caplog.records] == ["backend 'cpu' for cpu tensors"]
+
+
+def test_the_lse_comes_only_when_asked_for() -> None:
+    given = tensors()
+    out, lse = attend(**given, pattern=PATTERN, return_lse=True)
+    assert torch.equal(attend(**given, pattern=PATTERN), out)
+    assert lse.shape == (2, 4, 6)
+    scaled, lse = attend_scaled(**given, window=3, rungs=(5,), alpha=torch.ones(1), return_lse=True)
+    assert torch.equal(attend_scaled(**given, window=3, rungs=(5,), alpha=torch.ones(1)), scaled)
+    assert lse.shape == (2, 4, 6)
+
+
+def test_lse_is_the_natural_logarithm() -> None:
+    q, k, v = (torch.zeros(1, 10, 1, 4) for _ in range(3))
+    _, lse = attend(q, k, v, Pattern(2, (5,)), return_lse=True)
+    counts = torch.tensor([1, 2, 3, 3, 3, 4, 4, 4, 4, 4])
+    torch.testing.assert_close(lse[0, 0], counts.log())
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_boundaries_equal_positions(dtype: torch.dtype) -> None:
+    q, k, v = random_inputs(Shape(20))
+    boundaries, positions = torch.tensor([0, 7, 8, 20], dtype=dtype), [*range(7), 0, *range(12)]
+    found = attend(q, k, v, PATTERN, cu_seqlens=boundaries)
+    assert torch.equal(found, attend(q, k, v, PATTERN, positions=torch.tensor([positions], dtype=dtype)))
+
+
+def test_positions_beyond_the_first_key_do_no_harm() -> None:
+    q, k, v = random_inputs(Shape(20, batch=2))
+    far = torch.full((1, 20), 10**6)
+    assert torch.equal(attend(q, k, v, PATTERN, positions=far), attend(q, k, v, PATTERN))
+
+
+@pytest.mark.parametrize("rungs", [[5, 9], (5, 9), range(5, 10, 4)])
+def test_rungs_may_be_any_sequence(rungs) -> None:
+    given = tensors()
+    expected = attend_scaled(**given, window=3, rungs=(5, 9), alpha=torch.ones(1))
+    assert torch.equal(attend_scaled(**given, window=3, rungs=rungs, alpha=torch.ones(1)), expected)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_alpha_may_have_any_shape_of_one_element(shape: tuple[int, ...]) -> None:
+    q, k, v = (x.requires_grad_() for x in random_inputs(Shape(20)))
+    for backend in ("cpu", "reference"):
+        alpha = torch.full(shape, 0.9, dtype=torch.float64, requires_grad=True)
+        out = attend_scaled(q, k, v, 3, (5, 9), alpha, backend=backend)
+        assert out.shape == q.shape
+        out.sum().backward()
+        assert alpha.grad.shape == shape
+
+
+def test_alpha_of_one_equals_fixed_offsets() -> None:
+    # An integer distance has no part of the farther key.
+    inputs = random_inputs(Shape(150, batch=2, kv_heads=2, group=2))
+    found = run(learned(8, "cpu"), inputs, torch.ones(1, dtype=torch.float64))
+    expected = run(fixed(Pattern.scaled(8, FIBONACCI), "cpu"), inputs)
+    for name, wanted in expected.all().items():
+        torch.testing.assert_close(found.all()[name], wanted, rtol=1e-12, atol=1e-12)

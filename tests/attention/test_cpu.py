@@ -1,0 +1,522 @@
+"""The linear-time CPU backend against the specification, plain PyTorch, and numerical differentiation."""
+
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+import torch
+from operator_inputs import (
+    FIBONACCI,
+    Shape,
+    assert_close,
+    boundaries_to_positions,
+    fixed,
+    learned,
+    random_inputs,
+    row_errors,
+    run,
+)
+from torch import Tensor
+
+from fibattn import Pattern, attend, attend_scaled
+from fibattn.attention import cpu
+
+# 12 rungs beyond a window of 4, the farthest at 139.
+PATTERN = Pattern.scaled(4, FIBONACCI, 0.61, max_offset=150)
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """Fill memory that nobody wrote with NaN, so that reading it shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def compare_fixed(shape: Shape, pattern=PATTERN, dtype=torch.float64, kind="normal", **options) -> None:
+    inputs = random_inputs(shape, dtype, kind)
+    expected = run(fixed(pattern, "reference", **options), [x.double() for x in inputs])
+    found = run(fixed(pattern, "cpu", **options), inputs)
+    assert_close(found, expected, TOLERANCE[dtype])
+
+
+def compare_learned(shape: Shape, alpha: float = 0.83, window: int = 4, dtype=torch.float64, **options) -> None:
+    inputs = random_inputs(shape, dtype)
+    scale = torch.tensor([alpha], dtype=dtype)
+    expected = run(learned(window, "reference", **options), [x.double() for x in inputs], scale.double())
+    found = run(learned(window, "cpu", **options), inputs, scale)
+    assert_close(found, expected, TOLERANCE[dtype])
+
+
+LENGTHS = sorted({1, 2, 4, 5, PATTERN.reach, PATTERN.reach + 1, 127, 128, 129})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("tokens", LENGTHS)
+def test_fixed_offsets_equal_the_reference_at_every_length(tokens: int, dtype: torch.dtype) -> None:
+    compare_fixed(Shape(tokens, batch=2, kv_heads=2, group=2), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("tokens", LENGTHS)
+def test_learned_offsets_equal_the_reference_at_every_length(tokens: int, dtype: torch.dtype) -> None:
+    compare_learned(Shape(tokens, batch=2, kv_heads=2, group=2), dtype=dtype, max_offset=150)
+
+
+@pytest.mark.parametrize(("group", "size"), [(1, 8), (2, 16), (4, 24), (8, 64), (7, 128), (3, 2), (1, 1)])
+def test_any_ratio_of_heads_and_any_head_size(group: int, size: int) -> None:
+    compare_fixed(Shape(70, kv_heads=2, group=group, size=size))
+    compare_learned(Shape(70, kv_heads=2, group=group, size=size))
+
+
+@pytest.mark.parametrize("window", [0, 1, 31, 32, 33, 64, 100, 300, 700])
+def test_windows_from_none_to_longer_than_the_sequence(window: int) -> None:
+    compare_fixed(Shape(330, kv_heads=2, group=2), Pattern.scaled(window, FIBONACCI))
+    compare_learned(Shape(330, kv_heads=2, group=2), window=window)
+
+
+@pytest.mark.parametrize("pattern", [Pattern(0), Pattern(9), Pattern(0, (1,)), Pattern(0, (69,)), Pattern(0, (70,))])
+def test_few_offsets_or_none(pattern: Pattern) -> None:
+    compare_fixed(Shape(70, kv_heads=2, group=2), pattern)
+
+
+@pytest.mark.parametrize("kind", ["peaked", "large"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_peaked_and_large_inputs(kind: str, dtype: torch.dtype) -> None:
+    inputs = random_inputs(Shape(150, kv_heads=2, group=2), dtype, kind)
+    expected = run(fixed(PATTERN, "reference"), [x.double() for x in inputs])
+    found = run(fixed(PATTERN, "cpu"), inputs)
+    assert all(torch.isfinite(x).all() for x in found.all().values())
+    # A logit of size s has an error of s times the precision, and the weights inherit it.
+    largest = float(expected.lse.abs().max())
+    assert_close(found, expected, 4 * largest * torch.finfo(dtype).eps + TOLERANCE[dtype])
+
+
+def test_several_chunks_and_a_broken_last_block() -> None:
+    # More tokens than one pass takes: the chunks meet inside.
+    shape = Shape(701, batch=2, kv_heads=2, group=2, size=32)
+    compare_fixed(shape)
+    compare_learned(shape)
+
+
+@pytest.mark.parametrize("tokens", [1, 31, 32, 33, 127, 200])
+def test_the_smallest_chunks_give_the_same(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    monkeypatch.setattr(cpu, "_CHUNK_BYTES", 1)
+    compare_fixed(Shape(tokens, batch=2, kv_heads=2, group=2))
+    compare_learned(Shape(tokens, batch=2, kv_heads=2, group=2))
+    compare_fixed(Shape(tokens, keys=tokens + 45, kv_heads=2, group=2))
+    compare_learned(Shape(tokens, keys=tokens + 45, kv_heads=2, group=2))
+
+
+@pytest.mark.parametrize(("tokens", "keys"), [(1, 1), (1, 200), (3, 150), (40, 41), (129, 300)])
+def test_fewer_queries_than_keys(tokens: int, keys: int) -> None:
+    compare_fixed(Shape(tokens, keys=keys, batch=2, kv_heads=2, group=2))
+    compare_learned(Shape(tokens, keys=keys, batch=2, kv_heads=2, group=2))
+
+
+def test_every_kv_head_may_have_its_own_offsets() -> None:
+    patterns = [Pattern(4, (5, 9, 60)), Pattern(4), Pattern(4, (8, 33, 34, 120, 500))]
+    for shape in (Shape(150, batch=2, kv_heads=3, group=2), Shape(7, keys=150, kv_heads=3)):
+        compare_fixed(shape, patterns)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.25, 1.5])
+def test_learned_offsets_where_a_distance_is_an_integer(alpha: float) -> None:
+    compare_learned(Shape(150, batch=2, kv_heads=2, group=2), alpha=alpha)
+
+
+@pytest.mark.parametrize("boundaries", [[0, 150], [0, 1, 2, 150], [0, 30, 31, 95, 150], [0, 149, 150]])
+def test_packed_documents_equal_the_reference(boundaries: list[int]) -> None:
+    shape, given = Shape(150, kv_heads=2, group=2), torch.tensor(boundaries)
+    compare_fixed(shape, cu_seqlens=given)
+    compare_learned(shape, cu_seqlens=given)
+
+
+@pytest.mark.parametrize("boundaries", [[0, 150], [0, 1, 2, 150], [0, 30, 31, 95, 150], [0, 149, 150]])
+def test_packed_documents_equal_documents_on_their_own(boundaries: list[int]) -> None:
+    q, k, v = random_inputs(Shape(150, kv_heads=2, group=2))
+    alpha = torch.tensor([0.83], dtype=torch.float64)
+    parts = [slice(*ends) for ends in pairwise(boundaries)]
+    alone = [attend(q[:, s], k[:, s], v[:, s], PATTERN) for s in parts]
+    scaled = [attend_scaled(q[:, s], k[:, s], v[:, s], 4, FIBONACCI, alpha) for s in parts]
+    for given in (
+        {"cu_seqlens": torch.tensor(boundaries, dtype=torch.int32)},
+        {"positions": boundaries_to_positions(boundaries)},
+    ):
+        torch.testing.assert_close(attend(q, k, v, PATTERN, **given), torch.cat(alone, 1), rtol=1e-12, atol=1e-12)
+        found = attend_scaled(q, k, v, 4, FIBONACCI, alpha, **given)
+        torch.testing.assert_close(found, torch.cat(scaled, 1), rtol=1e-12, atol=1e-12)
+
+
+def test_positions_may_differ_over_the_batch_and_come_with_fewer_queries() -> None:
+    generator = torch.Generator().manual_seed(3)
+    positions = torch.randint(0, 200, (2, 60), generator=generator)
+    compare_fixed(Shape(60, batch=2, keys=150, kv_heads=2, group=2), positions=positions)
+    compare_learned(Shape(60, batch=2, keys=150, kv_heads=2, group=2), positions=positions)
+    compare_fixed(Shape(60, batch=2, keys=150), positions=positions[:1].int())
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, 2.5])
+def test_any_finite_scale(scale: float) -> None:
+    compare_fixed(Shape(60, kv_heads=2), scale=scale)
+    compare_learned(Shape(60, kv_heads=2), scale=scale)
+
+
+@pytest.mark.parametrize("output", ["out", "lse"])
+def test_gradients_of_either_output_alone(output: str) -> None:
+    q, k, v = (x.requires_grad_() for x in random_inputs(Shape(60, kv_heads=2, group=2)))
+    alpha = torch.tensor([0.83], dtype=torch.float64, requires_grad=True)
+    for call, leaves in ((fixed(PATTERN, "cpu"), (q, k, v)), (learned(4, "cpu"), (q, k, v, alpha))):
+        chosen = call(*leaves)[output == "lse"]
+        specified = (fixed(PATTERN, "reference") if len(leaves) == 3 else learned(4, "reference"))(*leaves)
+        found = torch.autograd.grad(chosen.sin().sum(), leaves, allow_unused=True)
+        expected = torch.autograd.grad(specified[output == "lse"].sin().sum(), leaves, allow_unused=True)
+        for got, wanted in zip(found, expected, strict=True):
+            wanted = torch.zeros_like(got) if wanted is None else wanted
+            torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-11)
+
+
+# Half precision: as good as plain PyTorch in the same precision, twice over.
+
+
+def plainly(mask: Tensor):
+    """Masked softmax attention, every step in the dtype of the inputs."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        group = q.shape[2] // k.shape[2]
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
+        return (scores.softmax(-1) @ v).transpose(1, 2), scores.logsumexp(-1)
+
+    return call
+
+
+def allowed(pattern: Pattern, tokens: int) -> Tensor:
+    distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
+    return sum((distance == d for d in pattern.distances), torch.zeros(tokens, tokens, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["normal", "peaked"])
+@pytest.mark.parametrize("size", [16, 64])
+def test_half_precision_is_at_most_twice_as_wrong_as_plain_pytorch(dtype: torch.dtype, kind: str, size: int) -> None:
+    inputs = random_inputs(Shape(200, batch=2, kv_heads=2, group=4, size=size), dtype, kind)
+    expected = run(fixed(PATTERN, "reference"), [x.double() for x in inputs])
+    plain = run(plainly(allowed(PATTERN, 200)), inputs)
+    found = run(fixed(PATTERN, "cpu"), inputs)
+    for name, wanted in expected.all().items():
+        errors, plain_errors = row_errors(found.all()[name], wanted), row_errors(plain.all()[name], wanted)
+        assert errors[0] <= 2 * plain_errors[0], f"{name}, mean row: {errors[0]} against {plain_errors[0]}"
+        assert errors[1] <= 2 * plain_errors[1], f"{name}, worst row: {errors[1]} against {plain_errors[1]}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_learned_offsets_in_half_precision_only_round_the_result(dtype: torch.dtype) -> None:
+    inputs = random_inputs(Shape(200, batch=2, kv_heads=2, group=4, size=32), dtype)
+    alpha = torch.tensor([0.83])
+    expected = run(learned(4, "reference"), [x.double() for x in inputs], alpha.double())
+    found = run(learned(4, "cpu"), inputs, alpha)
+    for name, wanted in expected.all().items():
+        got = found.all()[name]
+        # One rounding of the result, and the stored output rounded once where the backward reads it.
+        limit = torch.finfo(dtype).eps * (wanted.abs() + float(wanted.abs().max()))
+        assert ((got - wanted).abs() <= limit).all(), name
+    assert abs(float(found.gradients["alpha"] - expected.gradients["alpha"])) < 0.02 * abs(
+        float(expected.gradients["alpha"])
+    )
+
+
+def test_outputs_have_the_documented_dtypes() -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        inputs = [x.requires_grad_() for x in random_inputs(Shape(9), dtype)]
+        out, lse = attend(*inputs, Pattern(2), return_lse=True)
+        assert out.dtype == dtype
+        assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        out.sum().backward()
+        assert [x.grad.dtype for x in inputs] == [dtype] * 3
+
+
+# Numerical differentiation
+
+
+def small(tokens: int = 11, **sizes) -> list[Tensor]:
+    return [x.requires_grad_() for x in random_inputs(Shape(tokens, kv_heads=2, group=2, size=3, **sizes), seed=5)]
+
+
+@pytest.mark.parametrize("boundaries", [None, [0, 4, 11]])
+def test_gradcheck_of_fixed_offsets(boundaries: list[int] | None) -> None:
+    given = None if boundaries is None else torch.tensor(boundaries)
+    call = fixed([Pattern(2, (4, 7)), Pattern(2, (3,))], "cpu", cu_seqlens=given)
+    assert torch.autograd.gradcheck(call, small())
+
+
+def test_gradcheck_of_fixed_offsets_with_fewer_queries_than_keys() -> None:
+    assert torch.autograd.gradcheck(fixed(Pattern(2, (4, 7)), "cpu"), small(3, keys=11, batch=2))
+
+
+@pytest.mark.parametrize("boundaries", [None, [0, 4, 11]])
+@pytest.mark.parametrize("alpha", [0.71, 1.29])
+def test_gradcheck_of_learned_offsets(boundaries: list[int] | None, alpha: float) -> None:
+    given = None if boundaries is None else torch.tensor(boundaries)
+    scale = torch.tensor([alpha], dtype=torch.float64, requires_grad=True)
+    call = learned(1, "cpu", rungs=(1, 2, 3, 5, 8), cu_seqlens=given)
+    assert torch.autograd.gradcheck(call, [*small(), scale])
+
+
+def test_alpha_has_the_gradient_of_larger_distances_where_they_are_integers() -> None:
+    inputs = random_inputs(Shape(60, kv_heads=2, group=2))
+    call, step = learned(4, "cpu"), 1e-7
+
+    def functional(alpha: Tensor) -> Tensor:
+        return call(*inputs, alpha)[0].sin().sum()
+
+    alpha = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    functional(alpha).backward()
+    ahead = (functional(alpha.detach() + step) - functional(alpha.detach())) / step
+    assert float(ahead) != 0
+    torch.testing.assert_close(alpha.grad[0], ahead, rtol=1e-4, atol=0)
+
+
+def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
+    q, k, v = small()
+    (first,) = torch.autograd.grad(attend(q, k, v, Pattern(2)).sin().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+# What must hold of any correct implementation
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 300])
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_window_over_everything_is_causal_attention(tokens: int, learns: bool) -> None:
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        heads = [x.transpose(1, 2) for x in (q, k, v)]
+        out = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+        return out.transpose(1, 2), out.new_zeros(())
+
+    inputs = random_inputs(Shape(tokens, batch=2, kv_heads=2, group=4, size=32))
+    expected = run(dense, inputs, lse_gradient=False)
+    if learns:
+        alpha = torch.tensor([0.9], dtype=torch.float64)
+        found = run(learned(tokens - 1, "cpu", rungs=()), inputs, alpha, lse_gradient=False)
+        assert float(found.gradients["alpha"]) == 0
+    else:
+        found = run(fixed(Pattern(tokens - 1), "cpu"), inputs, lse_gradient=False)
+    for name in ("q", "k", "v"):
+        torch.testing.assert_close(found.gradients[name], expected.gradients[name], rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(found.out, expected.out, rtol=1e-11, atol=1e-12)
+
+
+def sliding(keys: int, tokens: int) -> Tensor:
+    """A boolean band: each query and the `keys - 1` positions before it."""
+    return torch.ones(tokens, tokens, dtype=torch.bool).tril() & torch.ones(tokens, tokens, dtype=torch.bool).triu(
+        1 - keys
+    )
+
+
+@pytest.mark.parametrize("window", [0, 1, 7, 64])
+def test_a_window_of_w_is_w_plus_one_keys_as_flash_attention_and_transformers_count(window: int) -> None:
+    from transformers.masking_utils import causal_mask_function, sliding_window_overlay
+
+    tokens = 100
+    inputs = random_inputs(Shape(tokens, batch=2, kv_heads=2, group=2))
+    q, k, v = (x.transpose(1, 2) for x in inputs)
+    found = attend(*inputs, Pattern.local(window))
+    mask = sliding(window + 1, tokens)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    torch.testing.assert_close(found.transpose(1, 2), expected, rtol=1e-11, atol=1e-12)
+    # Transformers' own rule for `sliding_window = W + 1`, and FlashAttention's (W, 0): i - W <= j <= i.
+    band = sliding_window_overlay(window + 1)
+    rows, columns = torch.arange(tokens)[:, None], torch.arange(tokens)[None]
+    assert torch.equal(band(0, 0, rows, columns) & causal_mask_function(0, 0, rows, columns), mask)
+    assert torch.equal((rows - window <= columns) & (columns <= rows), mask)
+
+
+def outputs(inputs: list[Tensor], learns: bool) -> Tensor:
+    if learns:
+        return attend_scaled(*inputs, 4, FIBONACCI, torch.tensor([1.0], dtype=inputs[0].dtype), max_offset=150)
+    return attend(*inputs, PATTERN)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("changed", [0, 1, 77, 199])
+def test_a_token_reaches_the_rows_at_its_distances_and_no_others(changed: int, dtype: torch.dtype) -> None:
+    tokens = 200
+    inputs = random_inputs(Shape(tokens, kv_heads=2, group=2), dtype)
+    other = [x.clone() for x in inputs]
+    other[1][:, changed] += 1
+    other[2][:, changed] -= 2
+    moved = (attend(*inputs, PATTERN) != attend(*other, PATTERN)).any(dim=-1).any(dim=-1)[0]
+    reached = {changed + distance for distance in PATTERN.distances if changed + distance < tokens}
+    assert set(moved.nonzero().flatten().tolist()) == reached
+
+
+@pytest.mark.parametrize("changed", [0, 77, 199])
+def test_a_token_reaches_the_two_rows_around_each_learned_distance(changed: int) -> None:
+    tokens, alpha = 200, 0.83
+    inputs = random_inputs(Shape(tokens, kv_heads=2, group=2))
+    other = [x.clone() for x in inputs]
+    other[1][:, changed] += 1
+    other[2][:, changed] -= 2
+    scale = torch.tensor([alpha], dtype=torch.float64)
+    found = [attend_scaled(*some, 4, FIBONACCI, scale) for some in (inputs, other)]
+    moved = (found[0] != found[1]).any(dim=-1).any(dim=-1)[0]
+    distances = {*range(5)}
+    for rung in FIBONACCI:
+        if round(alpha * rung) > 4:
+            distances |= {int(alpha * rung), int(alpha * rung) + 1}
+    reached = {changed + distance for distance in distances if changed + distance < tokens}
+    assert set(moved.nonzero().flatten().tolist()) == reached
+
+
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_future_changes_nothing(dtype: torch.dtype, learns: bool) -> None:
+    inputs, other = (random_inputs(Shape(200, kv_heads=2, group=2), dtype, seed=seed) for seed in (0, 1))
+    for present in (1, 33, 150):
+        mixed = [torch.cat([a[:, :present], 50 * b[:, present:]], dim=1) for a, b in zip(inputs, other, strict=True)]
+        assert torch.equal(outputs(mixed, learns)[:, :present], outputs(inputs, learns)[:, :present])
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_another_slot_of_the_batch_changes_nothing(learns: bool) -> None:
+    inputs, other = (random_inputs(Shape(150, batch=3, kv_heads=2, group=2), seed=seed) for seed in (0, 1))
+    mixed = [x.clone() for x in inputs]
+    for x, y in zip(mixed, other, strict=True):
+        x[1] = y[1]
+    found, expected = outputs(mixed, learns), outputs(inputs, learns)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[2], expected[2])
+    assert not torch.equal(found[1], expected[1])
+
+
+def test_an_offset_as_long_as_the_sequence_or_longer_changes_nothing() -> None:
+    inputs = random_inputs(Shape(60, batch=2, kv_heads=2, group=2))
+    near = run(fixed(Pattern(4, (9, 59)), "cpu"), inputs)
+    for far in (60, 61, 1023, 2**31 - 1, 2**31, 2**40):
+        found = run(fixed(Pattern(4, (9, 59, far)), "cpu"), inputs)
+        assert_close(found, near, 1e-14)
+
+
+def test_learned_rungs_as_long_as_the_sequence_or_longer_change_nothing() -> None:
+    inputs, alpha = random_inputs(Shape(60, kv_heads=2, group=2)), torch.tensor([0.83], dtype=torch.float64)
+    near = run(learned(4, "cpu", rungs=FIBONACCI[:9]), inputs, alpha)
+    for far in ((), (89,), (1000, 2**33)):
+        assert_close(run(learned(4, "cpu", rungs=(*FIBONACCI[:9], *far)), inputs, alpha), near, 1e-13)
+
+
+def test_rungs_past_max_offset_change_nothing() -> None:
+    inputs, alpha = random_inputs(Shape(150, kv_heads=2, group=2)), torch.tensor([0.83], dtype=torch.float64)
+    cut = run(learned(4, "cpu", rungs=FIBONACCI[:7]), inputs, alpha)
+    assert_close(run(learned(4, "cpu", max_offset=int(0.83 * 34) - 1), inputs, alpha), cut, 1e-13)
+    kept = run(learned(4, "cpu", rungs=FIBONACCI[:8]), inputs, alpha)
+    assert_close(run(learned(4, "cpu", max_offset=int(0.83 * 34)), inputs, alpha), kept, 1e-13)
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_two_runs_have_the_same_bits(learns: bool) -> None:
+    inputs = random_inputs(Shape(500, batch=2, kv_heads=2, group=4, size=32), torch.float32)
+    alpha = torch.tensor([0.83]) if learns else None
+    call = learned(4, "cpu") if learns else fixed(PATTERN, "cpu")
+    first, *others = (run(call, inputs, alpha) for _ in range(4))
+    for other in others:
+        assert all(torch.equal(other.all()[name], x) for name, x in first.all().items())
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The values of x with other strides, the last dimension contiguous."""
+    if layout == "heads before tokens":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "tokens before the batch":
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "part of a projection":
+        wide = torch.full((*x.shape[:2], x.shape[2] + 3, x.shape[3] + 5), torch.nan, dtype=x.dtype)
+        wide[:, :, 1:-2, 2:-3] = x
+        return wide[:, :, 1:-2, 2:-3]
+    if layout == "every second token":
+        wide = torch.full((x.shape[0], 2 * x.shape[1], *x.shape[2:]), torch.nan, dtype=x.dtype)
+        wide[:, ::2] = x
+        return wide[:, ::2]
+    raise ValueError(layout)
+
+
+@pytest.mark.parametrize(
+    "layout", ["heads before tokens", "tokens before the batch", "part of a projection", "every second token"]
+)
+@pytest.mark.parametrize("learns", [False, True])
+def test_strided_views_equal_contiguous_tensors(layout: str, learns: bool) -> None:
+    inputs = random_inputs(Shape(90, batch=2, kv_heads=2, group=2))
+    views = [laid_out(x, layout) for x in inputs]
+    assert not any(x.is_contiguous() for x in views)
+    alpha = torch.tensor([0.83], dtype=torch.float64) if learns else None
+    call = learned(4, "cpu") if learns else fixed(PATTERN, "cpu")
+    found, expected = run(call, views, alpha), run(call, inputs, alpha)
+    assert_close(found, expected, 1e-14)
+
+
+def test_expanded_keys_and_gradients_are_taken() -> None:
+    q, k, v = random_inputs(Shape(60, batch=3, kv_heads=1, group=2))
+    k, v = k[:1].expand(3, -1, -1, -1), v[:1].expand(3, -1, -1, -1)
+    expected = attend(q, k.contiguous(), v.contiguous(), PATTERN)
+    torch.testing.assert_close(attend(q, k, v, PATTERN), expected, rtol=1e-13, atol=1e-13)
+    leaf = q.clone().requires_grad_()
+    attend(leaf, k, v, PATTERN).sum().backward()  # its upstream gradient is one number, expanded
+    again = q.clone().requires_grad_()
+    attend(again, k, v, PATTERN).backward(torch.ones_like(q))
+    assert torch.equal(leaf.grad, again.grad)
+
+
+def test_inputs_are_left_as_they_were() -> None:
+    inputs = random_inputs(Shape(60, kv_heads=2, group=2))
+    before = [x.clone() for x in inputs]
+    positions = boundaries_to_positions([0, 20, 60])
+    run(fixed(PATTERN, "cpu", positions=positions), inputs)
+    run(learned(4, "cpu", positions=positions), inputs, torch.tensor([0.83], dtype=torch.float64))
+    assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))
+    assert torch.equal(positions, boundaries_to_positions([0, 20, 60]))
+
+
+# Cost
+
+LONG = """
+import resource, sys, torch
+from fibattn import Pattern, attend, attend_scaled
+torch.manual_seed(0)
+learns = sys.argv[1] == "learned"
+q = torch.randn(1, 65536, 8, 64, requires_grad=True)
+k, v = (torch.randn(1, 65536, 2, 64, requires_grad=True) for _ in range(2))
+alpha = torch.ones(1, requires_grad=True)
+rungs = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377, 610, 987)
+out = attend_scaled(q, k, v, 12, rungs, alpha) if learns else attend(q, k, v, Pattern.fibonacci(12))
+out.sum().backward()
+assert all(torch.isfinite(x.grad).all() for x in (q, k, v))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.parametrize("schedule", ["fixed", "learned"])
+def test_forward_and_backward_of_65536_tokens_stay_under_two_gigabytes(schedule: str) -> None:
+    done = subprocess.run([sys.executable, "-c", LONG, schedule], check=True, capture_output=True, text=True)
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert int(done.stdout) * unit < 2e9
+
+
+def test_time_is_linear_in_length() -> None:
+    def seconds(tokens: int) -> float:
+        inputs = random_inputs(Shape(tokens, kv_heads=1, group=2, size=16), torch.float32)
+        best = 1e9
+        for _ in range(3):
+            begun = resource.getrusage(resource.RUSAGE_SELF)
+            run(fixed(PATTERN, "cpu"), inputs)
+            ended = resource.getrusage(resource.RUSAGE_SELF)
+            best = min(best, ended.ru_utime + ended.ru_stime - begun.ru_utime - begun.ru_stime)
+        return best
+
+    # Eight times the tokens: 8 times the time where it is linear, 64 where it is quadratic.
+    assert seconds(32_768) < 24 * seconds(4_096)

@@ -1,0 +1,159 @@
+"""The operator as PyTorch sees it: honest schemas and shapes, and one graph for many lengths."""
+
+from typing import Any
+
+import pytest
+import torch
+from operator_inputs import FIBONACCI, Shape, fixed, learned, random_inputs, run
+from torch import Tensor
+
+from fibattn import Pattern, attend, attend_scaled
+
+NO_LIMIT = 2**31 - 1
+OPS = torch.ops.fibattn
+CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def arguments(dtype: torch.dtype, packed: bool, keys: int | None = None) -> tuple[Any, ...]:
+    q, k, v = random_inputs(Shape(20, batch=2, kv_heads=2, group=2, size=8, keys=keys), dtype)
+    # A view, as a projection's heads are: the results must not inherit its strides.
+    q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    positions = torch.arange(20, dtype=torch.int32)[None] % 7 if packed else None
+    return q, k, v, positions, 0.3, 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("keys", [None, 33])
+def test_fixed_operators_keep_pytorchs_contract(dtype: torch.dtype, packed: bool, keys: int | None) -> None:
+    inputs = arguments(dtype, packed, keys)
+    for sets in (([5, 9, 40], [3]), ([5, 9, 40, 7], [3, 1])):
+        torch.library.opcheck(OPS.attend_forward.default, (*inputs, *sets), test_utils=CHECKS)
+        out, lse = OPS.attend_forward(*inputs, *sets)
+        for grad_lse in (None, torch.randn_like(lse)):
+            saved = (torch.randn_like(out), grad_lse, out, lse)
+            torch.library.opcheck(OPS.attend_backward.default, (*saved, *inputs, *sets), test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("keys", [None, 33])
+def test_learned_operators_keep_pytorchs_contract(dtype: torch.dtype, packed: bool, keys: int | None) -> None:
+    alpha = torch.tensor([0.83], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    inputs = (*arguments(dtype, packed, keys), alpha, [5, 8, 13, 21], NO_LIMIT)
+    torch.library.opcheck(OPS.attend_scaled_forward.default, inputs, test_utils=CHECKS)
+    out, lse = OPS.attend_scaled_forward(*inputs)
+    for grad_lse in (None, torch.randn_like(lse)):
+        saved = (torch.randn_like(out), grad_lse, out, lse)
+        torch.library.opcheck(OPS.attend_scaled_backward.default, (*saved, *inputs), test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_results_without_data_have_the_layout_of_real_ones(dtype: torch.dtype) -> None:
+    inputs, alpha = arguments(dtype, packed=True, keys=33), torch.tensor([0.83])
+
+    def layouts(*tensors: Tensor | None) -> list[tuple]:
+        return [(x.shape, x.dtype, x.stride()) for x in tensors if x is not None]
+
+    def everything(*inputs: Any) -> list[tuple]:
+        *tensors, alpha = inputs
+        fixed_arguments, scaled_arguments = ([5, 9], [2]), (alpha, [5, 9], NO_LIMIT)
+        out, lse = OPS.attend_forward(*tensors, *fixed_arguments)
+        grads = OPS.attend_backward(out, lse, out, lse, *tensors, *fixed_arguments)
+        scaled, scaled_lse = OPS.attend_scaled_forward(*tensors, *scaled_arguments)
+        more = OPS.attend_scaled_backward(scaled, None, scaled, scaled_lse, *tensors, *scaled_arguments)
+        return layouts(out, lse, *grads, scaled, scaled_lse, *more)
+
+    meta = [x.to("meta") if isinstance(x, Tensor) else x for x in (*inputs, alpha)]
+    assert everything(*meta) == everything(*inputs, alpha)
+
+
+class Counter:
+    """A compiler that changes nothing and counts the graphs it is given."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, module: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        self.graphs += 1
+        return module.forward
+
+
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_one_graph_serves_every_length(learns: bool, packed: bool) -> None:
+    torch._dynamo.reset()
+    counter = Counter()
+    alpha = (torch.tensor([0.83], dtype=torch.float64),) if learns else ()
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, *alpha: Tensor) -> tuple[Tensor, Tensor]:
+        if learns:
+            return attend_scaled(q, k, v, 4, FIBONACCI, *alpha, positions=positions, return_lse=True)
+        return attend(q, k, v, Pattern.fibonacci(4, max_offset=60), positions=positions, return_lse=True)
+
+    compiled = torch.compile(forward, fullgraph=True, backend=counter)
+    for tokens in (20, 33, 64, 65, 100, 128, 257):
+        q, k, v = random_inputs(Shape(tokens, batch=2, kv_heads=2, group=2))
+        positions = torch.arange(tokens)[None] % 19 if packed else None
+        found = compiled(q, k, v, positions, *alpha)
+        expected = forward(q, k, v, positions, *alpha)
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    # One of the first length, and one of all others.
+    assert counter.graphs <= 2
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_compiled_gradients_have_the_bits_of_eager_ones(learns: bool) -> None:
+    torch._dynamo.reset()
+    call = learned(4, "auto") if learns else fixed(Pattern.fibonacci(4, max_offset=60), "auto")
+    alpha = torch.tensor([0.83], dtype=torch.float64) if learns else None
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for tokens in (33, 80, 130):
+        inputs = random_inputs(Shape(tokens, batch=2, kv_heads=2, group=2))
+        found, expected = run(compiled, inputs, alpha), run(call, inputs, alpha)
+        assert all(torch.equal(found.all()[name], x) for name, x in expected.all().items())
+
+
+def test_boundaries_of_documents_compile_too() -> None:
+    torch._dynamo.reset()
+    counter = Counter()
+    compiled = torch.compile(
+        lambda q, k, v, ends: attend(q, k, v, Pattern(3, (5, 9)), cu_seqlens=ends), fullgraph=True, backend=counter
+    )
+    for tokens, ends in ((20, [0, 7, 20]), (30, [0, 4, 9, 30]), (50, [0, 50]), (64, [0, 1, 2, 3, 64])):
+        inputs = random_inputs(Shape(tokens))
+        expected = attend(*inputs, Pattern(3, (5, 9)), cu_seqlens=torch.tensor(ends))
+        assert torch.equal(compiled(*inputs, torch.tensor(ends)), expected)
+    assert counter.graphs <= 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("learns", [False, True])
+def test_autocast_does_not_reach_inside_the_operator(dtype: torch.dtype, learns: bool) -> None:
+    inputs = random_inputs(Shape(80, kv_heads=2, group=2), dtype)
+    alpha = torch.tensor([0.83]) if learns else None
+    call = learned(3, "cpu") if learns else fixed(Pattern(3, (5, 9)), "cpu")
+    expected = run(call, inputs, alpha)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = run(call, inputs, alpha)
+    assert all(torch.equal(found.all()[name], x) for name, x in expected.all().items())
+
+
+def test_no_gradient_is_kept_where_none_is_wanted() -> None:
+    q, k, v = random_inputs(Shape(40, kv_heads=2, group=2))
+    assert not attend(q, k, v, Pattern(3)).requires_grad
+    with torch.no_grad():
+        assert not attend(q.requires_grad_(), k, v, Pattern(3)).requires_grad
+    out = attend(q, k, v, Pattern(3))
+    (grad,) = torch.autograd.grad(out.sum(), q)
+    assert grad.shape == q.shape
+
+
+def test_gradient_of_keys_alone_equals_that_of_all_three() -> None:
+    inputs = random_inputs(Shape(40, kv_heads=2, group=2))
+    whole = run(fixed(Pattern(3, (9,)), "cpu"), inputs, lse_gradient=False).gradients["k"]
+    q, k, v = inputs
+    k = k.requires_grad_()
+    weights = torch.randn(q.shape, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
+    (attend(q, k, v, Pattern(3, (9,))) * weights.bfloat16().double()).sum().backward()
+    assert torch.equal(k.grad, whole)
