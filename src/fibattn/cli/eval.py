@@ -1,0 +1,57 @@
+"""`fibattn eval MODEL`: perplexity, bits per byte, position bins and the length sweep."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fibattn import files
+from fibattn.cli.flags import parse
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Evaluate a trained model on held-out text, at its training length and beyond."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """A model folder, or a finished run."""
+    data: Path
+    """The prepared folder with the held-out sets."""
+    lengths: tuple[int, ...] = ()
+    """Window lengths; 1, 2, 4 and 8 times the training length when left out."""
+    sets: tuple[str, ...] = ()
+    """Held-out sets; all when left out."""
+    tokens: int = 1_048_576
+    """Targets of each set at most."""
+    batch_tokens: int = 32_768
+    """Tokens of a forward pass; fewer need less memory."""
+    out: Path | None = None
+    """Where the JSON goes; beside the model when left out."""
+
+
+def run(arguments: list[str]) -> None:
+    """Evaluate, print a table for each held-out set, write the JSON."""
+    chosen = parse(Arguments, arguments, "fibattn eval")
+    from rich.console import Console
+
+    from fibattn.data.stream import PreparedData
+    from fibattn.errors import InputError
+    from fibattn.evaluation.sweep import default_output, find_model, load_model, sweep, tables
+
+    if any(length < 1 for length in chosen.lengths) or chosen.tokens < 1 or chosen.batch_tokens < 1:
+        raise InputError(f"lengths {chosen.lengths}, tokens {chosen.tokens}: each must be at least 1")
+    folder, data = find_model(chosen.model), PreparedData.open(chosen.data)
+    model = load_model(folder)
+    trained_at = model.config.get_text_config().max_position_embeddings
+    lengths = sorted(set(chosen.lengths)) or [trained_at * factor for factor in (1, 2, 4, 8)]
+    result = sweep(
+        model, data, lengths=lengths, sets=list(chosen.sets), tokens=chosen.tokens, batch_tokens=chosen.batch_tokens
+    )
+    result["model"] = str(folder)
+    out = chosen.out or default_output(folder)
+    files.write_json(out, result)
+    console = Console()
+    for table in tables(result):
+        console.print(table)
+    console.print(f"convention: {result['convention']}; written to {out}", soft_wrap=True)

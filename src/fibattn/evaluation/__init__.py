@@ -1,0 +1,1 @@
+"""Evaluation: one pass of per-position loss, and what can be read from it."""

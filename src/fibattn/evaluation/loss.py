@@ -1,0 +1,111 @@
+"""The loss of a model at every position of held-out windows; perplexity and its relatives follow from it.
+
+Convention: disjoint windows of `length` inputs, each with `length` targets, nothing carried over (the
+paper's, section 5). Early positions have little context, so a longer window is a little easier; the loss of
+the last 256 positions of a window leaves that effect out.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+
+from fibattn.data.stream import TokenStream
+from fibattn.data.windows import held_out_windows
+from fibattn.progress import Meter
+
+LAST = 256
+"""How many positions at the end of a window the second convention looks at."""
+
+_HEAD_LOGITS = 1 << 27
+
+
+@dataclass(frozen=True)
+class PositionLoss:
+    """Summed losses (nats, float64) and text bytes of the targets at every position of a number of windows."""
+
+    sums: np.ndarray
+    byte_counts: np.ndarray
+    windows: int
+
+    @property
+    def length(self) -> int:
+        """Positions in a window."""
+        return len(self.sums)
+
+    def nll(self, first: int = 0, last: int | None = None) -> float:
+        """Mean loss in nats over positions first … last - 1."""
+        part = self.sums[first:last]
+        return float(part.sum() / (len(part) * self.windows))
+
+    def perplexity(self, first: int = 0) -> float:
+        """`exp` of the mean loss from position `first` on."""
+        return math.exp(self.nll(first))
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits of loss for each byte of text, which does not depend on the tokenizer."""
+        return float(self.sums.sum() / math.log(2) / self.byte_counts.sum())
+
+    def bins(self, count: int = 8) -> list[float]:
+        """Mean loss in nats of `count` equal parts of the window."""
+        edges = [self.length * part // count for part in range(count + 1)]
+        return [self.nll(first, last) for first, last in zip(edges, edges[1:], strict=False)]
+
+
+@torch.inference_mode()
+def position_loss(
+    model: nn.Module,
+    stream: TokenStream,
+    length: int,
+    token_bytes: np.ndarray,
+    *,
+    limit_tokens: int,
+    batch_tokens: int = 32_768,
+    label: str = "eval",
+) -> PositionLoss:
+    """The loss of `model` on disjoint windows of `length` over the first `limit_tokens` targets of `stream`.
+
+    The head is applied a slice of tokens at a time, so that a long window does not need all its logits at once.
+
+    Args:
+        model: a Transformers causal language model; it is put in evaluation mode.
+        stream: held-out tokens.
+        length: inputs, and targets, of a window.
+        token_bytes: (vocabulary,), how many bytes of text each token stands for.
+        limit_tokens: targets to look at, at most.
+        batch_tokens: tokens of a forward pass, at least one window.
+        label: what the progress line is called.
+
+    Raises:
+        InputError: when not even one window fits.
+    """
+    windows = held_out_windows(stream, length, limit_tokens)
+    device = next(model.parameters()).device
+    model.eval()
+    sums, byte_counts = torch.zeros(length, dtype=torch.float64), torch.zeros(length, dtype=torch.float64)
+    sizes = torch.from_numpy(token_bytes.astype(np.float64))
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+    with Meter(label, len(windows) * length, "tokens") as meter, autocast:
+        for batch in DataLoader(windows, batch_size=max(1, batch_tokens // length)):  # pyright: ignore
+            inputs, targets = batch["input_ids"].to(device), batch["shift_labels"].to(device)
+            sums += _losses(model, inputs, targets).double().sum(dim=0).cpu()
+            byte_counts += sizes[batch["shift_labels"]].sum(dim=0)
+            meter.update(inputs.numel())
+    return PositionLoss(sums.numpy(), byte_counts.numpy(), len(windows))
+
+
+def _losses(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihoods (batch, tokens), float32."""
+    hidden = model.base_model(input_ids=inputs, use_cache=False).last_hidden_state.flatten(0, 1)  # pyright: ignore
+    head = model.get_output_embeddings()  # pyright: ignore
+    step = max(1, _HEAD_LOGITS // head.weight.shape[0])
+    parts = [
+        functional.cross_entropy(head(rows).float(), goal, reduction="none")
+        for rows, goal in zip(hidden.split(step), targets.flatten().split(step), strict=True)
+    ]
+    return torch.cat(parts).view_as(targets)

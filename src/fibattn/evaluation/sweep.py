@@ -1,0 +1,134 @@
+"""The length sweep: a model at one, two, four, … times its training length, on every held-out set."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+import fibattn.model  # noqa: F401 - makes the model known to the Auto classes
+from fibattn.data.stream import PreparedData
+from fibattn.errors import InputError
+from fibattn.evaluation.loss import LAST, position_loss
+from fibattn.training import checkpoints
+
+CONVENTION = "disjoint windows, every position; the same tokens at every length"
+
+
+def find_model(path: Path) -> Path:
+    """The model folder that `path` names: itself, or the finished model of a run.
+
+    Raises:
+        InputError: when there is no model, or a sealed one was cut short or changed.
+    """
+    for folder in (path, path / "model"):
+        if (folder / "config.json").exists():
+            if checkpoints.is_sealed(folder):
+                checkpoints.verify(folder)
+            return folder
+    raise InputError(f"{path} holds no model (config.json is missing); give a model folder or a finished run")
+
+
+def load_model(folder: Path) -> PreTrainedModel:
+    """The model in `folder`, float32, on the GPU where there is one."""
+    disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def sweep(
+    model: PreTrainedModel,
+    data: PreparedData,
+    *,
+    lengths: list[int],
+    sets: list[str],
+    tokens: int = 1_048_576,
+    batch_tokens: int = 32_768,
+) -> dict[str, Any]:
+    """Evaluate on the same tokens at every length; the result is plain JSON values.
+
+    Args:
+        model: its vocabulary must be that of `data`.
+        data: the prepared folder with the held-out sets.
+        lengths: window lengths; the set is cut to a multiple of the longest, so that all see the same targets.
+        sets: names of held-out sets, all of them when empty.
+        tokens: targets of each set at most.
+        batch_tokens: tokens of a forward pass.
+
+    Raises:
+        InputError: for an unknown set, a foreign vocabulary or a set shorter than the longest window.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    if vocabulary != data.vocab_size:
+        raise InputError(
+            f"the model has {vocabulary} token ids and the data {data.vocab_size}; use the data it was trained on"
+        )
+    unknown = [name for name in sets if name not in data.validation]
+    if unknown:
+        raise InputError(f"there is no held-out set {unknown[0]!r}; there are {', '.join(data.validation)}")
+    results: dict[str, Any] = {}
+    for name in sets or list(data.validation):
+        stream, longest = data.validation[name], max(lengths)
+        limit = min(tokens, len(stream) - 1) // longest * longest
+        if limit == 0:
+            raise InputError(
+                f"the held-out set {name!r} has {len(stream)} tokens (limit {tokens}), fewer than one window of "
+                f"{longest}; evaluate shorter lengths, or hold out more text"
+            )
+        results[name] = {}
+        for length in lengths:
+            loss = position_loss(
+                model,
+                stream,
+                length,
+                data.token_bytes,
+                limit_tokens=limit,
+                batch_tokens=batch_tokens,
+                label=f"{name} at {length}",
+            )
+            results[name][str(length)] = {
+                "targets": limit,
+                "nll": loss.nll(),
+                "perplexity": loss.perplexity(),
+                "bits_per_byte": loss.bits_per_byte,
+                "bins": loss.bins(),
+                "last_256_perplexity": loss.perplexity(max(length - LAST, 0)),
+            }
+    return {
+        "trained_at": model.config.get_text_config().max_position_embeddings,
+        "convention": CONVENTION,
+        "data_fingerprint": data.fingerprint,
+        "sets": results,
+    }
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """The result as tables for people, one a held-out set."""
+    made = []
+    for name, lengths in result["sets"].items():
+        table = Table(title=f"{name}: {next(iter(lengths.values()))['targets']:,} tokens", title_justify="left")
+        for heading in ("length", "perplexity", "change", "bits/byte", f"last {LAST}"):
+            table.add_column(heading, justify="right")
+        first = next(iter(lengths.values()))["perplexity"]
+        for length, row in lengths.items():
+            table.add_row(
+                f"{int(length):,} ({int(length) / result['trained_at']:g}×)",
+                f"{row['perplexity']:.2f}",
+                change(row["perplexity"], first),
+                f"{row['bits_per_byte']:.4f}",
+                f"{row['last_256_perplexity']:.2f}",
+            )
+        made.append(table)
+    return made
+
+
+def change(value: float, first: float) -> str:
+    """How much `value` differs from `first`, in per cent."""
+    return "" if value == first else f"{100 * (value / first - 1):+.1f} %"
+
+
+def default_output(model: Path) -> Path:
+    """Where an evaluation goes unless told: beside the model of a run, else into the current folder."""
+    return (model.parent if checkpoints.is_sealed(model) else Path()) / "evaluation.json"
