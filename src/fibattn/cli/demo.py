@@ -1,0 +1,24 @@
+"""`fibattn demo`: the effect in five minutes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fibattn.cli.flags import parse
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Train a dense and a staggered model on Python's standard library and show both past their training length."""
+
+    out: Path = Path("demo")
+    """Folder for the data, the models and the report."""
+    steps: int = 900
+    """Training steps of each model."""
+
+
+def run(arguments: list[str]) -> None:
+    """Run the demonstration."""
+    chosen = parse(Arguments, arguments, "fibattn demo")
+    from fibattn.study.demo import run_demo
+
+    run_demo(chosen.out, steps=chosen.steps)

@@ -1,0 +1,1 @@
+"""The study: runs that belong together, and the report that shows them."""

@@ -1,0 +1,199 @@
+"""The five-minute demonstration: dense and staggered attention past their training length, on real text.
+
+The text is what every Python has: the sources of its standard library. Every step is skipped when it is
+finished already, so an interrupted demonstration goes on where it was.
+"""
+
+import platform
+import sysconfig
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer, PreTrainedModel
+
+from fibattn import files
+from fibattn._version import __version__
+from fibattn.data.plan import Plan
+from fibattn.data.prepare import prepare
+from fibattn.data.sources import Source
+from fibattn.data.stream import PreparedData
+from fibattn.errors import InputError
+from fibattn.evaluation.sweep import change, load_model, sweep
+from fibattn.progress import quantity
+from fibattn.study.figures import Curve, extrapolation
+from fibattn.study.page import inline_svg, write_page
+from fibattn.training.recipe import ModelRecipe, OptimizerRecipe, Recipe
+from fibattn.training.run import train
+
+FACTORS = (1, 2, 4, 8)
+_PROMPT = "def parse_"
+_SAMPLE_TOKENS = 200
+
+DENSE = Recipe(
+    model=ModelRecipe(
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        attention="full",
+    ),
+    optimizer=OptimizerRecipe(peak_rate=5e-3, warmup_steps=90),
+    length=128,
+    windows_per_step=8,
+    micro_batch=8,
+    steps=900,
+    save_every=300,
+)
+"""Sizes at which two cores take a minute a model and the paper's third finding shows."""
+
+STAGGER = replace(DENSE, model=replace(DENSE.model, attention="fibonacci"))
+
+
+def run_demo(out: Path, *, steps: int = DENSE.steps, vocab_size: int = 2048, held_out_tokens: int = 65_536) -> Path:
+    """Prepare, train twice, evaluate, print and write the page; returns the page's path.
+
+    Args:
+        out: folder for everything that is made.
+        steps: training steps of each model.
+        vocab_size: size of the tokenizer.
+        held_out_tokens: targets to evaluate on.
+
+    Raises:
+        InputError: when the standard library's sources are not on this machine.
+    """
+    console = Console()
+    console.print("1/4 preparing the standard library's sources", style="bold")
+    data = prepare(out / "data", _corpus(vocab_size, held_out_tokens))
+    results: dict[str, dict[str, Any]] = {}
+    models: dict[str, PreTrainedModel] = {}
+    for number, (label, recipe) in enumerate((("dense", DENSE), ("stagger", STAGGER)), start=2):
+        console.print(f"{number}/4 training: {label}", style="bold")
+        run = replace(recipe, data=out / "data", out=out / label, steps=steps)
+        models[label] = load_model(train(run))
+    console.print("4/4 evaluating both at up to 8 times the training length", style="bold")
+    for label, model in models.items():
+        results[label] = sweep(
+            model, data, lengths=[factor * DENSE.length for factor in FACTORS], sets=[], tokens=held_out_tokens
+        )
+    return _report(out, data, results, models, console)
+
+
+def _corpus(vocab_size: int, held_out_tokens: int) -> Plan:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    paths = [path for path in sorted(root.rglob("*.py")) if not left_out & set(path.relative_to(root).parts)]
+    texts = tuple(path for path in paths if _is_text(path))
+    if not texts:
+        raise InputError(f"there are no Python sources in {root}; install the standard library's sources")
+    source = Source("stdlib", paths=texts)
+    return Plan((source,), vocab_size=vocab_size, held_out=0.05, held_out_tokens=2 * held_out_tokens)
+
+
+def _is_text(path: Path) -> bool:
+    """Whether the file has text in UTF-8; a few of the library's own are empty or in other encodings on purpose."""
+    try:
+        return bool(path.read_text(encoding="utf-8").strip())
+    except UnicodeDecodeError:
+        return False
+
+
+def _report(
+    out: Path,
+    data: PreparedData,
+    results: dict[str, dict[str, Any]],
+    models: dict[str, PreTrainedModel],
+    console: Console,
+) -> Path:
+    rows = [_row(label, result) for label, result in results.items()]
+    lengths = [factor * DENSE.length for factor in FACTORS]
+    console.print(_table(rows, lengths))
+    sample = _sample(models["stagger"], data)
+    console.print("\nthe staggered model writes:", style="bold")
+    console.print(sample, markup=False, highlight=False)
+    curves = [Curve(row["label"], lengths, row["perplexities"]) for row in rows]
+    figure = extrapolation(curves, DENSE.length, out / "report" / "extrapolation.svg")
+    files.write_json(out / "report" / "results.json", results)
+    page = write_page(
+        out / "report" / "index.html",
+        "demo.html.j2",
+        headline=_headline(rows),
+        corpus=f"the Python {platform.python_version()} standard library",
+        trained_at=DENSE.length,
+        targets=results["dense"]["sets"]["stdlib"][str(DENSE.length)]["targets"],
+        figure=inline_svg(figure),
+        rows=rows,
+        lengths=lengths,
+        keys=DENSE.model.window + 1,
+        generated=_SAMPLE_TOKENS,
+        sample=sample,
+        provenance=_provenance(out, data, models["stagger"]),
+    )
+    console.print(f"\nthe page, the figure and its CSV are in {page.parent}", soft_wrap=True)
+    return page
+
+
+def _row(label: str, result: dict[str, Any]) -> dict[str, Any]:
+    values = [row["perplexity"] for row in result["sets"]["stdlib"].values()]
+    return {"label": label, "perplexities": values, "changes": [change(value, values[0]) for value in values]}
+
+
+def _headline(rows: list[dict[str, Any]]) -> str:
+    """What the numbers say, whichever way they come out."""
+    dense, stagger = (row["perplexities"][-1] / row["perplexities"][0] - 1 for row in rows)
+    factor = FACTORS[-1]
+    if dense > 0.1 and stagger < 0.02:
+        return f"At {factor} times its training length dense attention is {dense:.0%} worse. The stagger is not."
+    return f"At {factor} times the training length: dense {dense:+.1%}, stagger {stagger:+.1%}"
+
+
+def _table(rows: list[dict[str, Any]], lengths: list[int]) -> Table:
+    table = Table(title=f"perplexity on held-out files, trained at {DENSE.length} tokens", title_justify="left")
+    table.add_column("length", justify="right")
+    for row in rows:
+        table.add_column(row["label"], justify="right")
+        table.add_column("change", justify="right")
+    for index, length in enumerate(lengths):
+        cells = [cell for row in rows for cell in (f"{row['perplexities'][index]:.2f}", row["changes"][index])]
+        table.add_row(f"{length:,} ({FACTORS[index]}×)", *cells)
+    return table
+
+
+def _sample(model: PreTrainedModel, data: PreparedData) -> str:
+    tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_path)
+    prompt = torch.tensor([[data.separator, *tokenizer.encode(_PROMPT, add_special_tokens=False)]], device=model.device)
+    torch.manual_seed(0)
+    tokens = model.generate(  # pyright: ignore[reportCallIssue]
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=True,
+        temperature=0.7,
+        min_new_tokens=_SAMPLE_TOKENS,
+        max_new_tokens=_SAMPLE_TOKENS,
+        pad_token_id=data.separator,
+    )
+    return tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
+def _provenance(out: Path, data: PreparedData, model: PreTrainedModel) -> dict[str, str]:
+    recipe = files.read_json(out / "stagger" / "recipe.json")
+    tokens = recipe["steps"] * recipe["windows_per_step"] * recipe["length"]
+    return {
+        "parameters": f"{quantity(model.num_parameters())} in each model",
+        "training": f"{quantity(tokens)} tokens: {recipe['steps']} steps of {recipe['windows_per_step']} windows of "
+        f"{recipe['length']}, the same windows in the same order for both",
+        "seeds": f"weights {recipe['init_seed']}, data {recipe['data_seed']}",
+        "text": f"{quantity(len(data.train))} training tokens; whole files held out",
+        "data fingerprint": data.fingerprint,
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads",
+        "versions": ", ".join(
+            [f"fibattn {__version__}", f"Python {platform.python_version()}"]
+            + [f"{name} {version(name)}" for name in ("torch", "transformers")]
+        ),
+    }
