@@ -85,11 +85,16 @@ class FibAttnConfig(PreTrainedConfig):
         if self.no_rope_layers is None:
             self.no_rope_layers = [1] * self.num_hidden_layers
         self._check_shapes()
-        resolved = self._resolve_offsets()
         if self.layer_offsets is None:
-            self.layer_offsets = resolved
-        self._check_offsets(resolved)
+            self.layer_offsets = self._resolve_offsets()
+        self.check_offsets()
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in Transformers, but changes to fields go in before the offsets are derived and checked."""
+        own = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__annotations__}
+        return super().from_dict({**config_dict, **own}, **kwargs)
 
     @property
     def sliding_window(self) -> int:
@@ -99,7 +104,7 @@ class FibAttnConfig(PreTrainedConfig):
     @property
     def base_rungs(self) -> tuple[int, ...]:
         """The unscaled rungs."""
-        return base_rungs(self.base, count=self.rungs, reach=self.rung_reach or 1)  # pyright: ignore[reportArgumentType]
+        return base_rungs(self.base, count=self.rungs, reach=1 if self.rung_reach is None else self.rung_reach)  # pyright: ignore[reportArgumentType]
 
     def layer_patterns(self, layer: int) -> tuple[Pattern, ...] | None:
         """The patterns of a layer's KV heads (one when they share it); None for full attention and learned rungs."""
@@ -144,7 +149,7 @@ class FibAttnConfig(PreTrainedConfig):
             layers=self.num_hidden_layers,
             window=self.window,
             rungs=self.rungs,
-            reach=self.rung_reach or 1,
+            reach=1 if self.rung_reach is None else self.rung_reach,
             max_offset=self.max_offset,
         )
         resolved: list[list[list[int]] | None] = []
@@ -157,8 +162,13 @@ class FibAttnConfig(PreTrainedConfig):
                 resolved.append([list(pattern.offsets)])
         return resolved
 
-    def _check_offsets(self, resolved: list[list[list[int]] | None]) -> None:
-        stored = self.layer_offsets or []
+    def check_offsets(self) -> None:
+        """Refuse stored offsets that the rest contradicts, as after a change to one of the fields.
+
+        Raises:
+            InputError: naming the layer, what is stored and what the fields give.
+        """
+        stored, resolved = self.layer_offsets or [], self._resolve_offsets()
         if len(stored) != len(resolved):
             raise InputError(f"layer_offsets has {len(stored)} entries for {len(resolved)} layers")
         for layer, (found, expected) in enumerate(zip(stored, resolved, strict=True)):

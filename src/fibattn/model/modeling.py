@@ -218,6 +218,7 @@ class FibAttnModel(FibAttnPreTrainedModel):
     """The decoder without its head."""
 
     def __init__(self, config: FibAttnConfig):
+        config.check_offsets()
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(FibAttnDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))

@@ -1,0 +1,127 @@
+"""The loss that never holds all logits, against the one that does."""
+
+import pytest
+import torch
+from tiny_models import model, tokens
+from torch import Tensor
+from torch.nn import functional
+
+from fibattn.model import loss
+from fibattn.model.loss import IGNORED, linear_cross_entropy
+
+
+def data(count: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(count)
+    hidden = torch.randn(count, 6, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(11, 6, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    return hidden, weight, torch.randint(0, 11, (count,), generator=generator)
+
+
+@pytest.mark.parametrize("count", [1, 7, 64])
+@pytest.mark.parametrize("slice_logits", [1, 50, 1 << 27])
+@pytest.mark.parametrize("ignored", [(), (0,), (0, 3, 6)])
+def test_values_and_gradients_are_those_of_torch(
+    count: int, slice_logits: int, ignored: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "_SLICE_LOGITS", slice_logits)
+    hidden, weight, targets = data(count)
+    targets[[index for index in ignored if index < count]] = IGNORED
+    expected = functional.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    found = linear_cross_entropy(hidden, weight, targets)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    wanted = torch.autograd.grad(2.5 * expected, (hidden, weight))
+    for got, right in zip(torch.autograd.grad(2.5 * found, (hidden, weight)), wanted, strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-11, atol=1e-12)
+
+
+def test_gradcheck() -> None:
+    hidden, weight, targets = data(5)
+    targets[2] = IGNORED
+    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, targets), (hidden, weight))
+
+
+def test_huge_logits_do_not_overflow() -> None:
+    hidden, weight, targets = data(9, torch.float32)
+    found = linear_cross_entropy(1000 * hidden, weight, targets)
+    expected = functional.cross_entropy(1000 * hidden @ weight.T, targets, reduction="sum")
+    torch.testing.assert_close(found, expected)
+
+
+def test_all_ignored_is_zero_with_zero_gradients() -> None:
+    hidden, weight, _ = data(4)
+    found = linear_cross_entropy(hidden, weight, torch.full((4,), IGNORED))
+    assert found == 0
+    assert all(not grad.any() for grad in torch.autograd.grad(found, (hidden, weight)))
+
+
+def test_bf16_autocast_is_as_good_as_torchs() -> None:
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(200, 64, generator=generator).requires_grad_()
+    weight = (torch.randn(500, 64, generator=generator) / 4).requires_grad_()
+    targets = torch.randint(0, 500, (200,), generator=generator)
+
+    def gradients(value: Tensor) -> list[Tensor]:
+        return [value.detach().double(), *(g.double() for g in torch.autograd.grad(value, (hidden, weight)))]
+
+    exact = gradients(functional.cross_entropy(hidden.double() @ weight.double().T, targets, reduction="sum"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = linear_cross_entropy(hidden, weight, targets)
+        plain = functional.cross_entropy(functional.linear(hidden, weight).float(), targets, reduction="sum")
+    assert found.dtype == torch.float32
+    assert [g.dtype for g in torch.autograd.grad(found, (hidden, weight), retain_graph=True)] == [torch.float32] * 2
+    for name, got, other, right in zip(
+        ("loss", "hidden", "weight"), gradients(found), gradients(plain), exact, strict=True
+    ):
+        error, allowed = float((got - right).norm()), float((other - right).norm())
+        assert error <= 2 * allowed + 1e-6 * float(right.norm()), f"{name}: {error} against {allowed}"
+
+
+def test_a_frozen_head_needs_no_gradient() -> None:
+    hidden, weight, targets = data(6)
+    linear_cross_entropy(hidden, weight.detach(), targets).backward()
+    assert hidden.grad is not None
+
+
+# In the model
+
+
+def test_labels_are_shifted_inside() -> None:
+    made, ids = model(), tokens()
+    out = made(ids, labels=ids)
+    expected = functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(out.loss, expected)
+
+
+def test_shift_labels_are_taken_as_they_are_and_all_count() -> None:
+    made, ids, targets = model(), tokens(), tokens(seed=1)
+    out = made(ids, shift_labels=targets)
+    torch.testing.assert_close(out.loss, functional.cross_entropy(out.logits.flatten(0, 1), targets.flatten()))
+    torch.testing.assert_close(made(ids, labels=ids, shift_labels=targets).loss, out.loss)
+
+
+def test_ignored_labels_do_not_count() -> None:
+    made, ids = model(), tokens()
+    labels = ids.clone()
+    labels[0, :20] = labels[1, 40:] = IGNORED
+    out = made(ids, labels=labels)
+    expected = functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+    torch.testing.assert_close(out.loss, expected)
+
+
+@pytest.mark.parametrize("count", [7, torch.tensor(7)])
+def test_num_items_in_batch_divides_the_sum(count: int | Tensor) -> None:
+    made, ids, targets = model(), tokens(), tokens(seed=1)
+    out = made(ids, shift_labels=targets, num_items_in_batch=count)
+    torch.testing.assert_close(out.loss, made(ids, shift_labels=targets).loss * targets.numel() / 7)
+
+
+def test_training_keeps_no_logits_and_the_same_loss_and_gradients() -> None:
+    made, ids = model(), tokens()
+    out = made(ids)
+    expected = functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    wanted = torch.autograd.grad(expected, list(made.parameters()))
+    trained = made.train()(ids, labels=ids)
+    assert trained.logits is None
+    torch.testing.assert_close(trained.loss, expected)
+    for got, right in zip(torch.autograd.grad(trained.loss, list(made.parameters())), wanted, strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,75 @@
+"""Models small enough for milliseconds: one of every kind that the study has, and mixtures."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fibattn import FibAttnConfig, FibAttnForCausalLM
+
+VOCABULARY = 61
+
+KINDS: dict[str, dict[str, Any]] = {
+    "fixed": {"schedule": "fixed"},
+    "linear": {"schedule": "linear"},
+    "coprime": {"schedule": "coprime"},
+    "learned": {"schedule": "learned"},
+    "power_of_two": {"base": "power_of_two"},
+    "clipped": {"max_offset": 20},
+    "sliding": {"layer_types": ["sliding_attention"] * 4},
+    "full": {"layer_types": ["full_attention"] * 4},
+    "full, linear RoPE": {
+        "layer_types": ["full_attention"] * 4,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0},
+    },
+    "mixture": {
+        "layer_types": ["fibonacci_attention", "full_attention", "sliding_attention", "fibonacci_attention"],
+        "no_rope_layers": [1, 0, 1, 1],
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10_000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "learned mixture": {
+        "schedule": "learned",
+        "layer_types": ["fibonacci_attention", "full_attention", "fibonacci_attention", "sliding_attention"],
+        "no_rope_layers": [0, 1, 1, 1],
+    },
+    "untied": {"tie_word_embeddings": False},
+}
+
+
+def config(kind: str = "linear", **changes: Any) -> FibAttnConfig:
+    values = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "window": 4,
+        "rungs": 8,
+        **KINDS[kind],
+        **changes,
+    }
+    return FibAttnConfig(**values)
+
+
+def model(kind: str = "linear", **changes: Any) -> FibAttnForCausalLM:
+    """A model in evaluation mode with weights large enough that every part of it shows in the logits."""
+    torch.manual_seed(0)
+    made = FibAttnForCausalLM(config(kind, **{"initializer_range": 0.4, **changes})).eval()
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if name.endswith("theta"):
+                parameter.fill_(-0.37 + 0.2 * made.config.num_hidden_layers)
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    return made
+
+
+def tokens(batch: int = 2, length: int = 50, seed: int = 0) -> Tensor:
+    return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
