@@ -130,17 +130,16 @@ def kernel_times(
 
 SPACE = {
     "fwd": [
-        dict(block=b, near=max(2 * b, 32), rungs=r, warps=w, stages=s)
-        for b, w in ((16, 4), (32, 8), (32, 4), (16, 2))
-        for r in (4, 8, 16)
-        for s in (1, 2)
+        {"block": block, "near": max(2 * block, 32), "rungs": rungs, "warps": warps, "stages": stages}
+        for block, warps in ((16, 4), (16, 2), (8, 2), (8, 1), (4, 1), (32, 4))
+        for rungs in (4, 8)
+        for stages in (1, 2)
     ],
     "dkv": [
-        dict(block=b, near=n, warps=w, stages=s)
-        for b in (16, 32, 64, 128)
-        for n in (32, 64)
-        for w in (4, 8)
-        for s in (1, 2)
+        {"block": block, "near": near, "warps": warps}
+        for block in (16, 32, 64, 128)
+        for near in (32, 64)
+        for warps in (2, 4, 8)
     ],
 }
 SPACE["dq"] = SPACE["fwd"]

@@ -364,12 +364,54 @@ def key_grad_kernel(
     p_k += i_batch * stride_kb + i_head * stride_kh
     p_v += i_batch * stride_vb + i_head * stride_vh
     past = keys - tokens
-    o_key = i_block * BN + tl.arange(0, BN)
+    p_weights += (i_batch * kv_heads + i_head) * rungs_stored * tokens * GROUP
+    p_grads += (i_batch * kv_heads + i_head) * rungs_stored * tokens * GROUP
+    p_set = p_table + i_head * stride_set
+    o_tile = tl.arange(0, BN)
+    o_key = i_block * BN + o_tile
+    first_query = i_block * BN - past
+    b_dk = tl.zeros([BN, BD], tl.float32)
+    b_dv = tl.zeros([BN, BD], tl.float32)
+
+    # The rungs: rows that follow one another, times one number each. Head by head, so that the rows which
+    # neighbouring rungs share are still in the cache.
+    SIDES: tl.constexpr = 2 if SCALED else 1
+    o_size = tl.arange(0, BD)
+    m_size = o_size < SIZE
+    o_q = o_tile.to(tl.int64)[:, None] * stride_qt + o_size[None, :]
+    o_do = o_tile.to(tl.int64)[:, None] * stride_gt + o_size[None, :]
+    rungs = tl.load(p_set)
+    for i_group in range(GROUP):
+        for i in range(rungs * SIDES):
+            i_rung = i // SIDES
+            near = tl.load(p_set + 1 + i_rung)
+            first = first_query + near + i % SIDES
+            m_query = (first + o_tile >= 0) & (first + o_tile < tokens)
+            p_entry = (tl.cast(i_rung, tl.int64) * tokens + first) * GROUP + i_group
+            b_ds = tl.load(p_grads + p_entry + o_tile * GROUP, mask=m_query, other=0.0).to(tl.float32)
+            b_p = tl.load(p_weights + p_entry + o_tile * GROUP, mask=m_query, other=0.0).to(tl.float32)
+            if SCALED:
+                o_query = first + o_tile
+                b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_query, HAS_POSITIONS)
+                b_f = tl.where(b_limit == near, 0.0, tl.load(p_fractions + i_rung))
+                b_f = tl.where(i % SIDES == 0, 1.0 - b_f, b_f)
+                b_ds *= b_f
+                b_p *= b_f
+            p_q_tile = p_q + tl.cast(first, tl.int64) * stride_qt + tl.cast(i_group, tl.int64) * stride_qh + o_q
+            p_do_tile = p_do + tl.cast(first, tl.int64) * stride_gt + tl.cast(i_group, tl.int64) * stride_gh + o_do
+            if SIZE == BD:
+                b_q = tl.load(p_q_tile, mask=m_query[:, None], other=0.0)
+                b_do = tl.load(p_do_tile, mask=m_query[:, None], other=0.0)
+            else:
+                b_q = tl.load(p_q_tile, mask=m_query[:, None] & m_size[None, :], other=0.0)
+                b_do = tl.load(p_do_tile, mask=m_query[:, None] & m_size[None, :], other=0.0)
+            b_dk += b_ds[:, None] * b_q.to(tl.float32)
+            b_dv += b_p[:, None] * b_do.to(tl.float32)
+
+    # The window: dense tiles of keys by rows (query, head of the group), weights recomputed.
     m_key = o_key < keys
     b_k = load_rows(p_k, o_key, stride_kt, m_key, SIZE, BD)
     b_v = load_rows(p_v, o_key, stride_vt, m_key, SIZE, BD)
-    b_dk = tl.zeros([BN, BD], tl.float32)
-    b_dv = tl.zeros([BN, BD], tl.float32)
     scale_log2 = scale * LOG2E
 
     begin = tl.maximum(i_block * BN - past, 0)
@@ -391,32 +433,6 @@ def key_grad_kernel(
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
         b_ds = b_p * (b_dp - b_delta[None, :])
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
-
-    p_set = p_table + i_head * stride_set
-    rungs = tl.load(p_set)
-    o_compact = (i_batch * kv_heads + i_head) * rungs_stored * tokens
-    p_weights += o_compact * GROUP
-    p_grads += o_compact * GROUP
-    SIDES: tl.constexpr = 2 if SCALED else 1
-    for i_group in range(GROUP):
-        for i in range(rungs * SIDES):
-            i_rung = i // SIDES
-            near = tl.load(p_set + 1 + i_rung)
-            o_query = o_key + near + i % SIDES - past
-            m_query = (o_query >= 0) & (o_query < tokens)
-            o_entry = (tl.cast(i_rung, tl.int64) * tokens + o_query) * GROUP + i_group
-            b_ds = tl.load(p_grads + o_entry, mask=m_query, other=0.0).to(tl.float32)
-            b_p = tl.load(p_weights + o_entry, mask=m_query, other=0.0).to(tl.float32)
-            if SCALED:
-                b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_query, HAS_POSITIONS)
-                b_f = tl.where(b_limit == near, 0.0, tl.load(p_fractions + i_rung))
-                b_f = tl.where(i % SIDES == 0, 1.0 - b_f, b_f)
-                b_ds *= b_f
-                b_p *= b_f
-            b_q = load_rows(p_q + tl.cast(i_group, tl.int64) * stride_qh, o_query, stride_qt, m_query, SIZE, BD)
-            b_do = load_rows(p_do + tl.cast(i_group, tl.int64) * stride_gh, o_query, stride_gt, m_query, SIZE, BD)
-            b_dk += b_ds[:, None] * b_q.to(tl.float32)
-            b_dv += b_p[:, None] * b_do.to(tl.float32)
 
     p_dk += i_batch * stride_dkb + i_head * stride_dkh
     p_dv += i_batch * stride_dvb + i_head * stride_dvh
