@@ -1,0 +1,55 @@
+# `make` alone says what there is. All paths are relative, so that a folder's name may have a space in it.
+
+STAMP := .venv/installed
+RUN := .venv/bin/python
+FAIL = sh -c 'printf "\nmake $@: %s\n" "$$1" >&2; exit 1' fail
+
+# A shim may be there without the Python behind it, so each candidate is asked.
+IS_GOOD := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for one in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	"$$one" -c "$(IS_GOOD)" >/dev/null 2>&1 && { command -v "$$one"; break; }; done)
+
+# A machine with a GPU often brings its own torch.
+SEES_GPU := import sys, pytest, torch; sys.exit(not torch.cuda.is_available())
+GPU_PYTHON ?= $(shell for one in $(RUN) python3; do \
+	"$$one" -c "$(SEES_GPU)" >/dev/null 2>&1 && { echo "$$one"; break; }; done)
+
+.PHONY: help setup demo test lint gpu-test
+
+help:
+	@echo 'make setup     a .venv with the package and all it needs'
+	@echo 'make demo      the set-up, then the demonstration: two models, a table, a page in demo/report'
+	@echo 'make test      the set-up, then all tests'
+	@echo 'make lint      ruff and pyright'
+	@echo 'make gpu-test  the tests that need an NVIDIA GPU'
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || $(FAIL) 'no Python 3.11 or newer with venv was found. '\
+	'Install one (Debian: apt install python3-venv), or name it: make setup PYTHON=/path/to/python3'
+	@echo 'setup 1/2: the virtual environment .venv'
+	@$(RUN) -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv || \
+	$(FAIL) 'setup 1/2 failed: the virtual environment, as said above. Mend that, then run the same command again'
+	@echo 'setup 2/2: the package and what it needs (torch is large)'
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,triton]' || \
+	$(FAIL) 'setup 2/2 failed: pip, as said above. Check the network and the free disk space, then run the same '\
+	'command again; what was downloaded is kept'
+	@touch $@
+
+demo: $(STAMP)
+	@$(RUN) -m fibattn demo || \
+	$(FAIL) 'the demonstration failed, as said above. Run make demo again: it goes on where it stopped'
+
+test: $(STAMP)
+	@$(RUN) -m pytest || $(FAIL) 'tests failed, as said above. Only those again: $(RUN) -m pytest --last-failed'
+
+lint: $(STAMP)
+	@$(RUN) -m ruff check || $(FAIL) 'ruff check failed. Most of it mends itself: $(RUN) -m ruff check --fix'
+	@$(RUN) -m ruff format --check || $(FAIL) 'the format differs. Mend it: $(RUN) -m ruff format'
+	@$(RUN) -m pyright || $(FAIL) 'pyright failed, as said above'
+
+gpu-test:
+	@python="$(GPU_PYTHON)"; test -n "$$python" || $(FAIL) 'no Python with pytest and a torch that sees a GPU was '\
+	'found. Name one: make gpu-test GPU_PYTHON=/path/to/python3'; \
+	PYTHONPATH=src "$$python" -m pytest tests/gpu || $(FAIL) 'tests failed, as said above'
