@@ -148,3 +148,15 @@ def test_values_of_the_wrong_type_are_refused_with_the_fields_name(changes: dict
     (name,) = changes
     with pytest.raises(StrictDataclassFieldValidationError, match=name):
         config(**changes)
+
+
+def test_kv_heads_have_scales_of_their_own() -> None:
+    made = config(stagger_heads=True, num_hidden_layers=3, window=4, rungs=8)
+    ramp = [0.5 + slot / 5 for slot in range(6)]  # the layers of the first KV head, then those of the second
+    expected = [
+        [list(Pattern.fibonacci(4, ramp[layer], 8).offsets), list(Pattern.fibonacci(4, ramp[3 + layer], 8).offsets)]
+        for layer in range(3)
+    ]
+    assert made.layer_offsets == expected
+    with pytest.raises(InputError, match="learned scale is one for all heads"):
+        config(stagger_heads=True, schedule="learned")

@@ -87,16 +87,17 @@ def position_loss(
     windows = held_out_windows(stream, length, limit_tokens)
     device = next(model.parameters()).device
     model.eval()
-    sums, byte_counts = torch.zeros(length, dtype=torch.float64), torch.zeros(length, dtype=torch.float64)
+    sums = torch.zeros(length, dtype=torch.float64, device=device)
+    byte_counts = torch.zeros(length, dtype=torch.float64)
     sizes = torch.from_numpy(token_bytes.astype(np.float64))
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
     with Meter(label, len(windows) * length, "tokens") as meter, autocast:
         for batch in DataLoader(windows, batch_size=max(1, batch_tokens // length)):  # pyright: ignore
             inputs, targets = batch["input_ids"].to(device), batch["shift_labels"].to(device)
-            sums += _losses(model, inputs, targets).double().sum(dim=0).cpu()
+            sums += _losses(model, inputs, targets).sum(dim=0, dtype=torch.float64)
             byte_counts += sizes[batch["shift_labels"]].sum(dim=0)
             meter.update(inputs.numel())
-    return PositionLoss(sums.numpy(), byte_counts.numpy(), len(windows))
+    return PositionLoss(sums.cpu().numpy(), byte_counts.numpy(), len(windows))
 
 
 def _losses(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -31,10 +31,10 @@ def find_model(path: Path) -> Path:
     raise InputError(f"{path} holds no model (config.json is missing); give a model folder or a finished run")
 
 
-def load_model(folder: Path) -> PreTrainedModel:
-    """The model in `folder`, float32, on the GPU where there is one."""
+def load_model(folder: Path, **changes: Any) -> PreTrainedModel:
+    """The model in `folder`, float32, on the GPU where there is one; `changes` go into its configuration."""
     disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **changes)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -26,6 +26,8 @@ class FibAttnConfig(PreTrainedConfig):
         initializer_range: standard deviation of the initial weights; `hidden_size ** -0.5` when None.
         base: `fibonacci` or `power_of_two`.
         schedule: `fixed`, `linear`, `coprime` or `learned`: the scale alpha of each layer's rungs.
+        stagger_heads: the KV heads of a layer have scales of their own: the schedule runs over the layers of
+            the first KV head, then over those of the next.
         window: distances 0 … window are always attended (`window + 1` keys).
         rungs: how many Fibonacci rungs there are before scaling.
         rung_reach: the farthest unscaled rung of a power-of-two base; training length - 1 when None.
@@ -63,6 +65,7 @@ class FibAttnConfig(PreTrainedConfig):
 
     base: str = "fibonacci"
     schedule: str = "linear"
+    stagger_heads: bool = False
     window: int = 12
     rungs: int = 15
     rung_reach: int | None = None
@@ -139,6 +142,8 @@ class FibAttnConfig(PreTrainedConfig):
         for name in ("layer_types", "no_rope_layers"):
             if len(getattr(self, name)) != self.num_hidden_layers:
                 raise InputError(f"{name} has {len(getattr(self, name))} entries for {self.num_hidden_layers} layers")
+        if self.stagger_heads and self.schedule == "learned":
+            raise InputError("stagger_heads is True, but a learned scale is one for all heads of a layer; set it to False")
         if set(self.no_rope_layers or []) - {0, 1}:
             raise InputError(f"no_rope_layers is {self.no_rope_layers}; each entry is 1 (with RoPE) or 0 (without)")
 
@@ -146,20 +151,21 @@ class FibAttnConfig(PreTrainedConfig):
         patterns = layer_patterns(
             self.base,  # pyright: ignore[reportArgumentType]
             self.schedule,  # pyright: ignore[reportArgumentType]
-            layers=self.num_hidden_layers,
+            layers=self.num_hidden_layers * (self.num_key_value_heads or 1 if self.stagger_heads else 1),
             window=self.window,
             rungs=self.rungs,
             reach=1 if self.rung_reach is None else self.rung_reach,
             max_offset=self.max_offset,
         )
         resolved: list[list[list[int]] | None] = []
-        for layer, (kind, pattern) in enumerate(zip(self.layer_types or [], patterns, strict=True)):
+        for layer, kind in enumerate(self.layer_types or []):
             if kind == "sliding_attention":
                 resolved.append([[]])
             elif kind == "full_attention" or self.learns_alpha(layer):
                 resolved.append(None)
             else:
-                resolved.append([list(pattern.offsets)])
+                heads = patterns[layer :: self.num_hidden_layers]
+                resolved.append([list(pattern.offsets) for pattern in heads])
         return resolved
 
     def check_offsets(self) -> None:

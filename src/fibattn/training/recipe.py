@@ -30,6 +30,8 @@ class ModelRecipe:
     """What the layers do: window and rungs, window only, or everything."""
     base: Base = "fibonacci"
     schedule: Schedule = "linear"
+    stagger_heads: bool = False
+    """Give every KV head of a layer rungs of its own scale, too."""
     window: int = 12
     """Distances 0 … window are attended: window + 1 keys."""
     rungs: int = 15

@@ -41,6 +41,7 @@ def model_config(recipe: Recipe, vocab_size: int, separator: int) -> FibAttnConf
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
         base=shape.base,
         schedule=shape.schedule,
+        stagger_heads=shape.stagger_heads,
         window=shape.window,
         rungs=shape.rungs,
         max_offset=recipe.length - 1 if shape.clip_offsets else None,
