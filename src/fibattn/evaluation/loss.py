@@ -5,6 +5,7 @@ paper's, section 5). Early positions have little context, so a longer window is 
 the last 256 positions of a window leaves that effect out.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -54,7 +55,7 @@ class PositionLoss:
     def bins(self, count: int = 8) -> list[float]:
         """Mean loss in nats of `count` equal parts of the window."""
         edges = [self.length * part // count for part in range(count + 1)]
-        return [self.nll(first, last) for first, last in zip(edges, edges[1:], strict=False)]
+        return [self.nll(first, last) for first, last in itertools.pairwise(edges)]
 
 
 @torch.inference_mode()

@@ -143,7 +143,9 @@ class FibAttnConfig(PreTrainedConfig):
             if len(getattr(self, name)) != self.num_hidden_layers:
                 raise InputError(f"{name} has {len(getattr(self, name))} entries for {self.num_hidden_layers} layers")
         if self.stagger_heads and self.schedule == "learned":
-            raise InputError("stagger_heads is True, but a learned scale is one for all heads of a layer; set it to False")
+            raise InputError(
+                "stagger_heads is True, but a learned scale is one for all heads of a layer; set it to False"
+            )
         if set(self.no_rope_layers or []) - {0, 1}:
             raise InputError(f"no_rope_layers is {self.no_rope_layers}; each entry is 1 (with RoPE) or 0 (without)")
 
