@@ -1,0 +1,79 @@
+"""The picture of a stack of patterns: what every layer attends to, and what the layers reach together."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+from fibattn.pattern import Composition, Pattern
+from fibattn.plotting import COLOURS, STYLE, save
+
+_NEAR, _FAR = COLOURS[:2]
+_NOWHERE = "#d6d3d1"
+
+
+def draw_patterns(patterns: Sequence[Pattern], composition: Composition, context: int, path: Path) -> Path:
+    """Draw the distances of every layer above the fewest layers that reach a distance; SVG, PNG and CSV.
+
+    Args:
+        patterns: one a layer, first layer first.
+        composition: what they reach together.
+        context: marked in both parts.
+        path: where the SVG goes; the PNG and the CSV lie beside it.
+    """
+    farthest = max(len(composition.layers_needed) - 1, 1)
+    with plt.rc_context(STYLE):
+        figure, (above, below) = plt.subplots(2, figsize=(7.4, 6.4), layout="constrained")
+        _attended(above, patterns)
+        _needed(below, composition)
+        for axes in (above, below):
+            if axes.get_xlim()[0] < context < axes.get_xlim()[1]:
+                axes.axvline(context, color="#78716c", linewidth=1, linestyle="--")
+                place = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom"}
+                axes.annotate(f"context {context:,}", (context, 1), **place)
+        below.set_xlim(0, farthest)
+    rows = [("layer that attends", d, layer) for layer, one in enumerate(patterns) for d in one.distances]
+    rows += [("fewest layers", d, "" if n is None else n) for d, n in enumerate(composition.layers_needed)]
+    return save(figure, path, ("what", "distance", "value"), rows)
+
+
+def _attended(axes: Axes, patterns: Sequence[Pattern]) -> None:
+    """Dots at the offsets, a bar over the window; the distance is logarithmic, so 0 is not shown."""
+    for layer, pattern in enumerate(patterns):
+        if pattern.window > 0:
+            axes.plot([1, pattern.window], [layer, layer], color=_NEAR, linewidth=4, solid_capstyle="butt")
+        axes.plot(pattern.offsets, [layer] * len(pattern.offsets), "o", color=_FAR, markersize=4)
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(0.9, 1.15 * max(2, *(pattern.reach for pattern in patterns)))
+    axes.set_ylim(len(patterns) - 0.5, -0.5)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("distance that the layer attends to (bar: the window)")
+    axes.set_ylabel("layer")
+
+
+def _needed(axes: Axes, composition: Composition) -> None:
+    needed = composition.layers_needed
+    reached = [(d, n) for d, n in enumerate(needed) if n is not None]
+    most = max(n for _, n in reached)
+    axes.plot(*zip(*reached, strict=True), ".", color=_FAR, markersize=2, rasterized=True)
+    for first, last in _gaps(needed):
+        axes.axvspan(first - 0.5, last + 0.5, color=_NOWHERE, linewidth=0)
+    axes.set_ylim(-0.4, most + 0.6)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.set_xlabel("distance" + ("" if composition.first_gap is None else " (grey: no path of any length reaches it)"))
+    axes.set_ylabel("fewest layers that reach it")
+
+
+def _gaps(needed: Sequence[int | None]) -> list[tuple[int, int]]:
+    """First and last distance of every stretch that nothing reaches."""
+    gaps: list[tuple[int, int]] = []
+    for distance, layers in enumerate(needed):
+        if layers is None:
+            first = gaps.pop()[0] if gaps and gaps[-1][1] == distance - 1 else distance
+            gaps.append((first, distance))
+    return gaps
