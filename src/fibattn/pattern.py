@@ -175,6 +175,13 @@ def interpolate(
     return tuple(kept.values())
 
 
+def scaled_reach(rungs: Sequence[int], alpha: float, window: int, max_offset: int | None = None) -> int:
+    """The farthest distance that a learned scale reads for any value up to `alpha`, both keys of a rung counted."""
+    _check_alpha(alpha, rungs)
+    nearer = math.floor(alpha * max(rungs, default=0))
+    return max(window, 1 + (nearer if max_offset is None else min(nearer, max_offset)))
+
+
 def _check_alpha(alpha: float, rungs: Sequence[int]) -> None:
     if not (alpha > 0 and math.isfinite(alpha * max(rungs, default=1))):
         raise InputError(f"alpha is {alpha}; it must be a finite number above 0, and so must alpha times a rung")

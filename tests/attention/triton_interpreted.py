@@ -8,9 +8,9 @@ import pytest
 import torch
 import triton.runtime.interpreter as interpreter
 
-from fibattn.attention import attend, attend_scaled
+from fibattn.attention import attend, attend_cached, attend_scaled, attend_scaled_cached
 from fibattn.errors import InputError
-from fibattn.pattern import Pattern
+from fibattn.pattern import Pattern, scaled_reach
 
 _patch_tensor = interpreter._patch_lang_tensor
 
@@ -112,6 +112,67 @@ def test_an_impossible_scale_gives_no_plausible_numbers(alpha):
     q, k, v = tensors(1, 39, 39, 4, 2, 16)
     out = attend_scaled(q, k, v, 3, RUNGS, torch.tensor(alpha), backend="triton")
     assert out.isnan().any()
+
+
+def decode_agrees(call, inputs, rows, first, tokens=9, positions=None, tolerance=2e-6):
+    """The kernel and the CPU's step give the same outputs and leave the same rings, token after token."""
+    q, k, v = inputs
+    rings = torch.randn(2, k.shape[0], rows, *k.shape[2:]).to(k.dtype)
+    ours, theirs = rings.clone(), rings.clone()
+    for token in range(tokens):
+        new = [x[:, token : token + 1] for x in (q, k, v)]
+        how = {
+            "cache_positions": first + token,
+            "positions": None if positions is None else (positions + token).clamp(min=0),
+        }
+        a = call(new[0], *ours, *new[1:], backend="triton", **how)
+        b = call(new[0], *theirs, *new[1:], backend="cpu", **how)
+        assert torch.isfinite(a).all()
+        torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance)
+        assert torch.equal(ours, theirs)
+
+
+FIRST = torch.tensor([[1], [40]])
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 16), (7, 1, 40), (2, 2, 24), (32, 1, 16)])
+def test_decode(heads, kv_heads, size):
+    pattern = Pattern(5, (7, 13, 21))
+    inputs = tensors(2, 9, 9, heads, kv_heads, size)
+    decode_agrees(lambda *x, **how: attend_cached(*x, pattern, **how), inputs, 22, FIRST)
+
+
+@pytest.mark.parametrize("pattern", [Pattern(0), Pattern(40, (70,)), [Pattern(3, (7, 9, 13)), Pattern(3, (4, 30))]])
+def test_decode_windows_and_heads(pattern):
+    inputs = tensors(2, 9, 9, 4, 2, 16)
+    decode_agrees(lambda *x, **how: attend_cached(*x, pattern, **how), inputs, 75, FIRST)
+
+
+def test_decode_with_padding_and_half_precision():
+    pattern = Pattern(5, (7, 13, 21))
+    inputs = tensors(2, 9, 9, 4, 2, 16, torch.float16)
+    call = lambda *x, **how: attend_cached(*x, pattern, **how)  # noqa: E731
+    decode_agrees(call, inputs, 25, FIRST, positions=torch.tensor([[-4], [10]]), tolerance=2e-3)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.6, 1.3125])
+@pytest.mark.parametrize("window", [0, 3])
+def test_decode_scaled(alpha, window):
+    rungs, alpha = RUNGS[:6], torch.tensor(alpha)
+    reach = scaled_reach(rungs, 1.5, window)
+
+    def call(*x, **how):
+        return attend_scaled_cached(*x, window, rungs, alpha, reach=reach, **how)
+
+    decode_agrees(call, tensors(2, 9, 9, 4, 2, 16), reach + 1, FIRST)
+    decode_agrees(call, tensors(2, 9, 9, 4, 2, 16), reach + 1, FIRST + 30, positions=torch.tensor([[-2], [5]]))
+
+
+def test_decode_beyond_the_ring_gives_no_plausible_numbers():
+    q, k, v = tensors(2, 1, 1, 4, 2, 16)
+    rings = torch.randn(2, 2, 22, 2, 16)
+    how = {"reach": 21, "cache_positions": FIRST + 60, "backend": "triton"}
+    assert attend_scaled_cached(q, *rings, k, v, 3, RUNGS, torch.tensor(1.4), **how).isnan().all()
 
 
 def test_unsupported_input_is_refused():

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fibattn.attention import ops, reference
+from fibattn.attention import decode, ops, reference
 from fibattn.errors import InputError
 from fibattn.pattern import Pattern
 
@@ -107,12 +107,7 @@ def attend_scaled(
         InputError: (a ValueError) as in `attend`, and for a bad window, rung or alpha.
     """
     scale = _check_tensors(q, k, v, scale)
-    Pattern.scaled(window, (), max_offset=max_offset)
-    if any(rung <= before for before, rung in zip((0, *rungs), rungs, strict=False)):
-        raise InputError(f"rungs are {list(rungs)}; they must be positive and strictly increasing")
-    if alpha.numel() != 1 or not alpha.is_floating_point() or alpha.device != q.device:
-        found = f"{tuple(alpha.shape)} {alpha.dtype} on {alpha.device}"
-        raise InputError(f"alpha is {found}; it must be one floating-point number on {q.device}")
+    _check_scaled(q, window, rungs, alpha, max_offset)
     positions = _document_positions(q, k, positions, cu_seqlens)
     chosen = _choose(backend, q)
     if chosen == "reference":
@@ -122,6 +117,161 @@ def attend_scaled(
         interpret = chosen == "triton" and q.device.type == "cpu"
         out, lse = ops.AttendScaled.apply(q, k, v, positions, scale, window, alpha, list(rungs), limit, interpret)
     return (out, lse) if return_lse else out
+
+
+def attend_cached(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern | Sequence[Pattern],
+    *,
+    cache_positions: Tensor,
+    positions: Tensor | None = None,
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """`attend` for the next tokens of a sequence whose earlier ones are in a ring, which receives the new ones.
+
+    Token `p` stands in row `p mod rows`. Chunks may have any length; a chunk of one is a single kernel, whose
+    time does not depend on how long the sequence is. The rings are written in place, outside of autograd;
+    gradients reach q, k and v of this call.
+
+    Args:
+        q: (batch, new tokens, query heads, head size).
+        k_cache, v_cache: (batch, rows, KV heads, head size), at least `reach + 1` rows, zeros at first.
+        k, v: (batch, new tokens, KV heads, head size).
+        pattern, scale, backend: as in `attend`.
+        cache_positions: integer (batch or 1, new tokens), how many tokens came before each new one since the
+            ring was new; goes up by one. Values are not checked on a GPU, which would stall it.
+        positions: integer (batch or 1, new tokens), each new token's position inside its document, for padding
+            on the left; `cache_positions` when None.
+
+    Returns:
+        (batch, new tokens, query heads, head size), in the dtype of `q`.
+
+    Raises:
+        InputError: (a ValueError) as in `attend`, for a ring of another shape or with too few rows, and for
+            positions that do not go up by one.
+    """
+    patterns = _check_patterns(pattern, k.shape[2])
+    scale = _check_tensors(q, k, v, scale)
+    positions = _document_positions(q, k, positions, None)
+    reach = max(one.reach for one in patterns)
+    _check_rings(q, k_cache, v_cache, k, cache_positions, reach)
+    chosen = _choose(backend, q)
+    if not _is_step(chosen, q, k, v):
+        keys, values, limit = _take(k_cache, v_cache, k, v, cache_positions, positions, reach)
+        out = attend(q, keys, values, patterns, scale=scale, positions=limit, backend=backend)
+        assert isinstance(out, Tensor)
+        return out
+    offsets = [offset for one in patterns for offset in one.offsets]
+    sizes = [len(one.offsets) for one in patterns]
+    interpret = chosen == "triton" and q.device.type == "cpu"
+    rings = (q, k_cache, v_cache, k, v, cache_positions, positions)
+    return torch.ops.fibattn.attend_step(*rings, scale, patterns[0].window, offsets, sizes, interpret)
+
+
+def attend_scaled_cached(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    rungs: Sequence[int],
+    alpha: Tensor,
+    *,
+    reach: int,
+    cache_positions: Tensor,
+    max_offset: int | None = None,
+    positions: Tensor | None = None,
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """`attend_scaled` from a ring; see `attend_cached`.
+
+    Args:
+        window, rungs, alpha, max_offset: as in `attend_scaled`.
+        reach: the farthest distance that `alpha` can ask for, of the farther of a rung's two keys; the rings
+            have at least one row more (`fibattn.pattern.scaled_reach`). It is for the caller to see that
+            alpha keeps to it: the CPU refuses one that does not, a GPU returns NaN.
+        q, k_cache, v_cache, k, v, cache_positions, positions, scale, backend: as in `attend_cached`.
+
+    Raises:
+        InputError: (a ValueError) as in `attend_scaled` and `attend_cached`.
+    """
+    scale = _check_tensors(q, k, v, scale)
+    positions = _document_positions(q, k, positions, None)
+    _check_scaled(q, window, rungs, alpha, max_offset)
+    _check_rings(q, k_cache, v_cache, k, cache_positions, reach)
+    chosen = _choose(backend, q)
+    if not _is_step(chosen, q, k, v, alpha):
+        keys, values, limit = _take(k_cache, v_cache, k, v, cache_positions, positions, reach)
+        how = {"max_offset": max_offset, "scale": scale, "positions": limit, "backend": backend}
+        out = attend_scaled(q, keys, values, window, rungs, alpha, **how)
+        assert isinstance(out, Tensor)
+        return out
+    limit = ops.NO_LIMIT if max_offset is None else max_offset
+    interpret = chosen == "triton" and q.device.type == "cpu"
+    rings = (q, k_cache, v_cache, k, v, cache_positions, positions)
+    return torch.ops.fibattn.attend_scaled_step(*rings, scale, window, alpha, list(rungs), limit, interpret)
+
+
+def _is_step(backend: str, q: Tensor, *others: Tensor) -> bool:
+    """Whether the one-token kernel applies; it knows no gradients."""
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, *others))
+    return q.shape[1] == 1 and backend != "reference" and not differentiable
+
+
+def _take(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache_positions: Tensor,
+    positions: Tensor | None,
+    reach: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The keys and values that a chunk may attend to, how far back each query may look; the ring takes the chunk."""
+    keys, values = (
+        torch.cat([decode.before(ring, cache_positions, reach), new], dim=1)
+        for ring, new in ((k_cache, k), (v_cache, v))
+    )
+    decode.store(k_cache, k, cache_positions)
+    decode.store(v_cache, v, cache_positions)
+    return keys, values, cache_positions if positions is None else torch.minimum(cache_positions, positions)
+
+
+def _check_rings(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor, cache_positions: Tensor, reach: int) -> None:
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if x.ndim != 4 or (x.shape[0], *x.shape[2:]) != (k.shape[0], *k.shape[2:]):
+            raise InputError(
+                f"{name} has shape {tuple(x.shape)}; for keys of shape {tuple(k.shape)} expected "
+                f"({k.shape[0]}, rows, {k.shape[2]}, {k.shape[3]}): is it the cache of another model?"
+            )
+        if x.dtype != q.dtype or x.device != q.device:
+            raise InputError(f"{name} is {x.dtype} on {x.device} but q is {q.dtype} on {q.device}; make them agree")
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise InputError(f"{name} has strides {x.stride()}; the last dimension must be contiguous")
+        if x.shape[1] <= reach or x.shape[1] != k_cache.shape[1]:
+            raise InputError(f"{name} has {x.shape[1]} rows; a reach of {reach} needs {reach + 1}, and as many in both")
+    if k.shape[1] != q.shape[1]:
+        raise InputError(f"{q.shape[1]} query tokens and {k.shape[1]} new keys; with a cache they are the same tokens")
+    if cache_positions.dtype not in (torch.int32, torch.int64) or cache_positions.device != q.device:
+        found = f"{cache_positions.dtype} on {cache_positions.device}"
+        raise InputError(f"cache_positions are {found}; expected integers on {q.device}")
+    if cache_positions.shape not in ((1, q.shape[1]), (q.shape[0], q.shape[1])):
+        found = tuple(cache_positions.shape)
+        raise InputError(f"cache_positions have shape {found}; expected ({q.shape[0]} or 1, {q.shape[1]})")
+    if _readable(cache_positions):
+        if int(cache_positions.min()) < 0:
+            raise InputError(f"cache_positions go down to {int(cache_positions.min())}; the first token has position 0")
+        if bool((cache_positions.diff(dim=1) != 1).any()):
+            raise InputError(
+                f"cache_positions are {cache_positions.tolist()}; they must go up by one from token to token"
+            )
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> float:
@@ -150,6 +300,15 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> floa
     if scale is not None and not math.isfinite(scale):
         raise InputError(f"scale is {scale}; it must be finite, or None for head size ** -0.5")
     return size**-0.5 if scale is None else scale
+
+
+def _check_scaled(q: Tensor, window: int, rungs: Sequence[int], alpha: Tensor, max_offset: int | None) -> None:
+    Pattern.scaled(window, (), max_offset=max_offset)
+    if any(rung <= before for before, rung in zip((0, *rungs), rungs, strict=False)):
+        raise InputError(f"rungs are {list(rungs)}; they must be positive and strictly increasing")
+    if alpha.numel() != 1 or not alpha.is_floating_point() or alpha.device != q.device:
+        found = f"{tuple(alpha.shape)} {alpha.dtype} on {alpha.device}"
+        raise InputError(f"alpha is {found}; it must be one floating-point number on {q.device}")
 
 
 def _check_patterns(pattern: Pattern | Sequence[Pattern], kv_heads: int) -> tuple[Pattern, ...]:

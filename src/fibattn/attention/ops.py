@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fibattn.attention import cpu
+from fibattn.attention import cpu, decode
 from fibattn.pattern import Pattern, interpolate
 
 NO_LIMIT = 2**31 - 1
@@ -32,6 +32,11 @@ _library.define(f"attend_scaled_forward({_INPUTS}, {_SCALED}, {_INTERPRET}) -> (
 _library.define(
     f"attend_scaled_backward({_SAVED}, {_INPUTS}, {_SCALED}, {_INTERPRET}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
+
+_RING = "Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_positions"
+_STEP = f"{_RING}, Tensor? positions, float scale, int window"
+_library.define(f"attend_step({_STEP}, {_FIXED}, {_INTERPRET}) -> Tensor")
+_library.define(f"attend_scaled_step({_STEP}, {_SCALED}, {_INTERPRET}) -> Tensor")
 
 
 def split_offsets(offsets: Sequence[int], set_sizes: Sequence[int]) -> list[tuple[int, ...]]:
@@ -121,6 +126,38 @@ def _(grad_out, grad_lse, out, lse, q, k, v, positions, scale, window, alpha, ru
     return *grads, torch.full_like(alpha, total)
 
 
+@torch.library.impl(_library, "attend_step", "CUDA")
+def _triton_step(
+    q, k_cache, v_cache, k, v, cache_positions, positions, scale, window, offsets, set_sizes, interpret=False
+):
+    table = _offset_table(q, offsets, set_sizes)
+    return _kernels().decode(q, k_cache, v_cache, k, v, cache_positions, positions, scale, window, table)
+
+
+@torch.library.impl(_library, "attend_scaled_step", "CUDA")
+def _triton_scaled_step(
+    q, k_cache, v_cache, k, v, cache_positions, positions, scale, window, alpha, rungs, max_offset, interpret=False
+):
+    cached = (q, k_cache, v_cache, k, v, cache_positions, positions)
+    return _kernels().scaled_decode(*cached, scale, window, alpha, rungs, max_offset)
+
+
+@torch.library.impl(_library, "attend_step", "CPU")
+def _(q, k_cache, v_cache, k, v, cache_positions, positions, scale, window, offsets, set_sizes, interpret=False):
+    cached = (q, k_cache, v_cache, k, v, cache_positions, positions, scale, window)
+    if interpret:
+        return _triton_step(*cached, offsets, set_sizes)
+    return decode.step(*cached, split_offsets(offsets, set_sizes))
+
+
+@torch.library.impl(_library, "attend_scaled_step", "CPU")
+def _(q, k_cache, v_cache, k, v, cache_positions, positions, scale, window, alpha, rungs, max_offset, interpret=False):
+    cached = (q, k_cache, v_cache, k, v, cache_positions, positions, scale, window)
+    if interpret:
+        return _triton_scaled_step(*cached, alpha, rungs, max_offset)
+    return decode.scaled_step(*cached, interpolate(rungs, float(alpha), window, max_offset))
+
+
 def _like(q: Tensor) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
@@ -151,6 +188,16 @@ def _(grad_out, grad_lse, out, lse, q, k, v, positions, scale, window, alpha, ru
     return _like(q), _like(k), _like(v), torch.empty_like(alpha)
 
 
+@torch.library.register_fake("fibattn::attend_step", lib=_library)
+def _(q, k_cache, v_cache, k, v, cache_positions, positions, scale, window, offsets, set_sizes, interpret=False):
+    return _like(q)
+
+
+@torch.library.register_fake("fibattn::attend_scaled_step", lib=_library)
+def _(q, k_cache, v_cache, k, v, cache_positions, positions, scale, window, alpha, rungs, max_offset, interpret=False):
+    return _like(q)
+
+
 class Attend(torch.autograd.Function):
     """`attend` with gradients in q, k and v."""
 
@@ -167,6 +214,7 @@ class Attend(torch.autograd.Function):
         set_sizes: list[int],
         interpret: bool = False,
     ) -> tuple[Tensor, Tensor]:
+        """As every autograd function\'s."""
         fixed = (scale, window, offsets, set_sizes, interpret)
         out, lse = torch.ops.fibattn.attend_forward(q, k, v, positions, *fixed)
         ctx.save_for_backward(q, k, v, positions, out, lse)

@@ -1,7 +1,7 @@
-"""The operator as Triton kernels for NVIDIA GPUs: forward, backward, learned scale. Imported on first use.
+"""The operator as Triton kernels for NVIDIA GPUs: forward, backward, learned scale, decoding. Imported on first use.
 
-`forward.py` and `backward.py` hold the kernels, `scaled.py` what a learned scale adds, `common.py` what they
-share: checks, tile sizes, the offsets on the device and the tile arithmetic.
+`forward.py`, `backward.py` and `decode.py` hold the kernels, `scaled.py` what a learned scale adds, `common.py`
+what they share: checks, tile sizes, the offsets on the device and the tile arithmetic.
 """
 
 try:
@@ -11,7 +11,8 @@ except ImportError as error:
 
 from fibattn.attention.triton.backward import backward
 from fibattn.attention.triton.common import offset_table
+from fibattn.attention.triton.decode import decode
 from fibattn.attention.triton.forward import forward
-from fibattn.attention.triton.scaled import scaled_backward, scaled_forward
+from fibattn.attention.triton.scaled import scaled_backward, scaled_decode, scaled_forward
 
-__all__ = ["backward", "forward", "offset_table", "scaled_backward", "scaled_forward"]
+__all__ = ["backward", "decode", "forward", "offset_table", "scaled_backward", "scaled_decode", "scaled_forward"]

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fibattn.attention.triton.backward import backward
+from fibattn.attention.triton.decode import decode
 from fibattn.attention.triton.forward import forward
 from fibattn.errors import InputError
 
@@ -61,6 +62,25 @@ def scaled_backward(
     programs = partial.shape[1]
     alpha_grad_kernel[(1,)](partial, kept, table, grad_alpha, programs, BLOCK=1024, num_warps=8)
     return dq, dk, dv, grad_alpha
+
+
+def scaled_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache_positions: Tensor,
+    positions: Tensor | None,
+    scale: float,
+    window: int,
+    alpha: Tensor,
+    rungs: Sequence[int],
+    max_offset: int,
+) -> Tensor:
+    """Output like q; writes k and v into the rings."""
+    table, fractions, _ = resolve(alpha, tuple(rungs), window, max_offset)
+    return decode(q, k_cache, v_cache, k, v, cache_positions, positions, scale, window, table, fractions)
 
 
 @cache

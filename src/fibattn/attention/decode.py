@@ -1,0 +1,126 @@
+"""Attention from a ring: a cache that holds as many tokens as a layer can look back, and no more.
+
+Token `p` of a sequence stands in row `p mod rows` of a ring (batch, rows, KV heads, head size). A layer of
+reach `r` needs the `r` tokens before a new one, so `r + 1` rows do at any length. Here is what every device
+does with a chunk of tokens, and the one-token step on the CPU, which reads no more rows than the query has
+distances.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fibattn.errors import InputError
+from fibattn.pattern import InterpolatedRung
+
+_UNREACHABLE = torch.iinfo(torch.int64).max
+
+
+def before(ring: Tensor, cache_positions: Tensor, count: int) -> Tensor:
+    """The `count` tokens before a chunk, oldest first, (batch, count, KV heads, head size).
+
+    Where the sequence is younger than that the rows hold anything; a query's limit keeps it from them.
+    """
+    rows = (cache_positions[:, :1] - torch.arange(count, 0, -1, device=ring.device)) % ring.shape[1]
+    return ring[_batch(ring), rows]
+
+
+def store(ring: Tensor, new: Tensor, cache_positions: Tensor) -> None:
+    """Write a chunk (batch, tokens, KV heads, head size) into the ring; of one longer than the ring, its end."""
+    kept = min(new.shape[1], ring.shape[1])
+    rows = cache_positions[:, -kept:] % ring.shape[1]
+    ring[_batch(ring), rows] = new[:, -kept:].detach()
+
+
+def _batch(ring: Tensor) -> Tensor:
+    return torch.arange(ring.shape[0], device=ring.device)[:, None]
+
+
+@torch.autocast("cpu", enabled=False)
+def step(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache_positions: Tensor,
+    positions: Tensor | None,
+    scale: float,
+    window: int,
+    sets: Sequence[tuple[int, ...]],
+) -> Tensor:
+    """Write one token into the ring and return its output (batch, 1, query heads, head size)."""
+    limit = _write(k_cache, v_cache, k, v, cache_positions, positions)
+    distances = _distances(window, tuple(sets))
+    rows = (cache_positions[:, :, None] - distances) % k_cache.shape[1]
+    keys, values = _rows(k_cache, rows), _rows(v_cache, rows)
+    return _attend(q, keys, values, distances > limit[:, :, None], scale)
+
+
+@torch.autocast("cpu", enabled=False)
+def scaled_step(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache_positions: Tensor,
+    positions: Tensor | None,
+    scale: float,
+    window: int,
+    rungs: Sequence[InterpolatedRung],
+) -> Tensor:
+    """As `step`, with rungs at real-valued distances."""
+    farthest = max((rung.near + 1 for rung in rungs), default=window)
+    if farthest >= k_cache.shape[1]:
+        raise InputError(
+            f"alpha puts a rung between {farthest - 1} and {farthest}, but the cache has {k_cache.shape[1]} rows; "
+            f"it needs {farthest + 1}"
+        )
+    limit = _write(k_cache, v_cache, k, v, cache_positions, positions)[:, :, None]
+    distances = _distances(window, (tuple(rung.near for rung in rungs),))
+    fractions = torch.tensor([0.0] * (window + 1) + [rung.fraction for rung in rungs], dtype=_working(q))
+    # The first key of a document has none before it to interpolate with.
+    fractions = fractions * (distances != limit)
+    rows = (cache_positions[:, :, None] - distances) % k_cache.shape[1]
+    further = (rows - 1) % k_cache.shape[1]
+    keys, values = (
+        _rows(x, rows).lerp(_rows(x, further), fractions[..., None].to(_working(q))) for x in (k_cache, v_cache)
+    )
+    return _attend(q, keys, values, distances > limit, scale)
+
+
+def _write(
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, cache_positions: Tensor, positions: Tensor | None
+) -> Tensor:
+    """Store the token; how far back it may look, (batch or 1, 1)."""
+    store(k_cache, k, cache_positions)
+    store(v_cache, v, cache_positions)
+    return cache_positions if positions is None else torch.minimum(cache_positions, positions)
+
+
+@cache
+def _distances(window: int, sets: tuple[tuple[int, ...], ...]) -> Tensor:
+    """The distances of every KV head, (1 or KV heads, window + 1 + most rungs); unreachable ones fill up."""
+    most = max(map(len, sets))
+    table = [[*range(window + 1), *one, *[_UNREACHABLE] * (most - len(one))] for one in sets]
+    return torch.tensor(table, dtype=torch.int64, device="cpu")
+
+
+def _working(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _rows(ring: Tensor, rows: Tensor) -> Tensor:
+    """Rows (batch or 1, KV heads or 1, count) of every head: (batch, KV heads, count, head size)."""
+    heads = torch.arange(ring.shape[2], device=ring.device)[:, None]
+    return ring[_batch(ring)[..., None], rows, heads].to(_working(ring))
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, missing: Tensor, scale: float) -> Tensor:
+    batch, kv_heads, _, size = keys.shape
+    queries = q.reshape(batch, kv_heads, -1, size).to(keys.dtype) * scale
+    scores = (queries @ keys.transpose(-1, -2)).masked_fill_(missing[:, :, None], -torch.inf)
+    return (torch.softmax(scores, dim=-1) @ values).to(q.dtype).view(batch, 1, -1, size)

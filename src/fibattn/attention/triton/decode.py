@@ -1,0 +1,170 @@
+"""The decode kernel: one new token of every sequence against its ring, written and attended in one launch.
+
+A program has one sequence and one KV head. The query heads of the group are the rows of its products, the
+query's distances (window, then rungs) the columns, `BN` at a time: a layer of the paper's takes one pass,
+at any length of context, so nothing is split. Positions are read from the device, and nothing else
+changes from token to token, so that a captured CUDA graph goes on for ever.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fibattn.attention.triton import common
+from fibattn.attention.triton.common import LOG2E, load_rows
+
+
+def decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache_positions: Tensor,
+    positions: Tensor | None,
+    scale: float,
+    window: int,
+    table: Tensor,
+    fractions: Tensor | None = None,
+) -> Tensor:
+    """Output like q (B, 1, Hq, D); writes k and v (B, 1, Hkv, D) into the rings (B, rows, Hkv, D)."""
+    shape = common.shape_of(q, k)
+    batch, kv_heads = k.shape[0], k.shape[2]
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    decode_kernel[(batch * kv_heads,)](
+        *(q, k_cache, v_cache, k, v, out, cache_positions, positions, table, fractions),
+        *(scale, k_cache.shape[1], window, kv_heads, table.stride(0) if table.shape[0] > 1 else 0),
+        *(common.positions_stride(cache_positions), common.positions_stride(positions)),
+        *common.strides(k_cache, v_cache),
+        *(x.stride(dimension) for x in (q, k, v, out) for dimension in (0, 2)),
+        GROUP=shape.group,
+        SIZE=shape.size,
+        BD=shape.padded_size,
+        ROWS=max(16, shape.padded_group),
+        BN=32 if window < 32 or shape.padded_size > 128 else 64,
+        HAS_POSITIONS=positions is not None,
+        SCALED=fractions is not None,
+        num_warps=4,
+    )
+    return out
+
+
+_UNSPECIALIZED = ["rows", "window", "kv_heads", "stride_set", "stride_cache_positions", "stride_positions"]
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def decode_kernel(
+    p_q,
+    p_k_cache,
+    p_v_cache,
+    p_k,
+    p_v,
+    p_out,
+    p_cache_positions,
+    p_positions,
+    p_table,
+    p_fractions,
+    scale,
+    rows,
+    window,
+    kv_heads,
+    stride_set,
+    stride_cache_positions,
+    stride_positions,
+    stride_kcb,
+    stride_kct,
+    stride_kch,
+    stride_vcb,
+    stride_vct,
+    stride_vch,
+    stride_qb,
+    stride_qh,
+    stride_kb,
+    stride_kh,
+    stride_vb,
+    stride_vh,
+    stride_ob,
+    stride_oh,
+    GROUP: tl.constexpr,
+    SIZE: tl.constexpr,
+    BD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BN: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """One program: one sequence, one KV head."""
+    i_head = (tl.program_id(0) % kv_heads).to(tl.int64)
+    i_batch = (tl.program_id(0) // kv_heads).to(tl.int64)
+    p_k_cache += i_batch * stride_kcb + i_head * stride_kch
+    p_v_cache += i_batch * stride_vcb + i_head * stride_vch
+    p_set = p_table + i_head * stride_set
+    position = tl.load(p_cache_positions + i_batch * stride_cache_positions).to(tl.int64)
+    limit = position
+    if HAS_POSITIONS:
+        limit = tl.minimum(limit, tl.load(p_positions + i_batch * stride_positions).to(tl.int64))
+    own = position % rows
+
+    o_size = tl.arange(0, BD)
+    m_size = o_size < SIZE
+    b_k_own = tl.load(p_k + i_batch * stride_kb + i_head * stride_kh + o_size, mask=m_size, other=0.0)
+    b_v_own = tl.load(p_v + i_batch * stride_vb + i_head * stride_vh + o_size, mask=m_size, other=0.0)
+    tl.store(p_k_cache + own * stride_kct + o_size, b_k_own, mask=m_size)
+    tl.store(p_v_cache + own * stride_vct + o_size, b_v_own, mask=m_size)
+
+    o_group = tl.arange(0, ROWS)
+    m_group = o_group < GROUP
+    b_q = load_rows(p_q + i_batch * stride_qb, i_head * GROUP + o_group, stride_qh, m_group, SIZE, BD)
+    b_max = tl.full([ROWS], -float("inf"), tl.float32)
+    b_sum = tl.zeros([ROWS], tl.float32)
+    b_acc = tl.zeros([ROWS, BD], tl.float32)
+    count = window + 1 + tl.load(p_set)
+    for first in range(0, count, BN):
+        o_column = first + tl.arange(0, BN)
+        o_rung = o_column - window - 1
+        m_rung = (o_rung >= 0) & (o_column < count)
+        b_offset = tl.load(p_set + 1 + o_rung, mask=m_rung, other=0)
+        b_distance = tl.where(m_rung, b_offset, o_column).to(tl.int64)
+        m_column = (o_column < count) & (b_distance <= limit)
+        # What was stored above may not be visible yet to the threads that would load it: distance 0 stays here.
+        m_cached, m_own = m_column & (b_distance > 0) & (b_distance < rows), (b_distance == 0)[:, None]
+        o_row = ring_row(own, b_distance, rows)
+        b_k = tl.where(m_own, b_k_own[None, :], load_rows(p_k_cache, o_row, stride_kct, m_cached, SIZE, BD))
+        b_v = tl.where(m_own, b_v_own[None, :], load_rows(p_v_cache, o_row, stride_vct, m_cached, SIZE, BD))
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+        if SCALED:
+            # The first key of a document has none before it to interpolate with.
+            m_between = m_rung & (b_distance < limit)
+            m_far = m_between & (b_distance + 1 < rows)
+            o_row = ring_row(own, b_distance + 1, rows)
+            b_k_far = load_rows(p_k_cache, o_row, stride_kct, m_far, SIZE, BD)
+            b_v_far = load_rows(p_v_cache, o_row, stride_vct, m_far, SIZE, BD)
+            b_f = tl.load(p_fractions + o_rung, mask=m_far, other=0.0)
+            # A rung beyond the ring cannot be refused here; it must not give plausible numbers.
+            b_f = tl.where(m_between & ~m_far, float("nan"), b_f)[None, :]
+            b_s_far = tl.dot(b_q, tl.trans(b_k_far), input_precision="ieee")
+            b_s = b_s + b_f * (b_s_far - b_s)
+        b_s = tl.where(m_column[None, :], b_s * (scale * LOG2E), -float("inf"))
+        b_new = tl.maximum(b_max, tl.max(b_s, 1))
+        b_p = tl.exp2(b_s - b_new[:, None])
+        b_shrink = tl.exp2(b_max - b_new)
+        b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
+        b_acc = b_acc * b_shrink[:, None]
+        if SCALED:
+            b_p_far = b_p * b_f
+            b_acc = tl.dot(b_p_far.to(b_v_far.dtype), b_v_far, b_acc, input_precision="ieee")
+            b_p = b_p - b_p_far
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
+        b_max = b_new
+
+    p_out += i_batch * stride_ob + (i_head * GROUP + o_group)[:, None] * stride_oh + o_size[None, :]
+    b_out = (b_acc / b_sum[:, None]).to(p_out.dtype.element_ty)
+    tl.store(p_out, b_out, mask=m_group[:, None] & m_size[None, :])
+
+
+@triton.jit
+def ring_row(own, b_distance, rows):
+    """The row of the token so far before the one in row `own`; at most one turn back."""
+    b_row = own - b_distance
+    return tl.where(b_row < 0, b_row + rows, b_row)
