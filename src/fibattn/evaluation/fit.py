@@ -1,0 +1,96 @@
+"""Training for probes that bring their own synthetic data: the recipe's optimizer in a loop, no files.
+
+A run of the study goes through `fibattn.training`. Here a model lives for minutes and is measured at once, so
+there is nothing to resume.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from fibattn.errors import InputError
+from fibattn.progress import Meter
+from fibattn.training.recipe import OptimizerRecipe
+from fibattn.training.trainer import parameter_groups, rate_factor
+
+_LOOK_EVERY = 25
+
+
+def device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast(where: torch.device) -> torch.autocast:
+    """bfloat16 products on a GPU, full precision on the CPU."""
+    return torch.autocast(where.type, dtype=torch.bfloat16, enabled=where.type == "cuda")
+
+
+def fit(
+    model: nn.Module,
+    data: Dataset[dict[str, torch.Tensor]],
+    *,
+    steps: int,
+    batch: int,
+    optimizer: OptimizerRecipe,
+    label: str,
+    before_step: Callable[[int], None] | None = None,
+) -> float:
+    """Train `model` on the first `steps * batch` items of `data`, in order.
+
+    Args:
+        model: a Transformers causal language model, on its device.
+        data: items of `input_ids` and `shift_labels`, int64 (tokens,), all of one length.
+        steps: optimizer steps.
+        batch: items of a step.
+        optimizer: rate, decay and clipping, as in a recipe.
+        label: what the progress line is called.
+        before_step: called with the number of the step (from 0) before it, to anneal something.
+
+    Returns:
+        The mean loss in nats of the last tenth of the steps.
+
+    Raises:
+        InputError: when the loss stops being finite.
+    """
+    where = next(model.parameters()).device
+    adam = torch.optim.AdamW(
+        parameter_groups(model, optimizer.weight_decay),
+        lr=optimizer.peak_rate,
+        betas=(optimizer.beta1, optimizer.beta2),
+        eps=optimizer.epsilon,
+        fused=True,
+    )
+    loader = DataLoader(data, batch_size=batch, num_workers=4 if where.type == "cuda" else 0)
+    last = torch.zeros((), device=where)
+    counted = max(1, steps // 10)
+    model.train()
+    with Meter(label, steps, "steps") as meter:
+        for step, items in zip(range(steps), loader, strict=False):
+            if before_step is not None:
+                before_step(step)
+            for group in adam.param_groups:
+                group["lr"] = optimizer.peak_rate * rate_factor(step + 1, optimizer, steps)
+            with autocast(where):
+                inputs, targets = (items[name].to(where) for name in ("input_ids", "shift_labels"))
+                loss = model(input_ids=inputs, shift_labels=targets, use_cache=False).loss
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), optimizer.clip_norm)
+            adam.step()
+            adam.zero_grad()
+            last += loss.detach() * (step >= steps - counted)
+            looked = step % _LOOK_EVERY == 0
+            meter.update(1, _checked(loss, step, label, optimizer) if looked else meter.note)
+    return float(last) / counted
+
+
+def _checked(loss: torch.Tensor, step: int, label: str, optimizer: OptimizerRecipe) -> str:
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise InputError(
+            f"{label}: the loss is {value} at step {step + 1}; try a peak rate below {optimizer.peak_rate}"
+        )
+    return f"loss {value:.3f}"
