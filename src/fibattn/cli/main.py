@@ -19,6 +19,8 @@ VERBS = {
     "prepare": "turn text into a tokenizer, token shards and held-out sets",
     "train": "train a model from a recipe",
     "eval": "perplexity, bits per byte and length extrapolation of a trained model",
+    "study": "train and evaluate a matrix of models, and report on them beside the paper's",
+    "bench": "time the attention operator against dense and masked attention on this machine",
     "demo": "train dense and staggered on the standard library, and show both past their training length",
 }
 

@@ -68,6 +68,7 @@ def position_loss(
     limit_tokens: int,
     batch_tokens: int = 32_768,
     label: str = "eval",
+    quiet: bool = False,
 ) -> PositionLoss:
     """The loss of `model` on disjoint windows of `length` over the first `limit_tokens` targets of `stream`.
 
@@ -81,6 +82,7 @@ def position_loss(
         limit_tokens: targets to look at, at most.
         batch_tokens: tokens of a forward pass, at least one window.
         label: what the progress line is called.
+        quiet: show no progress.
 
     Raises:
         InputError: when not even one window fits.
@@ -92,7 +94,7 @@ def position_loss(
     byte_counts = torch.zeros(length, dtype=torch.float64)
     sizes = torch.from_numpy(token_bytes.astype(np.float64))
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
-    with Meter(label, len(windows) * length, "tokens") as meter, autocast:
+    with Meter(label, len(windows) * length, "tokens", quiet=quiet) as meter, autocast:
         for batch in DataLoader(windows, batch_size=max(1, batch_tokens // length)):  # pyright: ignore
             inputs, targets = batch["input_ids"].to(device), batch["shift_labels"].to(device)
             sums += _losses(model, inputs, targets).sum(dim=0, dtype=torch.float64)

@@ -46,6 +46,7 @@ def sweep(
     sets: list[str],
     tokens: int = 1_048_576,
     batch_tokens: int = 32_768,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Evaluate on the same tokens at every length; the result is plain JSON values.
 
@@ -56,6 +57,7 @@ def sweep(
         sets: names of held-out sets, all of them when empty.
         tokens: targets of each set at most.
         batch_tokens: tokens of a forward pass.
+        quiet: show no progress.
 
     Raises:
         InputError: for an unknown set, a foreign vocabulary or a set shorter than the longest window.
@@ -87,6 +89,7 @@ def sweep(
                 limit_tokens=limit,
                 batch_tokens=batch_tokens,
                 label=f"{name} at {length}",
+                quiet=quiet,
             )
             results[name][str(length)] = {
                 "targets": limit,

@@ -68,7 +68,7 @@ def run_demo(out: Path, *, steps: int = DENSE.steps, vocab_size: int = 2048, hel
     """
     console = Console()
     console.print("1/4 preparing the standard library's sources", style="bold")
-    data = prepare(out / "data", _corpus(vocab_size, held_out_tokens))
+    data = prepare(out / "data", standard_library(vocab_size, held_out_tokens))
     results: dict[str, dict[str, Any]] = {}
     models: dict[str, PreTrainedModel] = {}
     for number, (label, recipe) in enumerate((("dense", DENSE), ("stagger", STAGGER)), start=2):
@@ -83,7 +83,8 @@ def run_demo(out: Path, *, steps: int = DENSE.steps, vocab_size: int = 2048, hel
     return _report(out, data, results, models, console)
 
 
-def _corpus(vocab_size: int, held_out_tokens: int) -> Plan:
+def standard_library(vocab_size: int, held_out_tokens: int) -> Plan:
+    """What to prepare: the sources of Python's standard library, a twentieth of the files held out."""
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
     paths = [path for path in sorted(root.rglob("*.py")) if not left_out & set(path.relative_to(root).parts)]

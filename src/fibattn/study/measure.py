@@ -1,0 +1,113 @@
+"""What is measured on one finished model, and written down of the machine it was trained on."""
+
+import contextlib
+import json
+import os
+import platform
+import statistics
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from fibattn import files
+from fibattn._version import __version__
+from fibattn.data.stream import PreparedData
+from fibattn.evaluation.sweep import load_model, sweep
+from fibattn.study.cost import coverage, flops, mean_keys
+from fibattn.study.presets import RopeScaling
+
+_CURVE_POINTS = 60
+_PACKAGES = ("torch", "transformers", "accelerate", "triton", "numpy")
+
+
+def evaluate(folder: Path, data: PreparedData, factors: tuple[int, ...], tokens: int) -> dict[str, Any]:
+    """The length sweep of a finished model on every held-out set, and what it is and costs, as JSON values."""
+    model = load_model(folder)
+    config: Any = model.config
+    trained_at = config.max_position_embeddings
+    result = sweep(model, data, lengths=[factor * trained_at for factor in factors], sets=[], tokens=tokens, quiet=True)
+    cost = flops(config, trained_at)
+    return {
+        "model": {
+            "parameters": model.num_parameters(),
+            "keys": statistics.mean(mean_keys(config, trained_at)),
+            "coverage": coverage(config, trained_at),
+            "layer_types": config.layer_types,
+            "layer_offsets": config.layer_offsets,
+            "learned_alphas": _learned_alphas(model),
+        },
+        "flops_per_token": {
+            "projections": cost.projections,
+            "attention": cost.attention,
+            "head": cost.head,
+            "attention_share": cost.attention_share,
+        },
+        "convention": result["convention"],
+        "evaluation": result["sets"],
+    }
+
+
+def evaluate_stretched(
+    folder: Path, data: PreparedData, kind: RopeScaling, plain: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """The sweep `plain` again, past the training length, with RoPE stretched at each length by what it needs.
+
+    One fixed factor would also cost at the shorter lengths, so this is the kindest way to treat a model that
+    was trained without.
+    """
+    saved = files.read_json(folder / "config.json")
+    trained_at, theta = saved["max_position_embeddings"], saved["rope_parameters"]["rope_theta"]
+    sets: dict[str, dict[str, Any]] = {name: {} for name in plain}
+    for length in sorted({int(length) for lengths in plain.values() for length in lengths if int(length) > trained_at}):
+        parameters: dict[str, Any] = {"rope_type": kind, "rope_theta": theta, "factor": length / trained_at}
+        if kind == "yarn":
+            parameters["original_max_position_embeddings"] = trained_at
+        model = load_model(folder, rope_parameters=parameters)
+        for name, lengths in plain.items():
+            targets = lengths[str(length)]["targets"]
+            sets[name] |= sweep(model, data, lengths=[length], sets=[name], tokens=targets, quiet=True)["sets"][name]
+    return sets
+
+
+def training_summary(run: Path) -> dict[str, Any]:
+    """The loss over training and its speed, from a run's `metrics.jsonl`."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    last = lines[-max(len(lines) // 20, 1) :]
+    step = max(len(lines) // _CURVE_POINTS, 1)
+    speeds = [line["tokens_per_second"] for line in lines[1:]] or [lines[0]["tokens_per_second"]]
+    return {
+        "final_loss": statistics.mean(line["loss"] for line in last),
+        "curve": [[line["tokens"], round(line["loss"], 4)] for line in lines[step - 1 :: step]],
+        "tokens_per_second": statistics.median(speeds),
+        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """The hardware of this process."""
+    on_gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "cuda": torch.version.cuda if on_gpu else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions that may move a result."""
+    found = {"fibattn": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _learned_alphas(model: PreTrainedModel) -> list[float] | None:
+    """The scale of every layer that learnt one, None where no layer did."""
+    layers: Any = model.base_model.layers
+    alphas = [float(layer.self_attn.alpha.detach()) for layer in layers if layer.self_attn.theta is not None]
+    return alphas or None

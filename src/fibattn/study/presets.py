@@ -1,0 +1,215 @@
+"""The matrices of runs, as Python tables: what each study trains, most telling runs first.
+
+All runs of a study differ in the attention of their layers and in nothing else: same shape, recipe, data and
+order of windows.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Literal
+
+from fibattn.errors import InputError
+from fibattn.pattern import Base, Schedule, layer_patterns
+from fibattn.training.recipe import PRESETS, ModelRecipe, OptimizerRecipe, Recipe
+
+RopeScaling = Literal["linear", "yarn"]
+
+SEED = 42
+SHORT = {"fibonacci": "", "power_of_two": "pow2-"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model of a study."""
+
+    name: str
+    model: ModelRecipe
+    seed: int = SEED
+    """Of the weights and of the order of windows."""
+    rope_scaling: tuple[RopeScaling, ...] = ()
+    """Ways to stretch RoPE past the training length, tried on the finished model."""
+
+    def repeated(self, seed: int) -> "Run":
+        """The same model from another seed."""
+        return replace(self, name=f"{self.name}-seed{seed}", seed=seed)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Runs that belong together and the recipe that they share."""
+
+    about: str
+    recipe: Recipe
+    runs: tuple[Run, ...]
+    factors: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """Evaluation lengths, in training lengths."""
+    eval_tokens: int = 1_048_576
+    """Targets of each held-out set."""
+
+    def chosen(self, patterns: Iterable[str]) -> tuple[Run, ...]:
+        """The runs whose names match one of the shell-style `patterns`, all without any.
+
+        Raises:
+            InputError: for a pattern that no run matches.
+        """
+        wanted = list(patterns)
+        for pattern in wanted:
+            if not any(fnmatch(run.name, pattern) for run in self.runs):
+                names = [run.name for run in self.runs]
+                near = get_close_matches(pattern, names, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"the runs are {', '.join(names)}"
+                raise InputError(f"no run of the study is named {pattern!r}: {hint}")
+        return tuple(run for run in self.runs if not wanted or any(fnmatch(run.name, one) for one in wanted))
+
+    def resolved(self, run: Run, *, data: Path, out: Path, tokens: int | None, compiled: bool) -> Recipe:
+        """The recipe of one run; `tokens` replaces the study's budget and shortens a warm-up over a tenth of it.
+
+        Raises:
+            InputError: when `tokens` is less than one step.
+        """
+        base = self.recipe
+        step = base.windows_per_step * base.length
+        steps = base.steps if tokens is None else tokens // step
+        if steps < 1:
+            raise InputError(f"a budget of {tokens} tokens is less than one step of {step:,}; give more")
+        warmup = min(base.optimizer.warmup_steps, max(steps // 10, 1))
+        return replace(
+            base,
+            data=data,
+            out=out,
+            model=run.model,
+            optimizer=replace(base.optimizer, warmup_steps=warmup),
+            steps=steps,
+            init_seed=run.seed,
+            data_seed=run.seed,
+            compile=compiled,
+        )
+
+
+def keys_of(model: ModelRecipe, length: int) -> float:
+    """How many keys a sparse layer of `model` attends to, the mean over the layers, where none is cut off."""
+    layers = layer_patterns(
+        model.base,
+        model.schedule,
+        layers=model.num_hidden_layers,
+        window=model.window,
+        rungs=model.rungs,
+        reach=length - 1,
+        max_offset=length - 1 if model.clip_offsets else None,
+    )
+    return sum(len(pattern.distances) for pattern in layers) / len(layers)
+
+
+def _paper(schedule: Schedule, window: int, base: Base = "fibonacci") -> Run:
+    model = ModelRecipe(base=base, schedule=schedule, window=window, clip_offsets=False)
+    return Run(f"{SHORT[base]}{schedule}-w{window}", model)
+
+
+def _stagger(window: int, heads: bool = False) -> Run:
+    name = f"{'heads' if heads else 'stagger'}-w{window}"
+    return Run(name, ModelRecipe(window=window, stagger_heads=heads))
+
+
+def _control(stagger: Run) -> Run:
+    """A plain window with as many keys as `stagger` attends to."""
+    window = round(keys_of(stagger.model, _full.length)) - 1
+    return Run(f"window-w{window}", ModelRecipe(attention="sliding", window=window))
+
+
+def _hybrid(name: str, run: Run, layers: tuple[int, ...]) -> Run:
+    return Run(name, replace(run.model, full_layers=layers, full_layers_rope=False))
+
+
+_full = replace(PRESETS["paper"], save_every=2000, keep_checkpoints=1)
+
+DENSE = Run("dense", ModelRecipe(attention="full"), rope_scaling=("yarn", "linear"))
+HYBRID = _hybrid("hybrid", _stagger(128), (7, 15))
+"""The project's default recipe: linear stagger, W = 128, two full-attention layers without RoPE."""
+
+_KINDS: tuple[tuple[Schedule, Base], ...] = (
+    ("linear", "fibonacci"),
+    ("fixed", "fibonacci"),
+    ("coprime", "fibonacci"),
+    ("learned", "fibonacci"),
+    ("linear", "power_of_two"),
+)
+_W12 = tuple(_paper(schedule, 12, base) for schedule, base in _KINDS)
+_narrower = tuple(_paper(schedule, window, base) for window in (8, 6, 10) for schedule, base in _KINDS)
+_controls = tuple(_control(_stagger(window)) for window in (128, 12, 32, 64, 256))
+
+_small = ModelRecipe(hidden_size=96, intermediate_size=256, num_hidden_layers=5, num_attention_heads=4)
+
+
+def _smoke(run: Run, **changes: object) -> Run:
+    own = {"attention": run.model.attention, "base": run.model.base, "schedule": run.model.schedule}
+    return replace(run, model=replace(_small, **{**own, "clip_offsets": run.model.clip_offsets, **changes}))  # pyright: ignore
+
+
+STUDIES: dict[str, Study] = {
+    "smoke": Study(
+        "tiny models of every kind on the standard library: does everything run? Minutes on two cores",
+        Recipe(
+            optimizer=OptimizerRecipe(peak_rate=5e-3, warmup_steps=50),
+            length=128,
+            windows_per_step=8,
+            micro_batch=8,
+            steps=400,
+            save_every=200,
+            keep_checkpoints=1,
+        ),
+        (
+            _smoke(DENSE),
+            *(_smoke(run) for run in _W12),
+            _smoke(HYBRID, window=24, full_layers=(2, 4), full_layers_rope=False),
+            _smoke(replace(_controls[0], name="window-w24"), window=24),
+        ),
+        eval_tokens=65_536,
+    ),
+    "paper": Study(
+        "the paper's 21 sparse models and its dense baseline, and the default recipe beside them",
+        _full,
+        (DENSE, _W12[0], HYBRID, *_W12[1:], _paper("fixed", 8, "power_of_two"), *_narrower),
+    ),
+    "seeds": Study(
+        "two more seeds of dense, the five models with W = 12 and the default recipe",
+        _full,
+        tuple(run.repeated(seed) for seed in (SEED + 1, SEED + 2) for run in (DENSE, _W12[0], HYBRID, *_W12[1:])),
+    ),
+    "beyond": Study(
+        "past the paper: wider windows, staggered heads, plain windows of the same cost, hybrids, stretched RoPE",
+        _full,
+        (
+            DENSE,
+            HYBRID,
+            _controls[0],
+            _stagger(128),
+            _stagger(128, heads=True),
+            _hybrid("hybrid-heads", _stagger(128, heads=True), (7, 15)),
+            _hybrid("hybrid-window", _controls[0], (7, 15)),
+            _hybrid("hybrid-4", _stagger(128), (3, 7, 11, 15)),
+            _hybrid("hybrid-1", _stagger(128), (15,)),
+            _stagger(12),
+            _stagger(12, heads=True),
+            _stagger(64),
+            _stagger(32),
+            _stagger(256),
+            *_controls[1:],
+        ),
+    ),
+}
+
+
+def find_study(name: str) -> Study:
+    """A study by name.
+
+    Raises:
+        InputError: for an unknown name.
+    """
+    if name in STUDIES:
+        return STUDIES[name]
+    near = get_close_matches(name, STUDIES, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"the studies are {', '.join(STUDIES)}"
+    raise InputError(f"unknown study {name!r}: {hint}")

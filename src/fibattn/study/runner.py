@@ -1,0 +1,245 @@
+"""Runs a study: trains what is missing, evaluates it at once, writes one line of results, and goes on.
+
+Several processes may work on one folder: a run belongs to whoever holds the lock on its working folder, and
+the system gives the lock back when that process ends, however it ends.
+"""
+
+import fcntl
+import gc
+import os
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fibattn import files
+from fibattn.data.stream import PreparedData
+from fibattn.progress import duration, quantity
+from fibattn.study import measure
+from fibattn.study.presets import Run, Study
+from fibattn.study.store import Store, key_of, recipe_of
+from fibattn.training.recipe import Recipe
+from fibattn.training.run import train
+
+
+@dataclass(frozen=True)
+class Job:
+    """A study to run, and where."""
+
+    name: str
+    study: Study
+    data: Path
+    out: Path
+    work: Path
+    """Where checkpoints and models lie until a run is evaluated."""
+    tokens: int | None = None
+    only: tuple[str, ...] = ()
+    shard: tuple[int, int] = (0, 1)
+    """Take every n-th run from the i-th on, for machines that share no folder."""
+    deadline: float | None = None
+    """No run begins that would end after this, in seconds of `time.monotonic`."""
+    keep_models: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of the runs: their names."""
+
+    finished: tuple[str, ...]
+    failed: tuple[str, ...]
+    left: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Task:
+    run: Run
+    recipe: Recipe
+    key: str
+
+
+def run_study(job: Job) -> Outcome:
+    """Finish as much of the study as there is time for; a run that fails is noted, and the rest goes on.
+
+    Raises:
+        InputError: for data that are not whole, a pattern that names no run or too small a budget.
+    """
+    store, data = Store(job.out), PreparedData.open(job.data)
+    tasks = _tasks(job, data)
+    known = store.finished()
+    say(f"study {job.name}: {len(tasks)} runs, {sum(task.key in known for task in tasks)} finished already")
+    failed: list[str] = []
+    for task in tasks:
+        if task.key in store.finished():
+            continue
+        if not _fits(job, task, store):
+            say(f"{task.run.name}: not enough time left, stopping here")
+            break
+        with _claimed(task.recipe.out) as mine:
+            if not mine or task.key in store.finished():
+                say(f"{task.run.name}: another process has it")
+                continue
+            if not _attempt(job, task, data, store):
+                failed.append(task.run.name)
+                if not _device_works():
+                    say("the GPU does not answer any more; the same command in a new process goes on from here")
+                    break
+        _say_progress(job, tasks, store)
+    done = store.finished()
+    if done:
+        store.index()
+    return Outcome(
+        finished=tuple(task.run.name for task in tasks if task.key in done),
+        failed=tuple(failed),
+        left=tuple(task.run.name for task in tasks if task.key not in done and task.run.name not in failed),
+    )
+
+
+def say(text: str) -> None:
+    """A line for whoever watches, with the time of day."""
+    print(f"{datetime.now().astimezone():%H:%M:%S} {text}", file=sys.stderr, flush=True)
+
+
+def _tasks(job: Job, data: PreparedData) -> list[_Task]:
+    index, count = job.shard
+    tasks = []
+    for run in job.study.chosen(job.only)[index::count]:
+        recipe = job.study.resolved(
+            run, data=job.data, out=job.work, tokens=job.tokens, compiled=torch.cuda.is_available()
+        )
+        recipe.check()
+        key = key_of(recipe, data.fingerprint)
+        tasks.append(_Task(run, replace(recipe, out=job.work / f"{run.name}-{key}"), key))
+    return tasks
+
+
+def _attempt(job: Job, task: _Task, data: PreparedData, store: Store) -> bool:
+    """Do one run and write its line; whether it came to its end."""
+    about = {"study": job.name, "run": task.run.name, "key": task.key, "seed": task.run.seed}
+    say(f"{task.run.name}: {quantity(task.recipe.tokens)} tokens")
+    try:
+        result = _measured(job, task, data)
+    except Exception as error:
+        traceback.print_exc()
+        say(f"{task.run.name} failed: {error}")
+        store.append({"kind": "failure", **about, "time": _now(), "error": f"{type(error).__name__}: {error}"[:2000]})
+        return False
+    finally:
+        _forget()
+    store.append({"kind": "run", **about, "time": _now(), **result})
+    _clear(task.recipe.out, job.keep_models)
+    return True
+
+
+def _measured(job: Job, task: _Task, data: PreparedData) -> dict[str, Any]:
+    started, study = time.monotonic(), job.study
+    resumed = (task.recipe.out / "recipe.json").exists()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    model = train(task.recipe)
+    _forget()
+    trained = time.monotonic()
+    training = measure.training_summary(task.recipe.out)
+    measured = measure.evaluate(model, data, study.factors, study.eval_tokens)
+    stretched = {
+        kind: measure.evaluate_stretched(model, data, kind, measured["evaluation"]) for kind in task.run.rope_scaling
+    }
+    ended = time.monotonic()
+    name = task.run.name
+    losses = ", ".join(
+        f"{which} {next(iter(lengths.values()))['perplexity']:.2f}" for which, lengths in measured["evaluation"].items()
+    )
+    say(f"{name}: trained in {duration(trained - started)}, evaluated in {duration(ended - trained)}; {losses}")
+    return {
+        "tokens": task.recipe.tokens,
+        "trained_at": task.recipe.length,
+        "recipe": recipe_of(task.recipe),
+        "compiled": task.recipe.compile,
+        "inputs": files.read_json(task.recipe.out / "inputs.json"),
+        "hardware": measure.machine(),
+        "versions": measure.versions(),
+        "training": training,
+        "seconds": {"training": trained - started, "evaluation": ended - trained, "all": ended - started},
+        "resumed": resumed,
+        **measured,
+        "rope_scaling": stretched,
+    }
+
+
+def _fits(job: Job, task: _Task, store: Store) -> bool:
+    """Whether the run would end in time, judged by the slowest finished one on such a device, token for token."""
+    if job.deadline is None:
+        return True
+    device = measure.machine()["device"]
+    paces = [
+        one["seconds"]["all"] / one["tokens"]
+        for one in store.finished().values()
+        if one["hardware"]["device"] == device and not one["resumed"]
+    ]
+    left = job.deadline - time.monotonic()
+    return left > (max(paces) * task.recipe.tokens if paces else 0.0)
+
+
+def _say_progress(job: Job, tasks: list[_Task], store: Store) -> None:
+    done = store.finished()
+    finished = [done[task.key] for task in tasks if task.key in done]
+    text = f"{len(finished)} of {len(tasks)} runs finished"
+    if finished and len(finished) < len(tasks):
+        mean = sum(one["seconds"]["all"] for one in finished) / len(finished)
+        text += f", about {duration(mean * (len(tasks) - len(finished)))} of work left"
+    say(text)
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[bool]:
+    """Hold the lock on a run's working folder; False when another process holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+def _forget() -> None:
+    """Let go of the last model, its compiled code and its memory."""
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available() and _device_works():
+        torch.cuda.empty_cache()
+
+
+def _device_works() -> bool:
+    """False after an error that leaves the process's GPU unusable."""
+    if not torch.cuda.is_available():
+        return True
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return False
+    return True
+
+
+def _clear(folder: Path, keep_model: bool) -> None:
+    """Remove a run's working folder, or all of it but the model and what made it."""
+    if not keep_model:
+        shutil.rmtree(folder)
+        return
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

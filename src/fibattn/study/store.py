@@ -1,0 +1,141 @@
+"""Results: append-only JSON Lines, one small file a run, and an SQLite index that is always rebuilt from them.
+
+`RESULTS/STUDY/RUN.jsonl` has a line for every time the run was finished (`"kind": "run"`) or failed
+(`"kind": "failure"`). A run is known by its key, a digest of its recipe and its data, so studies that share a
+run share its result.
+"""
+
+import hashlib
+import json
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fibattn import files
+from fibattn.errors import InputError
+from fibattn.training.recipe import Recipe, to_json
+
+INDEX = "index.sqlite"
+
+_HOUSEKEEPING = ("data", "out", "compile", "log_every", "save_every", "keep_checkpoints", "track", "micro_batch")
+
+
+def recipe_of(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe moves the result, as JSON: without folders, logging and how the work is cut."""
+    return {name: value for name, value in to_json(recipe).items() if name not in _HOUSEKEEPING}
+
+
+def key_of(recipe: Recipe, data_fingerprint: str) -> str:
+    """The digest by which a run of `recipe` on these data is known."""
+    return _digest(recipe_of(recipe), data_fingerprint)
+
+
+def _digest(recipe: dict[str, Any], data_fingerprint: str) -> str:
+    text = json.dumps([recipe, data_fingerprint], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _completed(stored: Any, default: Any) -> Any:
+    """A stored recipe with the fields that recipes have gained since, at their defaults."""
+    if not (isinstance(stored, dict) and isinstance(default, dict)):
+        return stored
+    return default | {name: _completed(value, default.get(name)) for name, value in stored.items()}
+
+
+@dataclass(frozen=True)
+class Store:
+    """The results in one folder."""
+
+    folder: Path
+
+    def append(self, record: dict[str, Any]) -> Path:
+        """Add one line to the file of `record["study"]` and `record["run"]`."""
+        path = self.folder / record["study"] / f"{record['run']}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a killed process was writing
+                    file.write(b"\n")
+            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        return path
+
+    def records(self) -> list[dict[str, Any]]:
+        """All lines of all files, oldest first; a line that a killed process cut short is passed over.
+
+        Raises:
+            InputError: when the folder does not exist, or a whole line is not a result.
+        """
+        if not self.folder.is_dir():
+            raise InputError(f"{self.folder} does not exist; give the folder that `fibattn study` wrote")
+        found = [record for path in sorted(self.folder.glob("*/*.jsonl")) for record in _read(path)]
+        return sorted(found, key=lambda record: record["time"])
+
+    def finished(self) -> dict[str, dict[str, Any]]:
+        """The newest result of every finished run, by key."""
+        if not self.folder.is_dir():
+            return {}
+        default, found = recipe_of(Recipe()), {}
+        for record in (one for one in self.records() if one["kind"] == "run"):
+            recipe = _completed(record["recipe"], default)
+            found[_digest(recipe, record["inputs"]["data_fingerprint"])] = record | {"recipe": recipe}
+        return found
+
+    def index(self) -> Path:
+        """Rebuild the SQLite index: the tables `runs`, `evaluations` (one row a set and length) and `failures`."""
+        path = self.folder / INDEX
+        finished, records = self.finished().values(), self.records()
+        with files.replacing(path) as temporary, closing(sqlite3.connect(temporary)) as database, database:
+            database.executescript(_SCHEMA)
+            for record in finished:
+                database.execute(f"insert into runs values ({', '.join('?' * 12)})", _run_row(record))
+                database.executemany(f"insert into evaluations values ({', '.join('?' * 8)})", _evaluation_rows(record))
+            failures = [record for record in records if record["kind"] == "failure"]
+            rows = [(one["key"], one["study"], one["run"], one["time"], one["error"]) for one in failures]
+            database.executemany("insert into failures values (?, ?, ?, ?, ?)", rows)
+        return path
+
+
+_SCHEMA = """
+create table runs (key text primary key, study text, run text, seed integer, tokens integer, time text,
+    parameters integer, keys real, final_loss real, tokens_per_second real, seconds real, record text);
+create table evaluations (key text references runs, rope text, "set" text, length integer, perplexity real,
+    nll real, bits_per_byte real, last_256_perplexity real);
+create table failures (key text, study text, run text, time text, error text);
+"""
+
+
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            _ = record["kind"], record["key"], record["time"]
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, ValueError) and not line.rstrip().endswith(b"}"):
+                continue
+            raise InputError(f"{path}, line {number} is not a result ({error!r}); restore the file") from None
+        yield record
+
+
+def _run_row(record: dict[str, Any]) -> tuple[Any, ...]:
+    training, model = record["training"], record["model"]
+    return (
+        *(record[name] for name in ("key", "study", "run", "seed", "tokens", "time")),
+        *(model["parameters"], model["keys"], training["final_loss"], training["tokens_per_second"]),
+        *(record["seconds"]["all"], json.dumps(record, ensure_ascii=False)),
+    )
+
+
+def _evaluation_rows(record: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+    for rope, sets in {"plain": record["evaluation"], **record["rope_scaling"]}.items():
+        for name, lengths in sets.items():
+            for length, row in lengths.items():
+                values = (row[column] for column in ("perplexity", "nll", "bits_per_byte", "last_256_perplexity"))
+                yield (record["key"], rope, name, int(length), *values)
