@@ -43,17 +43,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         step = max(1, _SLICE_LOGITS // weight.shape[0])
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], step):
-                rows, goal = hidden[start : start + step], targets[start : start + step]
-                counted = goal != IGNORED
-                goal = goal.clamp(min=0)[:, None]
-                logits = (rows @ narrow.T).to(wide)
-                log_sum = torch.logsumexp(logits, dim=-1, keepdim=True)
-                total = total + ((log_sum - logits.gather(1, goal))[:, 0] * counted).sum()
-                grad = torch.exp(logits - log_sum)
-                grad = grad.scatter_add(1, goal, torch.full_like(log_sum, -1.0)) * counted[:, None]
-                grad = grad.to(hidden.dtype)
-                grad_hidden[start : start + step] = grad @ narrow
-                grad_weight += grad.T @ rows
+                rows, goal = hidden[start : start + step], targets[start : start + step, None]
+                counted, goal = goal != IGNORED, goal.clamp(min=0)
+                log_probabilities = torch.log_softmax(rows @ narrow.T, dim=-1, dtype=wide)
+                total = total - (log_probabilities.gather(1, goal) * counted).sum()
+                grad = _less_one_at(goal, log_probabilities.exp_()).to(hidden.dtype)
+                grad_hidden[start : start + step] = (grad @ narrow) * counted
+                grad_weight += grad.T @ (rows * counted)
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return total
 
@@ -66,3 +62,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_weight * upstream.to(grad_weight.dtype),
             None,
         )
+
+
+def _less_one_at(goal: Tensor, probabilities: Tensor) -> Tensor:
+    """`probabilities` (tokens, vocabulary) less one at each token's target `goal` (tokens, 1); may write in place."""
+    if torch.compiler.is_compiling():
+        # A comparison is fused into the passes around it; a scatter would stand alone between them.
+        return probabilities - (torch.arange(probabilities.shape[1], device=goal.device) == goal).to(probabilities)
+    return probabilities.scatter_add_(1, goal, torch.full_like(goal, -1, dtype=probabilities.dtype))

@@ -1,14 +1,14 @@
 """A Llama-like decoder whose layers attend to a window and a few far distances, or to everything."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import initialization
+from transformers import GenerationMixin, initialization
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -22,10 +22,14 @@ from fibattn.attention import attend, attend_scaled
 from fibattn.errors import InputError
 from fibattn.model.cache import check_cache
 from fibattn.model.configuration import FibAttnConfig
+from fibattn.model.feed_forward import gains_from_padding, padded_swiglu
 from fibattn.model.loss import IGNORED, linear_cross_entropy
 from fibattn.model.positions import document_positions
 
 Rotation = tuple[Tensor, Tensor]
+
+# Transformers renamed `past_key_values` to `cache` in the course of version 5; generation reads its version's name.
+_CACHE_FIELD = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
 class FibAttnRotaryEmbedding(nn.Module):
@@ -37,7 +41,7 @@ class FibAttnRotaryEmbedding(nn.Module):
     def __init__(self, config: FibAttnConfig, *, scaled: bool):
         super().__init__()
         self.config = config
-        self.rope_type = config.rope_parameters["rope_type"] if scaled else "default"  # pyright: ignore
+        self.rope_type = str(config.rope_parameters["rope_type"]) if scaled else "default"  # pyright: ignore
         self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
         frequencies = self.frequencies()
         self.register_buffer("inv_freq", frequencies, persistent=False)
@@ -49,7 +53,7 @@ class FibAttnRotaryEmbedding(nn.Module):
             frequencies, self.attention_scaling = ROPE_INIT_FUNCTIONS[self.rope_type](self.config, None)
             return frequencies
         self.attention_scaling = 1.0
-        size, theta = self.config.head_dim or 0, self.config.rope_parameters["rope_theta"]  # pyright: ignore
+        size, theta = self.config.head_dim or 0, float(self.config.rope_parameters["rope_theta"])  # pyright: ignore
         return theta ** -(torch.arange(0, size, 2, dtype=torch.float32) / size)
 
     @torch.no_grad()
@@ -136,7 +140,7 @@ class FibAttnAttention(nn.Module):
 
     def _attend_fully(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
         interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            str(self.config._attn_implementation), eager_attention_forward
         )
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return interface(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)[0]
@@ -153,6 +157,9 @@ class FibAttnMLP(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`hidden` (batch, tokens, hidden size) in and out."""
+        projections = (self.gate_proj, self.up_proj, self.down_proj)
+        if gains_from_padding(hidden, projections):
+            return padded_swiglu(hidden, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
         return self.down_proj(functional.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
@@ -185,8 +192,8 @@ class FibAttnPreTrainedModel(PreTrainedModel):
     config: FibAttnConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("FibAttnDecoderLayer",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _no_split_modules = ["FibAttnDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -237,37 +244,38 @@ class FibAttnModel(FibAttnPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of every token; arguments as in every Transformers decoder.
 
         `position_ids` that restart mark packed documents (without a mask and a cache, as in Transformers); a
-        2-D `attention_mask` marks padding on either side.
+        2-D `attention_mask` marks padding on either side. `past_key_values` is the older name of `cache`.
 
         Raises:
-            InputError: for a mask with holes or more than two dimensions, which the sparse layers cannot apply.
+            InputError: for a mask with holes or more than two dimensions, which the sparse layers cannot apply, or
+                a cache under gradient checkpointing, which would run its updates twice.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("give exactly one of input_ids and inputs_embeds")
         hidden: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            raise InputError("a cache was given under gradient checkpointing; leave it out, or call eval() first")
+        past = cache.get_seq_length() if cache is not None else 0
         positions = document_positions(hidden, attention_mask, position_ids, int(past))
-        if position_ids is None:
-            position_ids = torch.arange(past, past + hidden.shape[1], device=hidden.device)[None]
         mask = None
         if self.has_full_layers:
-            mask = create_causal_mask(
-                config=self.config,
-                inputs_embeds=hidden,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-            )
+            # The caller's position ids, not ours: where there are some, Transformers looks for packed documents
+            # among them, which stalls a GPU and, compiled, costs the full layers their fast causal path.
+            mask = create_causal_mask(self.config, hidden, attention_mask, cache, position_ids)
+        if position_ids is None:
+            position_ids = torch.arange(past, past + hidden.shape[1], device=hidden.device)[None]
         plain = self.rotary_emb(hidden, position_ids)
         scaled = plain if self.scaled_rotary_emb is None else self.scaled_rotary_emb(hidden, position_ids)
         for layer in self.layers:
@@ -276,10 +284,11 @@ class FibAttnModel(FibAttnPreTrainedModel):
                 rotation=scaled if layer.self_attn.full else plain,  # pyright: ignore
                 attention_mask=mask,
                 positions=positions,
-                past_key_values=past_key_values,
+                past_key_values=cache,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+        kept: dict[str, Any] = {_CACHE_FIELD: cache}
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), **kept)
 
 
 class FibAttnForCausalLM(FibAttnPreTrainedModel, GenerationMixin):
@@ -300,13 +309,14 @@ class FibAttnForCausalLM(FibAttnPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and the mean loss where targets are given.
@@ -323,7 +333,7 @@ class FibAttnForCausalLM(FibAttnPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -340,7 +350,7 @@ class FibAttnForCausalLM(FibAttnPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{_CACHE_FIELD: outputs.get(_CACHE_FIELD)},
         )
