@@ -56,26 +56,21 @@ def _kernels() -> Any:
     return triton
 
 
-def _offset_table(q: Tensor, offsets: Sequence[int], set_sizes: Sequence[int]) -> Tensor:
-    return _kernels().offset_table(tuple(split_offsets(offsets, set_sizes)), q.device)
-
-
 def _scaled_rungs(alpha: Tensor, rungs: Sequence[int], window: int, max_offset: int) -> cpu.ScaledRungs:
     return cpu.ScaledRungs(interpolate(rungs, float(alpha), window, max_offset), alpha.device)
 
 
 @torch.library.impl(_library, "attend_forward", "CUDA")
 def _triton_forward(q, k, v, positions, scale, window, offsets, set_sizes, interpret=False):
-    kernels = _kernels()
-    return kernels.forward(q, k, v, positions, scale, window, _offset_table(q, offsets, set_sizes))
+    return _kernels().fixed_forward(q, k, v, positions, scale, window, tuple(split_offsets(offsets, set_sizes)))
 
 
 @torch.library.impl(_library, "attend_backward", "CUDA")
 def _triton_backward(
     grad_out, grad_lse, out, lse, q, k, v, positions, scale, window, offsets, set_sizes, interpret=False
 ):
-    table = _offset_table(q, offsets, set_sizes)
-    return _kernels().backward(grad_out, grad_lse, out, lse, q, k, v, positions, scale, window, table)[:3]
+    sets = tuple(split_offsets(offsets, set_sizes))
+    return _kernels().fixed_backward(grad_out, grad_lse, out, lse, q, k, v, positions, scale, window, sets)
 
 
 @torch.library.impl(_library, "attend_scaled_forward", "CUDA")
@@ -130,8 +125,8 @@ def _(grad_out, grad_lse, out, lse, q, k, v, positions, scale, window, alpha, ru
 def _triton_step(
     q, k_cache, v_cache, k, v, cache_positions, positions, scale, window, offsets, set_sizes, interpret=False
 ):
-    table = _offset_table(q, offsets, set_sizes)
-    return _kernels().decode(q, k_cache, v_cache, k, v, cache_positions, positions, scale, window, table)
+    cached = (q, k_cache, v_cache, k, v, cache_positions, positions)
+    return _kernels().fixed_decode(*cached, scale, window, tuple(split_offsets(offsets, set_sizes)))
 
 
 @torch.library.impl(_library, "attend_scaled_step", "CUDA")

@@ -8,6 +8,8 @@ values a query. The transpose of a fixed offset is a fixed offset, so the second
 The window it recomputes as dense tiles, which costs no memory in the window's width.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -17,37 +19,49 @@ from triton.runtime.errors import OutOfResources
 from fibattn.attention.triton import common
 from fibattn.attention.triton.common import (
     LOG2E,
+    Columns,
     Shape,
     Tiles,
-    chunk_columns,
-    chunk_keys,
-    chunk_mask,
+    batch_rows,
+    column_keys,
+    column_mask,
+    far_fractions,
     load_batches,
     load_rows,
     near_mask,
     place,
+    query_batches,
     query_limit,
     query_rows,
-    store_query_rows,
+    store_batches,
+    store_rows,
 )
 
 
-def query_tiles_for(shape: Shape) -> Tiles:
-    """Tile sizes of the kernel for the gradient of q."""
-    wide = shape.padded_size > 128
-    if shape.dtype == torch.float32:
-        return Tiles(block=16 if not wide else 8, near=32 if not wide else 16, rungs=4, warps=4, stages=1)
-    if wide:
-        return Tiles(block=16, near=32, rungs=4, warps=4, stages=1)
-    return Tiles(block=16, near=32, rungs=16 if shape.padded_size <= 64 else 8, warps=4, stages=1)
-
-
-def key_tiles_for(shape: Shape) -> Tiles:
+@dataclass(frozen=True)
+class KeyTiles:
     """Tile sizes of the kernel for the gradients of k and v: keys a program, rows (query, head) a window tile."""
+
+    keys: int
+    rows: int
+    warps: int
+
+
+def query_tiles_for(shape: Shape, dense: bool) -> Tiles:
+    """Tile sizes of the kernel for the gradient of q."""
     if shape.dtype == torch.float32:
-        return Tiles(block=32 if shape.padded_size <= 64 else 16, near=32, rungs=1, warps=4, stages=1)
-    block = {16: 64, 32: 64, 64: 64, 128: 32, 256: 16}[shape.padded_size]
-    return Tiles(block=block, near=64 if shape.padded_size <= 64 else 32, rungs=1, warps=4, stages=1)
+        return Tiles(batches=2, columns=16, near=16, warps=2, stages=1)
+    if dense:
+        return Tiles(batches=4, columns=16, near=32, warps=4, stages=1)
+    return Tiles(batches=2, columns=32 if shape.padded_size <= 64 else 16, near=32, warps=2, stages=1)
+
+
+def key_tiles_for(shape: Shape) -> KeyTiles:
+    """Tile sizes of the kernel for the gradients of k and v."""
+    if shape.dtype == torch.float32:
+        return KeyTiles(keys=32 if shape.padded_size <= 64 else 16, rows=32, warps=4)
+    keys = {16: 64, 32: 64, 64: 64, 128: 32, 256: 16}[shape.padded_size]
+    return KeyTiles(keys=keys, rows=64 if shape.padded_size <= 64 else 32, warps=4)
 
 
 def backward(
@@ -60,11 +74,14 @@ def backward(
     v: Tensor,
     positions: Tensor | None,
     scale: float,
-    window: int,
+    columns: Columns,
     table: Tensor,
     fractions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v, and of the fractions, if any, in parts to be added up: (rungs, programs)."""
+    """Gradients of q, k, v, and of the fractions, if any, in parts to be added up: (rungs, programs).
+
+    `table` has the rungs as `common.offset_table` gives them, `fractions` (rungs,) where they are interpolated.
+    """
     shape = common.shape_of(q, k)
     grad_out, lse = common.inner_contiguous(grad_out), lse.contiguous()
     batch, tokens = q.shape[:2]
@@ -80,42 +97,41 @@ def backward(
         "HAS_POSITIONS": positions is not None,
         "SCALED": fractions is not None,
     }
-    common_scalars = (
-        *(scale, tokens, k.shape[1], window, kv_heads, rungs, table.stride(0) if table.shape[0] > 1 else 0),
-        *common.strides(q, k, v, grad_out),
-        common.positions_stride(positions),
-    )
-    tiles = query_tiles_for(shape)
-    block = common.block_of(shape, tiles)
-    programs = triton.cdiv(tokens, block) * kv_heads * batch
+    scalars = (scale, tokens, k.shape[1], columns.window, kv_heads, rungs)
+    moves = (*common.strides(q, k, v, grad_out), common.positions_stride(positions))
+    tiles = query_tiles_for(shape, columns.dense)
+    programs = triton.cdiv(tokens, tiles.batches * shape.batch_queries) * kv_heads * batch
     partial = None if fractions is None else q.new_empty(rungs, programs, dtype=torch.float32)
     try:
         query_grad_kernel[(programs,)](
-            *(q, k, v, out, grad_out, lse, grad_lse, positions, table, fractions),
+            *(q, k, v, out, grad_out, lse, grad_lse, positions, columns.table, columns.fractions),
             *(dq, delta, compact[0], compact[1], partial),
-            *common_scalars,
+            *scalars,
+            *(columns.stride_set, *moves, columns.near, columns.width),
             *common.strides(out, dq),
             *((0, 0, 0) if grad_lse is None else grad_lse.stride()),
             HAS_GRAD_LSE=grad_lse is not None,
             BQ=shape.batch_queries,
             ROWS=shape.rows,
-            NB=block // shape.batch_queries,
-            BN=max(tiles.near, block),
-            RC=max(tiles.rungs, 16 // shape.batch_queries),
+            NB=tiles.batches,
+            BN=max(tiles.near, tiles.batches * shape.batch_queries),
+            C=tiles.columns,
+            DENSE=columns.dense,
             **sizes,
             num_warps=tiles.warps,
             num_stages=tiles.stages,
         )
-        tiles = key_tiles_for(shape)
-        key_grad_kernel[(triton.cdiv(k.shape[1], tiles.block) * kv_heads * batch,)](
+        key_tiles = key_tiles_for(shape)
+        key_grad_kernel[(triton.cdiv(k.shape[1], key_tiles.keys) * kv_heads * batch,)](
             *(q, k, v, grad_out, lse, delta, positions, table, fractions, compact[0], compact[1], dk, dv),
-            *common_scalars,
+            *scalars,
+            *(table.stride(0) if table.shape[0] > 1 else 0, *moves),
             *common.strides(dk, dv),
-            BN=tiles.block,
-            BR=max(tiles.near, shape.padded_group),
+            BN=key_tiles.keys,
+            BR=max(key_tiles.rows, shape.padded_group),
             **sizes,
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
+            num_warps=key_tiles.warps,
+            num_stages=1,
         )
     except OutOfResources as error:
         raise common.explain(error, shape) from error
@@ -124,7 +140,7 @@ def backward(
 
 # As in the forward. The strides of the log-sum-exp's gradient follow the length.
 _UNSPECIALIZED = [
-    *("tokens", "keys", "window", "kv_heads", "rungs_stored", "stride_set", "stride_positions"),
+    *("tokens", "keys", "window", "kv_heads", "rungs_stored", "stride_set", "stride_positions", "near", "width"),
     *("stride_lb", "stride_lh", "stride_lt"),
 ]
 
@@ -166,6 +182,8 @@ def query_grad_kernel(
     stride_gt,
     stride_gh,
     stride_positions,
+    near,
+    width,
     stride_ob,
     stride_ot,
     stride_oh,
@@ -183,7 +201,8 @@ def query_grad_kernel(
     ROWS: tl.constexpr,
     NB: tl.constexpr,
     BN: tl.constexpr,
-    RC: tl.constexpr,
+    C: tl.constexpr,
+    DENSE: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
     HAS_GRAD_LSE: tl.constexpr,
     SCALED: tl.constexpr,
@@ -200,15 +219,13 @@ def query_grad_kernel(
     p_set = p_table + i_head * stride_set
     past = keys - tokens
     first_own = i_block * BM + past
+    columns = tl.load(p_set)
 
-    o_row = tl.arange(0, BR)
-    o_query, o_group = i_block * BM + o_row // GP, o_row % GP
-    m_row = (o_query < tokens) & (o_group < GROUP)
+    o_query, o_group, m_row = batch_rows(i_block, tokens, NB, BQ, ROWS, GP, GROUP)
     b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row, HAS_POSITIONS)
-    b_q = query_rows(p_q, o_query, o_group, stride_qt, stride_qh, m_row, SIZE, BD)
-    b_do = query_rows(p_do, o_query, o_group, stride_gt, stride_gh, m_row, SIZE, BD)
-    b_out = query_rows(p_out, o_query, o_group, stride_ot, stride_oh, m_row, SIZE, BD)
-    b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)
+    b_do = query_batches(p_do, o_query, o_group, stride_gt, stride_gh, m_row, SIZE, BD)
+    b_out = query_batches(p_out, o_query, o_group, stride_ot, stride_oh, m_row, SIZE, BD)
+    b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 2)
     o_head = i_head * GROUP + o_group
     o_lse = (i_batch * kv_heads * GROUP + o_head) * tokens + o_query
     if HAS_GRAD_LSE:
@@ -217,9 +234,133 @@ def query_grad_kernel(
     tl.store(p_delta + o_lse, b_delta, mask=m_row)
     # Rows that do not exist: a log-sum-exp of infinity makes their weights 0.
     b_lse = tl.load(p_lse + o_lse, mask=m_row, other=float("inf")) * LOG2E
-    b_dq = tl.zeros([BR, BD], tl.float32)
     scale_log2 = scale * LOG2E
+    b_dq = tl.zeros([NB, ROWS, BD], tl.float32)
+    if DENSE:
+        b_near = dense_window_grad(
+            p_q,
+            p_k,
+            p_v,
+            p_do,
+            p_positions,
+            tl.reshape(b_lse, [BR]),
+            tl.reshape(b_delta, [BR]),
+            scale_log2,
+            tokens,
+            keys,
+            window,
+            first_own,
+            i_block,
+            i_batch,
+            stride_qt,
+            stride_qh,
+            stride_kt,
+            stride_vt,
+            stride_gt,
+            stride_gh,
+            stride_positions,
+            *(GROUP, GP, SIZE, BD, BR, BM, BN, HAS_POSITIONS),
+        )
+        b_dq = tl.reshape(b_near, [NB, ROWS, BD])
 
+    b_q = query_batches(p_q, o_query, o_group, stride_qt, stride_qh, m_row, SIZE, BD)
+    o_compact = (i_batch * kv_heads + i_head) * rungs_stored * tokens
+    p_weights += o_compact * GROUP
+    p_grads += o_compact * GROUP
+    rungs = (columns - near) // BQ
+    for first in range(0, columns, C):
+        b_shift, b_bits, o_key, m_key = column_keys(p_set, width, first, first_own, keys, NB, BQ, C)
+        b_k = load_batches(p_k, o_key, stride_kt, m_key, SIZE, BD)
+        b_v = load_batches(p_v, o_key, stride_vt, m_key, SIZE, BD)
+        b_s = tl.dot(b_q, tl.permute(b_k, (0, 2, 1)), input_precision="ieee")
+        b_dp = tl.dot(b_do, tl.permute(b_v, (0, 2, 1)), input_precision="ieee")
+        if SCALED:
+            b_f, m_far = far_fractions(p_fractions, first, near, b_shift, b_limit, o_key, m_key, ROWS, GP, C)
+            b_k_far = load_batches(p_k, o_key - 1, stride_kt, m_far, SIZE, BD)
+            b_v_far = load_batches(p_v, o_key - 1, stride_vt, m_far, SIZE, BD)
+            b_s_step = tl.dot(b_q, tl.permute(b_k_far, (0, 2, 1)), input_precision="ieee") - b_s
+            b_dp_step = tl.dot(b_do, tl.permute(b_v_far, (0, 2, 1)), input_precision="ieee") - b_dp
+            b_s += b_f * b_s_step
+            b_dp += b_f * b_dp_step
+        m_entry = column_mask(b_shift, b_bits, b_limit, ROWS, GP)
+        b_p = tl.where(m_entry, tl.exp2(b_s * scale_log2 - b_lse[:, :, None]), 0.0)
+        b_ds = b_p * (b_dp - b_delta[:, :, None])
+        first_rung = (first - near) // BQ
+        if first + C > near:
+            store_compact(p_weights, b_p, first_rung, rungs, o_query, o_group, tokens, m_row, GROUP, BQ, C)
+            store_compact(p_grads, b_ds, first_rung, rungs, o_query, o_group, tokens, m_row, GROUP, BQ, C)
+        if SCALED:
+            m_first = b_shift[None, None, :] == (b_limit - (tl.arange(0, ROWS) // GP)[None, :])[:, :, None]
+            b_df = tl.where(m_first, 0.0, b_ds * scale * b_s_step + b_p * b_dp_step)
+            b_df = tl.sum(tl.reshape(tl.sum(tl.sum(b_df, 0), 0), [C // BQ, BQ]), 1)
+            o_df = first_rung + tl.arange(0, C // BQ)
+            p_df = p_partial + o_df.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+            tl.store(p_df, b_df, mask=(o_df >= 0) & (o_df < rungs))
+            b_ds_far = b_ds * b_f
+            b_dq = tl.dot(b_ds_far.to(b_k.dtype), b_k_far, b_dq, input_precision="ieee")
+            b_ds = b_ds - b_ds_far
+        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
+
+    p_dq += i_batch * stride_dqb + i_head * GROUP * stride_dqh
+    store_batches(p_dq, b_dq * scale, o_query, o_group, stride_dqt, stride_dqh, m_row, SIZE, BD)
+
+
+@triton.jit
+def store_compact(
+    p_x, b_x, first_rung, rungs, o_query, o_group, tokens, m_row, GROUP: tl.constexpr, BQ: tl.constexpr, C: tl.constexpr
+):
+    """Write the one entry of each row and rung that counts (the others are 0) to (rungs, Tq, group)."""
+    NB: tl.constexpr = b_x.shape[0]
+    ROWS: tl.constexpr = b_x.shape[1]
+    b_compact = tl.sum(tl.reshape(b_x, [NB, ROWS, C // BQ, BQ]), 3)
+    o_rung = first_rung + tl.arange(0, C // BQ)
+    o_row = o_query.to(tl.int64) * GROUP + o_group
+    p_tile = p_x + o_rung.to(tl.int64)[None, None, :] * tokens * GROUP + o_row[:, :, None]
+    m_tile = m_row[:, :, None] & ((o_rung >= 0) & (o_rung < rungs))[None, None, :]
+    tl.store(p_tile, b_compact.to(p_x.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def dense_window_grad(
+    p_q,
+    p_k,
+    p_v,
+    p_do,
+    p_positions,
+    b_lse,
+    b_delta,
+    scale_log2,
+    tokens,
+    keys,
+    window,
+    first_own,
+    i_block,
+    i_batch,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_vt,
+    stride_gt,
+    stride_gh,
+    stride_positions,
+    GROUP: tl.constexpr,
+    GP: tl.constexpr,
+    SIZE: tl.constexpr,
+    BD: tl.constexpr,
+    BR: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+):
+    """The window's part of the gradient of a block's rows, before the scale. [BR, BD]"""
+    o_row = tl.arange(0, BR)
+    o_query, o_group = i_block * BM + o_row // GP, o_row % GP
+    m_row = (o_query < tokens) & (o_group < GROUP)
+    past = keys - tokens
+    b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row, HAS_POSITIONS)
+    b_q = query_rows(p_q, o_query, o_group, stride_qt, stride_qh, m_row, SIZE, BD)
+    b_do = query_rows(p_do, o_query, o_group, stride_gt, stride_gh, m_row, SIZE, BD)
+    b_dq = tl.zeros([BR, BD], tl.float32)
     tiles = tl.cdiv(BM + tl.minimum(window, first_own), BN)
     for i in range(tiles):
         o_key = first_own + BM - (i + 1) * BN + tl.arange(0, BN)
@@ -232,78 +373,7 @@ def query_grad_kernel(
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
         b_ds = b_p * (b_dp - b_delta[:, None])
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
-
-    b_q3 = tl.reshape(b_q, [NB, ROWS, BD])
-    b_do3 = tl.reshape(b_do, [NB, ROWS, BD])
-    b_dq3 = tl.reshape(b_dq, [NB, ROWS, BD])
-    b_lse3 = tl.reshape(b_lse, [NB, ROWS])[:, :, None]
-    b_delta3 = tl.reshape(b_delta, [NB, ROWS])[:, :, None]
-    rungs = tl.load(p_set)
-    o_compact = (i_batch * kv_heads + i_head) * rungs_stored * tokens
-    p_weights += o_compact * GROUP
-    p_grads += o_compact * GROUP
-    for first in range(0, rungs, RC):
-        b_offset, o_slot, o_rung = chunk_columns(p_set, first, rungs, BQ, RC)
-        o_key, m_key = chunk_keys(first_own, b_offset, o_slot, keys, NB, BQ)
-        b_k = load_batches(p_k, o_key, stride_kt, m_key, SIZE, BD)
-        b_v = load_batches(p_v, o_key, stride_vt, m_key, SIZE, BD)
-        b_s = tl.dot(b_q3, tl.permute(b_k, (0, 2, 1)), input_precision="ieee")
-        b_dp = tl.dot(b_do3, tl.permute(b_v, (0, 2, 1)), input_precision="ieee")
-        if SCALED:
-            m_far = m_key & (o_key > 0)
-            b_k_far = load_batches(p_k, o_key - 1, stride_kt, m_far, SIZE, BD)
-            b_v_far = load_batches(p_v, o_key - 1, stride_vt, m_far, SIZE, BD)
-            b_s_step = tl.dot(b_q3, tl.permute(b_k_far, (0, 2, 1)), input_precision="ieee") - b_s
-            b_dp_step = tl.dot(b_do3, tl.permute(b_v_far, (0, 2, 1)), input_precision="ieee") - b_dp
-            b_f = tl.load(p_fractions + o_rung, mask=o_rung < rungs, other=0.0)
-            # The first key of a document has none before it to interpolate with.
-            m_first = tl.reshape(b_limit, [NB, ROWS])[:, :, None] == b_offset[None, None, :]
-            b_f = tl.where(m_first, 0.0, b_f[None, None, :])
-            b_s += b_f * b_s_step
-            b_dp += b_f * b_dp_step
-        m_entry = chunk_mask(b_limit, b_offset, o_slot, NB, ROWS, GP)
-        b_p = tl.where(m_entry, tl.exp2(b_s * scale_log2 - b_lse3), 0.0)
-        b_ds = b_p * (b_dp - b_delta3)
-        store_compact(p_weights, b_p, first, rungs, o_query, o_group, tokens, m_row, GROUP, NB, ROWS, BQ, RC)
-        store_compact(p_grads, b_ds, first, rungs, o_query, o_group, tokens, m_row, GROUP, NB, ROWS, BQ, RC)
-        if SCALED:
-            b_df = tl.where(m_first, 0.0, b_ds * scale * b_s_step + b_p * b_dp_step)
-            b_df = tl.sum(tl.reshape(tl.sum(tl.sum(b_df, 0), 0), [RC, BQ]), 1)
-            o_df = first + tl.arange(0, RC)
-            p_df = p_partial + o_df.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-            tl.store(p_df, b_df, mask=o_df < rungs)
-            b_ds_far = b_ds * b_f
-            b_dq3 = tl.dot(b_ds_far.to(b_k.dtype), b_k_far, b_dq3, input_precision="ieee")
-            b_ds = b_ds - b_ds_far
-        b_dq3 = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq3, input_precision="ieee")
-
-    b_dq = tl.reshape(b_dq3, [BR, BD]) * scale
-    p_dq += i_batch * stride_dqb + i_head * GROUP * stride_dqh
-    store_query_rows(p_dq, b_dq, o_query, o_group, stride_dqt, stride_dqh, m_row, SIZE, BD)
-
-
-@triton.jit
-def store_compact(
-    p_x,
-    b_x,
-    first,
-    rungs,
-    o_query,
-    o_group,
-    tokens,
-    m_row,
-    GROUP: tl.constexpr,
-    NB: tl.constexpr,
-    ROWS: tl.constexpr,
-    BQ: tl.constexpr,
-    RC: tl.constexpr,
-):
-    """Write the one entry of each row and rung that counts (the others are 0) to (rungs, Tq, group)."""
-    b_compact = tl.sum(tl.reshape(b_x, [NB * ROWS, RC, BQ]), 2)
-    o_rung = first + tl.arange(0, RC)
-    o_row = o_query.to(tl.int64) * GROUP + o_group
-    p_tile = p_x + o_rung.to(tl.int64)[None, :] * tokens * GROUP + o_row[:, None]
-    tl.store(p_tile, b_compact.to(p_x.dtype.element_ty), mask=m_row[:, None] & (o_rung < rungs)[None, :])
+    return b_dq
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -436,6 +506,5 @@ def key_grad_kernel(
 
     p_dk += i_batch * stride_dkb + i_head * stride_dkh
     p_dv += i_batch * stride_dvb + i_head * stride_dvh
-    o_zero = tl.zeros([BN], tl.int32)
-    store_query_rows(p_dk, b_dk * scale, o_key, o_zero, stride_dkt, 0, m_key, SIZE, BD)
-    store_query_rows(p_dv, b_dv, o_key, o_zero, stride_dvt, 0, m_key, SIZE, BD)
+    store_rows(p_dk, b_dk * scale, o_key, stride_dkt, m_key, SIZE, BD)
+    store_rows(p_dv, b_dv, o_key, stride_dvt, m_key, SIZE, BD)

@@ -1,13 +1,16 @@
-"""What the kernels share: checks of the input, tile sizes, the offsets on the device, tile arithmetic.
+"""What the kernels share: checks of the input, tile sizes, the columns on the device, tile arithmetic.
 
 Rows. The query heads of a KV head read the same keys, so one program serves all of them: its rows are
 (query, head of the group) pairs, query-major, the group padded to a power of two. Rows come in batches of
 `ROWS` (16, the least a matrix instruction takes): `BQ` queries times the padded group.
 
-Columns. The window is one dense tile of keys for all rows. A rung's keys are, for the queries of one batch,
-`BQ` neighbouring rows of k; a chunk of `RC` rungs is a tile of `RC * BQ` columns (rung-major) for each
-batch, multiplied as a batched product of which the entries where the column's query is the row's count.
-With a group of 4 that is every fourth entry, and each far row is read once for the whole group.
+Columns. The keys of a batch are listed in a table, the same for all batches: the key of column `c` is
+`shift[c]` before the batch's first query, and `bits[c]` says for which of the batch's queries it counts.
+A window of `W` takes `W + BQ` columns, nearly all of which count for all queries; a rung takes `BQ`, one for
+each query. So a batch is a dense product of 16 rows with a few dozen gathered columns (56 for the paper's
+window of 12, ten rungs and groups of 4), each row of k and v is read once for the whole group, and where all
+columns fit one tile the softmax is a plain one. A window too wide for that goes through dense tiles, shared
+by the batches of a block, and only the rungs through columns.
 
 Positions. `limit` is how far back a query may look: its own key index, or less inside a packed document.
 A distance exists for it when it is at most the limit; distance 0 always does, so no row is ever empty.
@@ -32,13 +35,20 @@ LN2 = tl.constexpr(0.6931471805599453)
 _SUPPORTED = (torch.float16, torch.bfloat16, torch.float32)
 
 
+WIDEST_NEAR = 64
+"""A window that takes more columns than this goes through dense tiles."""
+
+COLUMNS_MULTIPLE = 64
+"""The table of columns is padded to a multiple of this, the most columns of a tile."""
+
+
 @dataclass(frozen=True)
 class Tiles:
-    """Tile sizes of one kernel: queries (or keys) a program, keys a window tile, rungs a chunk."""
+    """Tile sizes of a row kernel: batches a program, columns a tile, keys a dense tile."""
 
-    block: int
+    batches: int
+    columns: int
     near: int
-    rungs: int
     warps: int
     stages: int
 
@@ -87,6 +97,69 @@ def offset_table(sets: tuple[tuple[int, ...], ...], device: torch.device) -> Ten
     return torch.tensor(rows, dtype=torch.int32).to(device)
 
 
+def near_columns(window: int, batch_queries: int) -> int:
+    """How many columns the window takes, a multiple of the batch; 0 where it goes through dense tiles."""
+    columns = -(-(window + batch_queries) // batch_queries) * batch_queries
+    return columns if columns <= WIDEST_NEAR else 0
+
+
+def near_column(window: int, batch_queries: int, column: int) -> tuple[int, int]:
+    """Shift and bits of one of the window's columns: its distance from query `t` of a batch is `t + shift`."""
+    shift = column - (batch_queries - 1)
+    return shift, sum(1 << t for t in range(batch_queries) if 0 <= t + shift <= window)
+
+
+@cache
+def column_table(
+    sets: tuple[tuple[int, ...], ...], window: int, batch_queries: int, device: torch.device
+) -> Tensor:
+    """Columns on the device, int32 (sets, 1 + 2 * width): their number, then shifts, then bits. Kept for good."""
+    near = [near_column(window, batch_queries, c) for c in range(near_columns(window, batch_queries))]
+    rows = [
+        near + [(min(d, UNREACHABLE) - t, 1 << t) for d in offsets for t in range(batch_queries)] for offsets in sets
+    ]
+    width = columns_width(max(map(len, rows)))
+    padded = [row + [(0, 0)] * (width - len(row)) for row in rows]
+    table = [[len(row), *(c[0] for c in full), *(c[1] for c in full)] for row, full in zip(rows, padded, strict=True)]
+    return torch.tensor(table, dtype=torch.int32).to(device)
+
+
+def columns_width(columns: int) -> int:
+    """The width of a table that holds so many columns."""
+    return max(1, -(-columns // COLUMNS_MULTIPLE)) * COLUMNS_MULTIPLE
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the row kernels read: the columns of every set, and how the window is read."""
+
+    table: Tensor
+    fractions: Tensor | None
+    window: int
+    near: int
+
+    @property
+    def dense(self) -> bool:
+        """Whether the window goes through dense tiles instead of columns."""
+        return self.near == 0
+
+    @property
+    def width(self) -> int:
+        """Columns the table has room for."""
+        return (self.table.shape[1] - 1) // 2
+
+    @property
+    def stride_set(self) -> int:
+        """From one KV head's columns to the next one's; 0 where all share them."""
+        return self.table.stride(0) if self.table.shape[0] > 1 else 0
+
+
+def fixed_columns(q: Tensor, k: Tensor, window: int, sets: tuple[tuple[int, ...], ...]) -> Columns:
+    """The columns of fixed offsets, one set or one for each KV head."""
+    queries = shape_of(q, k).batch_queries
+    return Columns(column_table(sets, window, queries, q.device), None, window, near_columns(window, queries))
+
+
 def positions_stride(positions: Tensor | None) -> int:
     """The batch stride of `positions`, 0 where all rows of the batch share them."""
     return 0 if positions is None or positions.shape[0] == 1 else positions.stride(0)
@@ -100,11 +173,6 @@ def strides(*tensors: Tensor) -> list[int]:
 def inner_contiguous(x: Tensor) -> Tensor:
     """`x` itself where its last dimension is contiguous: autograd may hand over an expanded gradient."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def block_of(shape: Shape, tiles: Tiles) -> int:
-    """Queries a program: the wanted block, at least one batch."""
-    return max(tiles.block, shape.batch_queries)
 
 
 def explain(error: Exception, shape: Shape) -> InputError:
@@ -154,6 +222,15 @@ def load_rows(p_x, o_row, stride, m_row, SIZE: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
+def batch_rows(i_block, tokens, NB: tl.constexpr, BQ: tl.constexpr, ROWS: tl.constexpr, GP: tl.constexpr, GROUP: tl.constexpr):
+    """Query and head of the group of each row of each batch, and whether it exists. [NB, ROWS] each"""
+    o_row = tl.arange(0, ROWS)
+    o_query = (i_block * NB + tl.arange(0, NB)[:, None]) * BQ + (o_row // GP)[None, :]
+    o_group = (o_row % GP)[None, :] + tl.zeros([NB, ROWS], tl.int32)
+    return o_query, o_group, (o_query < tokens) & (o_group < GROUP)
+
+
+@triton.jit
 def load_batches(p_x, o_row, stride, m_row, SIZE: tl.constexpr, BD: tl.constexpr):
     """Rows of a (tokens, size) matrix for every batch of queries. [NB, C, BD]"""
     o_size = tl.arange(0, BD)
@@ -164,42 +241,72 @@ def load_batches(p_x, o_row, stride, m_row, SIZE: tl.constexpr, BD: tl.constexpr
 
 
 @triton.jit
+def query_batches(p_x, o_query, o_group, stride_t, stride_h, m_row, SIZE: tl.constexpr, BD: tl.constexpr):
+    """Rows (query, head of the group) of one KV head's queries. [NB, ROWS, BD]"""
+    o_row = o_query.to(tl.int64) * stride_t + o_group.to(tl.int64) * stride_h
+    return load_batches(p_x, o_row, 1, m_row, SIZE, BD)
+
+
+@triton.jit
 def query_rows(p_x, o_query, o_group, stride_t, stride_h, m_row, SIZE: tl.constexpr, BD: tl.constexpr):
-    """Rows (query, head of the group) of one KV head's queries. [BR, BD]"""
+    """The same without batches. [BR, BD]"""
     o_row = o_query.to(tl.int64) * stride_t + o_group.to(tl.int64) * stride_h
     return load_rows(p_x, o_row, 1, m_row, SIZE, BD)
 
 
 @triton.jit
-def store_query_rows(p_x, b_x, o_query, o_group, stride_t, stride_h, m_row, SIZE: tl.constexpr, BD: tl.constexpr):
-    """Write rows (query, head of the group), cast to the tensor's dtype."""
+def store_batches(p_x, b_x, o_query, o_group, stride_t, stride_h, m_row, SIZE: tl.constexpr, BD: tl.constexpr):
+    """Write rows (query, head of the group) [NB, ROWS, BD], cast to the tensor's dtype."""
     o_size = tl.arange(0, BD)
     o_row = o_query.to(tl.int64) * stride_t + o_group.to(tl.int64) * stride_h
+    m_tile = m_row[:, :, None] & (o_size < SIZE)[None, None, :]
+    tl.store(p_x + o_row[:, :, None] + o_size[None, None, :], b_x.to(p_x.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def store_rows(p_x, b_x, o_row, stride, m_row, SIZE: tl.constexpr, BD: tl.constexpr):
+    """Write rows of a (tokens, size) matrix [BN, BD], cast to the tensor's dtype."""
+    o_size = tl.arange(0, BD)
     m_tile = m_row[:, None] & (o_size < SIZE)[None, :]
-    tl.store(p_x + o_row[:, None] + o_size[None, :], b_x.to(p_x.dtype.element_ty), mask=m_tile)
+    p_tile = p_x + o_row.to(tl.int64)[:, None] * stride + o_size[None, :]
+    tl.store(p_tile, b_x.to(p_x.dtype.element_ty), mask=m_tile)
 
 
 @triton.jit
-def chunk_columns(p_set, first, rungs, BQ: tl.constexpr, RC: tl.constexpr):
-    """Offset and query of each column of a chunk of rungs, unreachable past the last rung. [RC * BQ] each"""
-    o_column = tl.arange(0, BQ * RC)
-    o_rung = first + o_column // BQ
-    b_offset = tl.load(p_set + 1 + o_rung, mask=o_rung < rungs, other=1 << 30)
-    return b_offset, o_column % BQ, o_rung
+def column_keys(p_set, width, first, first_own, keys, NB: tl.constexpr, BQ: tl.constexpr, C: tl.constexpr):
+    """Shift and bits of a tile of columns [C], key index of each for each batch and whether to read it [NB, C]."""
+    o_column = first + tl.arange(0, C)
+    b_shift = tl.load(p_set + 1 + o_column)
+    b_bits = tl.load(p_set + 1 + width + o_column)
+    o_key = first_own + tl.arange(0, NB)[:, None] * BQ - b_shift[None, :]
+    return b_shift, b_bits, o_key, (o_key >= 0) & (o_key < keys) & (b_bits != 0)[None, :]
 
 
 @triton.jit
-def chunk_keys(first_own, b_offset, o_slot, keys, NB: tl.constexpr, BQ: tl.constexpr):
-    """Key index of each column for each batch of queries, and whether there is one. [NB, RC * BQ]"""
-    o_own = first_own + tl.arange(0, NB)[:, None] * BQ + o_slot[None, :]
-    o_key = o_own - b_offset[None, :]
-    return o_key, (o_key >= 0) & (o_key < keys)
+def column_mask(b_shift, b_bits, b_limit, ROWS: tl.constexpr, GP: tl.constexpr):
+    """Which entries of a tile count: the column's key is attended by the row's query, within its limit. [NB, ROWS, C]"""
+    b_slot = tl.arange(0, ROWS) // GP
+    m_own = (b_bits[None, None, :] & (1 << b_slot)[None, :, None]) != 0
+    return m_own & (b_shift[None, None, :] <= (b_limit - b_slot[None, :])[:, :, None])
 
 
 @triton.jit
-def chunk_mask(b_limit, b_offset, o_slot, NB: tl.constexpr, ROWS: tl.constexpr, GP: tl.constexpr):
-    """Which entries of a chunk count: the row's own query, within its limit. [NB, ROWS, RC * BQ]"""
-    o_slot_of_row = tl.arange(0, ROWS) // GP
-    m_own = o_slot_of_row[None, :, None] == o_slot[None, None, :]
-    b_limits = tl.reshape(b_limit, [NB, ROWS])
-    return m_own & (b_offset[None, None, :] <= b_limits[:, :, None])
+def far_fractions(
+    p_fractions,
+    first,
+    near,
+    b_shift,
+    b_limit,
+    o_key,
+    m_key,
+    ROWS: tl.constexpr,
+    GP: tl.constexpr,
+    C: tl.constexpr,
+):
+    """How much of each entry is the next farther key's [NB, ROWS, C], and which of those to read [NB, C]."""
+    o_column = first + tl.arange(0, C)
+    b_f = tl.load(p_fractions + o_column)
+    # The first key of a document has none before it to interpolate with.
+    b_slot = tl.arange(0, ROWS) // GP
+    m_first = b_shift[None, None, :] == (b_limit - b_slot[None, :])[:, :, None]
+    return tl.where(m_first, 0.0, b_f[None, None, :]), m_key & (o_column >= near)[None, :] & (o_key > 0)

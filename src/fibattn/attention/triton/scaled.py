@@ -7,6 +7,7 @@ is linear in their two dot products.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -14,12 +15,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fibattn.attention.triton import common
 from fibattn.attention.triton.backward import backward
+from fibattn.attention.triton.common import Columns
 from fibattn.attention.triton.decode import decode
 from fibattn.attention.triton.forward import forward
 from fibattn.errors import InputError
 
 _EXACT = 2**53
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The kept rungs of a scale, on the device: for the row kernels, for the key kernel, and the rungs (R,)."""
+
+    columns: Columns
+    table: Tensor
+    fractions: Tensor
+    kept: Tensor
 
 
 def scaled_forward(
@@ -34,8 +47,8 @@ def scaled_forward(
     max_offset: int,
 ) -> tuple[Tensor, Tensor]:
     """Output like q, and the natural log-sum-exp (B, Hq, Tq)."""
-    table, fractions, _ = resolve(alpha, tuple(rungs), window, max_offset)
-    return forward(q, k, v, positions, scale, window, table, fractions)
+    found = resolve(alpha, tuple(rungs), window, max_offset, common.shape_of(q, k).batch_queries)
+    return forward(q, k, v, positions, scale, found.columns)
 
 
 def scaled_backward(
@@ -54,13 +67,13 @@ def scaled_backward(
     max_offset: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and alpha."""
-    table, fractions, kept = resolve(alpha, tuple(rungs), window, max_offset)
-    inputs = (grad_out, grad_lse, out, lse, q, k, v, positions, scale, window, table, fractions)
+    found = resolve(alpha, tuple(rungs), window, max_offset, common.shape_of(q, k).batch_queries)
+    inputs = (grad_out, grad_lse, out, lse, q, k, v, positions, scale, found.columns, found.table, found.fractions)
     dq, dk, dv, partial = backward(*inputs)
     assert partial is not None
     grad_alpha = torch.empty_like(alpha, memory_format=torch.contiguous_format)
     programs = partial.shape[1]
-    alpha_grad_kernel[(1,)](partial, kept, table, grad_alpha, programs, BLOCK=1024, num_warps=8)
+    alpha_grad_kernel[(1,)](partial, found.kept, found.table, grad_alpha, programs, BLOCK=1024, num_warps=8)
     return dq, dk, dv, grad_alpha
 
 
@@ -79,8 +92,9 @@ def scaled_decode(
     max_offset: int,
 ) -> Tensor:
     """Output like q; writes k and v into the rings."""
-    table, fractions, _ = resolve(alpha, tuple(rungs), window, max_offset)
-    return decode(q, k_cache, v_cache, k, v, cache_positions, positions, scale, window, table, fractions)
+    found = resolve(alpha, tuple(rungs), window, max_offset, common.shape_of(q, k).batch_queries)
+    cached = (q, k_cache, v_cache, k, v, cache_positions, positions)
+    return decode(*cached, scale, window, found.table, found.fractions)
 
 
 @cache
@@ -88,22 +102,49 @@ def _rung_table(rungs: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(rungs, dtype=torch.float64).to(device)
 
 
-def resolve(alpha: Tensor, rungs: tuple[int, ...], window: int, max_offset: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The kept rungs of a scale: table (1, 1 + R) as `offset_table`, fractions (R,), and the rungs (R,)."""
+def resolve(alpha: Tensor, rungs: tuple[int, ...], window: int, max_offset: int, batch_queries: int) -> Resolved:
+    """The kept rungs of a scale, as `fibattn.pattern.interpolate` gives them, without a word to the host."""
     if rungs and rungs[-1] >= _EXACT:
         raise InputError(f"the last rung is {rungs[-1]}; rungs must be below {_EXACT}")
     base = _rung_table(rungs, alpha.device)
-    table = torch.empty(1, 1 + len(rungs), dtype=torch.int32, device=alpha.device)
-    fractions = torch.empty(len(rungs), dtype=torch.float32, device=alpha.device)
+    near = common.near_columns(window, batch_queries)
+    width = common.columns_width(near + len(rungs) * batch_queries)
+    integers = torch.empty(2 + len(rungs) + 2 * width, dtype=torch.int32, device=alpha.device)
+    reals = torch.empty(len(rungs) + width, dtype=torch.float32, device=alpha.device)
     kept = torch.empty_like(base)
-    size = max(16, triton.next_power_of_2(len(rungs)))
-    resolve_kernel[(1,)](alpha, base, table, fractions, kept, len(rungs), window, max_offset, SIZE=size)
-    return table, fractions, kept
+    table, columns = integers[None, : 1 + len(rungs)], integers[None, 1 + len(rungs) :]
+    fractions, column_fractions = reals[: len(rungs)], reals[len(rungs) :]
+    resolve_kernel[(1,)](
+        *(alpha, base, table, columns, fractions, column_fractions, kept),
+        *(len(rungs), window, max_offset, near),
+        BQ=batch_queries,
+        WIDTH=width,
+        WIDTH2=triton.next_power_of_2(width),
+        SIZE=max(16, triton.next_power_of_2(len(rungs))),
+        num_warps=8,
+    )
+    return Resolved(Columns(columns, column_fractions, window, near), table, fractions, kept)
 
 
-@triton.jit(do_not_specialize=["rungs", "window", "max_offset"])
-def resolve_kernel(p_alpha, p_base, p_table, p_fractions, p_kept, rungs, window, max_offset, SIZE: tl.constexpr):
-    """`fibattn.pattern.interpolate` in one program."""
+@triton.jit(do_not_specialize=["rungs", "window", "max_offset", "near"])
+def resolve_kernel(
+    p_alpha,
+    p_base,
+    p_table,
+    p_columns,
+    p_fractions,
+    p_column_fractions,
+    p_kept,
+    rungs,
+    window,
+    max_offset,
+    near,
+    BQ: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTH2: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """`fibattn.pattern.interpolate` and `common.column_table` in one program."""
     o_rung = tl.arange(0, SIZE)
     m_rung = o_rung < rungs
     alpha = tl.load(p_alpha).to(tl.float64)
@@ -124,11 +165,31 @@ def resolve_kernel(p_alpha, p_base, p_table, p_fractions, p_kept, rungs, window,
     o_place = tl.sum((m_keep[None, :] & (o_rung[None, :] < o_rung[:, None])).to(tl.int32), 1)
     count = tl.sum(m_keep.to(tl.int32), 0)
     # A scale that is no finite number above 0 cannot be refused here; it must not give plausible numbers.
-    b_fraction = tl.where(good, b_fraction, float("nan"))
+    b_fraction = tl.where(good, b_fraction, float("nan")).to(tl.float32)
+    b_near = b_near.to(tl.int32)
     tl.store(p_table, count)
-    tl.store(p_table + 1 + o_place, b_near.to(tl.int32), mask=m_keep)
-    tl.store(p_fractions + o_place, b_fraction.to(tl.float32), mask=m_keep)
+    tl.store(p_table + 1 + o_place, b_near, mask=m_keep)
+    tl.store(p_fractions + o_place, b_fraction, mask=m_keep)
     tl.store(p_kept + o_place, b_base, mask=m_keep)
+
+    o_column = tl.arange(0, WIDTH2)
+    m_far = o_column >= near
+    o_slot = (o_column - near) % BQ
+    m_pick = m_keep[None, :] & (o_place[None, :] == ((o_column - near) // BQ)[:, None]) & m_far[:, None]
+    m_used = tl.sum(m_pick.to(tl.int32), 1) > 0
+    b_shift = tl.where(m_far, tl.sum(tl.where(m_pick, b_near[None, :], 0), 1) - o_slot, o_column - (BQ - 1))
+    # A column of the window counts for the queries from which its distance is within the window.
+    o_query = tl.arange(0, BQ)
+    b_near_distance = (o_column - (BQ - 1))[:, None] + o_query[None, :]
+    m_near = (b_near_distance >= 0) & (b_near_distance <= window)
+    b_near_bits = tl.sum(tl.where(m_near, 1 << o_query[None, :], 0), 1)
+    b_bits = tl.where(m_far, tl.where(m_used, 1 << o_slot, 0), b_near_bits)
+    b_column_fraction = tl.sum(tl.where(m_pick, b_fraction[None, :], 0.0), 1)
+    m_column = o_column < WIDTH
+    tl.store(p_columns, near + count * BQ)
+    tl.store(p_columns + 1 + o_column, b_shift, mask=m_column)
+    tl.store(p_columns + 1 + WIDTH + o_column, b_bits, mask=m_column)
+    tl.store(p_column_fractions + o_column, b_column_fraction, mask=m_column)
 
 
 @triton.jit(do_not_specialize=["programs"])
