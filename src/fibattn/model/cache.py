@@ -1,42 +1,282 @@
-"""How the layer types of this package appear in Transformers' caches.
+"""Caches of bounded size: a sparse layer keeps a ring of as many tokens as it can look back, and its newest.
 
-A Fibonacci layer keeps an ordinary growing cache. Static caches hand out buffers longer than what has been
-written, which the sparse layers cannot tell from real keys, so they are refused rather than read wrongly.
+The rings are cache layers of Transformers, for `DynamicCache` and `StaticCache` alike. A cache that was made
+without knowing of them (with no configuration, or for window-only layers, which Transformers would give a
+cache of its own) has its still empty layers replaced when a model first uses them, because only the model
+knows how far each of its layers looks back. Layers with full attention keep what Transformers gave them.
 """
 
 from typing import Any
 
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
+from fibattn.attention import decode
 from fibattn.errors import InputError
 
 
-class FibAttnDynamicLayer(DynamicLayer):
-    """The keys and values of a `fibonacci_attention` layer, growing with the sequence."""
+class RingLayer(CacheLayerMixin):
+    """What both kinds of ring share: `keys` and `values` (batch, KV heads, reach + 1, head size).
+
+    Token `p` of the sequence is in row `p mod (reach + 1)`. `owner` says which pattern the tokens were
+    written for, so that another model's cache is noticed.
+    """
+
+    is_sliding = True
+    supports_early_init = False
+    reach = -1
+    owner: object = None
+
+    def claim(self, owner: object, reach: int) -> None:
+        """Size the ring for a layer that looks back `reach` tokens."""
+        self.owner, self.reach = owner, reach
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make the buffers, for keys and values of the given batch, heads and head size."""
+        if self.reach < 0:
+            raise InputError("this cache layer belongs to no layer of a model yet; let the model write to it")
+        self.device, self.batch_size = key_states.device, key_states.shape[0]
+        batch, heads, _, size = key_states.shape
+        self.keys, self.values = (key_states.new_zeros(batch, heads, self.reach + 1, size) for _ in range(2))
+        if not torch.compiler.is_compiling():
+            # CUDA graphs may then write to the buffers in place.
+            torch._dynamo.mark_static_address(self.keys)
+            torch._dynamo.mark_static_address(self.values)
+        self.is_initialized = True
+
+    def take(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Count the tokens k and v (batch, tokens, KV heads, head size), and hand out the rings to write them to.
+
+        Returns:
+            Views of the buffers, (batch, reach + 1, KV heads, head size), as `attend_cached` takes them.
+
+        Raises:
+            InputError: when the buffers are of another batch, shape or dtype.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(k.transpose(1, 2), v.transpose(1, 2))
+        assert self.keys is not None
+        assert self.values is not None
+        held, new = (self.keys.shape[0], self.keys.shape[1], self.keys.shape[3]), (k.shape[0], *k.shape[2:])
+        if held != new or self.keys.dtype != k.dtype or self.keys.device != k.device:
+            raise InputError(
+                f"the cache holds (batch, KV heads, head size) {held} in {self.keys.dtype} on {self.keys.device}, the "
+                f"model gives {new} in {k.dtype} on {k.device}; use the cache with the model and batch it was made for"
+            )
+        self.count(k, v)
+        return self.keys.transpose(1, 2), self.values.transpose(1, 2)
+
+    def count(self, k: Tensor, v: Tensor) -> None:
+        """Note that the tokens k and v are about to be written."""
+        raise NotImplementedError
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write new tokens; returns what they may attend to: the `reach` tokens before them, and themselves."""
+        k, v = key_states.transpose(1, 2), value_states.transpose(1, 2)
+        positions = torch.arange(k.shape[1], device=k.device)[None] + self.get_seq_length()
+        seen = []
+        for ring, new in zip(self.take(k, v), (k, v), strict=True):
+            seen.append(torch.cat([decode.before(ring, positions, self.reach), new], dim=1).transpose(1, 2))
+            decode.store(ring, new, positions)
+        return seen[0], seen[1]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, Any]:
+        """How many keys `update` returns, and the position of the first."""
+        return self.reach + query_length, self.get_seq_length() - self.reach
+
+    def get_max_length(self) -> int:
+        """No maximum: a ring never fills."""
+        return -1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put the sequences into the order of `beam_idx`, in place."""
+        if self.is_initialized:
+            self.keys.copy_(self.keys.index_select(0, beam_idx.to(self.device)))  # pyright: ignore
+            self.values.copy_(self.values.index_select(0, beam_idx.to(self.device)))  # pyright: ignore
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        if self.is_initialized:
+            self._select(torch.arange(self.batch_size, device=self.device).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only these sequences."""
+        if self.is_initialized:
+            self._select(indices.to(self.device))
+
+    def _select(self, indices: Tensor) -> None:
+        self.keys, self.values = self.keys[indices], self.values[indices]  # pyright: ignore
+        self.batch_size = self.keys.shape[0]
+
+
+class DynamicRingLayer(RingLayer, DynamicLayer):
+    """A ring that counts on the host, for `DynamicCache`; it can go back as far as it was told to record."""
 
     _layer_type = "fibonacci_attention"
+    is_croppable = True
+    record_past = False
+
+    def __init__(self, **_: Any):
+        super().__init__()
+        self.length = 0
+        self._recorded: tuple[Tensor, Tensor] | None = None
+
+    def activate_past_recording(self) -> None:
+        """Keep every token from now on until the next `crop`, so that it can go back."""
+        self.record_past = True
+
+    def count(self, k: Tensor, v: Tensor) -> None:
+        """As in `RingLayer`."""
+        if self.record_past:
+            assert self.keys is not None
+            assert self.values is not None
+            rings = (self.keys.transpose(1, 2), self.values.transpose(1, 2))
+            self._recorded = tuple(  # pyright: ignore
+                torch.cat([old, new.detach()], dim=1)
+                for old, new in zip(self._recorded or self._newest(*rings), (k, v), strict=True)
+            )
+        self.length += k.shape[1]
+
+    def _newest(self, *rings: Tensor) -> tuple[Tensor, ...]:
+        """The newest tokens in order, `reach` of them or as many as there are."""
+        last = torch.tensor([[self.length]], device=self.device)
+        return tuple(decode.before(ring, last, min(self.reach, self.length)) for ring in rings)
+
+    def get_seq_length(self) -> int:
+        """How many tokens the sequence has had, most of them long forgotten."""
+        return self.length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Go back by `-tokens_to_remove` tokens, and forget what was recorded for it.
+
+        Raises:
+            InputError: when the ring no longer has the tokens that would then be within reach.
+        """
+        back, recorded = -tokens_to_remove, self._recorded
+        self._recorded = None
+        if back < 0 or back > self.length:
+            raise InputError(f"crop({tokens_to_remove}) of {self.length} tokens; give minus how many to remove")
+        if back > 1 and self.length > self.reach + 1 and (recorded is None or recorded[0].shape[1] < back + 1):
+            raise InputError(
+                f"{back} tokens cannot be removed: the layer has kept no more than its reach of {self.reach}; "
+                "call activate_past_recording() on the cache before writing the tokens that may have to go"
+            )
+        self.length -= back
+        if back > 1 and recorded is not None:
+            kept = recorded[0].shape[1] - back
+            at = torch.arange(self.length - kept, self.length, device=self.device)[None]
+            for ring, tokens in zip((self.keys, self.values), recorded, strict=True):
+                decode.store(ring.transpose(1, 2), tokens[:, :kept], at)  # pyright: ignore
+
+    def reset(self) -> None:
+        """Begin a new sequence with the same buffers."""
+        self.length, self._recorded = 0, None
+        if self.is_initialized:
+            self.keys.zero_()  # pyright: ignore
+            self.values.zero_()  # pyright: ignore
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """As in `RingLayer`."""
+        super().reorder_cache(beam_idx)
+        if self._recorded is not None:
+            self._recorded = tuple(x.index_select(0, beam_idx.to(self.device)) for x in self._recorded)  # pyright: ignore
+
+    def _select(self, indices: Tensor) -> None:
+        super()._select(indices)
+        if self._recorded is not None:
+            self._recorded = tuple(x[indices] for x in self._recorded)  # pyright: ignore
 
 
-class FibAttnStaticLayer(StaticLayer):
-    """Registered so that asking for a static cache is answered clearly."""
+class StaticRingLayer(RingLayer, StaticLayer):
+    """A ring that counts on the device, for `StaticCache` and compiled decoding; it cannot go back."""
 
     _layer_type = "fibonacci_attention"
+    is_croppable = False
 
-    def __init__(self, *_: Any, **__: Any):
-        raise InputError(_REFUSAL)
+    def __init__(self, max_cache_len: int = -1, **_: Any):
+        super().__init__(max_cache_len)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """As in `RingLayer`."""
+        super().lazy_initialization(key_states, value_states)
+        self.cumulative_length = self.cumulative_length.to(self.device)
+        if not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(self.cumulative_length)
+
+    def count(self, k: Tensor, v: Tensor) -> None:
+        """As in `RingLayer`."""
+        self.cumulative_length.add_(k.shape[1])
+
+    def get_seq_length(self) -> Any:
+        """How many tokens the sequence has had: a tensor on the device, changed in place, once there are any."""
+        return self.cumulative_length if self.is_initialized else 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused.
+
+        Raises:
+            InputError: always, unless nothing is to be removed.
+        """
+        if tokens_to_remove:
+            raise InputError(
+                "a static cache of sparse layers cannot be cropped, it has already overwritten what would be within "
+                "reach again; use a DynamicCache (leave cache_implementation out)"
+            )
 
 
-def check_cache(cache: Cache, layer: int) -> None:
-    """Refuse a cache whose keys a sparse layer could not place.
+def ring_of(cache: Cache, layer: int, owner: object, reach: int) -> RingLayer:
+    """The ring of a sparse layer in a cache, put there when the layer has not been used yet.
+
+    Args:
+        cache: any Transformers cache of a decoder.
+        layer: the layer's index.
+        owner: what the tokens are attended by, such as the layer's patterns; compared with what wrote the cache.
+        reach: how far back the layer looks.
 
     Raises:
-        InputError: when the layer's cache is static.
+        InputError: for a cache that another model or pattern has written.
     """
-    if layer < len(cache.layers) and isinstance(cache.layers[layer], StaticLayer):
-        raise InputError(_REFUSAL)
+    found = cache.layers[layer] if layer < len(cache.layers) else None
+    if isinstance(found, RingLayer) and found.reach >= 0:
+        if found.owner != owner:
+            raise InputError(
+                f"layer {layer} of the cache was written for the pattern {found.owner}, the model has {owner}; "
+                "a cache belongs to the model that made it: begin a new one"
+            )
+        return found
+    if not isinstance(found, RingLayer):
+        empty = isinstance(found, CacheLayerMixin) and not (found.is_initialized and found.get_seq_length())
+        if found is not None and not empty:
+            raise InputError(
+                f"layer {layer} of the cache is a {type(found).__name__} that a model without sparse layers has "
+                "written; a cache belongs to the model that made it: begin a new one"
+            )
+        found = StaticRingLayer() if isinstance(found, StaticLayer) else DynamicRingLayer()
+        cache.layers[layer : layer + 1] = [found]
+    found.claim(owner, reach)
+    return found
 
 
-_REFUSAL = (
-    "a static cache does not work with sparse layers in this version; "
-    "leave cache_implementation out, or pass a DynamicCache"
-)
+def check_full(cache: Cache, layer: int, tokens: int) -> None:
+    """Refuse a cache that a layer with full attention cannot use.
+
+    Raises:
+        InputError: when the layer's tokens were kept for a sparse layer, or there is no room for `tokens` more.
+    """
+    found = cache.layers[layer] if layer < len(cache.layers) else None
+    if isinstance(found, CacheLayerMixin) and getattr(found, "is_sliding", False):
+        raise InputError(
+            f"layer {layer} of the cache forgets what is far back, but the model's layer attends to everything; "
+            "a cache belongs to the model that made it: begin a new one"
+        )
+    if isinstance(found, StaticLayer):
+        used = found.get_seq_length()
+        # Asking a GPU or a graph for the number would stall it; there only an impossible chunk is noticed.
+        readable = not torch.compiler.is_compiling() and not (isinstance(used, Tensor) and used.device.type != "cpu")
+        held = int(used) if readable else 0
+        if held + tokens > found.max_cache_len:
+            raise InputError(
+                f"{tokens} tokens do not fit into a static cache of {found.max_cache_len} that holds {held}; "
+                "make one with a larger max_cache_len"
+            )

@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig, configuration_utils
 from transformers.modeling_rope_utils import RopeParameters
 
 from fibattn.errors import InputError
-from fibattn.pattern import Base, Pattern, Schedule, base_rungs, layer_patterns
+from fibattn.pattern import Base, Pattern, Schedule, base_rungs, layer_patterns, scaled_reach
 
 LAYER_TYPES = ("fibonacci_attention", "sliding_attention", "full_attention")
 
@@ -113,6 +113,13 @@ class FibAttnConfig(PreTrainedConfig):
         """The patterns of a layer's KV heads (one when they share it); None for full attention and learned rungs."""
         sets = (self.layer_offsets or [])[layer]
         return None if sets is None else tuple(Pattern(self.window, tuple(offsets)) for offsets in sets)
+
+    def layer_reach(self, layer: int) -> int | None:
+        """The farthest distance a layer looks back; None for full attention. A learned scale stays below 1.5."""
+        if self.learns_alpha(layer):
+            return scaled_reach(self.base_rungs, 1.5, self.window, self.max_offset)
+        patterns = self.layer_patterns(layer)
+        return None if patterns is None else max(pattern.reach for pattern in patterns)
 
     def learns_alpha(self, layer: int) -> bool:
         """Whether the layer has a scale that is trained."""

@@ -18,9 +18,9 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from fibattn.attention import attend, attend_scaled
+from fibattn.attention import attend, attend_cached, attend_scaled, attend_scaled_cached
 from fibattn.errors import InputError
-from fibattn.model.cache import check_cache
+from fibattn.model.cache import check_full, ring_of
 from fibattn.model.configuration import FibAttnConfig
 from fibattn.model.feed_forward import gains_from_padding, padded_swiglu
 from fibattn.model.loss import IGNORED, linear_cross_entropy
@@ -89,6 +89,7 @@ class FibAttnAttention(nn.Module):
         self.rotated = bool((config.no_rope_layers or [])[layer])
         self.patterns = config.layer_patterns(layer)
         self.theta = nn.Parameter(torch.zeros(1)) if config.learns_alpha(layer) else None
+        self.reach = config.layer_reach(layer)
         self.q_proj = nn.Linear(config.hidden_size, heads * size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_heads * size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * size, bias=False)
@@ -107,42 +108,56 @@ class FibAttnAttention(nn.Module):
         rotation: Rotation,
         attention_mask: Tensor | None,
         positions: Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
+        cache_positions: Tensor,
         **kwargs: Any,
     ) -> Tensor:
-        """`hidden` (batch, tokens, hidden size) in and out; `positions` as in `attend`, for sparse layers."""
+        """`hidden` (batch, tokens, hidden size) in and out; `positions` as in `attend`, for sparse layers.
+
+        `cache_positions` (1, tokens) count the tokens that went into `cache` before each of these.
+        """
         shape = (*hidden.shape[:2], -1, self.head_dim)
         q, k, v = (project(hidden).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.rotated:
             q, k = _rotate(q, rotation), _rotate(k, rotation)
-        if past_key_values is not None:
-            if not self.full:
-                check_cache(past_key_values, self.layer_idx)
-            cached = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
-            k, v = (x.transpose(1, 2) for x in cached)
         if self.full:
-            out = self._attend_fully(q, k, v, attention_mask, **kwargs)
-        elif self.patterns is not None:
-            out = attend(q, k, v, self.patterns, scale=self.scaling, positions=positions)
+            out = self._attend_fully(q, k, v, attention_mask, cache, **kwargs)
         else:
-            out = attend_scaled(
-                q,
-                k,
-                v,
-                self.config.window,
-                self.config.base_rungs,
-                self.alpha,
-                max_offset=self.config.max_offset,
-                scale=self.scaling,
-                positions=positions,
-            )
-        return self.o_proj(out.reshape(*hidden.shape[:2], -1))  # pyright: ignore
+            out = self._attend_sparsely(q, k, v, positions, cache, cache_positions)
+        return self.o_proj(out.reshape(*hidden.shape[:2], -1))
 
-    def _attend_fully(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
+    def _attend_sparsely(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, cache: Cache | None, cache_positions: Tensor
+    ) -> Tensor:
+        how: dict[str, Any] = {"scale": self.scaling, "positions": positions}
+        if self.patterns is None:
+            learned = (self.config.window, self.config.base_rungs, self.alpha)
+            how["max_offset"] = self.config.max_offset
+        if cache is None:
+            return attend(q, k, v, self.patterns, **how) if self.patterns else attend_scaled(q, k, v, *learned, **how)  # pyright: ignore
+        owner = self.patterns or ("learned", self.config.window, self.config.base_rungs, self.config.max_offset)
+        rings = ring_of(cache, self.layer_idx, owner, self.reach or 0).take(k, v)
+        how["cache_positions"] = cache_positions
+        if self.patterns is not None:
+            return attend_cached(q, *rings, k, v, self.patterns, **how)
+        return attend_scaled_cached(q, *rings, k, v, *learned, reach=self.reach or 0, **how)  # pyright: ignore
+
+    def _attend_fully(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attention_mask: Tensor | None,
+        cache: Cache | None,
+        **kwargs: Any,
+    ) -> Tensor:
         interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             str(self.config._attn_implementation), eager_attention_forward
         )
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        if cache is not None:
+            check_full(cache, self.layer_idx, k.shape[2])
+            k, v = cache.update(k, v, self.layer_idx)
         return interface(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)[0]
 
 
@@ -233,7 +248,6 @@ class FibAttnModel(FibAttnPreTrainedModel):
         self.rotary_emb = FibAttnRotaryEmbedding(config, scaled=False)
         scaled = config.rope_parameters["rope_type"] != "default"  # pyright: ignore
         self.scaled_rotary_emb = FibAttnRotaryEmbedding(config, scaled=True) if scaled else None
-        self.has_full_layers = "full_attention" in (config.layer_types or [])
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -262,33 +276,55 @@ class FibAttnModel(FibAttnPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("give exactly one of input_ids and inputs_embeds")
         hidden: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if hidden.shape[1] == 0:
+            raise InputError("there are no tokens; a prompt has at least one, such as the model's bos_token_id")
         cache = past_key_values if cache is None else cache
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             raise InputError("a cache was given under gradient checkpointing; leave it out, or call eval() first")
         past = cache.get_seq_length() if cache is not None else 0
-        positions = document_positions(hidden, attention_mask, position_ids, int(past))
-        mask = None
-        if self.has_full_layers:
-            # The caller's position ids, not ours: where there are some, Transformers looks for packed documents
-            # among them, which stalls a GPU and, compiled, costs the full layers their fast causal path.
-            mask = create_causal_mask(self.config, hidden, attention_mask, cache, position_ids)
+        cache_positions = torch.arange(hidden.shape[1], device=hidden.device)[None] + past
+        masks = attention_mask
+        if not isinstance(masks, dict):
+            masks = self.prepare_masks(self.config, hidden, attention_mask, position_ids, cache)
         if position_ids is None:
-            position_ids = torch.arange(past, past + hidden.shape[1], device=hidden.device)[None]
+            position_ids = cache_positions
         plain = self.rotary_emb(hidden, position_ids)
         scaled = plain if self.scaled_rotary_emb is None else self.scaled_rotary_emb(hidden, position_ids)
         for layer in self.layers:
             hidden = layer(
                 hidden,
                 rotation=scaled if layer.self_attn.full else plain,  # pyright: ignore
-                attention_mask=mask,
-                positions=positions,
-                past_key_values=cache,
+                attention_mask=masks.get("full_attention"),
+                positions=masks.get("positions"),
+                cache=cache,
+                cache_positions=cache_positions,
                 **kwargs,
             )
         kept: dict[str, Any] = {_CACHE_FIELD: cache}
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), **kept)
+
+    @staticmethod
+    def prepare_masks(
+        config: FibAttnConfig,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+    ) -> dict[str, Any]:
+        """What the layers are told of padding and documents: `positions` for sparse ones, a mask for full ones.
+
+        `forward` takes the result for its `attention_mask`: its shapes stay the same while a static cache fills,
+        so that a compiled step is compiled once.
+        """
+        past = cache.get_seq_length() if cache is not None else 0
+        masks: dict[str, Any] = {"positions": document_positions(hidden, attention_mask, position_ids, past)}
+        if "full_attention" in (config.layer_types or []):
+            # The caller's position ids, not ours: where there are some, Transformers looks for packed documents
+            # among them, which stalls a GPU and, compiled, costs the full layers their fast causal path.
+            masks["full_attention"] = create_causal_mask(config, hidden, attention_mask, cache, position_ids)
+        return masks
 
 
 class FibAttnForCausalLM(FibAttnPreTrainedModel, GenerationMixin):
@@ -302,6 +338,20 @@ class FibAttnForCausalLM(FibAttnPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: FibAttnConfig,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        cache: Cache | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **_: Any,
+    ) -> dict[str, Any]:
+        """Called by `generate` outside of the compiled step where the cache is static."""
+        cache = past_key_values if cache is None else cache
+        return FibAttnModel.prepare_masks(config, inputs_embeds, attention_mask, position_ids, cache)
 
     @can_return_tuple
     def forward(

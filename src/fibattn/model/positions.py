@@ -7,7 +7,7 @@ from fibattn.errors import InputError
 
 
 def document_positions(
-    hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past: int
+    hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past: int | Tensor
 ) -> Tensor | None:
     """The position of each query inside its document, int32 (batch or 1, tokens), for `attend`.
 
@@ -17,32 +17,49 @@ def document_positions(
     Args:
         hidden: (batch, tokens, hidden size), for its shape and device.
         attention_mask: (batch, past + tokens), 0 for padding, on either side.
-        position_ids: (batch or 1, tokens); looked at only without a mask and a cache, as in Transformers.
-        past: how many tokens the cache holds.
+        position_ids: (batch or 1, tokens); looked at only without a mask and before a cache has anything.
+        past: how many tokens the cache holds; a tensor where only the device knows.
 
     Raises:
-        InputError: for a mask of another shape, or one with zeros between ones.
+        InputError: for a mask of another shape, or one with zeros between ones; for position ids that go back
+            behind what the cache holds.
     """
-    tokens = hidden.shape[1]
-    index = torch.arange(past, past + tokens, device=hidden.device, dtype=torch.int32)
+    batch, tokens = hidden.shape[:2]
     if attention_mask is not None:
-        _check_mask(attention_mask, hidden.shape[0], past + tokens)
+        before = attention_mask.shape[-1] - tokens if isinstance(past, Tensor) else past
+        _check_mask(attention_mask, batch, before, tokens)
+        index = torch.arange(before, before + tokens, device=hidden.device, dtype=torch.int32)
         padding = attention_mask.to(torch.int32).argmax(dim=1, keepdim=True)
         return (index - padding).clamp(min=0).to(torch.int32)
-    if position_ids is None or past:
+    if position_ids is None or isinstance(past, Tensor):
         return None
+    if past:
+        _check_order(position_ids, past)
+        return None
+    index = torch.arange(tokens, device=hidden.device, dtype=torch.int32)
     starts = torch.ones_like(position_ids, dtype=torch.bool)
     starts[:, 1:] = position_ids.diff(dim=1) != 1
     return index - torch.where(starts, index, 0).cummax(dim=1).values
 
 
-def _check_mask(mask: Tensor, batch: int, tokens: int) -> None:
-    if mask.shape != (batch, tokens):
+def _check_order(position_ids: Tensor, past: int) -> None:
+    if position_ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if int(position_ids[:, 0].min()) < past or bool((position_ids.diff(dim=1) < 0).any()):
         raise InputError(
-            f"attention_mask has shape {tuple(mask.shape)}; sparse layers take (batch, tokens) = ({batch}, {tokens}), "
-            "1 for a token and 0 for padding"
+            f"position_ids are {position_ids.tolist()} after {past} tokens in the cache; they must go on from there. "
+            "For a new sequence begin a new cache, for packed documents give none (use_cache=False)"
         )
-    if torch.compiler.is_compiling():
+
+
+def _check_mask(mask: Tensor, batch: int, past: int, tokens: int) -> None:
+    if mask.shape != (batch, past + tokens):
+        raise InputError(
+            f"attention_mask has shape {tuple(mask.shape)}; sparse layers take (batch, tokens) = "
+            f"({batch}, {past + tokens}), 1 for a token and 0 for padding"
+        )
+    # While tokens are generated one by one, looking at the mask would stall a GPU at each.
+    if torch.compiler.is_compiling() or (tokens == 1 and mask.device.type != "cpu"):
         return
     begins = (mask.to(torch.int32).diff(dim=1, prepend=mask.new_zeros(batch, 1, dtype=torch.int32)) > 0).sum(dim=1)
     if bool((begins > 1).any()):
