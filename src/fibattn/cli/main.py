@@ -18,8 +18,10 @@ VERBS = {
     "pattern": "show which distances every layer attends to, and what the stack reaches",
     "prepare": "turn text into a tokenizer, token shards and held-out sets",
     "train": "train a model from a recipe",
+    "sample": "continue a prompt, streamed, for as long as wanted",
     "eval": "perplexity, bits per byte and length extrapolation of a trained model",
     "study": "train and evaluate a matrix of models, and report on them beside the paper's",
+    "report": "write the page and the tables from the results of studies",
     "bench": "time the attention operator against dense and masked attention on this machine",
     "demo": "train dense and staggered on the standard library, and show both past their training length",
 }

@@ -44,7 +44,7 @@ class Arguments:
     """I/N: take every N-th run from the I-th on, for machines that share no folder."""
     keep_models: bool = False
     """Keep the finished models in the working folder."""
-    report: bool = False
+    report: bool = True
     """Write the report of OUT at the end."""
 
 

@@ -1,0 +1,25 @@
+"""`fibattn report RESULTS`: the page and the tables from the results of studies."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fibattn.cli.flags import parse
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Write RESULTS/report: one self-contained page, the tables in Markdown, the figures with their numbers."""
+
+    results: Annotated[Path, tyro.conf.Positional] = Path("results")
+    """The folder that `fibattn study` wrote."""
+
+
+def run(arguments: list[str]) -> None:
+    """Write the report and say where it is."""
+    chosen = parse(Arguments, arguments, "fibattn report")
+    from fibattn.study.report import write_report
+
+    print(f"the report is in {write_report(chosen.results)}")

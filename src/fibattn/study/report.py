@@ -1,0 +1,111 @@
+"""The report: one self-contained page, the same tables in Markdown, and the figures with their numbers."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fibattn import files
+from fibattn.progress import quantity
+from fibattn.study import charts
+from fibattn.study.findings import Finding, own_goals, papers_findings
+from fibattn.study.page import inline_svg, write_page
+from fibattn.study.results import Group, Results
+from fibattn.study.store import Store
+from fibattn.study.tables import (
+    Table,
+    beyond_table,
+    failures_table,
+    other_budget,
+    papers_tables,
+    provenance,
+)
+
+_CAPTIONS = {
+    "extrapolation": "Perplexity in longer and longer windows of the same text, against dense at the training length. "
+    "Lower is better; both axes are logarithmic.",
+    "positions": "Loss over the training window, and what the stagger gains over fixed distances in each part of it.",
+    "alphas": "Where learned scales end, beside the ramp that the stagger sets.",
+    "coverage": "The distances that some layer attends to (16 layers, W = 8, context 1,024): what staggering is for. "
+    "The paper counts 19 and about 75; 74 is what 8 layers give.",
+    "frontier": "Quality against cost: each point is a model; down and to the left is better.",
+}
+
+
+def write_report(folder: Path) -> Path:
+    """Read a results folder and write `report/` in it: index.html, tables.md and the figures; returns the page.
+
+    Raises:
+        InputError: when the folder holds no finished run.
+    """
+    results = Results.load(folder)
+    Store(folder).index()
+    group, out = results.groups[0], folder / "report"
+    figures = _figures(group, out)
+    checked, goals = papers_findings(group), own_goals(group)
+    papers, beyond = papers_tables(group, results.probes), beyond_table(group)
+    others = [other_budget(one) for one in results.groups[1:]]
+    failed = failures_table(results)
+    about = provenance(group)
+    files.write_text(out / "tables.md", _markdown(checked, goals, [*papers, beyond, *others], about))
+    return write_page(
+        out / "index.html",
+        "report.html.j2",
+        headline=_headline(group, goals),
+        group=group,
+        tokens=quantity(group.tokens),
+        figures=figures,
+        findings=checked,
+        goals=goals,
+        papers=papers,
+        beyond=beyond,
+        others=others,
+        failed=failed,
+        provenance=about,
+    )
+
+
+def _figures(group: Group, out: Path) -> dict[str, dict[str, Any]]:
+    """The figures that the runs allow, by name, each with its picture and caption."""
+    drawn: dict[str, Callable[[Path], Path | None]] = {
+        "extrapolation": lambda path: charts.extrapolation(group, path),
+        "positions": lambda path: charts.positions(group, path),
+        "alphas": lambda path: charts.alphas(group, path),
+        "coverage": lambda path: charts.coverage(path),
+        "frontier": lambda path: charts.frontier(group, path),
+    }
+    found = {}
+    for name, draw in drawn.items():
+        path = draw(out / f"{name}.svg")
+        if path is not None:
+            found[name] = {"svg": inline_svg(path), "caption": _CAPTIONS[name], "csv": f"{name}.csv"}
+    return found
+
+
+def _headline(group: Group, goals: list[Finding]) -> str:
+    """What the numbers say of the default recipe, whichever way they come out."""
+    better, longer = goals[0], goals[1]
+    factor = group.lengths[-1] // group.trained_at
+    if "not run" in (better.verdict, longer.verdict):
+        return f"{len(group.models)} models, {quantity(group.tokens)} training tokens each"
+    at_length = {"holds": "ahead of dense on every domain", "partly": "ahead of dense on some domains"}
+    past = {
+        "holds": f"no worse at {factor} times the length",
+        "partly": f"no worse on some at {factor} times the length",
+    }
+    return (
+        f"The default recipe is {at_length.get(better.verdict, 'behind dense at the training length')}, "
+        f"and {past.get(longer.verdict, f'worse at {factor} times the length')}"
+    )
+
+
+def _markdown(checked: list[Finding], goals: list[Finding], tables: list[Table], about: dict[str, str]) -> str:
+    parts = []
+    for title, findings in (("The paper's findings", checked), ("Past the paper", goals)):
+        rows = tuple((one.claim, one.verdict, one.evidence) for one in findings)
+        lines = ["| " + " | ".join(row) + " |" for row in (("claim", "here", "evidence"), *rows)]
+        parts.append("\n".join([f"### {title}", "", lines[0], "| --- | --- | --- |", *lines[1:], ""]))
+    parts += [table.markdown() for table in tables]
+    parts.append(
+        "### Where this comes from\n\n" + "\n".join(f"- {name}: {value}" for name, value in about.items()) + "\n"
+    )
+    return "\n".join(parts)

@@ -1,0 +1,180 @@
+"""Results as the report asks for them: models of one budget beside each other, each with its seeds.
+
+Losses are in nats, the mean over the held-out sets, so a perplexity here is the geometric mean over the sets
+and a difference of two losses is the logarithm of a ratio of perplexities.
+"""
+
+import json
+import math
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import Any
+
+from fibattn import files
+from fibattn.errors import InputError
+from fibattn.study.store import Store
+
+PLAIN = "plain"
+
+
+def paper() -> dict[str, Any]:
+    """The published figures of arXiv 2606.28560."""
+    return json.loads(package_files("fibattn.study").joinpath("paper.json").read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model of a study at one budget: its runs, lowest seed first."""
+
+    name: str
+    runs: tuple[dict[str, Any], ...]
+
+    @property
+    def first(self) -> dict[str, Any]:
+        """The run that stands for the model in tables without seeds."""
+        return self.runs[0]
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The model's part of its recipe."""
+        return self.first["recipe"]["model"]
+
+    @property
+    def is_papers(self) -> bool:
+        """Whether it is one of the paper's 21 sparse models."""
+        own = self.recipe
+        plain = not (own["clip_offsets"] or own["full_layers"] or own["stagger_heads"])
+        return own["attention"] == "fibonacci" and plain
+
+    @property
+    def paper_key(self) -> str | None:
+        """How the published figures call it, None when they do not have it."""
+        if self.recipe["attention"] == "full":
+            return "dense"
+        return "{base}/{schedule}/w{window}".format(**self.recipe) if self.is_papers else None
+
+    @property
+    def label(self) -> str:
+        """What it is, in words."""
+        own = self.recipe
+        if own["attention"] == "full":
+            return "dense"
+        words = "window only" if own["attention"] == "sliding" else own["schedule"]
+        if own["attention"] == "fibonacci":
+            words = ("power-of-two " if own["base"] == "power_of_two" else "") + words
+            words += " over heads too" if own["stagger_heads"] else ""
+        words += f", W = {own['window']}"
+        if own["full_layers"]:
+            layers = ", ".join(map(str, own["full_layers"]))
+            words += f" + full layer{'s' if len(own['full_layers']) > 1 else ''} {layers}"
+            words += " with RoPE" if own["full_layers_rope"] else ""
+        elif own["attention"] == "fibonacci" and own["clip_offsets"]:
+            words += ", clipped"
+        return words
+
+    def lengths(self) -> list[int]:
+        """The evaluation lengths."""
+        return sorted(int(length) for length in next(iter(self.first["evaluation"].values())))
+
+    def losses(self, length: int, rope: str = PLAIN) -> dict[str, float]:
+        """The loss on each held-out set at `length`."""
+        sets = self.first["evaluation"] if rope == PLAIN else self.first["rope_scaling"][rope]
+        return {name: rows[str(length)]["nll"] for name, rows in sets.items()}
+
+    def loss(self, length: int, rope: str = PLAIN) -> float:
+        """The mean loss over the held-out sets at `length`."""
+        return statistics.mean(self.losses(length, rope).values())
+
+    def seed_losses(self, length: int) -> list[float]:
+        """The mean loss of every seed at `length`."""
+        return [statistics.mean(rows[str(length)]["nll"] for rows in run["evaluation"].values()) for run in self.runs]
+
+    def bins(self, length: int) -> list[float]:
+        """The loss in equal parts of windows of `length`, the mean over the sets."""
+        sets = [rows[str(length)]["bins"] for rows in self.first["evaluation"].values()]
+        return [statistics.mean(values) for values in zip(*sets, strict=True)]
+
+
+@dataclass(frozen=True)
+class Group:
+    """All models that were trained on the same data for as many tokens: what may be compared."""
+
+    tokens: int
+    trained_at: int
+    data_fingerprint: str
+    models: tuple[Model, ...]
+
+    def get(self, name: str) -> Model | None:
+        """The model of that name."""
+        return next((model for model in self.models if model.name == name), None)
+
+    @property
+    def sets(self) -> list[str]:
+        """The held-out sets."""
+        return list(self.models[0].first["evaluation"])
+
+    @property
+    def lengths(self) -> list[int]:
+        """The evaluation lengths that all models have."""
+        return sorted(set.intersection(*(set(model.lengths()) for model in self.models)))
+
+    @property
+    def sigma(self) -> float | None:
+        """Standard deviation of the loss over seeds at the training length, pooled over the models; None without."""
+        squares, degrees = 0.0, 0
+        for model in self.models:
+            losses = model.seed_losses(self.trained_at)
+            if len(losses) > 1:
+                squares += (len(losses) - 1) * statistics.variance(losses)
+                degrees += len(losses) - 1
+        return math.sqrt(squares / degrees) if degrees else None
+
+    @property
+    def tie(self) -> float:
+        """Two losses closer than this count as equal: twice the deviation of a difference, 0.5 % without seeds."""
+        return math.log(1.005) if self.sigma is None else 2 * math.sqrt(2) * self.sigma
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that a results folder holds; the group with the most models first."""
+
+    groups: tuple[Group, ...]
+    failures: tuple[dict[str, Any], ...]
+    probes: dict[str, dict[str, Any]]
+    """What the probes wrote into `probes/*.json`, by the probe's name."""
+
+    @classmethod
+    def load(cls, folder: Path) -> "Results":
+        """Read a results folder.
+
+        Raises:
+            InputError: when it holds no finished run.
+        """
+        store = Store(folder)
+        records, finished = store.records(), store.finished()
+        if not finished:
+            raise InputError(f"{folder} holds no finished run; make some with `fibattn study`")
+        failures = tuple(one for one in records if one["kind"] == "failure" and one["key"] not in finished)
+        probes = [files.read_json(path) for path in sorted(folder.glob("probes/*.json"))]
+        return cls(_grouped(finished.values()), failures, {one["probe"]: one for one in probes})
+
+
+def _grouped(records: Any) -> tuple[Group, ...]:
+    parts: dict[tuple[int, int, str], list[dict[str, Any]]] = defaultdict(list)
+    for record in records:
+        parts[record["tokens"], record["trained_at"], record["inputs"]["data_fingerprint"]].append(record)
+    groups = [Group(*about, _models(runs)) for about, runs in parts.items()]
+    return tuple(sorted(groups, key=lambda group: (-len(group.models), -group.tokens)))
+
+
+def _models(records: Sequence[dict[str, Any]]) -> tuple[Model, ...]:
+    named: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for record in sorted(records, key=lambda record: record["seed"]):
+        named[re.sub(r"-seed\d+$", "", record["run"])].append(record)
+    return tuple(Model(name, tuple(runs)) for name, runs in named.items())
