@@ -154,20 +154,20 @@ class DynamicRingLayer(RingLayer, DynamicLayer):
             InputError: when the ring no longer has the tokens that would then be within reach.
         """
         back, recorded = -tokens_to_remove, self._recorded
-        self._recorded = None
-        if back < 0 or back > self.length:
+        if not 0 <= back <= self.length:
             raise InputError(f"crop({tokens_to_remove}) of {self.length} tokens; give minus how many to remove")
-        if back > 1 and self.length > self.reach + 1 and (recorded is None or recorded[0].shape[1] < back + 1):
-            raise InputError(
-                f"{back} tokens cannot be removed: the layer has kept no more than its reach of {self.reach}; "
-                "call activate_past_recording() on the cache before writing the tokens that may have to go"
-            )
-        self.length -= back
-        if back > 1 and recorded is not None:
-            kept = recorded[0].shape[1] - back
-            at = torch.arange(self.length - kept, self.length, device=self.device)[None]
+        overwritten = back > 1 and self.length > self.reach + 1
+        if overwritten:
+            kept = 0 if recorded is None else recorded[0].shape[1] - back
+            if recorded is None or kept < min(self.reach, self.length - back):
+                raise InputError(
+                    f"{back} tokens cannot be removed: the layer has kept no more than its reach of {self.reach}; "
+                    "call activate_past_recording() on the cache before writing the tokens that may have to go"
+                )
+            at = torch.arange(self.length - back - kept, self.length - back, device=self.device)[None]
             for ring, tokens in zip((self.keys, self.values), recorded, strict=True):
                 decode.store(ring.transpose(1, 2), tokens[:, :kept], at)  # pyright: ignore
+        self.length, self._recorded = self.length - back, None
 
     def reset(self) -> None:
         """Begin a new sequence with the same buffers."""
@@ -252,7 +252,10 @@ def ring_of(cache: Cache, layer: int, owner: object, reach: int) -> RingLayer:
                 f"layer {layer} of the cache is a {type(found).__name__} that a model without sparse layers has "
                 "written; a cache belongs to the model that made it: begin a new one"
             )
+        recording = getattr(found, "record_past", False)
         found = StaticRingLayer() if isinstance(found, StaticLayer) else DynamicRingLayer()
+        if recording:
+            found.activate_past_recording()
         cache.layers[layer : layer + 1] = [found]
     found.claim(owner, reach)
     return found

@@ -1,0 +1,143 @@
+"""`fibattn sample MODEL PROMPT`: text from a model, as it is made, for as long as wanted."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from fibattn.cli.flags import parse
+from fibattn.errors import InputError
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Continue a prompt; the text goes to standard output as it is made, the speed and memory to standard error."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """A model folder, or a finished run."""
+    prompt: Annotated[str, tyro.conf.Positional] = ""
+    """The text to continue; - reads it from standard input."""
+    prompt_file: Path | None = None
+    """Read the prompt from this file instead."""
+    max_new_tokens: str = "256"
+    """How many tokens; 0 or inf goes on until interrupted, through the ends of documents."""
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the most likely token."""
+    top_p: float = 0.95
+    """Draw from the fewest tokens that together have this probability."""
+    seed: int = 0
+    """Of the draws: the same seed, the same text on the same machine."""
+    compile: bool = False
+    """Compile the step: takes a while to begin, then runs faster."""
+
+
+def run(arguments: list[str]) -> None:
+    """Stream the continuation of the prompt."""
+    chosen = parse(Arguments, arguments, "fibattn sample")
+    limit, prompt = _limit(chosen.max_new_tokens), _prompt(chosen)
+    from fibattn.data.tokenizer import load_tokenizer, separator
+    from fibattn.evaluation.sweep import find_model, load_model
+    from fibattn.model.stream import stream
+
+    folder = find_model(chosen.model)
+    model, tokenizer = load_model(folder).eval(), load_tokenizer(folder)
+    full = (getattr(model.config, "layer_types", None) or []).count("full_attention")
+    if full and limit is None:
+        print(f"{full} layers attend to everything: memory grows with every token", file=sys.stderr)
+    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    if not ids:
+        raise InputError("the prompt has no tokens; give some text")
+    tokens = stream(
+        model,
+        [separator(tokenizer), *ids],
+        max_new_tokens=limit,
+        temperature=chosen.temperature,
+        top_p=chosen.top_p,
+        seed=chosen.seed,
+        stop=() if limit is None else (separator(tokenizer),),
+        compiled=chosen.compile,
+    )
+    meter = _Meter(tokens)
+    try:
+        for text in pieces(tokenizer, meter):
+            print(text, end="", flush=True)
+    except KeyboardInterrupt:
+        pass
+    print(flush=True)
+    print(meter.report(), file=sys.stderr)
+
+
+def _limit(words: str) -> int | None:
+    if words in ("0", "inf"):
+        return None
+    if not words.isdecimal():
+        raise InputError(f"--max-new-tokens is {words!r}; expected a whole number, 0 or inf for no limit")
+    return int(words)
+
+
+def _prompt(chosen: Arguments) -> str:
+    if chosen.prompt_file is not None:
+        if chosen.prompt:
+            raise InputError("a prompt and --prompt-file were given; give one of them")
+        try:
+            return chosen.prompt_file.read_text(encoding="utf-8")
+        except (FileNotFoundError, UnicodeDecodeError) as error:
+            raise InputError(f"{chosen.prompt_file} cannot be read as UTF-8 text ({error}); check the path") from None
+    return sys.stdin.read() if chosen.prompt == "-" else chosen.prompt
+
+
+def pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of a stream of tokens, in whole characters.
+
+    A token is decoded after the one before it, since some tokenizers write a word differently at the start of a
+    text; a character that is spread over several tokens waits for the last of them.
+    """
+    before: list[int] = []
+    waiting: list[int] = []
+    for token in tokens:
+        waiting.append(token)
+        known = tokenizer.decode(before, skip_special_tokens=True)
+        text = tokenizer.decode([*before, *waiting], skip_special_tokens=True)[len(known) :]
+        # Four tokens hold any character: what is still broken then stays so.
+        if text.endswith("\ufffd") and len(waiting) < 4:
+            continue
+        yield text
+        before, waiting = waiting, []
+    if waiting:
+        known = tokenizer.decode(before, skip_special_tokens=True)
+        yield tokenizer.decode([*before, *waiting], skip_special_tokens=True)[len(known) :]
+
+
+class _Meter:
+    """Counts tokens as they pass. The first, which waits for the prompt, is not part of the speed."""
+
+    def __init__(self, tokens: Iterable[int]):
+        self.tokens, self.count, self.seconds = tokens, 0, 0.0
+
+    def __iter__(self) -> Iterator[int]:
+        began = 0.0
+        for token in self.tokens:
+            now = time.perf_counter()
+            began = began or now
+            self.count, self.seconds = self.count + 1, now - began
+            yield token
+
+    def report(self) -> str:
+        """One line: tokens, speed, memory."""
+        speed = f"{(self.count - 1) / self.seconds:.1f} tokens/s, " if self.count > 1 else ""
+        return f"{self.count} tokens, {speed}{_memory()}"
+
+
+def _memory() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB of GPU memory at most"
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20:.0f} MiB of memory at most"

@@ -1,0 +1,90 @@
+"""Text without end: one token after another, in the memory of the model and its bounded cache.
+
+`generate()` keeps every token and a mask as long as the text, which is right for an answer and wrong for a
+stream. Here nothing is kept but the cache, so a purely sparse model goes on for ever at constant cost.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import Cache
+
+from fibattn.errors import InputError
+
+_PREFILL = 4096
+
+
+@torch.no_grad()
+def stream(
+    model: PreTrainedModel,
+    prompt: Iterable[int],
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    stop: Collection[int] = (),
+    compiled: bool = False,
+) -> Iterator[int]:
+    """Yield the tokens that follow `prompt`, each as soon as it is drawn.
+
+    Args:
+        model: a causal language model; its layers with full attention, if any, keep every token.
+        prompt: token ids, at least one.
+        max_new_tokens: how many at most; no limit when None.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_p: draw from the fewest tokens that together have this probability, above 0 and at most 1.
+        seed: of the draws; a fresh one when None.
+        stop: ids that end the stream; the one that does is yielded.
+        compiled: compile the step, with a static cache (and CUDA graphs on a GPU): slow to begin, then faster.
+
+    Raises:
+        InputError: for an empty prompt, a negative temperature, a top_p outside the above, or an unlimited
+            compiled stream of a model with full attention.
+    """
+    ids = list(prompt)
+    if not ids:
+        raise InputError("the prompt has no tokens; give at least one")
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise InputError(f"temperature {temperature}, top_p {top_p}: expected 0 or more, and above 0 up to 1")
+    generator = torch.Generator(model.device)
+    generator.seed() if seed is None else generator.manual_seed(seed)
+    cache = _cache(model, len(ids), max_new_tokens) if compiled else DynamicCache(config=model.config)
+    step: Callable[..., Any] = model
+    if compiled:
+        mode = "reduce-overhead" if model.device.type == "cuda" else "default"
+        step = torch.compile(model.forward, fullgraph=True, mode=mode)
+    logits = None
+    for piece in torch.tensor([ids], device=model.device).split(_PREFILL, dim=1):
+        logits = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    made = 0
+    while max_new_tokens is None or made < max_new_tokens:
+        assert logits is not None
+        token = _draw(logits[0, -1].float(), temperature, top_p, generator)
+        made += 1
+        yield int(token)
+        if int(token) in stop or made == max_new_tokens:
+            return
+        logits = step(token.view(1, 1), past_key_values=cache, use_cache=True).logits
+
+
+def _cache(model: PreTrainedModel, prompt: int, limit: int | None) -> Cache:
+    full = "full_attention" in (getattr(model.config, "layer_types", None) or ["full_attention"])
+    if full and limit is None:
+        raise InputError(
+            "a compiled stream of a model with full-attention layers needs a limit: their cache has a fixed size"
+        )
+    return StaticCache(config=model.config, max_cache_len=prompt + (limit or 0))
+
+
+def _draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
+    """One token id, (1,)."""
+    if temperature == 0:
+        return logits.argmax(keepdim=True)
+    chances, order = torch.softmax(logits / temperature, dim=-1).sort(descending=True)
+    # A token stays while those more likely than it have not reached top_p: the first always does.
+    chances[chances.cumsum(0) - chances >= top_p] = 0.0
+    return order[torch.multinomial(chances, 1, generator=generator)]
