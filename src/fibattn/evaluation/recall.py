@@ -1,0 +1,295 @@
+"""Recall over distance: does a far token arrive, where a plain window of the same cost cannot reach?
+
+Two tasks share every row of noise. Associative recall: several pairs of a key and its value lie somewhere; when
+a key comes again, its value is asked. Passkey: one pair whose key is always the same. Small models learn both at
+one length, with distances spread evenly over the orders of magnitude, and are asked at distances up to and past
+that length. Perplexity hardly shows such reach; here it is all that counts.
+
+A sparse model must pass a value on from layer to layer, so rows hold few pairs: what fits into the hidden state
+on the way is not what is measured.
+"""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from fibattn.errors import InputError
+from fibattn.evaluation.fit import autocast, device, fit
+from fibattn.model import FibAttnConfig, FibAttnForCausalLM
+from fibattn.model.loss import IGNORED
+from fibattn.training.recipe import OptimizerRecipe
+
+Task = Literal["associative", "passkey"]
+TASKS: tuple[Task, ...] = get_args(Task)
+PAIRS: dict[Task, int] = {"associative": 4, "passkey": 1}
+"""Pairs of key and value in a row."""
+
+NOISE, KEYS, VALUES = 64, 64, 64
+VOCABULARY = NOISE + KEYS + VALUES
+"""Ids of noise, then the keys (the first is the passkey's), then the values."""
+
+NEAREST = 16
+"""The nearest distance of training."""
+ASKED_AGAIN = 8
+"""How often a pair is asked in a training row, each time from another distance."""
+
+_EVALUATED = 1 << 40  # evaluation rows are numbered from here, out of reach of any training
+_ATTEMPTS = 200
+
+
+class RecallRows(Dataset[dict[str, Tensor]]):
+    """Item i is a row of noise with pairs in it, and the values asked of it: `input_ids` and `shift_labels`.
+
+    A pair is a key with its value right after it. Each pair is asked by its key, `distance` after the key of the
+    pair; noise follows, never the answer. Both arrays are int64 (length,); the same seed and number give the
+    same row.
+
+    Args:
+        count: how many items there are.
+        length: tokens of a row.
+        nearest, farthest: distances are drawn from this range, evenly in their logarithm.
+        asked: questions for each pair.
+        tasks: item i has the task at i modulo their number.
+        seed: of all items.
+        first: the number of the first item.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        length: int,
+        *,
+        nearest: int,
+        farthest: int,
+        asked: int,
+        tasks: Sequence[Task],
+        seed: int,
+        first: int = 0,
+    ):
+        self.count, self.length, self.nearest, self.farthest = count, length, nearest, farthest
+        self.asked, self.tasks, self.seed, self.first = asked, tuple(tasks), seed, first
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        rng = np.random.default_rng((self.seed, self.first + index))
+        task = self.tasks[index % len(self.tasks)]
+        ids = rng.integers(0, NOISE, self.length)
+        targets = np.full(self.length, IGNORED)
+        keys = [0] if task == "passkey" else 1 + rng.choice(KEYS - 1, PAIRS[task], replace=False)
+        free = np.ones(self.length, dtype=bool)
+        for key in keys:
+            value = NOISE + KEYS + rng.integers(VALUES)
+            planted, *asked = self._places(rng, free)
+            ids[planted], ids[planted + 1] = NOISE + key, value
+            for place in asked:
+                ids[place], targets[place] = NOISE + key, value
+        return {"input_ids": torch.from_numpy(ids), "shift_labels": torch.from_numpy(targets)}
+
+    def _places(self, rng: np.random.Generator, free: np.ndarray) -> list[int]:
+        """Where one pair and its questions stand; two tokens each are taken out of `free`."""
+        for _ in range(_ATTEMPTS):
+            taken: list[int] = []
+            planted = int(rng.integers(0, self.length - self.farthest - 1))
+            logs = rng.uniform(np.log(self.nearest), np.log(self.farthest + 1), self.asked)
+            for place in (planted, *(planted + np.exp(logs).astype(np.int64))):
+                if free[place : place + 2].all() and all(abs(place - other) > 1 for other in taken):
+                    taken.append(int(place))
+                elif len(taken) < 2:
+                    break
+            if len(taken) > 1:
+                for place in taken:
+                    free[place : place + 2] = False
+                return taken
+        raise InputError(
+            f"no room for the pairs in a row of {self.length} tokens with distances {self.nearest} to "
+            f"{self.farthest}; make the rows longer"
+        )
+
+
+def training_rows(count: int, length: int, tasks: Sequence[Task], seed: int) -> RecallRows:
+    """Rows to learn from: distances from 16 to three quarters of the length, every pair asked several times."""
+    return RecallRows(
+        count,
+        length,
+        nearest=NEAREST,
+        farthest=length * 3 // 4,
+        asked=ASKED_AGAIN,
+        tasks=tasks,
+        seed=seed,
+    )
+
+
+def questions(count: int, distance: int, task: Task, seed: int) -> RecallRows:
+    """Fresh rows that ask each pair once, from 4/5 of `distance` to `distance`, and are a quarter longer than it.
+
+    A range, not one number, so that no pattern is lucky or unlucky with it.
+    """
+    return RecallRows(
+        count,
+        distance + max(distance // 4, 32),
+        nearest=max(distance * 4 // 5, 1),
+        farthest=distance,
+        asked=1,
+        tasks=(task,),
+        seed=seed,
+        first=_EVALUATED,
+    )
+
+
+def variants(length: int, *, window: int, layers: int) -> dict[str, FibAttnConfig]:
+    """The models that are compared, by name; one shape, hidden size 256, different attention.
+
+    `stagger` has rungs up to the length; `window` has no rungs and as many keys instead; the hybrids have two
+    full-attention layers without RoPE, in the middle and at the end; `dense` is all full.
+    """
+
+    def config(kinds: Sequence[str], window: int, rotated: Sequence[int]) -> FibAttnConfig:
+        return FibAttnConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=256,
+            intermediate_size=688,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=length,
+            window=window,
+            rungs=_rungs(length),
+            max_offset=length - 1,
+            layer_types=list(kinds),
+            no_rope_layers=list(rotated),
+        )
+
+    def one(kind: str, window: int) -> FibAttnConfig:
+        return config([f"{kind}_attention"] * layers, window, [1] * layers)
+
+    def hybrid(kind: str, window: int) -> FibAttnConfig:
+        full = {layers // 2 - 1, layers - 1}
+        kinds = [f"{'full' if layer in full else kind}_attention" for layer in range(layers)]
+        return config(kinds, window, [int(layer not in full) for layer in range(layers)])
+
+    stagger = one("fibonacci", window)
+    equal = round(keys(stagger)) - 1
+    return {
+        "window": one("sliding", equal),
+        "stagger": stagger,
+        "hybrid": hybrid("fibonacci", window),
+        "window hybrid": hybrid("sliding", equal),
+        "dense": one("full", window),
+    }
+
+
+def _rungs(length: int) -> int:
+    """How many Fibonacci rungs it takes for the smallest scale, 1/2, to get to `length`."""
+    rung, following, count = 1, 2, 1
+    while rung < 2 * length:
+        rung, following, count = following, rung + following, count + 1
+    return count
+
+
+def keys(config: FibAttnConfig) -> float:
+    """How many keys a query of a sparse layer attends to, the mean over those layers; the length where none is."""
+    sparse = [patterns for layer in range(config.num_hidden_layers) if (patterns := config.layer_patterns(layer))]
+    if not sparse:
+        return float(config.max_position_embeddings)
+    return statistics.mean(len(pattern.distances) for patterns in sparse for pattern in patterns)
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, rows: RecallRows, batch: int) -> tuple[float, int]:
+    """How often the most likely value is the right one, and of how many questions."""
+    model.eval()
+    where = next(model.parameters()).device
+    right = asked = 0
+    for items in DataLoader(rows, batch_size=batch):
+        targets = items["shift_labels"].to(where)
+        with autocast(where):
+            hidden = model.base_model(input_ids=items["input_ids"].to(where), use_cache=False).last_hidden_state  # pyright: ignore
+            found = model.get_output_embeddings()(hidden[targets != IGNORED]).argmax(dim=-1)  # pyright: ignore
+        right += int((found == targets[targets != IGNORED]).sum())
+        asked += len(found)
+    return right / asked, asked
+
+
+def recall(
+    *,
+    length: int = 4096,
+    names: Sequence[str] = (),
+    window: int = 128,
+    layers: int = 8,
+    distances: Sequence[int] = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384),
+    steps: int = 2000,
+    batch_tokens: int = 65_536,
+    peak_rate: float = 1e-3,
+    asked: int = 512,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Train the variants on both tasks and ask them at every distance; the result is plain JSON values.
+
+    Args:
+        length: tokens of a training row.
+        names: which of `variants`; all when empty.
+        window: of the stagger; the plain window gets as many keys.
+        layers: of every model.
+        distances: the farthest distances of the questions.
+        steps: training steps.
+        batch_tokens: tokens of a training step and, at most, of an evaluation pass (at least one row).
+        peak_rate: the learning rate after warm-up.
+        asked: questions for each task and distance.
+        seed: of weights and rows.
+
+    Raises:
+        InputError: for an unknown variant or a value that cannot run.
+    """
+    if length < 128 or layers < 2 or min(distances, default=0) < NEAREST:
+        raise InputError(
+            f"length is {length} (at least 128), layers {layers} (at least 2), distances {list(distances)} "
+            f"(each at least {NEAREST}); change what is too small"
+        )
+    if min(steps, batch_tokens, asked) < 1:
+        raise InputError(f"steps {steps}, batch_tokens {batch_tokens}, asked {asked}: each must be at least 1")
+    known = variants(length, window=window, layers=layers)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise InputError(f"unknown variant {unknown[0]!r}; the variants are {', '.join(known)}")
+    optimizer = OptimizerRecipe(peak_rate=peak_rate, warmup_steps=min(200, steps // 10))
+    rows = []
+    for name in names or known:
+        torch.manual_seed(seed)
+        model = FibAttnForCausalLM(known[name]).to(device())  # pyright: ignore[reportArgumentType]
+        batch = max(1, batch_tokens // length)
+        loss = fit(
+            model,
+            training_rows(steps * batch, length, TASKS, seed),
+            steps=steps,
+            batch=batch,
+            optimizer=optimizer,
+            label=f"recall {name}",
+        )
+        about = {"variant": name, "keys": keys(known[name]), "loss": loss}
+        for task in TASKS:
+            found = {}
+            for distance in distances:
+                asking = questions(-(-asked // PAIRS[task]), distance, task, seed)
+                found[str(distance)] = accuracy(model, asking, max(1, batch_tokens // asking.length))[0]
+            rows.append({**about, "task": task, "accuracy": found})
+    return {
+        "probe": "recall",
+        "trained_at": length,
+        "layers": layers,
+        "window": window,
+        "pairs": dict(PAIRS),
+        "values": VALUES,
+        "steps": steps,
+        "batch_tokens": batch_tokens,
+        "peak_rate": peak_rate,
+        "asked": asked,
+        "seed": seed,
+        "rows": rows,
+    }
