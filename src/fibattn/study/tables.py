@@ -152,10 +152,10 @@ def _extrapolation(group: Group) -> Table:
     factors = [length // group.trained_at for length in group.lengths]
     return Table(
         "Table 2. Past the training length",
-        f"Perplexity (geometric mean over the sets) at {group.trained_at:,} tokens, and its change in longer windows over "
-        "the same text; best at the longest first. RoPE is plain unless a scaling is named, which is set for each length "
-        "anew. The last two columns are the paper's changes (its power-of-two rungs grew with the evaluation length; ours "
-        "stay those of training).",
+        f"Perplexity (geometric mean over the sets) at {group.trained_at:,} tokens, and its change in longer windows "
+        "of the same text; best at the longest first. RoPE is plain unless a scaling is named, which is set for each "
+        "length anew. The last two columns are the paper's changes (its power-of-two rungs grew with the evaluation "
+        "length; ours stay those of training).",
         ("model", *(f"{factor}×" for factor in factors), "paper: 2×", "4×"),
         tuple(rows),
     )
@@ -271,8 +271,8 @@ def _cost(group: Group) -> Table:
         )
     return Table(
         "Costs",
-        "At the training length: keys that a query reads (mean), distinct distances that some layer attends to, forward "
-        "operations of attention for a token and their share of the layers (the paper: about 16 %), training speed.",
+        "At the training length: keys that a query reads (mean), distinct distances that some layer attends to, "
+        "forward operations of attention for a token, their share of the layers (the paper: about 16 %), speed.",
         ("model", "parameters", "keys", "distances", "attention, MFLOP", "share", "tokens/s", "memory, GiB", "device"),
         tuple(rows),
     )

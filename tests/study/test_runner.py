@@ -1,0 +1,159 @@
+"""Studies of tiny models, really run: finished, repeated, cut, failed, shared between processes."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from fibattn.data.stream import PreparedData
+from fibattn.evaluation.sweep import load_model, sweep
+from fibattn.study.presets import Study
+from fibattn.study.runner import Job, Outcome, run_study
+from fibattn.study.store import Store
+from fibattn.training.recipe import to_json
+from fibattn.training.run import train
+
+CHILD = """
+import json, sys
+from dataclasses import replace
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from conftest import tiny
+from fibattn.study.presets import STUDIES
+from fibattn.study.runner import Job, run_study
+smoke = STUDIES["smoke"]
+recipe = replace(smoke.recipe, length=32, windows_per_step=4, micro_batch=4, steps={steps}, save_every=2, log_every=1)
+study = replace(smoke, recipe=recipe, runs=tuple(map(tiny, smoke.runs)), factors=(1,), eval_tokens=512)
+out = Path({out!r})
+run_study(Job("smoke", study, Path({data!r}), out=out, work=out / "work", only={only!r}))
+"""
+
+
+def child(out: Path, data: Path, *, steps: int = 3, only: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
+    program = CHILD.format(tests=str(Path(__file__).parent), out=str(out), data=str(data), steps=steps, only=only)
+    return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def lines(out: Path, run: str) -> list[dict]:
+    return [json.loads(line) for line in (out / "smoke" / f"{run}.jsonl").read_text().splitlines()]
+
+
+def again(job: Job, folder: Path, **changes: object) -> tuple[Job, Outcome]:
+    other = replace(job, out=folder, work=folder / "work", **changes)  # pyright: ignore[reportArgumentType]
+    return other, run_study(other)
+
+
+def test_a_result_is_that_of_the_model_it_names(job: Job, tmp_path: Path) -> None:
+    run = job.study.chosen(["learned-w12"])[0]
+    recipe = job.study.resolved(run, data=job.data, out=tmp_path / "run", tokens=None, compiled=False)
+    model = load_model(train(recipe))
+    expected = sweep(model, PreparedData.open(job.data), lengths=[32, 64, 128], sets=[], tokens=512)
+    (found,) = lines(job.out, "learned-w12")
+    assert found["evaluation"] == expected["sets"]
+    layers = model.base_model.layers
+    assert found["model"]["learned_alphas"] == [float(layer.self_attn.alpha.detach()) for layer in layers]
+    assert found["model"]["parameters"] == model.num_parameters()
+    assert found["tokens"] == 4 * 4 * 32
+    assert found["recipe"]["model"] == json.loads(json.dumps(to_json(recipe.model)))
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_stretched_rope_is_looked_at_past_the_training_length_on_the_same_tokens(job: Job) -> None:
+    (found,) = lines(job.out, "dense")
+    assert set(found["rope_scaling"]) == {"yarn", "linear"}
+    for sets in found["rope_scaling"].values():
+        for name, rows in sets.items():
+            assert set(rows) == {"64", "128"}
+            plain = found["evaluation"][name]
+            assert all(rows[length]["targets"] == plain[length]["targets"] for length in rows)
+            assert all(rows[length]["nll"] != plain[length]["nll"] for length in rows)
+
+
+def test_finished_runs_are_left_alone(job: Job) -> None:
+    before = {path: path.read_bytes() for path in job.out.glob("smoke/*.jsonl")}
+    assert len(before) == len(job.study.runs)
+    assert run_study(job).finished == tuple(run.name for run in job.study.runs)
+    assert {path: path.read_bytes() for path in job.out.glob("smoke/*.jsonl")} == before
+
+
+def test_all_runs_of_a_seed_have_one_order(job: Job) -> None:
+    orders = {
+        seed: {r["inputs"]["order_sha256"] for r in Store(job.out).records() if r["seed"] == seed} for seed in (42, 43)
+    }
+    assert [len(found) for found in orders.values()] == [1, 1]
+    assert orders[42] != orders[43]
+
+
+def test_kept_models_and_nothing_else_stay(job: Job, tmp_path: Path) -> None:
+    assert len(list(job.work.glob("dense-*/model/model.safetensors"))) == 2  # of two seeds
+    assert not list(job.work.glob("*/checkpoint-*"))
+    other, _ = again(job, tmp_path, keep_models=False, only=("fixed-w12",))
+    assert not list(other.work.iterdir())
+
+
+def test_a_failed_run_is_noted_and_the_rest_goes_on(job: Job, tmp_path: Path) -> None:
+    runs = job.study.chosen(["dense", "fixed-w12"])
+    broken = replace(runs[0], model=replace(runs[0].model, num_attention_heads=5))
+    study = replace(job.study, runs=(broken, runs[1]), factors=(1,))
+    other, outcome = again(job, tmp_path, study=study)
+    assert outcome == Outcome(finished=("fixed-w12",), failed=("dense",), left=())
+    (failure,) = lines(other.out, "dense")
+    assert failure["kind"] == "failure"
+    assert "5 attention heads" in failure["error"]
+
+
+def test_a_killed_run_goes_on_and_ends_alike(prepared: Path, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    only = ("linear-w12",)
+    assert child(whole, prepared, steps=30, only=only).wait() == 0
+    process = child(cut, prepared, steps=30, only=only)
+    while process.poll() is None:
+        if any(path.read_text().count("\n") >= 5 for path in cut.glob("work/*/metrics.jsonl")):
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.002)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert not (cut / "smoke").exists()
+    assert child(cut, prepared, steps=30, only=only).wait() == 0
+    (one,), (other,) = lines(whole, "linear-w12"), lines(cut, "linear-w12")
+    assert (one["resumed"], other["resumed"]) == (False, True)
+    assert one["evaluation"] == other["evaluation"]
+    assert one["training"]["curve"] == other["training"]["curve"]
+
+
+def test_two_processes_share_the_runs(prepared: Path, tmp_path: Path) -> None:
+    only = ("dense", "fixed-w12", "linear-w12", "coprime-w12")
+    both = [child(tmp_path, prepared, only=only) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert [len(lines(tmp_path, name)) for name in only] == [1, 1, 1, 1]
+
+
+def test_shards_part_the_runs(job: Job, study: Study) -> None:
+    parts = [run_study(replace(job, shard=(index, 2))).finished for index in (0, 1)]
+    names = tuple(run.name for run in study.runs)
+    assert parts == [names[0::2], names[1::2]]
+
+
+def test_no_run_begins_that_would_end_too_late(job: Job, tmp_path: Path) -> None:
+    other, first = again(job, tmp_path, only=("fixed-w12",))
+    took = lines(other.out, "fixed-w12")[0]["seconds"]["all"]
+    assert first.finished == ("fixed-w12",)
+    late = run_study(replace(other, only=("dense",), deadline=time.monotonic() + took / 10))
+    assert late == Outcome(finished=(), failed=(), left=("dense",))
+
+
+def test_command_runs_a_study_and_writes_its_report(prepared: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fibattn", "study", "smoke", "--data", str(prepared), "--out", str(tmp_path)]
+    flags = ["--tokens", "3k", "--eval-tokens", "2048", "--only", "dense", "hybrid", "--processes", "2"]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {path.name for path in tmp_path.glob("smoke/*")} == {"dense.jsonl", "hybrid.jsonl"}
+    assert "[0] " in done.stderr
+    assert "[1] " in done.stderr
+    assert (tmp_path / "report" / "index.html").exists()
+    bad = subprocess.run([*command, "--shard", "2/2"], capture_output=True, text=True, check=False)
+    assert bad.returncode == 2
+    assert "--shard is '2/2'; expected I/N" in bad.stderr
