@@ -1,20 +1,26 @@
 """Whole runs in processes of their own: killed, resumed, shared between processes."""
 
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fibattn import files
 from fibattn.errors import InputError
+from fibattn.pattern import Schedule
 from fibattn.training import checkpoints
 from fibattn.training.recipe import ModelRecipe, Recipe, to_json
 from fibattn.training.run import train
@@ -59,28 +65,28 @@ def test_killed_run_ends_with_the_same_bits(recipe: Recipe, tmp_path: Path) -> N
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize("schedule", ["linear", "learned"])
-def test_two_processes_have_the_losses_of_one(recipe: Recipe, tmp_path: Path, parallel: str, schedule: str) -> None:
+@pytest.mark.parametrize(("parallel", "schedule"), [("ddp", "linear"), ("fsdp", "learned")])
+def test_two_processes_have_the_losses_of_one_also_when_they_go_on(
+    recipe: Recipe, tmp_path: Path, parallel: Literal["ddp", "fsdp"], schedule: Schedule
+) -> None:
     shape = replace(recipe.model, schedule=schedule)
     one = replace(recipe, out=tmp_path / "one", model=shape, steps=6)
     train(one)
     two = replace(one, out=tmp_path / "two", parallel=parallel)
-    launch = (
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        str(29500 + os.getpid() % 500),
-    )
-    run = subprocess.run(command(two, tmp_path, *launch), capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
-    torch.testing.assert_close(torch.tensor(losses(two)), torch.tensor(losses(one)), rtol=2e-5, atol=0)
-    expected = load_file(one.out / "model" / "model.safetensors")
-    found = load_file(two.out / "model" / "model.safetensors")
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4)
+    port = str(29500 + os.getpid() % 500)
+    launch = command(two, tmp_path, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port)
+    for _ in ("from the start", "from the checkpoint in the middle"):
+        run = subprocess.run(launch, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr[-3000:]
+        assert run.stdout.count("the model is in") == 1
+        torch.testing.assert_close(torch.tensor(losses(two)), torch.tensor(losses(one)), rtol=2e-5, atol=0)
+        expected = load_file(one.out / "model" / "model.safetensors")
+        found = load_file(two.out / "model" / "model.safetensors")
+        assert found.keys() == expected.keys()
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4)
+        shutil.rmtree(two.out / "model")
+        shutil.rmtree(two.out / "checkpoint-6")
 
 
 def test_finished_run_is_left_alone(recipe: Recipe) -> None:
@@ -91,10 +97,63 @@ def test_finished_run_is_left_alone(recipe: Recipe) -> None:
     assert not list(recipe.out.glob(".*"))
 
 
+def test_damaged_finished_model_is_refused_and_made_anew_when_removed(recipe: Recipe) -> None:
+    model = train(replace(recipe, steps=2))
+    before = files.sha256(model / "model.safetensors")
+    with (model / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(InputError, match=r"model.safetensors has 1000 bytes, expected .* or remove .*model: the same"):
+        train(replace(recipe, steps=2))
+    shutil.rmtree(model)
+    assert train(replace(recipe, steps=2)) == model
+    assert files.sha256(model / "model.safetensors") == before
+
+
 def test_another_recipe_in_the_same_folder_is_refused(recipe: Recipe) -> None:
     train(replace(recipe, steps=2))
-    with pytest.raises(InputError, match=r"steps was 2 and is now 3"):
-        train(replace(recipe, steps=3))
+    other = replace(recipe, steps=3, model=replace(recipe.model, window=5))
+    with pytest.raises(InputError, match=r"model.window was 4 and is now 5; steps was 2 and is now 3"):
+        train(other)
+
+
+def test_a_checkpoint_of_another_run_is_refused(recipe: Recipe) -> None:
+    train(replace(recipe, steps=3))
+    other = replace(recipe, steps=6, out=recipe.out.with_name("other"), data_seed=7)
+    other.out.mkdir()
+    shutil.copytree(recipe.out / "checkpoint-3", other.out / "checkpoint-3")
+    with pytest.raises(InputError, match=r"checkpoint-3 holds another run: steps was 3 and is now 6; data_seed was 42"):
+        train(other)
+
+
+def test_a_run_of_an_older_version_goes_on(recipe: Recipe) -> None:
+    """A field that the recipe did not have yet has its default."""
+    train(replace(recipe, steps=3))
+    for path in (recipe.out / "recipe.json", recipe.out / "checkpoint-3" / "recipe.json"):
+        values = files.read_json(path)
+        del values["gradient_checkpointing"], values["model"]["full_layers_rope"]
+        files.write_json(path, values)
+    checkpoints.seal(recipe.out / "checkpoint-3")
+    shutil.rmtree(recipe.out / "model")
+    train(replace(recipe, steps=3))
+
+
+def test_nothing_that_was_written_is_read_by_unpickling_code(recipe: Recipe) -> None:
+    train(replace(recipe, steps=2))
+    assert not list(recipe.out.rglob("training_args.bin"))
+    for path in (*recipe.out.rglob("*.pt"), *recipe.out.rglob("*.pth")):
+        with torch.serialization.safe_globals(_numpy_state()):
+            torch.load(path, weights_only=True)
+
+
+def _numpy_state() -> list[Any]:
+    """What Transformers itself allows in the random state that it reads."""
+    return [np._core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
+
+
+@pytest.mark.skipif(find_spec("trackio") is not None, reason="trackio is installed")
+def test_a_tracker_that_is_not_installed_is_named(recipe: Recipe) -> None:
+    with pytest.raises(InputError, match=r"track asks for trackio, not installed here; pip install 'fibattn\[track"):
+        train(replace(recipe, track=("trackio",)))
 
 
 def test_damaged_checkpoint_is_passed_over(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,11 +167,38 @@ def test_damaged_checkpoint_is_passed_over(recipe: Recipe, capsys: pytest.Captur
         checkpoints.latest(recipe.out)
 
 
-def test_infinite_loss_stops_with_step_and_windows(recipe: Recipe) -> None:
+def poison(checkpoint: Path, value: float) -> None:
+    """Put a value among the weights of a checkpoint, and seal it again."""
+    path = checkpoint / "model.safetensors"
+    weights = load_file(path)
+    weights["model.norm.weight"][3] = value
+    save_file(weights, path, metadata={"format": "pt"})
+    checkpoints.seal(checkpoint)
+
+
+def test_infinite_loss_stops_with_the_step_its_windows_and_a_checkpoint(recipe: Recipe) -> None:
+    train(replace(recipe, steps=9))
+    shutil.rmtree(recipe.out / "model")
+    shutil.rmtree(recipe.out / "checkpoint-9")
+    poison(recipe.out / "checkpoint-6", math.inf)
+    starts = np.load(next((recipe.data / "order").glob("random-seed42-length32-windows36.npy")))[6 * 4 : 7 * 4]
+    at = ", ".join(map(str, starts))
+    said = rf"the loss is nan at step 7, windows 24 to 27 of the order\. They start at tokens {at} of"
+    with pytest.raises(InputError, match=said):
+        train(replace(recipe, steps=9))
+    report = files.read_json(recipe.out / "not-finite.json")
+    assert (report["first_step"], report["last_step"], report["first_window"]) == (7, 7, 24)
+    assert report["window_starts"] == starts.tolist()
+    assert checkpoints.latest(recipe.out) == recipe.out / "checkpoint-6"
+
+
+def test_weights_that_are_not_finite_are_never_kept(recipe: Recipe) -> None:
     wild = replace(recipe, optimizer=replace(recipe.optimizer, peak_rate=1e30, warmup_steps=0), save_every=1)
-    with pytest.raises(InputError, match=r"the loss is (nan|inf) at step \d+\. The windows .* start at tokens \d+"):
+    with pytest.raises(InputError, match=r"(the loss|a weight) is .* at step \d+, windows .* optimizer.peak_rate"):
         train(wild)
-    assert checkpoints.latest(recipe.out) is not None
+    kept = checkpoints.latest(recipe.out)
+    assert kept is not None
+    assert all(bool(weight.isfinite().all()) for weight in load_file(kept / "model.safetensors").values())
 
 
 def test_init_and_data_seeds_are_separate(recipe: Recipe) -> None:

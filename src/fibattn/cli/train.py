@@ -13,7 +13,11 @@ def run(arguments: list[str]) -> None:
             parse(Recipe, ["--help"], "fibattn train RECIPE", default=PRESETS["paper"])
         raise InputError(f"which recipe? One of {', '.join(PRESETS)}, or a recipe.json: fibattn train small --data …")
     recipe = parse(Recipe, arguments[1:], f"fibattn train {arguments[0]}", default=load_recipe(arguments[0]))
-    from fibattn.training.run import train  # torch and Transformers take seconds to import
+    from accelerate import PartialState  # these take seconds to import
+
+    from fibattn.training.run import train
 
     model = train(recipe)
-    print(f"\nthe model is in {model}\nevaluate it: fibattn eval {model} --data {recipe.data}")
+    state = PartialState()
+    state.print(f"\nthe model is in {model}\nevaluate it: fibattn eval {model} --data {recipe.data}")
+    state.destroy_process_group()

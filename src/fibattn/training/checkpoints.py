@@ -2,6 +2,7 @@
 
 A checkpoint is written into a staging folder, its files are listed with size and SHA-256 in `COMPLETE.json`,
 and only then does the folder take its name. What a kill leaves behind is a staging folder, which nobody reads.
+The recipe and the fingerprints of the inputs are among the files: a checkpoint knows which run it is of.
 """
 
 import os
@@ -20,6 +21,8 @@ _PREFIX = "checkpoint-"
 def publish(run: Path, step: int, keep: int) -> Path:
     """Give the staged checkpoint of `step` its name, and remove all but the newest `keep`."""
     staged, final = run / STAGING / f"{_PREFIX}{step}", run / f"{_PREFIX}{step}"
+    for name in ("recipe.json", "inputs.json"):
+        shutil.copyfile(run / name, staged / name)
     seal(staged)
     if final.exists():
         shutil.rmtree(final)

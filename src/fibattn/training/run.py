@@ -1,5 +1,6 @@
 """One training run from recipe to finished model; run again, it goes on where it was."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from fibattn.data.stream import PreparedData
 from fibattn.data.windows import TrainingWindows
 from fibattn.errors import InputError
 from fibattn.model import FibAttnConfig, FibAttnForCausalLM
-from fibattn.progress import quantity
+from fibattn.progress import Meter, quantity
 from fibattn.training import checkpoints
-from fibattn.training.recipe import Recipe, to_json
-from fibattn.training.trainer import FibTrainer, process_count
+from fibattn.training.recipe import Recipe, load_recipe, to_json
+from fibattn.training.trainer import FibTrainer, MetricsFile, process_count
 
 _MAY_CHANGE = {"log_every", "save_every", "keep_checkpoints", "track", "out", "data"}
 
@@ -69,12 +70,15 @@ def train(recipe: Recipe) -> Path:
     recipe.check()
     recipe.micro_batches(process_count())
     state = PartialState(cpu=not torch.cuda.is_available())
+    _check_trackers(recipe)
     with state.main_process_first():
         data = PreparedData.open(recipe.data, verify=state.is_main_process)
         order = _order(recipe, data)
-        _claim(recipe, data, order)
+        inputs = {"data_fingerprint": data.fingerprint, "order_sha256": files.sha256(order)}
+        _claim(recipe, inputs)
     finished = recipe.out / "model"
     if checkpoints.is_sealed(finished):
+        _verify_finished(finished)
         state.print(f"{finished} is finished already")
         return finished
     disable_progress_bar()
@@ -90,8 +94,11 @@ def train(recipe: Recipe) -> Path:
     trainer = FibTrainer(model, recipe, windows, process_count())
     checkpoint = checkpoints.latest(recipe.out)
     if checkpoint is not None:
+        _check_same(checkpoint, recipe, inputs)
         state.print(f"going on from {checkpoint}")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with Meter("train", recipe.tokens, "tokens", quiet=not state.is_main_process) as meter:
+        trainer.add_callback(MetricsFile(recipe, meter))
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     _finish(trainer, data, finished)
     return finished
 
@@ -115,25 +122,49 @@ def _order(recipe: Recipe, data: PreparedData) -> Path:
     return path
 
 
-def _claim(recipe: Recipe, data: PreparedData, order: Path) -> None:
+def _claim(recipe: Recipe, inputs: dict[str, str]) -> None:
     """Write down what the run is, or check that the run in the folder is this one."""
-    about = {"data_fingerprint": data.fingerprint, "order_sha256": files.sha256(order)}
-    path = recipe.out / "recipe.json"
-    if path.exists():
-        before, now = files.read_json(path), to_json(recipe)
-        changed = [key for key in now if key not in _MAY_CHANGE and before.get(key) != now[key]]
-        if changed:
-            details = "; ".join(f"{key} was {before.get(key)!r} and is now {now[key]!r}" for key in changed)
-            raise InputError(f"{recipe.out} holds another run: {details}. Give a new --out, or the old values")
-        known = files.read_json(recipe.out / "inputs.json")
-        if known != about:
-            raise InputError(
-                f"{recipe.out} was trained on other data or another order: {known} then, {about} now. "
-                "Give a new --out, or the old data"
-            )
+    if (recipe.out / "recipe.json").exists():
+        _check_same(recipe.out, recipe, inputs)
         return
-    files.write_json(recipe.out / "inputs.json", about)
-    files.write_json(path, to_json(recipe))
+    files.write_json(recipe.out / "inputs.json", inputs)
+    files.write_json(recipe.out / "recipe.json", to_json(recipe))
+
+
+def _check_same(where: Path, recipe: Recipe, inputs: dict[str, str]) -> None:
+    """Refuse to go on with a run folder or a checkpoint of another recipe or other inputs."""
+    old, new = (_flat(to_json(one)) for one in (load_recipe(str(where / "recipe.json")), recipe))
+    changed = [key for key in new if key not in _MAY_CHANGE and old.get(key) != new[key]]
+    if changed:
+        details = "; ".join(f"{key} was {old.get(key)!r} and is now {new[key]!r}" for key in changed)
+        raise InputError(f"{where} holds another run: {details}. Give a new --out, or the old values")
+    known = files.read_json(where / "inputs.json")
+    if known != inputs:
+        raise InputError(
+            f"{where} was trained on other data or another order: {known} then, {inputs} now. "
+            "Give a new --out, or the old data"
+        )
+
+
+def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a recipe in JSON, those of its parts by their dotted names."""
+    flat = {}
+    for key, value in recipe.items():
+        flat |= {f"{key}.{name}": one for name, one in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
+
+
+def _check_trackers(recipe: Recipe) -> None:
+    missing = [name for name in recipe.track if find_spec(name) is None]
+    if missing:
+        raise InputError(f"track asks for {', '.join(missing)}, not installed here; pip install 'fibattn[tracking]'")
+
+
+def _verify_finished(model: Path) -> None:
+    try:
+        checkpoints.verify(model)
+    except InputError as error:
+        raise InputError(f"{error}, or remove {model}: the same command makes it anew from the last one") from None
 
 
 def _finish(trainer: FibTrainer, data: PreparedData, finished: Path) -> None:
@@ -141,8 +172,6 @@ def _finish(trainer: FibTrainer, data: PreparedData, finished: Path) -> None:
     staged = finished.with_name(f"{checkpoints.STAGING}-model")
     trainer.save_model(str(staged))
     if trainer.args.should_save:
-        # The Trainer's pickle of its arguments; the recipe says more.
-        (staged / "training_args.bin").unlink(missing_ok=True)
         AutoTokenizer.from_pretrained(data.tokenizer_path).save_pretrained(staged)
         checkpoints.seal(staged)
         staged.replace(finished)

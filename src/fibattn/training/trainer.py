@@ -9,10 +9,11 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -46,8 +47,9 @@ def training_arguments(recipe: Recipe, processes: int) -> TrainingArguments:
     on_gpu = torch.cuda.is_available()
     bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and on_gpu)
     sharded = recipe.parallel == "fsdp" and processes > 1
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(recipe.out),
+        run_name=recipe.out.name,
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.micro_batch,
         gradient_accumulation_steps=recipe.micro_batches(processes),
@@ -62,6 +64,8 @@ def training_arguments(recipe: Recipe, processes: int) -> TrainingArguments:
         dataloader_num_workers=2 if on_gpu else 0,
         dataloader_persistent_workers=on_gpu,
         dataloader_pin_memory=on_gpu,
+        # A blocking copy would wait for everything that the GPU still has to do.
+        accelerator_config={"non_blocking": on_gpu},
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
         average_tokens_across_devices=False,
@@ -73,6 +77,9 @@ def training_arguments(recipe: Recipe, processes: int) -> TrainingArguments:
         report_to=list(recipe.track) or "none",
         disable_tqdm=True,
     )
+    # One process takes one GPU; where there are more, the Trainer would split the model's batch between threads.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 class FibTrainer(Trainer):
@@ -83,10 +90,8 @@ class FibTrainer(Trainer):
             model=model,  # pyright: ignore[reportArgumentType]
             args=training_arguments(recipe, processes),
             train_dataset=windows,
-            callbacks=[MetricsFile(recipe)],
         )
-        self.recipe = recipe
-        self.windows = windows
+        self.recipe, self.windows = recipe, windows
         # `compute_loss` returns the mean of a micro-batch, and micro-batches are equal: let the Trainer average.
         self.model_accepts_loss_kwargs = False
         for callback in (PrinterCallback, ProgressCallback):
@@ -127,32 +132,53 @@ class FibTrainer(Trainer):
         """The mean over all targets of the windows, each token's successor, the last one's included."""
         outputs = model(input_ids=inputs["input_ids"], shift_labels=inputs["shift_labels"], use_cache=False)
         if not outputs.loss.is_cuda and not torch.isfinite(outputs.loss):
-            self._stop_at(self.state.global_step, float(outputs.loss.detach()))
+            step = self.state.global_step + 1
+            self._stop(f"the loss is {float(outputs.loss.detach())}", step, step)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: the Trainer's estimate walks all modules for every micro-batch, and knows no attention."""
+        return 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Pass the metrics on, unless the loss is not finite: then stop, before a checkpoint keeps the damage."""
         loss = logs.get("loss", 0.0)
         if not math.isfinite(loss):
-            self._stop_at(self.state.global_step - 1, loss)
+            self._stop(f"the loss is {loss}", self._first_unlogged(), self.state.global_step)
         super().log(logs, start_time)
 
-    def _stop_at(self, step: int, loss: float) -> None:
-        recipe = self.recipe
-        first = step - step % recipe.log_every
-        ids = self.windows.order[first * recipe.windows_per_step : (step + 1) * recipe.windows_per_step]
+    def _first_unlogged(self) -> int:
+        return (self.state.global_step - 1) // self.recipe.log_every * self.recipe.log_every + 1
+
+    def _stop(self, what: str, first: int, last: int) -> NoReturn:
+        """End the run: `what` happened in one of the steps from `first` to `last`, counted from 1."""
+        recipe, a_step = self.recipe, self.recipe.windows_per_step
+        starts = [int(start) for start in self.windows.order[(first - 1) * a_step : last * a_step]]
+        report = recipe.out / "not-finite.json"
+        about = {"what": what, "first_step": first, "last_step": last, "window_starts": starts}
+        files.write_json(report, about | {"first_window": (first - 1) * a_step})
         kept = checkpoints.latest(recipe.out)
         raise InputError(
-            f"the loss is {loss} at step {step + 1}. The windows of steps {first + 1} to {step + 1} start at tokens "
-            f"{', '.join(map(str, ids[-8:]))}{' (the last 8)' if len(ids) > 8 else ''} of the training stream. "
-            f"{f'{kept} is kept' if kept else 'There is no checkpoint yet'}; try a lower optimizer.peak_rate "
-            f"(now {recipe.optimizer.peak_rate}) in a new run"
+            f"{what} {f'at step {last}' if first == last else f'in one of the steps {first} to {last}'}, windows "
+            f"{(first - 1) * a_step} to {last * a_step - 1} of the order. They start at tokens "
+            f"{', '.join(map(str, starts[:8]))}{', …' if len(starts) > 8 else ''} of the training stream; all are in "
+            f"{report}. {f'{kept} is kept' if kept else 'There is no checkpoint yet'}; try a lower "
+            f"optimizer.peak_rate (now {recipe.optimizer.peak_rate}) in a new run"
         )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's, less the pickle of its arguments: the recipe says more."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save and output_dir is not None:
+            (Path(output_dir) / "training_args.bin").unlink(missing_ok=True)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.recipe.out / checkpoints.STAGING)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # A loss is looked at when it is logged; the weights may have gone since, or in this very step.
+        if not all(bool(torch.isfinite(_local(parameter)).all()) for parameter in model.parameters()):
+            self._stop("a weight is not finite", self._first_unlogged(), self.state.global_step)
         if self.args.should_save:
             shutil.rmtree(self.recipe.out / checkpoints.STAGING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -163,23 +189,24 @@ class FibTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
 
+def _local(parameter: Tensor) -> Tensor:
+    """This process's part of a parameter, the whole where it is not sharded."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
 class MetricsFile(TrainerCallback):
     """Metrics as JSON Lines, one line every `log_every` steps, and progress for whoever watches."""
 
-    def __init__(self, recipe: Recipe):
-        self.recipe = recipe
-        self.path = recipe.out / "metrics.jsonl"
-        self.meter = Meter("train", recipe.tokens, "tokens")
+    def __init__(self, recipe: Recipe, meter: Meter):
+        self.path, self.meter = recipe.out / "metrics.jsonl", meter
+        self._step_tokens = recipe.windows_per_step * recipe.length
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         """Drop what a killed run wrote past its last checkpoint, and start the clock."""
-        self.meter.quiet = not state.is_world_process_zero
-        self._step_tokens = self.recipe.windows_per_step * self.recipe.length
         self._last, self._last_step = time.monotonic(), state.global_step
         if state.is_world_process_zero:
             kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= state.global_step]
             files.write_text(self.path, "".join(kept))
-        self.meter.__enter__()
         self.meter.resume(state.global_step * self._step_tokens)
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
@@ -204,10 +231,6 @@ class MetricsFile(TrainerCallback):
         self.meter.note = f"step {state.global_step}, loss {logs['loss']:.4f}"
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-
-    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        """Say how long it took."""
-        self.meter.__exit__(None, None, None)
 
 
 def _lines(path: Path) -> list[str]:
