@@ -50,6 +50,6 @@ lint: $(STAMP)
 	@$(RUN) -m pyright || $(FAIL) 'pyright failed, as said above'
 
 gpu-test:
-	@python="$(GPU_PYTHON)"; test -n "$$python" || $(FAIL) 'no Python with pytest and a torch that sees a GPU was '\
-	'found. Name one: make gpu-test GPU_PYTHON=/path/to/python3'; \
+	@python="$(GPU_PYTHON)"; test -n "$$python" || { $(FAIL) 'no Python with pytest and a torch that sees a GPU '\
+	'was found. Name one: make gpu-test GPU_PYTHON=/path/to/python3'; exit 1; }; \
 	PYTHONPATH=src "$$python" -m pytest tests/gpu || $(FAIL) 'tests failed, as said above'

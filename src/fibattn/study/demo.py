@@ -24,8 +24,9 @@ from fibattn.data.sources import Source
 from fibattn.data.stream import PreparedData
 from fibattn.errors import InputError
 from fibattn.evaluation.sweep import change, load_model, sweep
+from fibattn.pattern import Pattern
 from fibattn.progress import quantity
-from fibattn.study.figures import Curve, extrapolation
+from fibattn.study.figures import Curve, distances, extrapolation
 from fibattn.study.page import inline_svg, write_page
 from fibattn.training.recipe import ModelRecipe, OptimizerRecipe, Recipe
 from fibattn.training.run import train
@@ -114,28 +115,35 @@ def _report(
     lengths = [factor * DENSE.length for factor in FACTORS]
     console.print(_table(rows, lengths))
     sample = _sample(models["stagger"], data)
-    console.print("\nthe staggered model writes:", style="bold")
-    console.print(sample, markup=False, highlight=False)
+    console.print("\nthe stagger model writes:", style="bold")
+    console.print("".join(sample), markup=False, highlight=False)
+    folder = out / "report"
     curves = [Curve(row["label"], lengths, row["perplexities"]) for row in rows]
-    figure = extrapolation(curves, DENSE.length, out / "report" / "extrapolation.svg")
-    files.write_json(out / "report" / "results.json", results)
+    patterns = _patterns(models["stagger"])
+    files.write_json(folder / "results.json", results)
     page = write_page(
-        out / "report" / "index.html",
+        folder / "index.html",
         "demo.html.j2",
         headline=_headline(rows),
         corpus=f"the Python {platform.python_version()} standard library",
         trained_at=DENSE.length,
         targets=results["dense"]["sets"]["stdlib"][str(DENSE.length)]["targets"],
-        figure=inline_svg(figure),
+        extrapolation=inline_svg(extrapolation(curves, DENSE.length, folder / "extrapolation.svg")),
+        distances=inline_svg(distances(patterns, DENSE.length - 1, folder / "distances.svg")),
         rows=rows,
         lengths=lengths,
-        keys=DENSE.model.window + 1,
+        most_keys=max(len(pattern.distances) for pattern in patterns),
         generated=_SAMPLE_TOKENS,
         sample=sample,
         provenance=_provenance(out, data, models["stagger"]),
     )
-    console.print(f"\nthe page, the figure and its CSV are in {page.parent}", soft_wrap=True)
+    console.print(f"\nthe page, its figures and their numbers are in {folder}; open {page}", soft_wrap=True)
     return page
+
+
+def _patterns(model: PreTrainedModel) -> list[Pattern]:
+    layers = range(model.config.num_hidden_layers)
+    return [pattern for layer in layers for pattern in model.config.layer_patterns(layer)]
 
 
 def _row(label: str, result: dict[str, Any]) -> dict[str, Any]:
@@ -164,7 +172,8 @@ def _table(rows: list[dict[str, Any]], lengths: list[int]) -> Table:
     return table
 
 
-def _sample(model: PreTrainedModel, data: PreparedData) -> str:
+def _sample(model: PreTrainedModel, data: PreparedData) -> tuple[str, str]:
+    """What the model writes within its training length, and what it writes beyond."""
     tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_path)
     prompt = torch.tensor([[data.separator, *tokenizer.encode(_PROMPT, add_special_tokens=False)]], device=model.device)
     torch.manual_seed(0)
@@ -177,7 +186,8 @@ def _sample(model: PreTrainedModel, data: PreparedData) -> str:
         max_new_tokens=_SAMPLE_TOKENS,
         pad_token_id=data.separator,
     )
-    return tokenizer.decode(tokens[0], skip_special_tokens=True)
+    within, beyond = tokens[0, : DENSE.length], tokens[0, DENSE.length :]
+    return tokenizer.decode(within, skip_special_tokens=True), tokenizer.decode(beyond, skip_special_tokens=True)
 
 
 def _provenance(out: Path, data: PreparedData, model: PreTrainedModel) -> dict[str, str]:

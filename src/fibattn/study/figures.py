@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
+from fibattn.pattern import Pattern
 from fibattn.plotting import COLOURS, STYLE, save
 
 
@@ -51,6 +52,32 @@ def extrapolation(curves: Sequence[Curve], trained_at: int, path: Path) -> Path:
             for length, value in zip(curve.lengths, curve.perplexities, strict=True)
         ]
         return save(figure, path, ("model", "length", "perplexity"), rows)
+
+
+def distances(patterns: Sequence[Pattern], limit: int, path: Path) -> Path:
+    """Draw which distances up to `limit` each layer attends to, and a dense layer's above them.
+
+    SVG and PNG, and a CSV with one row for each layer (counted from 1) and distance.
+    """
+    dense, sparse = COLOURS[:2]
+    names = [f"stagger, layer {layer}" for layer in range(1, len(patterns) + 1)]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(5.4, 0.9 + 0.32 * (1 + len(patterns))), layout="constrained")
+        axes.plot((1, limit), (0, 0), color=dense, linewidth=6, solid_capstyle="butt")
+        for row, pattern in enumerate(patterns, start=1):
+            axes.plot((1, max(pattern.window, 1)), (row, row), color=sparse, linewidth=6, solid_capstyle="butt")
+            axes.plot(pattern.offsets, [row] * len(pattern.offsets), "o", color=sparse, markersize=6)
+        axes.set_xscale("log", base=2)
+        axes.set_xlim(0.9, limit * 1.1)
+        axes.xaxis.set_major_formatter(FuncFormatter(_plain))
+        axes.set_yticks(range(len(patterns) + 1), ["dense, every layer", *names])
+        axes.set_ylim(len(patterns) + 0.6, -0.6)
+        axes.grid(visible=False, axis="y")
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel("distance back (tokens)")
+        rows = [(layer, distance) for layer, one in enumerate(patterns, start=1) for distance in one.distances]
+        return save(figure, path, ("layer", "distance"), rows)
 
 
 def _plain(value: float, _: int | None = None) -> str:
