@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
 from browser import CHROMIUM, Browser
+
 from fibattn import files
 from fibattn.data.stream import PreparedData
 from fibattn.study.demo import DENSE, FACTORS, STAGGER, run_demo

@@ -1,0 +1,161 @@
+"""The report: its judgements against the paper's own numbers, its page against the results, and a look at it."""
+
+import json
+import math
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fibattn import InputError
+from fibattn.study.findings import own_goals, papers_findings
+from fibattn.study.report import write_report
+from fibattn.study.results import Group, Model, Results, paper
+from fibattn.study.runner import Job
+from fibattn.study.store import Store
+from fibattn.study.tables import papers_tables
+
+SETS = ("fineweb_edu", "wikipedia")
+PLAIN = {"clip_offsets": False, "full_layers": [], "stagger_heads": False}
+
+
+def published_run(key: str, factor: float = 1.0, seed: int = 42) -> dict[str, Any]:
+    """A run with the figures that the paper gives for `key`."""
+    losses = {
+        name: {n: math.log(values[name] * factor) for n, values in paper()["extrapolation_perplexity"][key].items()}
+        for name in SETS
+    }
+    bins = paper()["position_nll_8_bins"].get(key)
+    own = {name: bins[name] if bins else [losses[name]["1024"]] * 8 for name in SETS}
+    return {
+        "seed": seed,
+        "evaluation": {
+            name: {length: {"nll": loss, "bins": own[name]} for length, loss in rows.items()}
+            for name, rows in losses.items()
+        },
+        "recipe": {"model": {"attention": "full", **PLAIN} if key == "dense" else shape(key)},
+        "model": {"learned_alphas": [0.97, 1.04] if "learned" in key else None},
+        "rope_scaling": {},
+    }
+
+
+def shape(key: str) -> dict[str, Any]:
+    base, schedule, window = key.split("/")
+    return {"attention": "fibonacci", "base": base, "schedule": schedule, "window": int(window[1:]), **PLAIN}
+
+
+def published() -> dict[str, Model]:
+    """The paper's models by the names that the presets give them."""
+    models = {}
+    for key in paper()["extrapolation_perplexity"]:
+        seeds = paper()["seeds_w12_fineweb_edu"].get(key.removesuffix("/w12"), [1.0]) if key.endswith("/w12") else [1.0]
+        runs = tuple(published_run(key, value / seeds[0], 42 + index) for index, value in enumerate(seeds))
+        name = key.replace("fibonacci/", "").replace("power_of_two/", "pow2-").replace("/", "-")
+        models[name] = Model(name, runs)
+    return models
+
+
+def group(models: dict[str, Model]) -> Group:
+    return Group(425_984_000, 1024, "the paper's", tuple(models.values()))
+
+
+def verdicts(models: dict[str, Model]) -> dict[str, str]:
+    return {finding.claim: finding.verdict for finding in papers_findings(group(models))}
+
+
+def test_the_papers_own_figures_bear_out_its_findings() -> None:
+    assert set(verdicts(published()).values()) == {"holds"}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "claim"),
+    [
+        ("linear-w12", "fixed-w12", "At every window"),
+        ("learned-w12", "coprime-w12", "At every window"),
+        ("pow2-fixed-w8", "linear-w6", "Power-of-two fixed"),
+        ("linear-w12", "linear-w6", "The best of the 21"),
+        ("dense", "linear-w12", "Linear, W = 12 does not degrade"),
+        ("dense", "linear-w12", "Dense degrades"),
+        ("dense", "linear-w12", "At the training length"),
+        ("linear-w8", "learned-w8", "A learned α"),
+        ("linear-w12", "fixed-w12", "The stagger's gain"),
+    ],
+)
+def test_exchanged_figures_do_not(one: str, other: str, claim: str) -> None:
+    models = published()
+    a, b = models[one], models[other]
+
+    def measured(model: Model, source: Model) -> Model:
+        return Model(model.name, tuple({**run, "evaluation": source.first["evaluation"]} for run in model.runs))
+
+    models[one], models[other] = measured(a, b), measured(b, a)
+    found = next(verdict for words, verdict in verdicts(models).items() if words.startswith(claim))
+    assert found in ("does not hold", "partly")
+
+
+def test_what_was_not_run_is_said() -> None:
+    dense = {"dense": published()["dense"]}
+    found = verdicts(dense)
+    assert [claim for claim, verdict in found.items() if verdict != "not run"] == [
+        "Dense degrades past its training length: +201 % at four times"
+    ]
+    assert {goal.verdict for goal in own_goals(group(dense))} == {"not run"}
+
+
+def test_published_seed_spread_is_the_papers() -> None:
+    spreads = [statistics.stdev(values) / 42 for values in paper()["seeds_w12_fineweb_edu"].values() if len(values) > 2]
+    sigma = group(published()).sigma
+    assert sigma is not None
+    assert min(spreads) < sigma < max(spreads)
+
+
+def test_tables_have_every_row_of_the_paper(job: Job) -> None:
+    results = Results.load(job.out)
+    tables = {table.title.split(".")[0]: table for table in papers_tables(results.groups[0], results.probes)}
+    assert len(tables["Table 1"].rows) == 22
+    assert len(tables["Table 5"].rows) == len(paper()["retrieval_probe"])
+    assert all(len(row) == len(table.heading) for table in tables.values() for row in table.rows)
+    row = next(row for row in tables["Table 1"].rows if row[0] == "coprime, W = 12")
+    (run,) = (one for one in Store(job.out).records() if one["run"] == "coprime-w12")
+    ours = [rows["32"]["perplexity"] for rows in run["evaluation"].values()]
+    assert row[1 : 1 + len(ours)] == tuple(f"{value:.2f}" for value in ours)
+    assert "42.09" in row
+    absent = next(row for row in tables["Table 1"].rows if row[0] == "coprime, W = 6")
+    assert absent[1] == "not run"
+
+
+def test_page_stands_alone_and_has_its_numbers_beside_it(job: Job) -> None:
+    page = write_report(job.out)
+    text = page.read_text()
+    assert re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', text) == []
+    assert "url(http" not in text
+    for name in ("extrapolation", "positions", "alphas", "coverage", "frontier"):
+        assert f'<figure id="{name}">' in text
+        assert (page.parent / f"{name}.csv").read_text().count("\n") > 3
+    markdown = (page.parent / "tables.md").read_text()
+    assert all(f"Table {number}." in markdown for number in range(1, 6))
+    rows = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert all(line.endswith("|") for line in rows)
+    assert Results.load(job.out).groups[0].data_fingerprint in text
+
+
+def test_other_budgets_and_failures_are_shown(job: Job, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for one in Store(job.out).records():
+        store.append(one)
+    fewer = json.loads(json.dumps(one))
+    fewer["tokens"], fewer["recipe"]["steps"] = 256, 2
+    store.append(fewer)
+    store.append(
+        {"kind": "failure", "study": "smoke", "run": "linear-w6", "key": "x", "time": "2026", "error": "boom <b>"}
+    )
+    text = write_report(tmp_path).read_text()
+    assert "At 256 training tokens" in text
+    assert "boom &lt;b&gt;" in text
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no finished run; make some with `fibattn study`"):
+        write_report(tmp_path)
