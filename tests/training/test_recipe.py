@@ -1,0 +1,148 @@
+"""Recipes as files and flags: what comes back, and what a slip of the keyboard gets."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fibattn import files
+from fibattn.cli.flags import parse
+from fibattn.errors import InputError
+from fibattn.training.recipe import PRESETS, ModelRecipe, OptimizerRecipe, Recipe, load_recipe, to_json
+
+
+def test_defaults_are_the_papers_recipe() -> None:
+    paper = PRESETS["paper"]
+    assert (paper.steps, paper.windows_per_step, paper.length) == (13_000, 32, 1024)
+    assert paper.tokens == 425_984_000
+    assert paper.optimizer == OptimizerRecipe(3e-4, 0.1, 300, 0.9, 0.95, 1e-8, 0.1, 1.0)
+    assert (paper.order, paper.init_seed, paper.data_seed) == ("random", 42, 42)
+    assert not paper.model.clip_offsets
+    assert replace(paper.model, clip_offsets=True) == ModelRecipe()
+    dense = PRESETS["dense"]
+    assert replace(dense, out=paper.out, model=paper.model) == paper
+    assert dense.model.attention == "full"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_sound_and_survive_a_file(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    recipe.check()
+    recipe.micro_batches(1)
+    path = tmp_path / "recipe.json"
+    files.write_json(path, to_json(recipe))
+    assert load_recipe(str(path)) == recipe
+
+
+def test_what_a_file_leaves_out_has_its_default(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text('{"steps": 5, "model": {"window": 3, "full_layers": [1, 2]}, "optimizer": {"peak_rate": 1}}')
+    shape = ModelRecipe(window=3, full_layers=(1, 2))
+    assert load_recipe(str(path)) == Recipe(steps=5, model=shape, optimizer=OptimizerRecipe(peak_rate=1.0))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"stpes": 5}', r"mine.json has an unknown key 'stpes': did you mean 'steps'\?"),
+        ('{"model": {"widow": 5}}', r"mine.json: model has an unknown key 'widow': did you mean 'window'\?"),
+        ('{"zzz": 5}', r"unknown key 'zzz': the keys are data, out, model"),
+        ('{"steps": "5"}', r"mine.json: steps is '5'; expected int"),
+        ('{"steps": true}', r"mine.json: steps is True; expected int"),
+        ('{"steps": 2.5}', r"mine.json: steps is 2.5; expected int"),
+        ('{"compile": 1}', r"mine.json: compile is 1; expected bool"),
+        ('{"order": "shuffled"}', r"mine.json: order is 'shuffled'; expected one of random, epochs"),
+        ('{"track": "wandb"}', r"mine.json: track is 'wandb'; expected a list"),
+        ('{"track": ["wand"]}', r"mine.json: track is 'wand'; expected one of tensorboard, wandb, trackio"),
+        ('{"model": 3}', r"mine.json: model is 3; expected an object"),
+        ("[]", r"mine.json is \[\]; expected an object"),
+        ('{"steps": 5', r"mine.json is not valid JSON"),
+    ],
+)
+def test_a_file_with_a_slip_is_refused_with_the_place_and_what_was_meant(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        load_recipe(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("papr", r"unknown recipe 'papr': did you mean 'paper'\?"),
+        ("x", r"unknown recipe 'x': the presets are paper, dense, small"),
+        ("missing.json", r"missing.json does not exist"),
+    ],
+)
+def test_an_unknown_recipe_is_refused(name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_recipe(name)
+
+
+def test_flags_override_one_field_and_leave_the_rest() -> None:
+    flags = "--steps 7 --model.window 3 --optimizer.peak-rate 0.01 --order epochs --compile --track tensorboard"
+    found = parse(Recipe, flags.split(), "fibattn train small", default=PRESETS["small"])
+    small = PRESETS["small"]
+    assert found == replace(
+        small,
+        steps=7,
+        model=replace(small.model, window=3),
+        optimizer=replace(small.optimizer, peak_rate=0.01),
+        order="epochs",
+        compile=True,
+        track=("tensorboard",),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"windows_per_step": 0}, "windows_per_step is 0; it must be at least 1"),
+        ({"save_every": -1}, "save_every is -1; it must be at least 1"),
+        ({"optimizer": OptimizerRecipe(peak_rate=float("nan"))}, "optimizer.peak_rate is nan; it must be above 0"),
+        ({"optimizer": OptimizerRecipe(beta2=1.5)}, "optimizer.beta2 is 1.5; it must be from 0 to below 1"),
+        ({"optimizer": OptimizerRecipe(warmup_steps=-1)}, "optimizer.warmup_steps is -1; it must be 0 or more"),
+        ({"model": ModelRecipe(full_layers=(3, 16))}, r"model.full_layers has \[16\]; the layers are 0 … 15"),
+    ],
+)
+def test_values_that_cannot_train_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        replace(Recipe(), **changes).check()
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fibattn", "train", *words], capture_output=True, text=True, check=False
+    )
+
+
+def test_the_verb_trains_a_file_with_flags_over_it_and_the_file_it_leaves_says_so(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.json"
+    files.write_json(path, to_json(recipe))
+    done = run(str(path), "--steps", "2", "--out", str(tmp_path / "here"))
+    assert done.returncode == 0, done.stderr
+    assert f"the model is in {tmp_path / 'here' / 'model'}" in done.stdout
+    kept = load_recipe(str(tmp_path / "here" / "recipe.json"))
+    assert kept == replace(recipe, steps=2, out=tmp_path / "here")
+    assert len((tmp_path / "here" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert json.loads((tmp_path / "here" / "model" / "config.json").read_text())["model_type"] == "fibattn"
+
+
+def test_the_verb_answers_a_slip_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text('{"stpes": 5}')
+    done = run(str(path))
+    assert done.returncode == 2
+    assert done.stderr == f"fibattn train: {path} has an unknown key 'stpes': did you mean 'steps'?\n"
+    done = run("small", "--stpes", "5")
+    assert done.returncode == 2
+    assert "--steps" in done.stderr
+    assert "Traceback" not in done.stderr
