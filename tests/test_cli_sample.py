@@ -1,0 +1,120 @@
+"""`fibattn sample` as a user runs it: prompts from everywhere, streamed text, an endless run that is interrupted."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fibattn.cli.main import main
+
+TEXT = "so says line 7.\naaa 49"
+
+
+@pytest.fixture(scope="module")
+def folder(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny untrained model with the tokenizer of the prepared data."""
+    from transformers import AutoTokenizer
+
+    from fibattn.model import FibAttnConfig, FibAttnForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(prepared / "tokenizer")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+    made = FibAttnForCausalLM(
+        FibAttnConfig(
+            vocab_size=len(tokenizer), num_key_value_heads=2, window=4, rungs=6, initializer_range=0.3, **shape
+        )
+    )
+    folder = tmp_path_factory.mktemp("model")
+    made.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def sample(capsys, *words) -> tuple[str, str]:
+    assert main(["sample", *map(str, words)]) == 0
+    captured = capsys.readouterr()
+    return captured.out, captured.err
+
+
+def test_prompts_from_everywhere_give_the_same_text(folder, tmp_path, capsys, monkeypatch):
+    argument, err = sample(capsys, folder, TEXT, "--max-new-tokens", 40)
+    assert len(argument) > 40
+    assert "40 tokens, " in err
+    assert "tokens/s, " in err
+    assert "MiB" in err
+    (tmp_path / "prompt.txt").write_text(TEXT, encoding="utf-8")
+    assert sample(capsys, folder, "--prompt-file", tmp_path / "prompt.txt", "--max-new-tokens", 40)[0] == argument
+    with (tmp_path / "prompt.txt").open() as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        assert sample(capsys, folder, "-", "--max-new-tokens", 40)[0] == argument
+
+
+def test_the_text_is_that_of_generate(folder, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode(TEXT)]])
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    out = model.generate(
+        ids, max_new_tokens=60, do_sample=False, eos_token_id=None, attention_mask=torch.ones_like(ids)
+    )
+    ours, _ = sample(capsys, folder, TEXT, "--max-new-tokens", 60, "--temperature", 0)
+    ours = ours.removesuffix("\n")
+    assert tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).startswith(ours)
+    assert len(ours) > 20
+
+
+def test_seeds(folder, capsys):
+    texts = [sample(capsys, folder, TEXT, "--max-new-tokens", 20, "--seed", seed)[0] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
+
+
+def test_an_endless_stream_ends_cleanly_when_interrupted(folder):
+    command = [sys.executable, "-m", "fibattn", "sample", str(folder), TEXT, "--max-new-tokens", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ))
+    assert process.stdout is not None
+    assert len(process.stdout.read(3000)) == 3000
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err.decode()
+    assert "tokens/s, " in err.decode()
+    assert "Traceback" not in err.decode()
+
+
+def test_characters_come_whole():
+    from fibattn.cli.sample import pieces
+
+    class Bytes:
+        def decode(self, ids, **_):
+            return bytes(ids).decode("utf-8", errors="replace")
+
+    text = "a✓é🙂z"
+    assert list(pieces(Bytes(), text.encode())) == list(text)
+    assert "".join(pieces(Bytes(), b"a\xff\xff\xff\xffb\xe2")) == "a\ufffd\ufffd\ufffd\ufffdb\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "the prompt has no tokens"),
+        (["x", "--prompt-file", "y"], "give one of them"),
+        (["--prompt-file", "missing.txt"], "missing.txt cannot be read"),
+        (["x", "--max-new-tokens", "many"], "expected a whole number, 0 or inf"),
+        (["x", "--temperature", "-1"], "temperature -1"),
+        (["x", "--top-p", "0"], "top_p 0"),
+    ],
+)
+def test_mistakes(folder, capsys, words, message):
+    assert main(["sample", str(folder), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_no_model(tmp_path, capsys):
+    assert main(["sample", str(tmp_path), "x"]) == 2
+    assert "holds no model" in capsys.readouterr().err
