@@ -1,14 +1,9 @@
 """The backward kernels: gradients of q by query blocks, then those of k and v by key blocks. No atomics.
 
-The first kernel mirrors the forward. Beside the gradient of q it leaves, for the second one, the row sums
-`delta` and the weights and score gradients of the rungs: compact, (B, KV heads, rungs, Tq, group), a few
-values a query. The transpose of a fixed offset is a fixed offset, so the second kernel walks the queries at
-`key + offset` in a fixed order and needs, for a rung, neither keys, values, exponentials nor reductions:
-`dk[j] += grad[j + d] * q[j + d]` and `dv[j] += weight[j + d] * do[j + d]`, element by element in float32.
-The window it recomputes as dense tiles, which costs no memory in the window's width.
+This kernel mirrors the forward. Beside the gradient of q it leaves, for those of `key_gradients.py`, the row
+sums `delta` and the weights and score gradients of the rungs: compact, (B, KV heads, rungs, Tq, group), a few
+values a query.
 """
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -33,18 +28,10 @@ from fibattn.attention.triton.common import (
     query_batches,
     query_limit,
     query_rows,
+    row_starts,
     store_batches,
-    store_rows,
 )
-
-
-@dataclass(frozen=True)
-class KeyTiles:
-    """Tile sizes of the kernel for the gradients of k and v: keys a program, rows (query, head) a window tile."""
-
-    keys: int
-    rows: int
-    warps: int
+from fibattn.attention.triton.key_gradients import key_gradients
 
 
 def query_tiles_for(shape: Shape, dense: bool) -> Tiles:
@@ -54,14 +41,6 @@ def query_tiles_for(shape: Shape, dense: bool) -> Tiles:
     if dense:
         return Tiles(batches=4, columns=16, near=32, warps=4, stages=1)
     return Tiles(batches=2, columns=32 if shape.padded_size <= 64 else 16, near=32, warps=2, stages=1)
-
-
-def key_tiles_for(shape: Shape) -> KeyTiles:
-    """Tile sizes of the kernel for the gradients of k and v."""
-    if shape.dtype == torch.float32:
-        return KeyTiles(keys=32 if shape.padded_size <= 64 else 16, rows=32, warps=4)
-    keys = {16: 64, 32: 64, 64: 64, 128: 32, 256: 16}[shape.padded_size]
-    return KeyTiles(keys=keys, rows=64 if shape.padded_size <= 64 else 32, warps=4)
 
 
 def backward(
@@ -89,16 +68,6 @@ def backward(
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     delta = torch.empty_like(lse)
     compact = q.new_empty(2, batch, kv_heads, rungs, tokens, shape.group)
-    sizes = {
-        "GROUP": shape.group,
-        "GP": shape.padded_group,
-        "SIZE": shape.size,
-        "BD": shape.padded_size,
-        "HAS_POSITIONS": positions is not None,
-        "SCALED": fractions is not None,
-    }
-    scalars = (scale, tokens, k.shape[1], columns.window, kv_heads, rungs)
-    moves = (*common.strides(q, k, v, grad_out), common.positions_stride(positions))
     tiles = query_tiles_for(shape, columns.dense)
     programs = triton.cdiv(tokens, tiles.batches * shape.batch_queries) * kv_heads * batch
     partial = None if fractions is None else q.new_empty(rungs, programs, dtype=torch.float32)
@@ -106,9 +75,10 @@ def backward(
         query_grad_kernel[(programs,)](
             *(q, k, v, out, grad_out, lse, grad_lse, positions, columns.table, columns.fractions),
             *(dq, delta, compact[0], compact[1], partial),
-            *scalars,
-            *(columns.stride_set, *moves, columns.near, columns.width),
-            *common.strides(out, dq),
+            *(scale, tokens, k.shape[1], columns.window, kv_heads, rungs),
+            *(columns.near, columns.width, columns.stride_set),
+            *common.strides(q, k, v, grad_out, out, dq),
+            common.positions_stride(positions),
             *((0, 0, 0) if grad_lse is None else grad_lse.stride()),
             HAS_GRAD_LSE=grad_lse is not None,
             BQ=shape.batch_queries,
@@ -117,21 +87,19 @@ def backward(
             BN=max(tiles.near, tiles.batches * shape.batch_queries),
             C=tiles.columns,
             DENSE=columns.dense,
-            **sizes,
+            GROUP=shape.group,
+            GP=shape.padded_group,
+            SIZE=shape.size,
+            BD=shape.padded_size,
+            HAS_POSITIONS=positions is not None,
+            WIDE=common.wide(q, k, v, out, grad_out),
+            SCALED=fractions is not None,
             num_warps=tiles.warps,
             num_stages=tiles.stages,
         )
-        key_tiles = key_tiles_for(shape)
-        key_grad_kernel[(triton.cdiv(k.shape[1], key_tiles.keys) * kv_heads * batch,)](
-            *(q, k, v, grad_out, lse, delta, positions, table, fractions, compact[0], compact[1], dk, dv),
-            *scalars,
-            *(table.stride(0) if table.shape[0] > 1 else 0, *moves),
-            *common.strides(dk, dv),
-            BN=key_tiles.keys,
-            BR=max(key_tiles.rows, shape.padded_group),
-            **sizes,
-            num_warps=key_tiles.warps,
-            num_stages=1,
+        key_gradients(
+            *(grad_out, lse, delta, q, k, v, positions, scale, columns.window, table, fractions),
+            *(compact, dk, dv, shape),
         )
     except OutOfResources as error:
         raise common.explain(error, shape) from error
@@ -168,6 +136,8 @@ def query_grad_kernel(
     window,
     kv_heads,
     rungs_stored,
+    near,
+    width,
     stride_set,
     stride_qb,
     stride_qt,
@@ -181,15 +151,13 @@ def query_grad_kernel(
     stride_gb,
     stride_gt,
     stride_gh,
-    stride_positions,
-    near,
-    width,
     stride_ob,
     stride_ot,
     stride_oh,
     stride_dqb,
     stride_dqt,
     stride_dqh,
+    stride_positions,
     stride_lb,
     stride_lh,
     stride_lt,
@@ -204,6 +172,7 @@ def query_grad_kernel(
     C: tl.constexpr,
     DENSE: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
+    WIDE: tl.constexpr,
     HAS_GRAD_LSE: tl.constexpr,
     SCALED: tl.constexpr,
 ):
@@ -223,12 +192,15 @@ def query_grad_kernel(
 
     o_query, o_group, m_row = batch_rows(i_block, tokens, NB, BQ, ROWS, GP, GROUP)
     b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row, HAS_POSITIONS)
-    b_do = query_batches(p_do, o_query, o_group, stride_gt, stride_gh, m_row, SIZE, BD)
-    b_out = query_batches(p_out, o_query, o_group, stride_ot, stride_oh, m_row, SIZE, BD)
+    b_do = query_batches(p_do, o_query, o_group, stride_gt, stride_gh, m_row, SIZE, BD, WIDE)
+    b_out = query_batches(p_out, o_query, o_group, stride_ot, stride_oh, m_row, SIZE, BD, WIDE)
     b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 2)
-    o_head = i_head * GROUP + o_group
-    o_lse = (i_batch * kv_heads * GROUP + o_head) * tokens + o_query
+    first_lse = (i_batch * kv_heads + i_head) * GROUP * tokens
+    o_lse = row_starts(o_group, tokens, WIDE) + o_query
+    p_lse += first_lse
+    p_delta += first_lse
     if HAS_GRAD_LSE:
+        o_head = i_head * GROUP + o_group
         p_row = p_grad_lse + i_batch * stride_lb + o_head * stride_lh + o_query.to(tl.int64) * stride_lt
         b_delta -= tl.load(p_row, mask=m_row, other=0.0)
     tl.store(p_delta + o_lse, b_delta, mask=m_row)
@@ -259,30 +231,30 @@ def query_grad_kernel(
             stride_gt,
             stride_gh,
             stride_positions,
-            *(GROUP, GP, SIZE, BD, BR, BM, BN, HAS_POSITIONS),
+            *(GROUP, GP, SIZE, BD, BR, BM, BN, HAS_POSITIONS, WIDE),
         )
         b_dq = tl.reshape(b_near, [NB, ROWS, BD])
 
-    b_q = query_batches(p_q, o_query, o_group, stride_qt, stride_qh, m_row, SIZE, BD)
+    b_q = query_batches(p_q, o_query, o_group, stride_qt, stride_qh, m_row, SIZE, BD, WIDE)
     o_compact = (i_batch * kv_heads + i_head) * rungs_stored * tokens
     p_weights += o_compact * GROUP
     p_grads += o_compact * GROUP
     rungs = (columns - near) // BQ
     for first in range(0, columns, C):
         b_shift, b_bits, o_key, m_key = column_keys(p_set, width, first, first_own, keys, NB, BQ, C)
-        b_k = load_batches(p_k, o_key, stride_kt, m_key, SIZE, BD)
-        b_v = load_batches(p_v, o_key, stride_vt, m_key, SIZE, BD)
+        b_k = load_batches(p_k, o_key, stride_kt, m_key, SIZE, BD, WIDE)
+        b_v = load_batches(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)
         b_s = tl.dot(b_q, tl.permute(b_k, (0, 2, 1)), input_precision="ieee")
         b_dp = tl.dot(b_do, tl.permute(b_v, (0, 2, 1)), input_precision="ieee")
         if SCALED:
             b_f, m_far = far_fractions(p_fractions, first, near, b_shift, b_limit, o_key, m_key, ROWS, GP, C)
-            b_k_far = load_batches(p_k, o_key - 1, stride_kt, m_far, SIZE, BD)
-            b_v_far = load_batches(p_v, o_key - 1, stride_vt, m_far, SIZE, BD)
+            b_k_far = load_batches(p_k, o_key - 1, stride_kt, m_far, SIZE, BD, WIDE)
+            b_v_far = load_batches(p_v, o_key - 1, stride_vt, m_far, SIZE, BD, WIDE)
             b_s_step = tl.dot(b_q, tl.permute(b_k_far, (0, 2, 1)), input_precision="ieee") - b_s
             b_dp_step = tl.dot(b_do, tl.permute(b_v_far, (0, 2, 1)), input_precision="ieee") - b_dp
             b_s += b_f * b_s_step
             b_dp += b_f * b_dp_step
-        m_entry = column_mask(b_shift, b_bits, b_limit, ROWS, GP)
+        m_entry = column_mask(b_shift, b_bits, b_limit, o_key, ROWS, GP, HAS_POSITIONS)
         b_p = tl.where(m_entry, tl.exp2(b_s * scale_log2 - b_lse[:, :, None]), 0.0)
         b_ds = b_p * (b_dp - b_delta[:, :, None])
         first_rung = (first - near) // BQ
@@ -302,7 +274,7 @@ def query_grad_kernel(
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
 
     p_dq += i_batch * stride_dqb + i_head * GROUP * stride_dqh
-    store_batches(p_dq, b_dq * scale, o_query, o_group, stride_dqt, stride_dqh, m_row, SIZE, BD)
+    store_batches(p_dq, b_dq * scale, o_query, o_group, stride_dqt, stride_dqh, m_row, SIZE, BD, WIDE)
 
 
 @triton.jit
@@ -351,6 +323,7 @@ def dense_window_grad(
     BM: tl.constexpr,
     BN: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """The window's part of the gradient of a block's rows, before the scale. [BR, BD]"""
     o_row = tl.arange(0, BR)
@@ -358,15 +331,15 @@ def dense_window_grad(
     m_row = (o_query < tokens) & (o_group < GROUP)
     past = keys - tokens
     b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row, HAS_POSITIONS)
-    b_q = query_rows(p_q, o_query, o_group, stride_qt, stride_qh, m_row, SIZE, BD)
-    b_do = query_rows(p_do, o_query, o_group, stride_gt, stride_gh, m_row, SIZE, BD)
+    b_q = query_rows(p_q, o_query, o_group, stride_qt, stride_qh, m_row, SIZE, BD, WIDE)
+    b_do = query_rows(p_do, o_query, o_group, stride_gt, stride_gh, m_row, SIZE, BD, WIDE)
     b_dq = tl.zeros([BR, BD], tl.float32)
     tiles = tl.cdiv(BM + tl.minimum(window, first_own), BN)
     for i in range(tiles):
         o_key = first_own + BM - (i + 1) * BN + tl.arange(0, BN)
         m_key = (o_key >= 0) & (o_key < keys)
-        b_k = load_rows(p_k, o_key, stride_kt, m_key, SIZE, BD)
-        b_v = load_rows(p_v, o_key, stride_vt, m_key, SIZE, BD)
+        b_k = load_rows(p_k, o_key, stride_kt, m_key, SIZE, BD, WIDE)
+        b_v = load_rows(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2
         b_p = tl.exp2(b_s - b_lse[:, None])
         b_p = tl.where(near_mask(o_query + past, b_limit, o_key, window), b_p, 0.0)
@@ -374,137 +347,3 @@ def dense_window_grad(
         b_ds = b_p * (b_dp - b_delta[:, None])
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
     return b_dq
-
-
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
-def key_grad_kernel(
-    p_q,
-    p_k,
-    p_v,
-    p_do,
-    p_lse,
-    p_delta,
-    p_positions,
-    p_table,
-    p_fractions,
-    p_weights,
-    p_grads,
-    p_dk,
-    p_dv,
-    scale,
-    tokens,
-    keys,
-    window,
-    kv_heads,
-    rungs_stored,
-    stride_set,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    stride_gb,
-    stride_gt,
-    stride_gh,
-    stride_positions,
-    stride_dkb,
-    stride_dkt,
-    stride_dkh,
-    stride_dvb,
-    stride_dvt,
-    stride_dvh,
-    GROUP: tl.constexpr,
-    GP: tl.constexpr,
-    SIZE: tl.constexpr,
-    BD: tl.constexpr,
-    BN: tl.constexpr,
-    BR: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr,
-    SCALED: tl.constexpr,
-):
-    """One program: the gradients of `BN` keys and values of one KV head."""
-    BM: tl.constexpr = BR // GP
-    i_block, i_head, i_batch = place(keys, BN, kv_heads)
-    p_q += i_batch * stride_qb + i_head * GROUP * stride_qh
-    p_do += i_batch * stride_gb + i_head * GROUP * stride_gh
-    p_k += i_batch * stride_kb + i_head * stride_kh
-    p_v += i_batch * stride_vb + i_head * stride_vh
-    past = keys - tokens
-    p_weights += (i_batch * kv_heads + i_head) * rungs_stored * tokens * GROUP
-    p_grads += (i_batch * kv_heads + i_head) * rungs_stored * tokens * GROUP
-    p_set = p_table + i_head * stride_set
-    o_tile = tl.arange(0, BN)
-    o_key = i_block * BN + o_tile
-    first_query = i_block * BN - past
-    b_dk = tl.zeros([BN, BD], tl.float32)
-    b_dv = tl.zeros([BN, BD], tl.float32)
-
-    # The rungs: rows that follow one another, times one number each. Head by head, so that the rows which
-    # neighbouring rungs share are still in the cache.
-    SIDES: tl.constexpr = 2 if SCALED else 1
-    o_size = tl.arange(0, BD)
-    m_size = o_size < SIZE
-    o_q = o_tile.to(tl.int64)[:, None] * stride_qt + o_size[None, :]
-    o_do = o_tile.to(tl.int64)[:, None] * stride_gt + o_size[None, :]
-    rungs = tl.load(p_set)
-    for i_group in range(GROUP):
-        for i in range(rungs * SIDES):
-            i_rung = i // SIDES
-            near = tl.load(p_set + 1 + i_rung)
-            first = first_query + near + i % SIDES
-            m_query = (first + o_tile >= 0) & (first + o_tile < tokens)
-            p_entry = (tl.cast(i_rung, tl.int64) * tokens + first) * GROUP + i_group
-            b_ds = tl.load(p_grads + p_entry + o_tile * GROUP, mask=m_query, other=0.0).to(tl.float32)
-            b_p = tl.load(p_weights + p_entry + o_tile * GROUP, mask=m_query, other=0.0).to(tl.float32)
-            if SCALED:
-                o_query = first + o_tile
-                b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_query, HAS_POSITIONS)
-                b_f = tl.where(b_limit == near, 0.0, tl.load(p_fractions + i_rung))
-                b_f = tl.where(i % SIDES == 0, 1.0 - b_f, b_f)
-                b_ds *= b_f
-                b_p *= b_f
-            p_q_tile = p_q + tl.cast(first, tl.int64) * stride_qt + tl.cast(i_group, tl.int64) * stride_qh + o_q
-            p_do_tile = p_do + tl.cast(first, tl.int64) * stride_gt + tl.cast(i_group, tl.int64) * stride_gh + o_do
-            if SIZE == BD:
-                b_q = tl.load(p_q_tile, mask=m_query[:, None], other=0.0)
-                b_do = tl.load(p_do_tile, mask=m_query[:, None], other=0.0)
-            else:
-                b_q = tl.load(p_q_tile, mask=m_query[:, None] & m_size[None, :], other=0.0)
-                b_do = tl.load(p_do_tile, mask=m_query[:, None] & m_size[None, :], other=0.0)
-            b_dk += b_ds[:, None] * b_q.to(tl.float32)
-            b_dv += b_p[:, None] * b_do.to(tl.float32)
-
-    # The window: dense tiles of keys by rows (query, head of the group), weights recomputed.
-    m_key = o_key < keys
-    b_k = load_rows(p_k, o_key, stride_kt, m_key, SIZE, BD)
-    b_v = load_rows(p_v, o_key, stride_vt, m_key, SIZE, BD)
-    scale_log2 = scale * LOG2E
-
-    begin = tl.maximum(i_block * BN - past, 0)
-    end = tl.minimum(i_block * BN + BN + window - past, tokens)
-    for start in range(begin, end, BM):
-        o_row = tl.arange(0, BR)
-        o_query, o_group = start + o_row // GP, o_row % GP
-        m_row = (o_query < tokens) & (o_group < GROUP)
-        b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row, HAS_POSITIONS)
-        b_q = query_rows(p_q, o_query, o_group, stride_qt, stride_qh, m_row, SIZE, BD)
-        b_do = query_rows(p_do, o_query, o_group, stride_gt, stride_gh, m_row, SIZE, BD)
-        o_lse = ((i_batch * kv_heads + i_head) * GROUP + o_group) * tokens + o_query
-        b_lse = tl.load(p_lse + o_lse, mask=m_row, other=float("inf")) * LOG2E
-        b_delta = tl.load(p_delta + o_lse, mask=m_row, other=0.0)
-        m_near = tl.trans(near_mask(o_query + past, b_limit, o_key, window))
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale_log2
-        b_p = tl.where(m_near, tl.exp2(b_s - b_lse[None, :]), 0.0)
-        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
-        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
-        b_ds = b_p * (b_dp - b_delta[None, :])
-        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
-
-    p_dk += i_batch * stride_dkb + i_head * stride_dkh
-    p_dv += i_batch * stride_dvb + i_head * stride_dvh
-    store_rows(p_dk, b_dk * scale, o_key, stride_dkt, m_key, SIZE, BD)
-    store_rows(p_dv, b_dv, o_key, stride_dvt, m_key, SIZE, BD)

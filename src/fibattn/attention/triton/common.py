@@ -110,16 +110,14 @@ def near_column(window: int, batch_queries: int, column: int) -> tuple[int, int]
 
 
 @cache
-def column_table(
-    sets: tuple[tuple[int, ...], ...], window: int, batch_queries: int, device: torch.device
-) -> Tensor:
+def column_table(sets: tuple[tuple[int, ...], ...], window: int, batch_queries: int, device: torch.device) -> Tensor:
     """Columns on the device, int32 (sets, 1 + 2 * width): their number, then shifts, then bits. Kept for good."""
     near = [near_column(window, batch_queries, c) for c in range(near_columns(window, batch_queries))]
     rows = [
         near + [(min(d, UNREACHABLE) - t, 1 << t) for d in offsets for t in range(batch_queries)] for offsets in sets
     ]
     width = columns_width(max(map(len, rows)))
-    padded = [row + [(0, 0)] * (width - len(row)) for row in rows]
+    padded = [row + [(UNREACHABLE, 0)] * (width - len(row)) for row in rows]
     table = [[len(row), *(c[0] for c in full), *(c[1] for c in full)] for row, full in zip(rows, padded, strict=True)]
     return torch.tensor(table, dtype=torch.int32).to(device)
 
@@ -158,6 +156,15 @@ def fixed_columns(q: Tensor, k: Tensor, window: int, sets: tuple[tuple[int, ...]
     """The columns of fixed offsets, one set or one for each KV head."""
     queries = shape_of(q, k).batch_queries
     return Columns(column_table(sets, window, queries, q.device), None, window, near_columns(window, queries))
+
+
+def wide(*tensors: Tensor) -> bool:
+    """Whether a batch entry of (B, T, H, D) tensors has elements that 32-bit offsets do not reach."""
+
+    def extent(x: Tensor) -> int:
+        return max(sum(n * step for n, step in zip(x.shape[1:], x.stride()[1:], strict=True)), x[0].numel())
+
+    return max(map(extent, tensors)) >= 2**31
 
 
 def positions_stride(positions: Tensor | None) -> int:
@@ -212,17 +219,27 @@ def near_mask(o_own, b_limit, o_key, window):
 
 
 @triton.jit
-def load_rows(p_x, o_row, stride, m_row, SIZE: tl.constexpr, BD: tl.constexpr):
+def row_starts(o_row, stride, WIDE: tl.constexpr):
+    """Where rows start, in elements; in 64 bits only where 32 do not suffice, for they cost three times as much."""
+    if WIDE:
+        return o_row.to(tl.int64) * stride
+    return o_row * stride
+
+
+@triton.jit
+def load_rows(p_x, o_row, stride, m_row, SIZE: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr):
     """Rows of a (tokens, size) matrix, zeros where the mask is false. [BR, BD]"""
     o_size = tl.arange(0, BD)
-    p_tile = p_x + o_row.to(tl.int64)[:, None] * stride + o_size[None, :]
+    p_tile = p_x + (row_starts(o_row, stride, WIDE)[:, None] + o_size[None, :])
     if BD == SIZE:
         return tl.load(p_tile, mask=m_row[:, None], other=0.0)
     return tl.load(p_tile, mask=m_row[:, None] & (o_size < SIZE)[None, :], other=0.0)
 
 
 @triton.jit
-def batch_rows(i_block, tokens, NB: tl.constexpr, BQ: tl.constexpr, ROWS: tl.constexpr, GP: tl.constexpr, GROUP: tl.constexpr):
+def batch_rows(
+    i_block, tokens, NB: tl.constexpr, BQ: tl.constexpr, ROWS: tl.constexpr, GP: tl.constexpr, GROUP: tl.constexpr
+):
     """Query and head of the group of each row of each batch, and whether it exists. [NB, ROWS] each"""
     o_row = tl.arange(0, ROWS)
     o_query = (i_block * NB + tl.arange(0, NB)[:, None]) * BQ + (o_row // GP)[None, :]
@@ -231,63 +248,73 @@ def batch_rows(i_block, tokens, NB: tl.constexpr, BQ: tl.constexpr, ROWS: tl.con
 
 
 @triton.jit
-def load_batches(p_x, o_row, stride, m_row, SIZE: tl.constexpr, BD: tl.constexpr):
+def load_batches(p_x, o_row, stride, m_row, SIZE: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr):
     """Rows of a (tokens, size) matrix for every batch of queries. [NB, C, BD]"""
     o_size = tl.arange(0, BD)
-    p_tile = p_x + o_row.to(tl.int64)[:, :, None] * stride + o_size[None, None, :]
+    p_tile = p_x + (row_starts(o_row, stride, WIDE)[:, :, None] + o_size[None, None, :])
     if BD == SIZE:
         return tl.load(p_tile, mask=m_row[:, :, None], other=0.0)
     return tl.load(p_tile, mask=m_row[:, :, None] & (o_size < SIZE)[None, None, :], other=0.0)
 
 
 @triton.jit
-def query_batches(p_x, o_query, o_group, stride_t, stride_h, m_row, SIZE: tl.constexpr, BD: tl.constexpr):
+def query_batches(
+    p_x, o_query, o_group, stride_t, stride_h, m_row, SIZE: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr
+):
     """Rows (query, head of the group) of one KV head's queries. [NB, ROWS, BD]"""
-    o_row = o_query.to(tl.int64) * stride_t + o_group.to(tl.int64) * stride_h
-    return load_batches(p_x, o_row, 1, m_row, SIZE, BD)
+    o_row = row_starts(o_query, stride_t, WIDE) + row_starts(o_group, stride_h, WIDE)
+    return load_batches(p_x, o_row, 1, m_row, SIZE, BD, WIDE)
 
 
 @triton.jit
-def query_rows(p_x, o_query, o_group, stride_t, stride_h, m_row, SIZE: tl.constexpr, BD: tl.constexpr):
+def query_rows(
+    p_x, o_query, o_group, stride_t, stride_h, m_row, SIZE: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr
+):
     """The same without batches. [BR, BD]"""
-    o_row = o_query.to(tl.int64) * stride_t + o_group.to(tl.int64) * stride_h
-    return load_rows(p_x, o_row, 1, m_row, SIZE, BD)
+    o_row = row_starts(o_query, stride_t, WIDE) + row_starts(o_group, stride_h, WIDE)
+    return load_rows(p_x, o_row, 1, m_row, SIZE, BD, WIDE)
 
 
 @triton.jit
-def store_batches(p_x, b_x, o_query, o_group, stride_t, stride_h, m_row, SIZE: tl.constexpr, BD: tl.constexpr):
+def store_batches(
+    p_x, b_x, o_query, o_group, stride_t, stride_h, m_row, SIZE: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr
+):
     """Write rows (query, head of the group) [NB, ROWS, BD], cast to the tensor's dtype."""
     o_size = tl.arange(0, BD)
-    o_row = o_query.to(tl.int64) * stride_t + o_group.to(tl.int64) * stride_h
+    o_row = row_starts(o_query, stride_t, WIDE) + row_starts(o_group, stride_h, WIDE)
     m_tile = m_row[:, :, None] & (o_size < SIZE)[None, None, :]
-    tl.store(p_x + o_row[:, :, None] + o_size[None, None, :], b_x.to(p_x.dtype.element_ty), mask=m_tile)
+    tl.store(p_x + (o_row[:, :, None] + o_size[None, None, :]), b_x.to(p_x.dtype.element_ty), mask=m_tile)
 
 
 @triton.jit
-def store_rows(p_x, b_x, o_row, stride, m_row, SIZE: tl.constexpr, BD: tl.constexpr):
+def store_rows(p_x, b_x, o_row, stride, m_row, SIZE: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr):
     """Write rows of a (tokens, size) matrix [BN, BD], cast to the tensor's dtype."""
     o_size = tl.arange(0, BD)
     m_tile = m_row[:, None] & (o_size < SIZE)[None, :]
-    p_tile = p_x + o_row.to(tl.int64)[:, None] * stride + o_size[None, :]
+    p_tile = p_x + (row_starts(o_row, stride, WIDE)[:, None] + o_size[None, :])
     tl.store(p_tile, b_x.to(p_x.dtype.element_ty), mask=m_tile)
 
 
 @triton.jit
 def column_keys(p_set, width, first, first_own, keys, NB: tl.constexpr, BQ: tl.constexpr, C: tl.constexpr):
-    """Shift and bits of a tile of columns [C], key index of each for each batch and whether to read it [NB, C]."""
+    """Shift and bits of a tile of columns [C], key index of each for each batch and whether there is one [NB, C]."""
     o_column = first + tl.arange(0, C)
     b_shift = tl.load(p_set + 1 + o_column)
     b_bits = tl.load(p_set + 1 + width + o_column)
     o_key = first_own + tl.arange(0, NB)[:, None] * BQ - b_shift[None, :]
-    return b_shift, b_bits, o_key, (o_key >= 0) & (o_key < keys) & (b_bits != 0)[None, :]
+    return b_shift, b_bits, o_key, o_key.to(tl.uint32) < tl.cast(keys, tl.uint32)
 
 
 @triton.jit
-def column_mask(b_shift, b_bits, b_limit, ROWS: tl.constexpr, GP: tl.constexpr):
-    """Which entries of a tile count: the column's key is attended by the row's query, within its limit. [NB, ROWS, C]"""
+def column_mask(b_shift, b_bits, b_limit, o_key, ROWS: tl.constexpr, GP: tl.constexpr, HAS_POSITIONS: tl.constexpr):
+    """Which entries of a tile count: the key is one of the row's query's, within its limit. [NB, ROWS, C]"""
     b_slot = tl.arange(0, ROWS) // GP
-    m_own = (b_bits[None, None, :] & (1 << b_slot)[None, :, None]) != 0
-    return m_own & (b_shift[None, None, :] <= (b_limit - b_slot[None, :])[:, :, None])
+    if HAS_POSITIONS:
+        m_within = b_shift[None, None, :] <= (b_limit - b_slot[None, :])[:, :, None]
+        return m_within & ((b_bits[None, None, :] & (1 << b_slot)[None, :, None]) != 0)
+    # The limit is the first key, the same for all rows.
+    b_bits = tl.where(o_key >= 0, b_bits[None, :], 0)
+    return (b_bits[:, None, :] & (1 << b_slot)[None, :, None]) != 0
 
 
 @triton.jit

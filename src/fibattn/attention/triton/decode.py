@@ -115,7 +115,7 @@ def decode_kernel(
 
     o_group = tl.arange(0, ROWS)
     m_group = o_group < GROUP
-    b_q = load_rows(p_q + i_batch * stride_qb, i_head * GROUP + o_group, stride_qh, m_group, SIZE, BD)
+    b_q = load_rows(p_q + i_batch * stride_qb, i_head * GROUP + o_group, stride_qh, m_group, SIZE, BD, True)
     b_max = tl.full([ROWS], -float("inf"), tl.float32)
     b_sum = tl.zeros([ROWS], tl.float32)
     b_acc = tl.zeros([ROWS, BD], tl.float32)
@@ -130,16 +130,16 @@ def decode_kernel(
         # What was stored above may not be visible yet to the threads that would load it: distance 0 stays here.
         m_cached, m_own = m_column & (b_distance > 0) & (b_distance < rows), (b_distance == 0)[:, None]
         o_row = ring_row(own, b_distance, rows)
-        b_k = tl.where(m_own, b_k_own[None, :], load_rows(p_k_cache, o_row, stride_kct, m_cached, SIZE, BD))
-        b_v = tl.where(m_own, b_v_own[None, :], load_rows(p_v_cache, o_row, stride_vct, m_cached, SIZE, BD))
+        b_k = tl.where(m_own, b_k_own[None, :], load_rows(p_k_cache, o_row, stride_kct, m_cached, SIZE, BD, True))
+        b_v = tl.where(m_own, b_v_own[None, :], load_rows(p_v_cache, o_row, stride_vct, m_cached, SIZE, BD, True))
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
         if SCALED:
             # The first key of a document has none before it to interpolate with.
             m_between = m_rung & (b_distance < limit)
             m_far = m_between & (b_distance + 1 < rows)
             o_row = ring_row(own, b_distance + 1, rows)
-            b_k_far = load_rows(p_k_cache, o_row, stride_kct, m_far, SIZE, BD)
-            b_v_far = load_rows(p_v_cache, o_row, stride_vct, m_far, SIZE, BD)
+            b_k_far = load_rows(p_k_cache, o_row, stride_kct, m_far, SIZE, BD, True)
+            b_v_far = load_rows(p_v_cache, o_row, stride_vct, m_far, SIZE, BD, True)
             b_f = tl.load(p_fractions + o_rung, mask=m_far, other=0.0)
             # A rung beyond the ring cannot be refused here; it must not give plausible numbers.
             b_f = tl.where(m_between & ~m_far, float("nan"), b_f)[None, :]

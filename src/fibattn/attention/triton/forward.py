@@ -29,6 +29,7 @@ from fibattn.attention.triton.common import (
     query_batches,
     query_limit,
     query_rows,
+    row_starts,
     store_batches,
 )
 
@@ -70,6 +71,7 @@ def forward(
             C=tiles.columns,
             DENSE=columns.dense,
             HAS_POSITIONS=positions is not None,
+            WIDE=common.wide(q, k, v),
             SCALED=columns.fractions is not None,
             num_warps=tiles.warps,
             num_stages=tiles.stages,
@@ -126,6 +128,7 @@ def forward_kernel(
     C: tl.constexpr,
     DENSE: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
+    WIDE: tl.constexpr,
     SCALED: tl.constexpr,
 ):
     """One program: `NB` batches of `BQ` queries, one KV head."""
@@ -160,7 +163,7 @@ def forward_kernel(
             stride_kt,
             stride_vt,
             stride_positions,
-            *(GROUP, GP, SIZE, BD, NB * ROWS, BM, BN, HAS_POSITIONS),
+            *(GROUP, GP, SIZE, BD, NB * ROWS, BM, BN, HAS_POSITIONS, WIDE),
         )
         b_max = tl.reshape(b_max, [NB, ROWS])
         b_sum = tl.reshape(b_sum, [NB, ROWS])
@@ -170,19 +173,21 @@ def forward_kernel(
         b_sum = tl.zeros([NB, ROWS], tl.float32)
         b_acc = tl.zeros([NB, ROWS, BD], tl.float32)
 
-    b_q = query_batches(p_q, o_query, o_group, stride_qt, stride_qh, m_row, SIZE, BD)
+    b_q = query_batches(p_q, o_query, o_group, stride_qt, stride_qh, m_row, SIZE, BD, WIDE)
     for first in range(0, columns, C):
         b_shift, b_bits, o_key, m_key = column_keys(p_set, width, first, first_own, keys, NB, BQ, C)
-        b_k = load_batches(p_k, o_key, stride_kt, m_key, SIZE, BD)
-        b_v = load_batches(p_v, o_key, stride_vt, m_key, SIZE, BD)
+        b_k = load_batches(p_k, o_key, stride_kt, m_key, SIZE, BD, WIDE)
+        b_v = load_batches(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)
         b_s = tl.dot(b_q, tl.permute(b_k, (0, 2, 1)), input_precision="ieee")
         if SCALED:
             b_f, m_far = far_fractions(p_fractions, first, near, b_shift, b_limit, o_key, m_key, ROWS, GP, C)
-            b_k_far = load_batches(p_k, o_key - 1, stride_kt, m_far, SIZE, BD)
-            b_v_far = load_batches(p_v, o_key - 1, stride_vt, m_far, SIZE, BD)
+            b_k_far = load_batches(p_k, o_key - 1, stride_kt, m_far, SIZE, BD, WIDE)
+            b_v_far = load_batches(p_v, o_key - 1, stride_vt, m_far, SIZE, BD, WIDE)
             b_s_far = tl.dot(b_q, tl.permute(b_k_far, (0, 2, 1)), input_precision="ieee")
             b_s = b_s + b_f * (b_s_far - b_s)
-        b_s = tl.where(column_mask(b_shift, b_bits, b_limit, ROWS, GP), b_s * scale_log2, -float("inf"))
+        b_s = tl.where(
+            column_mask(b_shift, b_bits, b_limit, o_key, ROWS, GP, HAS_POSITIONS), b_s * scale_log2, -float("inf")
+        )
         b_new = tl.maximum(b_max, tl.max(b_s, 2))
         b_p = tl.exp2(b_s - b_new[:, :, None])
         b_shrink = tl.exp2(b_max - b_new)
@@ -196,9 +201,10 @@ def forward_kernel(
         b_max = b_new
 
     p_out += i_batch * stride_ob + i_head * GROUP * stride_oh
-    store_batches(p_out, b_acc / b_sum[:, :, None], o_query, o_group, stride_ot, stride_oh, m_row, SIZE, BD)
-    o_lse = ((i_batch * kv_heads + i_head) * GROUP + o_group) * tokens + o_query
-    tl.store(p_lse + o_lse, (b_max + tl.log2(b_sum)) * LN2, mask=m_row)
+    b_acc *= (1.0 / b_sum)[:, :, None]
+    store_batches(p_out, b_acc, o_query, o_group, stride_ot, stride_oh, m_row, SIZE, BD, WIDE)
+    p_lse += (i_batch * kv_heads + i_head) * GROUP * tokens
+    tl.store(p_lse + row_starts(o_group, tokens, WIDE) + o_query, (b_max + tl.log2(b_sum)) * LN2, mask=m_row)
 
 
 @triton.jit
@@ -227,6 +233,7 @@ def dense_window(
     BM: tl.constexpr,
     BN: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """Maximum, sum and weighted values over the window of a block's rows. [BR], [BR], [BR, BD]"""
     o_row = tl.arange(0, BR)
@@ -234,7 +241,7 @@ def dense_window(
     m_row = (o_query < tokens) & (o_group < GROUP)
     past = keys - tokens
     b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row, HAS_POSITIONS)
-    b_q = query_rows(p_q, o_query, o_group, stride_qt, stride_qh, m_row, SIZE, BD)
+    b_q = query_rows(p_q, o_query, o_group, stride_qt, stride_qh, m_row, SIZE, BD, WIDE)
     b_max = tl.full([BR], -float("inf"), tl.float32)
     b_sum = tl.zeros([BR], tl.float32)
     b_acc = tl.zeros([BR, BD], tl.float32)
@@ -242,8 +249,8 @@ def dense_window(
     for i in range(tiles):
         o_key = first_own + BM - (i + 1) * BN + tl.arange(0, BN)
         m_key = (o_key >= 0) & (o_key < keys)
-        b_k = load_rows(p_k, o_key, stride_kt, m_key, SIZE, BD)
-        b_v = load_rows(p_v, o_key, stride_vt, m_key, SIZE, BD)
+        b_k = load_rows(p_k, o_key, stride_kt, m_key, SIZE, BD, WIDE)
+        b_v = load_rows(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2
         b_s = tl.where(near_mask(o_query + past, b_limit, o_key, window), b_s, -float("inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1))

@@ -22,6 +22,7 @@ from fibattn.attention.triton.decode import decode
 from fibattn.attention.triton.forward import forward
 from fibattn.errors import InputError
 
+UNREACHABLE = tl.constexpr(common.UNREACHABLE)
 _EXACT = 2**53
 
 
@@ -184,6 +185,7 @@ def resolve_kernel(
     m_near = (b_near_distance >= 0) & (b_near_distance <= window)
     b_near_bits = tl.sum(tl.where(m_near, 1 << o_query[None, :], 0), 1)
     b_bits = tl.where(m_far, tl.where(m_used, 1 << o_slot, 0), b_near_bits)
+    b_shift = tl.where(m_far & (m_used == 0), UNREACHABLE, b_shift)
     b_column_fraction = tl.sum(tl.where(m_pick, b_fraction[None, :], 0.0), 1)
     m_column = o_column < WIDTH
     tl.store(p_columns, near + count * BQ)

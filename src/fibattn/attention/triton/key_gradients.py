@@ -1,0 +1,291 @@
+"""The gradients of k and v. The transpose of a fixed offset is a fixed offset, so there are no atomics.
+
+The rungs come first: a program walks the queries at `key + offset` of its keys in a fixed order, head by head,
+and needs neither keys, values, exponentials nor reductions, only what the query kernel left for it:
+`dk[j] += grad[j + d] * q[j + d]` and `dv[j] += weight[j + d] * do[j + d]`, element by element in float32. What
+limits it is reading q and do once a rung; the more keys a program has, the more rows neighbouring rungs share.
+The window is recomputed as dense tiles, which costs no memory in its width; it wants few keys a program and
+many registers, so it is a kernel of its own and adds what the rungs left, in float32.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fibattn.attention.triton import common
+from fibattn.attention.triton.common import (
+    LOG2E,
+    Shape,
+    load_rows,
+    place,
+    query_limit,
+    query_rows,
+    row_starts,
+    store_rows,
+)
+
+
+@dataclass(frozen=True)
+class KeyTiles:
+    """Tile sizes of one kernel: keys a program, rows (query, head) a window tile."""
+
+    keys: int
+    rows: int
+    warps: int
+    stages: int = 1
+
+
+def rung_tiles_for(shape: Shape) -> KeyTiles:
+    """Tile sizes of the kernel for the rungs."""
+    keys = {16: 128, 32: 128, 64: 64, 128: 32, 256: 16}[shape.padded_size]
+    return KeyTiles(keys=keys, rows=0, warps=4)
+
+
+def window_tiles_for(shape: Shape) -> KeyTiles:
+    """Tile sizes of the kernel for the window."""
+    if shape.dtype == torch.float32:
+        return KeyTiles(keys=32 if shape.padded_size <= 64 else 16, rows=32, warps=4)
+    keys = {16: 64, 32: 64, 64: 64, 128: 32, 256: 16}[shape.padded_size]
+    return KeyTiles(keys=keys, rows=64 if shape.padded_size <= 64 else 32, warps=4)
+
+
+def key_gradients(
+    grad_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor | None,
+    scale: float,
+    window: int,
+    table: Tensor,
+    fractions: Tensor | None,
+    compact: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    shape: Shape,
+) -> None:
+    """Fill `dk` and `dv`; `compact` (2, B, Hkv, rungs, Tq, group) has the rungs' weights and score gradients."""
+    batch, keys, kv_heads, _ = k.shape
+    tokens, rungs = q.shape[1], table.shape[1] - 1
+    partial = k.new_empty(2, *k.shape, dtype=torch.float32) if rungs else None
+    sizes = {
+        "GROUP": shape.group,
+        "SIZE": shape.size,
+        "BD": shape.padded_size,
+        "HAS_POSITIONS": positions is not None,
+        "WIDE": common.wide(q, k, v, grad_out),
+    }
+    if partial is not None:
+        tiles = rung_tiles_for(shape)
+        rung_grad_kernel[(triton.cdiv(keys, tiles.keys) * kv_heads * batch,)](
+            *(q, grad_out, positions, table, fractions, compact[0], compact[1], partial[0], partial[1]),
+            *(tokens, keys, kv_heads, rungs, table.stride(0) if table.shape[0] > 1 else 0),
+            *common.strides(q, grad_out),
+            common.positions_stride(positions),
+            BN=tiles.keys,
+            SCALED=fractions is not None,
+            **sizes,
+            num_warps=tiles.warps,
+        )
+    tiles = window_tiles_for(shape)
+    window_grad_kernel[(triton.cdiv(keys, tiles.keys) * kv_heads * batch,)](
+        *(q, k, v, grad_out, lse, delta, positions),
+        *(None if partial is None else partial[0], None if partial is None else partial[1], dk, dv),
+        *(scale, tokens, keys, window, kv_heads),
+        *common.strides(q, k, v, grad_out, dk, dv),
+        common.positions_stride(positions),
+        GP=shape.padded_group,
+        BN=tiles.keys,
+        BR=max(tiles.rows, shape.padded_group),
+        HAS_PARTIAL=partial is not None,
+        **sizes,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+
+
+# As in the forward.
+_UNSPECIALIZED = ["tokens", "keys", "window", "kv_heads", "rungs_stored", "stride_set", "stride_positions"]
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def rung_grad_kernel(
+    p_q,
+    p_do,
+    p_positions,
+    p_table,
+    p_fractions,
+    p_weights,
+    p_grads,
+    p_dk,
+    p_dv,
+    tokens,
+    keys,
+    kv_heads,
+    rungs_stored,
+    stride_set,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_gb,
+    stride_gt,
+    stride_gh,
+    stride_positions,
+    GROUP: tl.constexpr,
+    SIZE: tl.constexpr,
+    BD: tl.constexpr,
+    BN: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    WIDE: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """One program: what the rungs give to `BN` keys and values of one KV head, before the scale."""
+    i_block, i_head, i_batch = place(keys, BN, kv_heads)
+    p_q += i_batch * stride_qb + i_head * GROUP * stride_qh
+    p_do += i_batch * stride_gb + i_head * GROUP * stride_gh
+    p_weights += (i_batch * kv_heads + i_head) * rungs_stored * tokens * GROUP
+    p_grads += (i_batch * kv_heads + i_head) * rungs_stored * tokens * GROUP
+    p_set = p_table + i_head * stride_set
+    past = keys - tokens
+    o_tile = tl.arange(0, BN)
+    o_size = tl.arange(0, BD)
+    m_size = o_size < SIZE
+    o_q = row_starts(o_tile, stride_qt, WIDE)[:, None] + o_size[None, :]
+    o_do = row_starts(o_tile, stride_gt, WIDE)[:, None] + o_size[None, :]
+    first_query = i_block * BN - past
+    rungs = tl.load(p_set)
+    SIDES: tl.constexpr = 2 if SCALED else 1
+    b_dk = tl.zeros([BN, BD], tl.float32)
+    b_dv = tl.zeros([BN, BD], tl.float32)
+    for i_group in range(GROUP):
+        for i in range(rungs * SIDES):
+            i_rung = i // SIDES
+            near = tl.load(p_set + 1 + i_rung)
+            first = first_query + near + i % SIDES
+            m_query = (first + o_tile >= 0) & (first + o_tile < tokens)
+            p_entry = (tl.cast(i_rung, tl.int64) * tokens + first) * GROUP + i_group
+            b_ds = tl.load(p_grads + p_entry + o_tile * GROUP, mask=m_query, other=0.0).to(tl.float32)
+            b_p = tl.load(p_weights + p_entry + o_tile * GROUP, mask=m_query, other=0.0).to(tl.float32)
+            if SCALED:
+                o_query = first + o_tile
+                b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_query, HAS_POSITIONS)
+                b_f = tl.where(b_limit == near, 0.0, tl.load(p_fractions + i_rung))
+                b_f = tl.where(i % SIDES == 0, 1.0 - b_f, b_f)
+                b_ds *= b_f
+                b_p *= b_f
+            p_q_tile = p_q + tl.cast(first, tl.int64) * stride_qt + tl.cast(i_group, tl.int64) * stride_qh + o_q
+            p_do_tile = p_do + tl.cast(first, tl.int64) * stride_gt + tl.cast(i_group, tl.int64) * stride_gh + o_do
+            if SIZE == BD:
+                b_q = tl.load(p_q_tile, mask=m_query[:, None], other=0.0)
+                b_do = tl.load(p_do_tile, mask=m_query[:, None], other=0.0)
+            else:
+                b_q = tl.load(p_q_tile, mask=m_query[:, None] & m_size[None, :], other=0.0)
+                b_do = tl.load(p_do_tile, mask=m_query[:, None] & m_size[None, :], other=0.0)
+            b_dk += b_ds[:, None] * b_q.to(tl.float32)
+            b_dv += b_p[:, None] * b_do.to(tl.float32)
+
+    o_key = i_block * BN + o_tile
+    o_start = (i_batch * keys * kv_heads + i_head) * SIZE
+    store_rows(p_dk + o_start, b_dk, o_key, kv_heads * SIZE, o_key < keys, SIZE, BD, WIDE)
+    store_rows(p_dv + o_start, b_dv, o_key, kv_heads * SIZE, o_key < keys, SIZE, BD, WIDE)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def window_grad_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_do,
+    p_lse,
+    p_delta,
+    p_positions,
+    p_dk_rungs,
+    p_dv_rungs,
+    p_dk,
+    p_dv,
+    scale,
+    tokens,
+    keys,
+    window,
+    kv_heads,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_gb,
+    stride_gt,
+    stride_gh,
+    stride_dkb,
+    stride_dkt,
+    stride_dkh,
+    stride_dvb,
+    stride_dvt,
+    stride_dvh,
+    stride_positions,
+    GROUP: tl.constexpr,
+    GP: tl.constexpr,
+    SIZE: tl.constexpr,
+    BD: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    WIDE: tl.constexpr,
+    HAS_PARTIAL: tl.constexpr,
+):
+    """One program: the gradients of `BN` keys and values of one KV head, from the window and what the rungs left."""
+    BM: tl.constexpr = BR // GP
+    i_block, i_head, i_batch = place(keys, BN, kv_heads)
+    p_q += i_batch * stride_qb + i_head * GROUP * stride_qh
+    p_do += i_batch * stride_gb + i_head * GROUP * stride_gh
+    p_k += i_batch * stride_kb + i_head * stride_kh
+    p_v += i_batch * stride_vb + i_head * stride_vh
+    p_lse += (i_batch * kv_heads + i_head) * GROUP * tokens
+    p_delta += (i_batch * kv_heads + i_head) * GROUP * tokens
+    past = keys - tokens
+    o_key = i_block * BN + tl.arange(0, BN)
+    m_key = o_key < keys
+    b_k = load_rows(p_k, o_key, stride_kt, m_key, SIZE, BD, WIDE)
+    b_v = load_rows(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)
+    b_dk = tl.zeros([BN, BD], tl.float32)
+    b_dv = tl.zeros([BN, BD], tl.float32)
+    scale_log2 = scale * LOG2E
+
+    begin = tl.maximum(i_block * BN - past, 0)
+    end = tl.minimum(i_block * BN - past + BN + tl.minimum(window, tokens), tokens)
+    for start in range(begin, end, BM):
+        o_row = tl.arange(0, BR)
+        o_query, o_group = start + o_row // GP, o_row % GP
+        m_row = (o_query < tokens) & (o_group < GROUP)
+        b_q = query_rows(p_q, o_query, o_group, stride_qt, stride_qh, m_row, SIZE, BD, WIDE)
+        b_do = query_rows(p_do, o_query, o_group, stride_gt, stride_gh, m_row, SIZE, BD, WIDE)
+        o_lse = row_starts(o_group, tokens, WIDE) + o_query
+        b_lse = tl.load(p_lse + o_lse, mask=m_row, other=float("inf")) * LOG2E
+        b_delta = tl.load(p_delta + o_lse, mask=m_row, other=0.0)
+        b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row, HAS_POSITIONS)
+        b_distance = (o_query + past)[None, :] - o_key[:, None]
+        m_entry = (b_distance >= 0) & (b_distance <= window) & (b_distance <= b_limit[None, :])
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale_log2
+        b_p = tl.where(m_entry, tl.exp2(b_s - b_lse[None, :]), 0.0)
+        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
+        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
+        b_ds = b_p * (b_dp - b_delta[None, :])
+        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+
+    if HAS_PARTIAL:
+        o_start = (i_batch * keys * kv_heads + i_head) * SIZE
+        b_dk += load_rows(p_dk_rungs + o_start, o_key, kv_heads * SIZE, m_key, SIZE, BD, WIDE)
+        b_dv += load_rows(p_dv_rungs + o_start, o_key, kv_heads * SIZE, m_key, SIZE, BD, WIDE)
+    p_dk += i_batch * stride_dkb + i_head * stride_dkh
+    p_dv += i_batch * stride_dvb + i_head * stride_dvh
+    store_rows(p_dk, b_dk * scale, o_key, stride_dkt, m_key, SIZE, BD, WIDE)
+    store_rows(p_dv, b_dv, o_key, stride_dvt, m_key, SIZE, BD, WIDE)
