@@ -25,6 +25,20 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def naming_a_full_disk(folder: Path) -> Iterator[None]:
+    """For libraries whose errors do not say that the disk is full: when it is, raise the `OSError` that does."""
+    try:
+        yield
+    except Exception:
+        probe = folder / f".room.{os.getpid()}.tmp"
+        try:
+            probe.write_bytes(bytes(1 << 20))
+        finally:
+            probe.unlink(missing_ok=True)
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` in UTF-8, whole or not at all."""
     with replacing(path) as temporary:

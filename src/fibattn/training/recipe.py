@@ -131,9 +131,17 @@ class Recipe:
         for name in ("peak_rate", "epsilon", "clip_norm"):
             if not (math.isfinite(getattr(self.optimizer, name)) and getattr(self.optimizer, name) > 0):
                 raise InputError(f"optimizer.{name} is {getattr(self.optimizer, name)}; it must be above 0")
-        for name in ("final_fraction", "beta1", "beta2", "weight_decay"):
+        for name in ("final_fraction", "weight_decay"):
             if not 0 <= getattr(self.optimizer, name) <= 1:
                 raise InputError(f"optimizer.{name} is {getattr(self.optimizer, name)}; it must be from 0 to 1")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self.optimizer, name) < 1:
+                raise InputError(f"optimizer.{name} is {getattr(self.optimizer, name)}; it must be from 0 to below 1")
+        for name in ("init_seed", "data_seed"):
+            if not 0 <= getattr(self, name) < 2**32:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be from 0 to 2**32 - 1")
+        if not (math.isfinite(self.model.rope_theta) and self.model.rope_theta > 0):
+            raise InputError(f"model.rope_theta is {self.model.rope_theta}; it must be a finite number above 0")
         if self.optimizer.warmup_steps < 0:
             raise InputError(f"optimizer.warmup_steps is {self.optimizer.warmup_steps}; it must be 0 or more")
         outside = [layer for layer in self.model.full_layers if not 0 <= layer < self.model.num_hidden_layers]
@@ -173,7 +181,7 @@ def load_recipe(name: str) -> Recipe:
         return _from_json(Recipe, files.read_json(Path(name)), name)
     near = get_close_matches(name, PRESETS, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"the presets are {', '.join(PRESETS)}"
-    raise InputError(f"unknown recipe {name!r}: {hint} A recipe file ends in .json")
+    raise InputError(f"unknown recipe {name!r}: {hint} (a file of your own ends in .json)")
 
 
 def to_json(recipe: Any) -> Any:

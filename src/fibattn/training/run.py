@@ -73,6 +73,7 @@ def train(recipe: Recipe) -> Path:
     _check_trackers(recipe)
     with state.main_process_first():
         data = PreparedData.open(recipe.data, verify=state.is_main_process)
+        model_config(recipe, data.vocab_size, data.separator)  # a shape that cannot be claims no folder
         order = _order(recipe, data)
         inputs = {"data_fingerprint": data.fingerprint, "order_sha256": files.sha256(order)}
         _claim(recipe, inputs)
@@ -170,7 +171,8 @@ def _verify_finished(model: Path) -> None:
 def _finish(trainer: FibTrainer, data: PreparedData, finished: Path) -> None:
     """Write the model folder, sealed, by rename."""
     staged = finished.with_name(f"{checkpoints.STAGING}-model")
-    trainer.save_model(str(staged))
+    with files.naming_a_full_disk(finished.parent):
+        trainer.save_model(str(staged))
     if trainer.args.should_save:
         AutoTokenizer.from_pretrained(data.tokenizer_path).save_pretrained(staged)
         checkpoints.seal(staged)

@@ -182,7 +182,8 @@ class FibTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(self.recipe.out / checkpoints.STAGING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
+        with files.naming_a_full_disk(self.recipe.out):
+            super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             checkpoints.publish(self.recipe.out, self.state.global_step, self.recipe.keep_checkpoints)
