@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from fibattn.data.stream import TokenStream
 from fibattn.data.windows import held_out_windows
+from fibattn.errors import InputError
 from fibattn.progress import Meter
 
 LAST = 256
@@ -53,7 +54,8 @@ class PositionLoss:
         return float(self.sums.sum() / math.log(2) / self.byte_counts.sum())
 
     def bins(self, count: int = 8) -> list[float]:
-        """Mean loss in nats of `count` equal parts of the window."""
+        """Mean loss in nats of `count` equal parts of the window, or of every position of a shorter one."""
+        count = min(count, self.length)
         edges = [self.length * part // count for part in range(count + 1)]
         return [self.nll(first, last) for first, last in itertools.pairwise(edges)]
 
@@ -85,11 +87,12 @@ def position_loss(
         quiet: show no progress.
 
     Raises:
-        InputError: when not even one window fits.
+        InputError: when not even one window fits, or the model changes its logits after the output embedding.
     """
     windows = held_out_windows(stream, length, limit_tokens)
     device = next(model.parameters()).device
     model.eval()
+    _check_head(model, windows[0]["input_ids"][None, :16].to(device))
     sums = torch.zeros(length, dtype=torch.float64, device=device)
     byte_counts = torch.zeros(length, dtype=torch.float64)
     sizes = torch.from_numpy(token_bytes.astype(np.float64))
@@ -101,6 +104,18 @@ def position_loss(
             byte_counts += sizes[batch["shift_labels"]].sum(dim=0)
             meter.update(inputs.numel())
     return PositionLoss(sums.cpu().numpy(), byte_counts.numpy(), len(windows))
+
+
+def _check_head(model: nn.Module, inputs: torch.Tensor) -> None:
+    """Refuse a model whose logits are not its output embedding's: some scale or cap them, and losses would be wrong."""
+    logits = model(input_ids=inputs, use_cache=False).logits
+    hidden = model.base_model(input_ids=inputs, use_cache=False).last_hidden_state  # pyright: ignore
+    difference = (model.get_output_embeddings()(hidden) - logits).abs().max()  # pyright: ignore
+    if not difference <= 1e-3 * logits.abs().max():
+        raise InputError(
+            f"{type(model).__name__} changes its logits after the output embedding (by up to {difference:.3g}); "
+            "only models that do not, such as Llama's and this project's, can be evaluated"
+        )
 
 
 def _losses(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

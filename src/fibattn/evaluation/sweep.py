@@ -1,10 +1,12 @@
 """The length sweep: a model at one, two, four, … times its training length, on every held-out set."""
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -32,9 +34,22 @@ def find_model(path: Path) -> Path:
 
 
 def load_model(folder: Path, **changes: Any) -> PreTrainedModel:
-    """The model in `folder`, float32, on the GPU where there is one; `changes` go into its configuration."""
+    """The model in `folder`, float32, on the GPU where there is one; `changes` go into its configuration.
+
+    Raises:
+        InputError: when the files are not those of a causal language model, or weights are missing or cut short.
+    """
     disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **changes)
+    repair = "restore it or train it anew"
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+            folder, dtype=torch.float32, output_loading_info=True, **changes
+        )
+    except (ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{folder} holds no model that can be loaded ({error}); {repair}") from None
+    if found["missing_keys"]:
+        names = sorted(found["missing_keys"])
+        raise InputError(f"{folder} lacks {len(names)} weights, {names[0]} among them; {repair}")
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -67,9 +82,7 @@ def sweep(
         raise InputError(
             f"the model has {vocabulary} token ids and the data {data.vocab_size}; use the data it was trained on"
         )
-    unknown = [name for name in sets if name not in data.validation]
-    if unknown:
-        raise InputError(f"there is no held-out set {unknown[0]!r}; there are {', '.join(data.validation)}")
+    _check_sets(sets, data)
     results: dict[str, Any] = {}
     for name in sets or list(data.validation):
         stream, longest = data.validation[name], max(lengths)
@@ -107,8 +120,18 @@ def sweep(
     }
 
 
+def _check_sets(sets: list[str], data: PreparedData) -> None:
+    if not data.validation:
+        raise InputError(f"{data.folder} has no held-out set; prepare the text again with --held-out or --val")
+    unknown = [name for name in sets if name not in data.validation]
+    if unknown:
+        near = get_close_matches(unknown[0], data.validation, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(data.validation)}"
+        raise InputError(f"there is no held-out set {unknown[0]!r}: {hint}")
+
+
 def tables(result: dict[str, Any]) -> list[Table]:
-    """The result as tables for people, one a held-out set."""
+    """The result as tables for people, two a held-out set: the length sweep, and the loss over the window."""
     made = []
     for name, lengths in result["sets"].items():
         table = Table(title=f"{name}: {next(iter(lengths.values()))['targets']:,} tokens", title_justify="left")
@@ -123,8 +146,18 @@ def tables(result: dict[str, Any]) -> list[Table]:
                 f"{row['bits_per_byte']:.4f}",
                 f"{row['last_256_perplexity']:.2f}",
             )
-        made.append(table)
+        made += [table, _bins(name, lengths)]
     return made
+
+
+def _bins(name: str, lengths: dict[str, Any]) -> Table:
+    count = max(len(row["bins"]) for row in lengths.values())
+    table = Table(title=f"{name}: loss in nats, from the first to the last part of a window", title_justify="left")
+    for heading in ("length", *(f"{part + 1}/{count}" for part in range(count))):
+        table.add_column(heading, justify="right")
+    for length, row in lengths.items():
+        table.add_row(f"{int(length):,}", *(f"{value:.3f}" for value in row["bins"]))
+    return table
 
 
 def change(value: float, first: float) -> str:

@@ -1,0 +1,133 @@
+"""Per-position loss against plain Transformers: whole logits, PyTorch's cross entropy, a loop over windows."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from fibattn import FibAttnForCausalLM
+from fibattn.data.stream import PreparedData
+from fibattn.errors import InputError
+from fibattn.evaluation import loss
+from fibattn.evaluation.loss import PositionLoss, position_loss
+
+TINY = {
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.4,
+}
+
+
+@pytest.fixture(scope="module")
+def data(prepared) -> PreparedData:
+    return PreparedData.open(prepared)
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**TINY)).eval()
+
+
+@torch.no_grad()
+def plainly(model: PreTrainedModel, tokens: np.ndarray, length: int) -> torch.Tensor:
+    """Losses (windows, length): window w reads tokens w·length … and is asked for each next token."""
+    rows = []
+    for start in range(0, len(tokens) - 1 - length + 1, length):
+        window = torch.from_numpy(tokens[start : start + length + 1])
+        logits = model(input_ids=window[None, :-1]).logits[0].double()
+        rows.append(functional.cross_entropy(logits, window[1:], reduction="none"))
+    return torch.stack(rows)
+
+
+def first_tokens(data: PreparedData, count: int) -> np.ndarray:
+    (stream,) = data.validation.values()
+    return stream.window(0, count)
+
+
+@pytest.mark.parametrize("length", [1, 24, 64, 150])
+@pytest.mark.parametrize("kind", ["fibattn", "llama"])
+def test_losses_equal_those_of_plain_logits(
+    kind: str, length: int, data: PreparedData, model: FibAttnForCausalLM
+) -> None:
+    chosen = model if kind == "fibattn" else llama()
+    (stream,) = data.validation.values()
+    limit = 600 if length > 1 else 40
+    found = position_loss(chosen, stream, length, data.token_bytes, limit_tokens=limit, batch_tokens=200)
+    expected = plainly(chosen, first_tokens(data, limit // length * length + 1), length)
+    assert (found.windows, found.length) == (limit // length, length)
+    np.testing.assert_allclose(found.sums, expected.sum(0).numpy(), rtol=1e-5)
+    assert found.nll() == pytest.approx(float(expected.mean()), rel=1e-5)
+    assert found.perplexity() == pytest.approx(math.exp(float(expected.mean())), rel=1e-5)
+    last = expected[:, -min(10, length) :].mean()
+    assert found.perplexity(max(length - 10, 0)) == pytest.approx(math.exp(float(last)), rel=1e-5)
+
+
+def test_bits_per_byte_are_bits_of_the_targets_over_their_bytes(data: PreparedData, model: FibAttnForCausalLM) -> None:
+    (stream,) = data.validation.values()
+    found = position_loss(model, stream, 50, data.token_bytes, limit_tokens=500)
+    tokens = first_tokens(data, 501)
+    tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_path)
+    text = tokenizer.decode(tokens[1:].tolist(), skip_special_tokens=True)
+    expected = float(plainly(model, tokens, 50).sum()) / math.log(2) / len(text.encode())
+    assert found.bits_per_byte == pytest.approx(expected, rel=1e-5)
+    assert found.byte_counts.sum() == len(text.encode())
+
+
+def test_the_size_of_batches_and_of_slices_of_the_head_changes_nothing(
+    data: PreparedData, model: FibAttnForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (stream,) = data.validation.values()
+
+    def sums(batch_tokens: int) -> np.ndarray:
+        return position_loss(
+            model, stream, 40, data.token_bytes, limit_tokens=400, batch_tokens=batch_tokens, quiet=True
+        ).sums
+
+    expected = sums(400)
+    np.testing.assert_allclose(sums(1), expected, rtol=1e-6)
+    monkeypatch.setattr(loss, "_HEAD_LOGITS", 7 * 512)
+    np.testing.assert_allclose(sums(130), expected, rtol=1e-6)
+
+
+def test_bins_partition_the_window() -> None:
+    sums = np.arange(10, dtype=np.float64)
+    found = PositionLoss(sums, np.ones(10), windows=2)
+    assert found.bins(5) == [0.25, 1.25, 2.25, 3.25, 4.25]
+    assert found.bins(3) == pytest.approx([sum(range(3)) / 6, (3 + 4 + 5) / 6, (6 + 7 + 8 + 9) / 8])
+    assert found.bins(1) == [found.nll()]
+
+
+@pytest.mark.parametrize("length", [1, 3, 7])
+def test_a_window_shorter_than_the_bins_has_one_for_each_position(length: int) -> None:
+    found = PositionLoss(np.arange(length, dtype=np.float64), np.ones(length), windows=1)
+    assert found.bins(8) == list(range(length))
+
+
+def test_a_model_is_left_in_evaluation_mode_and_without_gradients(data: PreparedData) -> None:
+    (stream,) = data.validation.values()
+    model = LlamaForCausalLM(LlamaConfig(**TINY, attention_dropout=0.9)).train()
+    twice = [position_loss(model, stream, 20, data.token_bytes, limit_tokens=100).sums for _ in range(2)]
+    assert not model.training
+    assert np.array_equal(*twice)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_model_that_caps_its_logits_is_refused_rather_than_measured_wrong(data: PreparedData) -> None:
+    (stream,) = data.validation.values()
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(Gemma2Config(**TINY, head_dim=8, final_logit_softcapping=5.0))
+    with pytest.raises(InputError, match=r"Gemma2ForCausalLM changes its logits after the output embedding"):
+        position_loss(model, stream, 20, data.token_bytes, limit_tokens=100)
+
+
+def test_less_than_one_window_is_refused(data: PreparedData, model: FibAttnForCausalLM) -> None:
+    (stream,) = data.validation.values()
+    with pytest.raises(InputError, match=r"a window of 50 needs 51 tokens; the held-out set has \d+ and a limit of 49"):
+        position_loss(model, stream, 50, data.token_bytes, limit_tokens=49)

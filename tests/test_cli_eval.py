@@ -1,0 +1,115 @@
+"""`fibattn eval` from the outside: several held-out sets, the JSON and the tables, mistakes in one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fibattn import FibAttnConfig, FibAttnForCausalLM
+from fibattn.cli.main import main
+from fibattn.data.stream import PreparedData
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared data with two sources, and so with two held-out sets."""
+    folder = tmp_path_factory.mktemp("two")
+    for name in ("books", "docs"):
+        (folder / name).mkdir()
+        for number in range(12):
+            words = (f"{name} {number * line % 17} and {line % 5}," for line in range(120))
+            (folder / name / f"{number}.txt").write_text(" ".join(words))
+    sources = [f"books={folder / 'books'}", f"docs={folder / 'docs'}"]
+    flags = ["--vocab-size", "300", "--held-out", "0.3"]
+    assert main(["prepare", str(folder / "data"), *sources, *flags]) == 0
+    return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def model(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = FibAttnConfig(vocab_size=PreparedData.open(data).vocab_size, max_position_embeddings=32, window=4, **shape)
+    folder = tmp_path_factory.mktemp("models") / "model"
+    FibAttnForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_all_sets_and_four_lengths_by_default(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "made" / "result.json"
+    assert main(["eval", str(model), "--data", str(data), "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    result = json.loads(out.read_text())
+    assert result["model"] == str(model)
+    assert result["trained_at"] == 32
+    assert list(result["sets"]) == ["books", "docs"]
+    for name, rows in result["sets"].items():
+        assert list(rows) == ["32", "64", "128", "256"]
+        assert {row["targets"] for row in rows.values()} == {rows["256"]["targets"]}
+        assert f"{name}: {rows['256']['targets']:,} tokens" in printed
+        assert f"{rows['256']['perplexity']:.2f}" in printed
+    assert "256 (8×)" in printed
+    assert f"written to {out}" in printed
+
+
+def test_chosen_sets_lengths_and_tokens(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "result.json"
+    flags = ["--sets", "docs", "--lengths", "48", "16", "--tokens", "100", "--batch-tokens", "32", "--out", str(out)]
+    assert main(["eval", str(model), "--data", str(data), *flags]) == 0
+    rows = json.loads(out.read_text())["sets"]
+    assert list(rows) == ["docs"]
+    assert {length: row["targets"] for length, row in rows["docs"].items()} == {"16": 96, "48": 96}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sets", "boks"], "there is no held-out set 'boks': did you mean 'books'?"),
+        (["--lengths", "0"], "each must be at least 1"),
+        (["--tokens", "0"], "each must be at least 1"),
+        (["--batch-tokens", "0"], "each must be at least 1"),
+        (["--lengths", "9999999"], "fewer than one window of 9999999; evaluate shorter lengths, or hold out more text"),
+    ],
+)
+def test_bad_flags_give_one_line_and_no_file(
+    flags: list[str], message: str, model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "result.json"
+    assert main(["eval", str(model), "--data", str(data), "--out", str(out), *flags]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
+    assert not out.exists()
+
+
+def test_another_data_sets_vocabulary_is_refused(
+    model: Path, data: Path, prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, other = (PreparedData.open(folder).vocab_size for folder in (data, prepared))
+    assert own != other
+    assert main(["eval", str(model), "--data", str(prepared)]) == 2
+    assert f"the model has {own} token ids and the data {other}; use the data" in capsys.readouterr().err
+
+
+def test_folders_that_hold_nothing_are_named(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", str(tmp_path), "--data", str(data)]) == 2
+    assert f"{tmp_path} holds no model (config.json is missing)" in capsys.readouterr().err
+    assert main(["eval", str(model), "--data", str(tmp_path)]) == 2
+    assert f"{tmp_path} holds no prepared data" in capsys.readouterr().err
+
+
+def test_the_command_prints_no_traceback(model: Path, data: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fibattn", "eval", str(model), "--data", str(data), "--sets", "none"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("fibattn eval: there is no held-out set 'none'")
+    assert done.stderr.count("\n") == 1
