@@ -10,6 +10,7 @@ which a step reads as it would read real ones.
 """
 
 import argparse
+import gc
 import json
 import statistics
 from collections.abc import Callable
@@ -147,6 +148,7 @@ def batches(context: int, batch: int) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     bandwidth = copy_bandwidth()
     for name in MODELS:
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         decoder = Decoder(name, batch, context + 1024)

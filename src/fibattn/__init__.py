@@ -16,7 +16,7 @@ def _is_command_line() -> bool:
 
 
 if not _is_command_line():
-    from fibattn.attention import attend, attend_scaled
+    from fibattn.attention import attend, attend_cached, attend_scaled, attend_scaled_cached
     from fibattn.errors import InputError
     from fibattn.model import FibAttnConfig, FibAttnForCausalLM, FibAttnModel
     from fibattn.pattern import Pattern, layer_alphas, layer_patterns
@@ -29,7 +29,9 @@ if not _is_command_line():
         "Pattern",
         "__version__",
         "attend",
+        "attend_cached",
         "attend_scaled",
+        "attend_scaled_cached",
         "layer_alphas",
         "layer_patterns",
     ]
