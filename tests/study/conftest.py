@@ -1,9 +1,11 @@
-"""A study of tiny models, really run, once."""
+"""A study of tiny models, really run, once; and a browser to look at pages with."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from browser import CHROMIUM, Browser
 
 from fibattn.study.presets import STUDIES, Run, Study
 from fibattn.study.runner import Job, run_study
@@ -34,3 +36,11 @@ def job(study: Study, prepared: Path, tmp_path_factory: pytest.TempPathFactory) 
     assert outcome.finished == tuple(run.name for run in study.runs)
     assert not outcome.failed
     return done
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed (Debian: apt install chromium)")
+    with Browser(tmp_path_factory.mktemp("profile")) as started:
+        yield started

@@ -3,12 +3,11 @@
 import contextlib
 import csv
 import io
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from browser import CHROMIUM, Browser
+from browser import Browser
 
 from fibattn import files
 from fibattn.data.stream import PreparedData
@@ -31,14 +30,6 @@ def demonstrate(out: Path) -> Demo:
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     return demonstrate(tmp_path_factory.mktemp("a folder") / "demo")
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("Chromium is not installed (Debian: apt install chromium)")
-    with Browser(tmp_path_factory.mktemp("profile")) as started:
-        yield started
 
 
 def test_table_and_sample_are_printed(demo: Demo) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import Browser
 
 from fibattn import InputError
 from fibattn.study.findings import own_goals, papers_findings
@@ -159,3 +160,17 @@ def test_other_budgets_and_failures_are_shown(job: Job, tmp_path: Path) -> None:
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no finished run; make some with `fibattn study`"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_page_in_a_browser(job: Job, browser: Browser, width: int) -> None:
+    browser.open(write_report(job.out), width)
+    names = ["extrapolation", "frontier", "coverage", "positions", "alphas"]
+    assert browser.evaluate("[...document.querySelectorAll('figure')].map(e => e.id)") == names
+    sizes = browser.evaluate(
+        "[...document.querySelectorAll('figure svg')].map(e => e.getBoundingClientRect()).map(r => [r.width, r.height])"
+    )
+    assert len(sizes) == len(names)
+    assert all(across > 300 and down > 150 for across, down in sizes)
+    assert browser.overflowing() == []
+    assert browser.console() == []

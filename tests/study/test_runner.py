@@ -105,10 +105,11 @@ def test_a_failed_run_is_noted_and_the_rest_goes_on(job: Job, tmp_path: Path) ->
     assert "5 attention heads" in failure["error"]
 
 
-def test_a_killed_run_goes_on_and_ends_alike(prepared: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_and_ends_alike(study: Study, prepared: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     only = ("linear-w12",)
-    assert child(whole, prepared, steps=30, only=only).wait() == 0
+    brief = replace(study, recipe=replace(study.recipe, steps=30), factors=(1,))
+    run_study(Job("smoke", brief, prepared, out=whole, work=whole / "work", only=only))
     process = child(cut, prepared, steps=30, only=only)
     while process.poll() is None:
         if any(path.read_text().count("\n") >= 5 for path in cut.glob("work/*/metrics.jsonl")):

@@ -84,7 +84,8 @@ class Store:
         default, found = recipe_of(Recipe()), {}
         for record in (one for one in self.records() if one["kind"] == "run"):
             recipe = _completed(record["recipe"], default)
-            found[_digest(recipe, record["inputs"]["data_fingerprint"])] = record | {"recipe": recipe}
+            key = _digest(recipe, record["inputs"]["data_fingerprint"])
+            found[key] = record | {"recipe": recipe, "key": key}
         return found
 
     def index(self) -> Path:
