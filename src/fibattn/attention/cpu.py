@@ -170,6 +170,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, each in its tensor's dtype; learned rungs keep theirs in `fraction_grad`."""
     work = _Work(q, k, v, window, rungs, scale, positions)
+    lse, grad_lse = lse.to(work.dtype), None if grad_lse is None else grad_lse.to(work.dtype)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk, dv = (torch.zeros_like(x, dtype=work.dtype, memory_format=torch.contiguous_format) for x in (k, v))
     for chunk in work.chunks():

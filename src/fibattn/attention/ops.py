@@ -39,6 +39,16 @@ _library.define(f"attend_step({_STEP}, {_FIXED}, {_INTERPRET}) -> Tensor")
 _library.define(f"attend_scaled_step({_STEP}, {_SCALED}, {_INTERPRET}) -> Tensor")
 
 
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a log-sum-exp as callers see it."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a log-sum-exp between forward and backward: its rounding would be in all of a row's weights."""
+    return torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
+
+
 def split_offsets(offsets: Sequence[int], set_sizes: Sequence[int]) -> list[tuple[int, ...]]:
     """The offsets of every KV head (or the one set that all share)."""
     ends = [sum(set_sizes[: i + 1]) for i in range(len(set_sizes))]
@@ -90,7 +100,8 @@ def _triton_scaled_backward(
 def _(q, k, v, positions, scale, window, offsets, set_sizes, interpret=False):
     if interpret:
         return _triton_forward(q, k, v, positions, scale, window, offsets, set_sizes)
-    return cpu.forward(q, k, v, window, _fixed_rungs(q, window, offsets, set_sizes), scale, positions)
+    out, lse = cpu.forward(q, k, v, window, _fixed_rungs(q, window, offsets, set_sizes), scale, positions)
+    return out, lse.to(kept_dtype(q.dtype))
 
 
 @torch.library.impl(_library, "attend_backward", "CPU")
@@ -106,7 +117,8 @@ def _(grad_out, grad_lse, out, lse, q, k, v, positions, scale, window, offsets, 
 def _(q, k, v, positions, scale, window, alpha, rungs, max_offset, interpret=False):
     if interpret:
         return _triton_scaled_forward(q, k, v, positions, scale, window, alpha, rungs, max_offset)
-    return cpu.forward(q, k, v, window, _scaled_rungs(alpha, rungs, window, max_offset), scale, positions)
+    out, lse = cpu.forward(q, k, v, window, _scaled_rungs(alpha, rungs, window, max_offset), scale, positions)
+    return out, lse.to(kept_dtype(q.dtype))
 
 
 @torch.library.impl(_library, "attend_scaled_backward", "CPU")
@@ -159,8 +171,7 @@ def _like(q: Tensor) -> Tensor:
 
 def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, _ = q.shape
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return _like(q), q.new_empty(batch, heads, tokens, dtype=dtype)
+    return _like(q), q.new_empty(batch, heads, tokens, dtype=kept_dtype(q.dtype))
 
 
 @torch.library.register_fake("fibattn::attend_forward", lib=_library)
@@ -215,7 +226,7 @@ class Attend(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, positions, out, lse)
         ctx.arguments = fixed
         ctx.set_materialize_grads(False)
-        return out, lse
+        return out, lse.to(lse_dtype(q.dtype))
 
     @staticmethod
     @once_differentiable
@@ -250,7 +261,7 @@ class AttendScaled(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, positions, alpha, out, lse)
         ctx.arguments = (scale, window, rungs, max_offset, interpret)
         ctx.set_materialize_grads(False)
-        return out, lse
+        return out, lse.to(lse_dtype(q.dtype))
 
     @staticmethod
     @once_differentiable

@@ -14,6 +14,7 @@ from triton.runtime.errors import OutOfResources
 from fibattn.attention.triton import common
 from fibattn.attention.triton.common import (
     LOG2E,
+    NO_ROW,
     Columns,
     Shape,
     Tiles,
@@ -29,9 +30,14 @@ from fibattn.attention.triton.common import (
     query_limit,
     query_rows,
     row_starts,
+    softmax_weights,
     store_batches,
 )
 from fibattn.attention.triton.key_gradients import key_gradients
+
+FROM_OUTPUT, SUMMED, GIVEN = (tl.constexpr(way) for way in range(3))
+"""Where the row sums `delta` come from: `do . out`, whose rounding float32 cannot afford where scores' gradients
+cancel; or for it a launch that only sums weight times gradient, and one that is given the sums."""
 
 
 def query_tiles_for(shape: Shape, dense: bool) -> Tiles:
@@ -72,31 +78,33 @@ def backward(
     programs = triton.cdiv(tokens, tiles.batches * shape.batch_queries) * kv_heads * batch
     partial = None if fractions is None else q.new_empty(rungs, programs, dtype=torch.float32)
     try:
-        query_grad_kernel[(programs,)](
-            *(q, k, v, out, grad_out, lse, grad_lse, positions, columns.table, columns.fractions),
-            *(dq, delta, compact[0], compact[1], partial),
-            *(scale, tokens, k.shape[1], columns.window, kv_heads, rungs),
-            *(columns.near, columns.width, columns.stride_set),
-            *common.strides(q, k, v, grad_out, out, dq),
-            common.positions_stride(positions),
-            *((0, 0, 0) if grad_lse is None else grad_lse.stride()),
-            HAS_GRAD_LSE=grad_lse is not None,
-            BQ=shape.batch_queries,
-            ROWS=shape.rows,
-            NB=tiles.batches,
-            BN=max(tiles.near, tiles.batches * shape.batch_queries),
-            C=tiles.columns,
-            DENSE=columns.dense,
-            GROUP=shape.group,
-            GP=shape.padded_group,
-            SIZE=shape.size,
-            BD=shape.padded_size,
-            HAS_POSITIONS=positions is not None,
-            WIDE=common.wide(q, k, v, out, grad_out),
-            SCALED=fractions is not None,
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
-        )
+        for delta_from in (SUMMED, GIVEN) if shape.dtype == torch.float32 else (FROM_OUTPUT,):
+            query_grad_kernel[(programs,)](
+                *(q, k, v, out, grad_out, lse, grad_lse, positions, columns.table, columns.fractions),
+                *(dq, delta, compact[0], compact[1], partial),
+                *(scale, tokens, k.shape[1], columns.window, kv_heads, rungs),
+                *(columns.near, columns.width, columns.stride_set),
+                *common.strides(q, k, v, grad_out, out, dq),
+                common.positions_stride(positions),
+                *((0, 0, 0) if grad_lse is None else grad_lse.stride()),
+                HAS_GRAD_LSE=grad_lse is not None,
+                DELTA=delta_from,
+                BQ=shape.batch_queries,
+                ROWS=shape.rows,
+                NB=tiles.batches,
+                BN=max(tiles.near, tiles.batches * shape.batch_queries),
+                C=tiles.columns,
+                DENSE=columns.dense,
+                GROUP=shape.group,
+                GP=shape.padded_group,
+                SIZE=shape.size,
+                BD=shape.padded_size,
+                HAS_POSITIONS=positions is not None,
+                WIDE=common.wide(q, k, v, out, grad_out),
+                SCALED=fractions is not None,
+                num_warps=tiles.warps,
+                num_stages=tiles.stages,
+            )
         key_gradients(
             *(grad_out, lse, delta, q, k, v, positions, scale, columns.window, table, fractions),
             *(compact, dk, dv, shape),
@@ -174,6 +182,7 @@ def query_grad_kernel(
     HAS_POSITIONS: tl.constexpr,
     WIDE: tl.constexpr,
     HAS_GRAD_LSE: tl.constexpr,
+    DELTA: tl.constexpr,
     SCALED: tl.constexpr,
 ):
     """One program: the gradient of `NB` batches of `BQ` queries, one KV head."""
@@ -193,23 +202,29 @@ def query_grad_kernel(
     o_query, o_group, m_row = batch_rows(i_block, tokens, NB, BQ, ROWS, GP, GROUP)
     b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row, HAS_POSITIONS)
     b_do = query_batches(p_do, o_query, o_group, stride_gt, stride_gh, m_row, SIZE, BD, WIDE)
-    b_out = query_batches(p_out, o_query, o_group, stride_ot, stride_oh, m_row, SIZE, BD, WIDE)
-    b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 2)
     first_lse = (i_batch * kv_heads + i_head) * GROUP * tokens
     o_lse = row_starts(o_group, tokens, WIDE) + o_query
     p_lse += first_lse
     p_delta += first_lse
+    b_lse = tl.load(p_lse + o_lse, mask=m_row, other=NO_ROW) * LOG2E
+    b_lse_grad = tl.zeros([NB, ROWS], tl.float32)
     if HAS_GRAD_LSE:
         o_head = i_head * GROUP + o_group
         p_row = p_grad_lse + i_batch * stride_lb + o_head * stride_lh + o_query.to(tl.int64) * stride_lt
-        b_delta -= tl.load(p_row, mask=m_row, other=0.0)
-    tl.store(p_delta + o_lse, b_delta, mask=m_row)
-    # Rows that do not exist: a log-sum-exp of infinity makes their weights 0.
-    b_lse = tl.load(p_lse + o_lse, mask=m_row, other=float("inf")) * LOG2E
+        b_lse_grad = tl.load(p_row, mask=m_row, other=0.0).to(tl.float32)
+    if DELTA == FROM_OUTPUT:
+        b_out = query_batches(p_out, o_query, o_group, stride_ot, stride_oh, m_row, SIZE, BD, WIDE)
+        b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 2) - b_lse_grad
+        tl.store(p_delta + o_lse, b_delta, mask=m_row)
+    elif DELTA == GIVEN:
+        b_delta = tl.load(p_delta + o_lse, mask=m_row, other=0.0)
+    else:
+        b_delta = tl.zeros([NB, ROWS], tl.float32)
+    b_total = tl.zeros([NB, ROWS], tl.float32)
     scale_log2 = scale * LOG2E
     b_dq = tl.zeros([NB, ROWS, BD], tl.float32)
     if DENSE:
-        b_near = dense_window_grad(
+        b_near, b_near_total = dense_window_grad(
             p_q,
             p_k,
             p_v,
@@ -234,6 +249,7 @@ def query_grad_kernel(
             *(GROUP, GP, SIZE, BD, BR, BM, BN, HAS_POSITIONS, WIDE),
         )
         b_dq = tl.reshape(b_near, [NB, ROWS, BD])
+        b_total = tl.reshape(b_near_total, [NB, ROWS])
 
     b_q = query_batches(p_q, o_query, o_group, stride_qt, stride_qh, m_row, SIZE, BD, WIDE)
     o_compact = (i_batch * kv_heads + i_head) * rungs_stored * tokens
@@ -255,13 +271,15 @@ def query_grad_kernel(
             b_s += b_f * b_s_step
             b_dp += b_f * b_dp_step
         m_entry = column_mask(b_shift, b_bits, b_limit, o_key, ROWS, GP, HAS_POSITIONS)
-        b_p = tl.where(m_entry, tl.exp2(b_s * scale_log2 - b_lse[:, :, None]), 0.0)
+        b_p = tl.where(m_entry, softmax_weights(b_s * scale_log2, b_lse[:, :, None]), 0.0)
         b_ds = b_p * (b_dp - b_delta[:, :, None])
+        if DELTA == SUMMED:
+            b_total += tl.sum(b_ds, 2)
         first_rung = (first - near) // BQ
-        if first + C > near:
+        if (DELTA != SUMMED) & (first + C > near):
             store_compact(p_weights, b_p, first_rung, rungs, o_query, o_group, tokens, m_row, GROUP, BQ, C)
             store_compact(p_grads, b_ds, first_rung, rungs, o_query, o_group, tokens, m_row, GROUP, BQ, C)
-        if SCALED:
+        if SCALED and DELTA != SUMMED:
             m_first = b_shift[None, None, :] == (b_limit - (tl.arange(0, ROWS) // GP)[None, :])[:, :, None]
             b_df = tl.where(m_first, 0.0, b_ds * scale * b_s_step + b_p * b_dp_step)
             b_df = tl.sum(tl.reshape(tl.sum(tl.sum(b_df, 0), 0), [C // BQ, BQ]), 1)
@@ -273,6 +291,9 @@ def query_grad_kernel(
             b_ds = b_ds - b_ds_far
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
 
+    if DELTA == SUMMED:
+        tl.store(p_delta + o_lse, b_total - b_lse_grad, mask=m_row)
+        return
     p_dq += i_batch * stride_dqb + i_head * GROUP * stride_dqh
     store_batches(p_dq, b_dq * scale, o_query, o_group, stride_dqt, stride_dqh, m_row, SIZE, BD, WIDE)
 
@@ -325,7 +346,7 @@ def dense_window_grad(
     HAS_POSITIONS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """The window's part of the gradient of a block's rows, before the scale. [BR, BD]"""
+    """The window's part of the gradient of a block's rows, before the scale, and of the scores' sum. [BR, BD], [BR]"""
     o_row = tl.arange(0, BR)
     o_query, o_group = i_block * BM + o_row // GP, o_row % GP
     m_row = (o_query < tokens) & (o_group < GROUP)
@@ -334,6 +355,7 @@ def dense_window_grad(
     b_q = query_rows(p_q, o_query, o_group, stride_qt, stride_qh, m_row, SIZE, BD, WIDE)
     b_do = query_rows(p_do, o_query, o_group, stride_gt, stride_gh, m_row, SIZE, BD, WIDE)
     b_dq = tl.zeros([BR, BD], tl.float32)
+    b_total = tl.zeros([BR], tl.float32)
     tiles = tl.cdiv(BM + tl.minimum(window, first_own), BN)
     for i in range(tiles):
         o_key = first_own + BM - (i + 1) * BN + tl.arange(0, BN)
@@ -341,9 +363,10 @@ def dense_window_grad(
         b_k = load_rows(p_k, o_key, stride_kt, m_key, SIZE, BD, WIDE)
         b_v = load_rows(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2
-        b_p = tl.exp2(b_s - b_lse[:, None])
+        b_p = softmax_weights(b_s, b_lse[:, None])
         b_p = tl.where(near_mask(o_query + past, b_limit, o_key, window), b_p, 0.0)
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
         b_ds = b_p * (b_dp - b_delta[:, None])
+        b_total += tl.sum(b_ds, 1)
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
-    return b_dq
+    return b_dq, b_total

@@ -32,6 +32,9 @@ UNREACHABLE = 2**30
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
+NO_ROW = tl.constexpr(1e30)
+"""The log-sum-exp of a row that does not exist: its weights are 0."""
+
 _SUPPORTED = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -209,6 +212,15 @@ def query_limit(p_positions, stride, i_batch, o_query, past, m_row, HAS_POSITION
         b_position = tl.load(p_positions + i_batch * stride + o_query, mask=m_row, other=0)
         b_limit = tl.minimum(b_limit, b_position)
     return b_limit
+
+
+@triton.jit
+def softmax_weights(b_s, b_lse):
+    """`2 ** (b_s - b_lse)`. For float32 the log-sum-exp is kept in float64, or its rounding would be in all weights."""
+    if b_lse.dtype == tl.float64:
+        b_high = b_lse.to(tl.float32)
+        return tl.exp2((b_s - b_high) - (b_lse - b_high).to(tl.float32))
+    return tl.exp2(b_s - b_lse)
 
 
 @triton.jit

@@ -52,7 +52,7 @@ def forward(
     batch, tokens, heads, _ = q.shape
     keys, kv_heads = k.shape[1:3]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty(batch, heads, tokens, dtype=torch.float32)
+    lse = q.new_empty(batch, heads, tokens, dtype=torch.float64 if q.dtype == torch.float32 else torch.float32)
     grid = (triton.cdiv(tokens, tiles.batches * shape.batch_queries) * kv_heads * batch,)
     try:
         forward_kernel[grid](
@@ -204,7 +204,9 @@ def forward_kernel(
     b_acc *= (1.0 / b_sum)[:, :, None]
     store_batches(p_out, b_acc, o_query, o_group, stride_ot, stride_oh, m_row, SIZE, BD, WIDE)
     p_lse += (i_batch * kv_heads + i_head) * GROUP * tokens
-    tl.store(p_lse + row_starts(o_group, tokens, WIDE) + o_query, (b_max + tl.log2(b_sum)) * LN2, mask=m_row)
+    wide: tl.constexpr = p_lse.dtype.element_ty
+    b_lse = (b_max.to(wide) + tl.log2(b_sum.to(wide))) * LN2
+    tl.store(p_lse + row_starts(o_group, tokens, WIDE) + o_query, b_lse, mask=m_row)
 
 
 @triton.jit

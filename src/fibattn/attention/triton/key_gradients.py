@@ -18,12 +18,14 @@ from torch import Tensor
 from fibattn.attention.triton import common
 from fibattn.attention.triton.common import (
     LOG2E,
+    NO_ROW,
     Shape,
     load_rows,
     place,
     query_limit,
     query_rows,
     row_starts,
+    softmax_weights,
     store_rows,
 )
 
@@ -269,13 +271,13 @@ def window_grad_kernel(
         b_q = query_rows(p_q, o_query, o_group, stride_qt, stride_qh, m_row, SIZE, BD, WIDE)
         b_do = query_rows(p_do, o_query, o_group, stride_gt, stride_gh, m_row, SIZE, BD, WIDE)
         o_lse = row_starts(o_group, tokens, WIDE) + o_query
-        b_lse = tl.load(p_lse + o_lse, mask=m_row, other=float("inf")) * LOG2E
+        b_lse = tl.load(p_lse + o_lse, mask=m_row, other=NO_ROW) * LOG2E
         b_delta = tl.load(p_delta + o_lse, mask=m_row, other=0.0)
         b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row, HAS_POSITIONS)
         b_distance = (o_query + past)[None, :] - o_key[:, None]
         m_entry = (b_distance >= 0) & (b_distance <= window) & (b_distance <= b_limit[None, :])
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale_log2
-        b_p = tl.where(m_entry, tl.exp2(b_s - b_lse[None, :]), 0.0)
+        b_p = tl.where(m_entry, softmax_weights(b_s, b_lse[None, :]), 0.0)
         b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
         b_ds = b_p * (b_dp - b_delta[None, :])
