@@ -54,7 +54,7 @@ class FibAttnRotaryEmbedding(nn.Module):
             return frequencies
         self.attention_scaling = 1.0
         size, theta = self.config.head_dim or 0, float(self.config.rope_parameters["rope_theta"])  # pyright: ignore
-        return theta ** -(torch.arange(0, size, 2, dtype=torch.float32) / size)
+        return 1.0 / theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
 
     @torch.no_grad()
     @dynamic_rope_update

@@ -1,0 +1,342 @@
+"""The model against plain formulas and Llama: every row of the study, packing, padding, saving, compiling."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference_model
+import torch
+from tiny_models import KINDS, config, model, tokens
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
+
+from fibattn import FibAttnConfig, FibAttnForCausalLM, FibAttnModel, InputError
+from fibattn.model import modeling
+from fibattn.model.feed_forward import padded_swiglu
+
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 10_000.0},
+    "another theta": {"rope_type": "default", "rope_theta": 500.0},
+    "linear": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0},
+    "yarn": {
+        "rope_type": "yarn",
+        "rope_theta": 10_000.0,
+        "factor": 2.0,
+        "original_max_position_embeddings": 32,
+    },
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 10_000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+}
+
+
+def paper(**changes: Any) -> FibAttnForCausalLM:
+    with torch.device("meta"):
+        return FibAttnForCausalLM(FibAttnConfig(**changes))
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float = 2e-4) -> None:
+    torch.testing.assert_close(found.double(), expected.double(), rtol=tolerance, atol=tolerance)
+
+
+# What it computes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_those_of_plain_formulas(kind: str) -> None:
+    made, ids = model(kind).double(), tokens(1, 60)
+    close(made(ids).logits[0], reference_model.logits(made, ids[0]), 1e-5)
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_a_dense_model_is_llama(rope: str) -> None:
+    """Values, gradients and the growth of dynamic scaling past the training length."""
+    made = model("full", rope_parameters=ROPES[rope])
+    llama = LlamaForCausalLM(reference_model.llama_config(made.config, rope_parameters=dict(ROPES[rope]))).eval()
+    llama.load_state_dict(made.state_dict())
+    for length in (20, 90, 33):
+        ids = tokens(2, length)
+        close(made(ids).logits, llama(ids).logits, 1e-5)
+    ids = tokens()
+    for one in (made, llama):
+        one(ids, labels=ids).loss.backward()
+    for name, parameter in made.named_parameters():
+        close(parameter.grad, llama.get_parameter(name).grad, 1e-5)
+
+
+def test_full_layers_go_through_the_attention_that_was_asked_for() -> None:
+    made, ids = model("mixture"), tokens()
+    expected = made(ids).logits
+    made.set_attn_implementation("eager")
+    close(made(ids).logits, expected, 1e-4)
+
+
+def test_embeddings_in_place_of_tokens() -> None:
+    made, ids = model(), tokens()
+    embedded = made.get_input_embeddings()(ids)
+    assert torch.equal(made(inputs_embeds=embedded).logits, made(ids).logits)
+    for wrong in ({}, {"input_ids": ids, "inputs_embeds": embedded}):
+        with pytest.raises(InputError, match="exactly one of input_ids and inputs_embeds"):
+            made(**wrong)
+
+
+def test_logits_of_the_last_tokens_alone() -> None:
+    made, ids = model(), tokens()
+    whole = made(ids).logits
+    close(made(ids, logits_to_keep=3).logits, whole[:, -3:], 1e-5)
+    close(made(ids, logits_to_keep=torch.tensor([4, 9])).logits, whole[:, [4, 9]], 1e-5)
+
+
+def test_hidden_states_of_every_layer() -> None:
+    made, ids = model("mixture"), tokens()
+    states = made(ids, output_hidden_states=True).hidden_states
+    assert len(states) == 5
+    assert torch.equal(states[0], made.get_input_embeddings()(ids))
+    assert torch.equal(made.lm_head(states[-1]), made(ids).logits)
+
+
+# The paper's size and start
+
+
+def test_the_papers_parameter_counts() -> None:
+    assert paper().num_parameters() == 60_850_688
+    assert paper(schedule="learned").num_parameters() == 60_850_704
+    assert paper(layer_types=["full_attention"] * 16).num_parameters() == 60_850_688
+    assert paper().num_parameters() - paper().get_input_embeddings().weight.numel() == 44_073_472
+
+
+def test_the_papers_initial_weights() -> None:
+    torch.manual_seed(0)
+    made = FibAttnForCausalLM(config(hidden_size=256, intermediate_size=300, vocab_size=300, schedule="learned"))
+    for name, parameter in made.named_parameters():
+        if name.endswith("norm.weight"):
+            assert bool((parameter == 1).all()), name
+        elif name.endswith("theta"):
+            assert not parameter.any(), name
+        else:
+            scale = 8**-0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+            expected = scale * 256**-0.5
+            assert float(parameter.detach().std()) == pytest.approx(expected, rel=0.02), name
+            assert abs(float(parameter.detach().mean())) < 4 * expected * parameter.numel() ** -0.5, name
+    assert made.lm_head.weight is made.get_input_embeddings().weight
+    assert float(made.model.layers[0].self_attn.alpha.detach()) == 1.0
+
+
+# Packing and padding
+
+
+def packed(lengths: list[int]) -> Tensor:
+    return torch.cat([torch.arange(length) for length in lengths])[None]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_documents_are_those_documents_alone(kind: str) -> None:
+    made, lengths = model(kind), [23, 1, 30, 6]
+    ids = tokens(1, sum(lengths))
+    found = made(ids, position_ids=packed(lengths), use_cache=False).logits
+    expected = [made(part).logits for part in ids.split(lengths, dim=1)]
+    close(found, torch.cat(expected, dim=1))
+
+
+def test_rows_packed_in_different_places() -> None:
+    made, ids = model("mixture"), tokens(2, 40)
+    positions = torch.cat([packed([10, 30]), packed([25, 15])])
+    found = made(ids, position_ids=positions, use_cache=False).logits
+    for row, cut in enumerate((10, 25)):
+        close(found[row, cut:], made(ids[row : row + 1, cut:]).logits[0])
+
+
+def test_documents_that_do_not_begin_at_zero() -> None:
+    """Where they begin is what counts for the sparse layers; the values are RoPE's, which sees differences."""
+    made, ids = model(), tokens(1, 40)
+    shifted = packed([18, 22]) + 100
+    close(made(ids, position_ids=shifted).logits, made(ids, position_ids=packed([18, 22])).logits, 1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_either_side_changes_nothing(kind: str, side: str) -> None:
+    made, lengths = model(kind), (50, 31, 1)
+    ids = tokens(3, 50)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        mask[row, slice(50 - length, None) if side == "left" else slice(length)] = 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    out = made(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    assert bool(out.isfinite().all())
+    for row in range(3):
+        kept = mask[row].bool()
+        close(out[row, kept], made(ids[row : row + 1, kept]).logits[0])
+
+
+def test_masks_that_sparse_layers_cannot_apply_are_refused() -> None:
+    made, ids = model(), tokens()
+    holes = torch.ones_like(ids)
+    holes[1, 20] = 0
+    with pytest.raises(InputError, match=r"row 1 of attention_mask has zeros between ones; padding must be"):
+        made(ids, attention_mask=holes)
+    with pytest.raises(InputError, match=r"attention_mask has shape \(2, 1, 50, 50\); sparse layers .* = \(2, 50\)"):
+        made(ids, attention_mask=torch.ones(2, 1, 50, 50))
+    with pytest.raises(InputError, match=r"attention_mask has shape \(2, 49\)"):
+        made(ids, attention_mask=torch.ones(2, 49))
+
+
+# Saving and loading
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_model_has_the_same_logits_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    made, ids = model(kind), tokens()
+    made.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(loaded) is FibAttnForCausalLM
+    assert torch.equal(loaded(ids).logits, made(ids).logits)
+    body = AutoModel.from_pretrained(tmp_path).eval()
+    assert type(body) is FibAttnModel
+    assert torch.equal(body(ids).last_hidden_state, made.model(ids).last_hidden_state)
+
+
+def test_a_model_loaded_in_16_bits_keeps_its_angles_in_32(tmp_path: Path) -> None:
+    made = model("mixture")
+    made.save_pretrained(tmp_path)
+    loaded = FibAttnForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.lm_head.weight.dtype == torch.bfloat16
+    for name in ("rotary_emb", "scaled_rotary_emb"):
+        expected = getattr(made.model, name).inv_freq
+        assert torch.equal(getattr(loaded.model, name).inv_freq, expected)
+
+
+def test_importing_the_package_is_enough_for_the_auto_classes(tmp_path: Path) -> None:
+    made = model("learned mixture")
+    made.save_pretrained(tmp_path)
+    code = (
+        "import fibattn, torch; from transformers import AutoModelForCausalLM; "
+        f"m = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}).eval(); "
+        "print(m(torch.arange(1, 60)[None]).logits.double().sum().item())"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert float(said) == pytest.approx(float(made(torch.arange(1, 60)[None]).logits.double().sum()), rel=1e-6)
+
+
+# Training
+
+
+def gradients(made: FibAttnForCausalLM, ids: Tensor) -> dict[str, Tensor]:
+    made.zero_grad()
+    made(ids, labels=ids, use_cache=False).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in made.named_parameters() if parameter.grad is not None}
+
+
+def checkpoint_activations(made: FibAttnForCausalLM) -> None:
+    """By the name that the installed Transformers does not warn about."""
+    getattr(made, "activation_checkpointing_enable", made.gradient_checkpointing_enable)()
+
+
+@pytest.mark.parametrize("kind", ["linear", "mixture", "learned"])
+def test_gradient_checkpointing_has_the_same_gradients(kind: str) -> None:
+    made, ids = model(kind).train(), tokens()
+    expected = gradients(made, ids)
+    checkpoint_activations(made)
+    found = gradients(made, ids)
+    assert found.keys() == expected.keys() == dict(made.named_parameters()).keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_cache_under_gradient_checkpointing_is_refused() -> None:
+    made, ids = model().eval(), tokens()
+    out = made(ids, use_cache=True)
+    checkpoint_activations(made.train())
+    with pytest.raises(InputError, match=r"cache was given under gradient checkpointing; leave it out, or call eval"):
+        made(ids, past_key_values=out.get("cache", out.get("past_key_values")))
+
+
+@pytest.mark.parametrize(("kind", "backend"), [("mixture", "inductor"), ("learned", "aot_eager")])
+def test_compiles_as_one_graph(kind: str, backend: str) -> None:
+    """Loss and gradients of a training step, without a break."""
+    torch.compiler.reset()
+    layers = {"num_hidden_layers": 2, "layer_types": config(kind).layer_types[:2], "no_rope_layers": [1, 1]}
+    made, ids = model(kind, **layers).train(), tokens(1, 40)
+    expected, loss = gradients(made, ids), made(ids, labels=ids, use_cache=False).loss
+    compiled = torch.compile(made, fullgraph=True, backend=backend)
+    made.zero_grad()
+    found = compiled(ids, labels=ids, use_cache=False).loss
+    close(found, loss, 1e-4)
+    found.backward()
+    for name, parameter in made.named_parameters():
+        close(parameter.grad, expected[name], 1e-3)
+
+
+def test_full_layers_without_position_ids_need_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a compiled training step would take the slow masked path."""
+    seen = []
+    real = modeling.create_causal_mask
+    monkeypatch.setattr(modeling, "create_causal_mask", lambda *args: seen.append(real(*args)) or seen[-1])
+    torch.compiler.reset()
+    torch.compile(model("full"), backend="eager", fullgraph=True)(tokens(), use_cache=False)
+    assert seen == [None]
+
+
+@pytest.mark.parametrize("kind", ["linear", "learned"])
+def test_autocast_reaches_the_operator_in_16_bits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "attend_scaled" if kind == "learned" else "attend"
+    real, seen = getattr(modeling, name), []
+
+    def watched(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **others: Any) -> Any:
+        seen.append({q.dtype, k.dtype, v.dtype})
+        return real(q, k, v, *rest, **others)
+
+    monkeypatch.setattr(modeling, name, watched)
+    made, ids = model(kind).train(), tokens()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = made(ids, labels=ids, use_cache=False)
+    assert seen == [{torch.bfloat16}] * 4
+    assert out.loss.dtype == torch.float32
+    close(out.loss.detach(), made(ids, labels=ids, use_cache=False).loss.detach(), 0.05)
+
+
+# The padded feed-forward
+
+
+@pytest.mark.parametrize("multiple", [1, 8, 64])
+@pytest.mark.parametrize("size", [64, 86])
+def test_padding_the_feed_forward_changes_nothing(size: int, multiple: int) -> None:
+    torch.manual_seed(0)
+    shapes = ((2, 5, 16), (size, 16), (size, 16), (16, size))
+    hidden, gate, up, down = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    expected = functional.linear(functional.silu(functional.linear(hidden, gate)) * functional.linear(hidden, up), down)
+    found = padded_swiglu(hidden, gate, up, down, multiple)
+    close(found, expected, 1e-12)
+    towards = torch.randn_like(expected)
+    inputs = (hidden, gate, up, down)
+    for got, right in zip(
+        torch.autograd.grad(found, inputs, towards), torch.autograd.grad(expected, inputs, towards), strict=True
+    ):
+        close(got, right, 1e-12)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_model_with_the_padded_feed_forward(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, ids = model().train(), tokens()
+    names = set(made.state_dict())
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        expected = gradients(made, ids)
+        monkeypatch.setattr(modeling, "gains_from_padding", lambda *_: True)
+        found = gradients(made, ids)
+    assert set(made.state_dict()) == names
+    for name, right in expected.items():
+        scale = float(right.abs().max())
+        torch.testing.assert_close(found[name], right, rtol=0, atol=(0.05 if autocast else 1e-4) * scale, msg=name)
+
+
+def test_on_the_cpu_the_feed_forward_is_not_padded() -> None:
+    projections = (nn.Linear(8, 30), nn.Linear(8, 30), nn.Linear(30, 8))
+    assert not modeling.gains_from_padding(torch.zeros(1, 100, 8, dtype=torch.bfloat16), projections)
