@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 from browser import Browser
 
-from fibattn import InputError
+from fibattn import InputError, files
 from fibattn.study.findings import own_goals, papers_findings
+from fibattn.study.probe_tables import other_probes, retrieval_table
 from fibattn.study.report import write_report
 from fibattn.study.results import Group, Model, Results, paper
 from fibattn.study.runner import Job
 from fibattn.study.store import Store
-from fibattn.study.tables import papers_tables
+from fibattn.study.tables import cost_table, papers_tables
 
 SETS = ("fineweb_edu", "wikipedia")
 PLAIN = {"clip_offsets": False, "full_layers": [], "stagger_heads": False}
@@ -114,7 +115,8 @@ def test_published_seed_spread_is_the_papers() -> None:
 
 def test_tables_have_every_row_of_the_paper(job: Job) -> None:
     results = Results.load(job.out)
-    tables = {table.title.split(".")[0]: table for table in papers_tables(results.groups[0], results.probes)}
+    made = [*papers_tables(results.groups[0]), retrieval_table(results.probes), cost_table(results.groups[0])]
+    tables = {table.title.split(".")[0]: table for table in made}
     assert len(tables["Table 1"].rows) == 22
     assert len(tables["Table 5"].rows) == len(paper()["retrieval_probe"])
     assert all(len(row) == len(table.heading) for table in tables.values() for row in table.rows)
@@ -155,6 +157,31 @@ def test_other_budgets_and_failures_are_shown(job: Job, tmp_path: Path) -> None:
     text = write_report(tmp_path).read_text()
     assert "At 256 training tokens" in text
     assert "boom &lt;b&gt;" in text
+
+
+def test_probes_are_shown(job: Job, tmp_path: Path) -> None:
+    for one in Store(job.out).records():
+        Store(tmp_path).append(one)
+    rows = [{"depth": 4, "start": "staggered", "acc200": 0.5, "acc350": 0.25, "alpha_min": 0.6, "alpha_max": 1.4}]
+    found = [
+        {"variant": "stagger", "keys": 23, "task": task, "accuracy": {"64": 1.0, "256": 0.5}} for task in ("a", "b")
+    ]
+    probes = [
+        {"probe": "retrieval", "rows": rows},
+        {"probe": "recall", "trained_at": 128, "values": 64, "rows": found},
+        {"probe": "lego", "model": "work/dense/model", "seed": 0, "rows": [{"length": 2, "accuracy": 0.5}]},
+    ]
+    for probe in probes:
+        files.write_json(tmp_path / "probes" / f"{probe['probe']}.json", probe)
+    loaded = Results.load(tmp_path).probes
+    row = next(row for row in retrieval_table(loaded).rows if row[0] == "depth 4, staggered")
+    assert row[1:4] == ("0.50", "0.25", "0.60 … 1.40")
+    recall, lego = other_probes(loaded)
+    assert recall.heading == ("variant", "keys", "task", "64", "256")
+    assert recall.rows[0] == ("stagger", "23", "a", "1.000", "0.500")
+    assert lego.title == "LEGO over Z/2: dense"
+    assert "The paper: 0.47-0.51" in lego.note
+    assert '<figure id="recall">' in write_report(tmp_path).read_text()
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:

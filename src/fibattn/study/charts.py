@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -63,13 +64,13 @@ def positions(group: Group, path: Path) -> Path | None:
     ]
     ours = position_gain(fixed, linear, group.trained_at)
     with plt.rc_context(STYLE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 3.4), layout="constrained")
+        figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 3.9), layout="constrained")
         parts = range(1, len(ours) + 1)
         for name, colour in zip(_LEADS, COLOURS, strict=True):
             if model := group.get(name):
                 left.plot(parts, model.bins(group.trained_at), "o-", color=colour, markersize=4, label=model.label)
         left.set_ylabel("loss (nats)")
-        left.legend(fontsize=8, frameon=False)
+        left.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.22))
         right.plot(parts, ours, "o-", color=COLOURS[1], label="here")
         right.plot(parts, papers, "o--", color=_QUIET, label="paper")
         right.axhline(0, color="#78716c", linewidth=1)
@@ -160,6 +161,41 @@ def frontier(group: Group, path: Path) -> Path:
         axes.legend(fontsize=9, frameon=False)
         rows = [(model.label, keys, ratio) for model, keys, ratio in points]
         return save(figure, path, ("model", "keys", "ratio"), rows)
+
+
+def recall(probe: dict[str, Any], path: Path) -> Path:
+    """Accuracy of recall over distance, one panel a task, one line a model."""
+    tasks = list(dict.fromkeys(row["task"] for row in probe["rows"]))
+    names = list(dict.fromkeys(row["variant"] for row in probe["rows"]))
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(
+            1, len(tasks), figsize=(7.4, 3.9), layout="constrained", sharey=True, squeeze=False
+        )
+        for axes, task in zip(panels[0], tasks, strict=True):
+            for row in (row for row in probe["rows"] if row["task"] == task):
+                colour = COLOURS[names.index(row["variant"]) % len(COLOURS)]
+                distances = [int(distance) for distance in row["accuracy"]]
+                axes.plot(
+                    distances, list(row["accuracy"].values()), "o-", color=colour, markersize=4, label=row["variant"]
+                )
+            axes.axvline(probe["trained_at"], color=_QUIET, linestyle="--", linewidth=1)
+            axes.axhline(1 / probe["values"], color=_QUIET, linestyle=":", linewidth=1)
+            axes.set_xscale("log", base=2)
+            axes.set_ylim(-0.03, 1.03)
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+            axes.tick_params(axis="x", labelsize=9)
+            axes.set_title(task, fontsize=10, loc="left")
+            axes.set_xlabel("distance (dashed: training length)")
+        panels[0][0].set_ylabel("accuracy (dotted: chance)")
+        figure.legend(
+            *panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9, frameon=False
+        )
+        rows = [
+            (row["variant"], row["task"], distance, value)
+            for row in probe["rows"]
+            for distance, value in row["accuracy"].items()
+        ]
+        return save(figure, path, ("model", "task", "distance", "accuracy"), rows)
 
 
 def _kind(model: Model) -> str:

@@ -52,7 +52,7 @@ def own_goals(group: Group) -> list[Finding]:
 
 def percent(difference: float, digits: int = 1) -> str:
     """A difference of losses as a difference of perplexities, in per cent."""
-    return f"{100 * math.expm1(difference):+.{digits}f} %"
+    return f"{100 * math.expm1(difference):+.{digits}f} %".replace("-", "−")
 
 
 def _missing(claim: str, group: Group, *names: str) -> Finding:

@@ -156,8 +156,8 @@ STUDIES: dict[str, Study] = {
             length=128,
             windows_per_step=8,
             micro_batch=8,
-            steps=400,
-            save_every=200,
+            steps=300,
+            save_every=150,
             keep_checkpoints=1,
         ),
         (
@@ -166,7 +166,7 @@ STUDIES: dict[str, Study] = {
             _smoke(HYBRID, window=24, full_layers=(2, 4), full_layers_rope=False),
             _smoke(replace(_controls[0], name="window-w24"), window=24),
         ),
-        eval_tokens=65_536,
+        eval_tokens=32_768,
     ),
     "paper": Study(
         "the paper's 21 sparse models and its dense baseline, and the default recipe beside them",

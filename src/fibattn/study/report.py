@@ -9,11 +9,13 @@ from fibattn.progress import quantity
 from fibattn.study import charts
 from fibattn.study.findings import Finding, own_goals, papers_findings
 from fibattn.study.page import inline_svg, write_page
+from fibattn.study.probe_tables import other_probes, retrieval_table
 from fibattn.study.results import Group, Results
 from fibattn.study.store import Store
 from fibattn.study.tables import (
     Table,
     beyond_table,
+    cost_table,
     failures_table,
     other_budget,
     papers_tables,
@@ -27,6 +29,7 @@ _CAPTIONS = {
     "alphas": "Where learned scales end, beside the ramp that the stagger sets.",
     "coverage": "The distances that some layer attends to (16 layers, W = 8, context 1,024): what staggering is for. "
     "The paper counts 19 and about 75; 74 is what 8 layers give.",
+    "recall": "How often a value is found again that stands so far back; small models, trained for it.",
     "frontier": "Quality against cost: each point is a model; down and to the left is better.",
 }
 
@@ -40,13 +43,14 @@ def write_report(folder: Path) -> Path:
     results = Results.load(folder)
     Store(folder).index()
     group, out = results.groups[0], folder / "report"
-    figures = _figures(group, out)
+    figures = _figures(results, out)
     checked, goals = papers_findings(group), own_goals(group)
-    papers, beyond = papers_tables(group, results.probes), beyond_table(group)
+    papers = [*papers_tables(group), retrieval_table(results.probes), cost_table(group)]
+    beyond, probes = beyond_table(group), other_probes(results.probes)
     others = [other_budget(one) for one in results.groups[1:]]
     failed = failures_table(results)
     about = provenance(group)
-    files.write_text(out / "tables.md", _markdown(checked, goals, [*papers, beyond, *others], about))
+    files.write_text(out / "tables.md", _markdown(checked, goals, [*papers, beyond, *probes, *others], about))
     return write_page(
         out / "index.html",
         "report.html.j2",
@@ -58,20 +62,23 @@ def write_report(folder: Path) -> Path:
         goals=goals,
         papers=papers,
         beyond=beyond,
+        probes=probes,
         others=others,
         failed=failed,
         provenance=about,
     )
 
 
-def _figures(group: Group, out: Path) -> dict[str, dict[str, Any]]:
-    """The figures that the runs allow, by name, each with its picture and caption."""
+def _figures(results: Results, out: Path) -> dict[str, dict[str, Any]]:
+    """The figures that the results allow, by name, each with its picture and caption."""
+    group, recall = results.groups[0], results.probes.get("recall", [])[-1:]
     drawn: dict[str, Callable[[Path], Path | None]] = {
         "extrapolation": lambda path: charts.extrapolation(group, path),
         "positions": lambda path: charts.positions(group, path),
         "alphas": lambda path: charts.alphas(group, path),
         "coverage": lambda path: charts.coverage(path),
         "frontier": lambda path: charts.frontier(group, path),
+        "recall": lambda path: charts.recall(recall[0], path) if recall else None,
     }
     found = {}
     for name, draw in drawn.items():

@@ -21,6 +21,9 @@ from fibattn.study.store import Store
 
 PLAIN = "plain"
 
+Probes = dict[str, list[dict[str, Any]]]
+"""What `fibattn probe` wrote into `probes/*.json`, by the probe's name."""
+
 
 def paper() -> dict[str, Any]:
     """The published figures of arXiv 2606.28560."""
@@ -71,7 +74,7 @@ class Model:
         words += f", W = {own['window']}"
         if own["full_layers"]:
             layers = ", ".join(map(str, own["full_layers"]))
-            words += f" + full layer{'s' if len(own['full_layers']) > 1 else ''} {layers}"
+            words = f"hybrid: {words}, full {layers}"
             words += " with RoPE" if own["full_layers_rope"] else ""
         elif own["attention"] == "fibonacci" and own["clip_offsets"]:
             words += ", clipped"
@@ -146,8 +149,7 @@ class Results:
 
     groups: tuple[Group, ...]
     failures: tuple[dict[str, Any], ...]
-    probes: dict[str, dict[str, Any]]
-    """What the probes wrote into `probes/*.json`, by the probe's name."""
+    probes: Probes
 
     @classmethod
     def load(cls, folder: Path) -> "Results":
@@ -161,8 +163,11 @@ class Results:
         if not finished:
             raise InputError(f"{folder} holds no finished run; make some with `fibattn study`")
         failures = tuple(one for one in records if one["kind"] == "failure" and one["key"] not in finished)
-        probes = [files.read_json(path) for path in sorted(folder.glob("probes/*.json"))]
-        return cls(_grouped(finished.values()), failures, {one["probe"]: one for one in probes})
+        probes: Probes = defaultdict(list)
+        for path in sorted(folder.glob("probes/*.json")):
+            probe = files.read_json(path)
+            probes[probe["probe"]].append(probe)
+        return cls(_grouped(finished.values()), failures, dict(probes))
 
 
 def _grouped(records: Any) -> tuple[Group, ...]:

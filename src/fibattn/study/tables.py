@@ -30,9 +30,9 @@ class Table:
         return "\n".join([f"### {self.title}", "", self.note, "", lines[0], rule, *lines[1:], ""])
 
 
-def papers_tables(group: Group, probes: dict[str, dict[str, Any]]) -> list[Table]:
-    """The paper's five tables and its costs, ours beside the published figures."""
-    return [_matrix(group), _extrapolation(group), _positions(group), _seeds(group), _retrieval(probes), _cost(group)]
+def papers_tables(group: Group) -> list[Table]:
+    """The paper's tables of language models, ours beside the published figures."""
+    return [_matrix(group), _extrapolation(group), _positions(group), _seeds(group)]
 
 
 def beyond_table(group: Group) -> Table:
@@ -231,27 +231,8 @@ def _papers_spread(values: Sequence[float] | None) -> tuple[str, str]:
     ), f"{100 * statistics.stdev(values) / statistics.mean(values):.2f} %"
 
 
-def _retrieval(probes: dict[str, dict[str, Any]]) -> Table:
-    ours = {(row["depth"], row["start"]): row for row in probes.get("retrieval", {}).get("rows", ())}
-    rows = []
-    for row in paper()["retrieval_probe"]:
-        found = ours.get((row["depth"], row["init"]))
-        low, high = row["alpha_range"]
-        cells = (ABSENT, "–", "–")
-        if found:
-            alphas = f"{found['alpha_min']:.2f} … {found['alpha_max']:.2f}"
-            cells = (f"{found['acc200']:.2f}", f"{found['acc350']:.2f}", alphas)
-        theirs = (f"{row['acc200']:.2f}", f"{row['acc350']:.2f}", f"{low:.2f} … {high:.2f}")
-        rows.append((f"depth {row['depth']}, {row['init']}", *cells, *theirs))
-    return Table(
-        "Table 5. The retrieval probe",
-        "Accuracy of copying from the two marked distances, and the range of α that was learnt; means of the seeds.",
-        ("model", "at 200", "at 350", "α", "paper: at 200", "at 350", "α"),
-        tuple(rows),
-    )
-
-
-def _cost(group: Group) -> Table:
+def cost_table(group: Group) -> Table:
+    """What every model costs at the training length."""
     rows = []
     for model in sorted(group.models, key=lambda one: one.first["flops_per_token"]["attention"]):
         run = model.first
@@ -324,7 +305,7 @@ def _against_linear(model: Model, group: Group) -> str:
 
 
 def _in_sigmas(gap: float, group: Group) -> str:
-    return "–" if not group.sigma else f"{gap / group.sigma:+.1f}"
+    return "–" if not group.sigma else f"{gap / group.sigma:+.1f}".replace("-", "−")
 
 
 def _ranks(losses: dict[Any, float]) -> dict[Any, int]:

@@ -1,0 +1,77 @@
+"""Tables of what `fibattn probe` measured: the paper's retrieval probe beside ours, the others as they are."""
+
+from pathlib import Path
+from typing import Any
+
+from fibattn.study.results import Probes, paper
+from fibattn.study.tables import ABSENT, Table
+
+_TITLES = {
+    "recall": "Recall over distance",
+    "ruler": "RULER, variable tracking",
+    "lego": "LEGO over Z/2",
+    "harness": "lm-eval",
+    "latency": "Latency of a forward pass",
+}
+_PAPERS = {"ruler": "ruler_vt", "lego": "lego"}
+
+
+def retrieval_table(probes: Probes) -> Table:
+    """The paper's retrieval probe, ours beside the published figures."""
+    ours = {(row["depth"], row["start"]): row for row in probes.get("retrieval", [{}])[-1].get("rows", ())}
+    rows = []
+    for row in paper()["retrieval_probe"]:
+        found = ours.get((row["depth"], row["init"]))
+        low, high = row["alpha_range"]
+        cells = (ABSENT, "–", "–")
+        if found:
+            alphas = f"{found['alpha_min']:.2f} … {found['alpha_max']:.2f}"
+            cells = (f"{found['acc200']:.2f}", f"{found['acc350']:.2f}", alphas)
+        theirs = (f"{row['acc200']:.2f}", f"{row['acc350']:.2f}", f"{low:.2f} … {high:.2f}")
+        rows.append((f"depth {row['depth']}, {row['init']}", *cells, *theirs))
+    return Table(
+        "Table 5. The retrieval probe",
+        "Accuracy of copying from the two marked distances, and the range of α that was learnt; means of the seeds.",
+        ("model", "at 200", "at 350", "α", "paper: at 200", "at 350", "α"),
+        tuple(rows),
+    )
+
+
+def other_probes(probes: Probes) -> list[Table]:
+    """A table for every other probe that was run."""
+    return [_plain(name, one) for name in _TITLES for one in probes.get(name, ())]
+
+
+def _plain(name: str, probe: dict[str, Any]) -> Table:
+    rows = [_flat(row) for row in probe["rows"]]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    about = [f"{key.replace('_', ' ')} {value}" for key, value in probe.items() if isinstance(value, int | float | str)]
+    published = paper()["auxiliary"].get(_PAPERS.get(name, name))
+    note = "; ".join(one for one in about if not one.startswith(("probe ", "model ")))
+    title = _TITLES[name]
+    if "model" in probe:
+        folder = Path(probe["model"])
+        title += f": {(folder.parent if folder.name == 'model' else folder).name}"
+    return Table(
+        title,
+        note + (f". The paper: {published}" if published is not None else "") + ".",
+        tuple(column.replace("_", " ") for column in columns),
+        tuple(tuple(_cell(row.get(column)) for column in columns) for row in rows),
+    )
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with a column for each distance or task; single runs are left to the JSON."""
+    flat: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            flat |= value
+        elif not isinstance(value, list):
+            flat[name] = value
+    return flat
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.3f}"
+    return "–" if value is None else str(value)
