@@ -113,5 +113,7 @@ def test_static_offsets_go_through_the_operator() -> None:
 def test_nothing_to_run_is_refused() -> None:
     with pytest.raises(InputError, match="steps 0"):
         retrieval.retrieval(steps=0)
+    with pytest.raises(InputError, match=r"depths \[\]"):
+        retrieval.retrieval(depths=())
     with pytest.raises(InputError, match="0 seeds"):
         retrieval.retrieval(seeds=())

@@ -20,6 +20,7 @@ VERBS = {
     "train": "train a model from a recipe",
     "sample": "continue a prompt, streamed, for as long as wanted",
     "eval": "perplexity, bits per byte and length extrapolation of a trained model",
+    "probe": "retrieval, recall, variable tracking, public tasks, latency, operations",
     "study": "train and evaluate a matrix of models, and report on them beside the paper's",
     "report": "write the page and the tables from the results of studies",
     "bench": "time the attention operator against dense and masked attention on this machine",

@@ -190,7 +190,7 @@ def retrieval(
     Raises:
         InputError: for a value that cannot run.
     """
-    if min((*depths, steps, batch, sequences), default=0) < 1 or not seeds:
+    if min(min(depths, default=0), steps, batch, sequences) < 1 or not seeds:
         raise InputError(
             f"depths {list(depths)}, steps {steps}, batch {batch}, sequences {sequences}, {len(seeds)} seeds: "
             "each must be at least 1"

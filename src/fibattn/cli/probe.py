@@ -1,0 +1,214 @@
+"""`fibattn probe NAME`: measures beside perplexity, each as a table and a JSON file that the report reads."""
+
+import importlib
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from fibattn import files
+from fibattn.cli.flags import parse
+from fibattn.errors import InputError
+
+Out = Annotated[Path, tyro.conf.arg(help="Where the JSON goes.")]
+Model = Annotated[Path, tyro.conf.Positional]
+
+_VOCABULARY = 32_768  # the paper's
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Copy from two marked distances: does a learned scale find them (paper, section 6)?"""
+
+    depths: tuple[int, ...] = (2, 4, 8)
+    """Layers of the models."""
+    starts: tuple[Literal["uniform", "staggered", "fixed", "linear"], ...] = ("uniform", "staggered")
+    """Learned scales from 1 or from the ramp, or integer offsets by a schedule."""
+    seeds: tuple[int, ...] = (0, 1)
+    steps: int = 4000
+    batch: int = 32
+    """Sequences of a step."""
+    peak_rate: float = 1e-3
+    sequences: int = 128
+    """Fresh sequences for the accuracy."""
+    out: Out = Path("results/probes/retrieval.json")
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Associative recall and passkey over distance: rungs against a plain window of as many keys."""
+
+    names: tuple[str, ...] = ()
+    """Of window, stagger, hybrid, window hybrid and dense; all when left out."""
+    length: int = 4096
+    """Tokens of a training row."""
+    window: int = 128
+    """Of the stagger; the plain window gets as many keys."""
+    layers: int = 8
+    distances: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
+    """Where recall is asked for."""
+    steps: int = 2000
+    batch_tokens: int = 65_536
+    peak_rate: float = 1e-3
+    asked: int = 512
+    """Questions for each task and distance."""
+    seed: int = 0
+    out: Out = Path("results/probes/recall.json")
+
+
+@dataclass(frozen=True)
+class Ruler:
+    """RULER's variable tracking, as a forced choice among the values in the text."""
+
+    model: Model
+    """A model folder, or a finished run."""
+    items: int = 120
+    """For each number of hops."""
+    seed: int = 0
+    batch: int = 4
+    """Items of a forward pass; fewer need less memory."""
+    out: Out = Path("results/probes/ruler.json")
+
+
+@dataclass(frozen=True)
+class Lego:
+    """LEGO over Z/2: chains of variables and negations, as a forced choice between 0 and 1."""
+
+    model: Model
+    """A model folder, or a finished run."""
+    items: int = 120
+    """For each length of the chain."""
+    seed: int = 0
+    batch: int = 16
+    """Items of a forward pass; fewer need less memory."""
+    out: Out = Path("results/probes/lego.json")
+
+
+@dataclass(frozen=True)
+class Harness:
+    """LAMBADA, BLiMP and any other task of lm-eval (pip install 'fibattn[evaluation]')."""
+
+    model: Model
+    """A model folder, or a finished run."""
+    tasks: tuple[str, ...] = ("lambada_openai", "blimp")
+    """Tasks or groups."""
+    include: Path | None = None
+    """A folder with more tasks in lm-eval's YAML."""
+    limit: int | None = None
+    """Items of each task at most."""
+    length: int | None = None
+    """The longest input; the training length when left out."""
+    batch: int = 16
+    out: Out = Path("results/probes/harness.json")
+
+
+@dataclass(frozen=True)
+class Latency:
+    """The time of a forward pass at the paper's shape: static offsets, learned scales, dense."""
+
+    lengths: tuple[int, ...] = (1024, 4096, 16_384, 65_536)
+    tokens: int = 8192
+    """Of a pass, as batches of shorter sequences: 8 x 1024 at first."""
+    warmup: int = 5
+    repeats: int = 20
+    """Passes that are timed."""
+    compiled: bool = False
+    """Through torch.compile."""
+    out: Out = Path("results/probes/latency.json")
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Counted operations of a forward pass, and attention's share of the layers, for every model of a study."""
+
+    study: str = "paper"
+    """Whose models."""
+    length: int | None = None
+    """Tokens of a sequence; the training length when left out."""
+    out: Out = Path("results/probes/flops.json")
+
+
+PROBES = {kind.__name__.lower(): kind for kind in (Retrieval, Recall, Ruler, Lego, Harness, Latency, Flops)}
+
+
+def run(arguments: list[str]) -> None:
+    """Run the probe named by the first argument, print its table, write its JSON."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: fibattn probe NAME [flags]      fibattn probe NAME --help\n")
+        print("\n".join(f"  {name:<11}{(kind.__doc__ or '').splitlines()[0]}" for name, kind in PROBES.items()))
+        return
+    name = arguments[0]
+    if name not in PROBES:
+        near = get_close_matches(name, PROBES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the probes are {', '.join(PROBES)}"
+        raise InputError(f"there is no probe {name!r}: {hint}")
+    chosen: Any = parse(PROBES[name], arguments[1:], f"fibattn probe {name}")
+    result = _flops(chosen) if name == "flops" else _measure(name, chosen)
+    files.write_json(chosen.out, result)
+    _print(result, chosen.out)
+
+
+def _measure(name: str, chosen: Any) -> dict[str, Any]:
+    """Call the function of the probe's name in the module of its name, with a trained model where it takes one."""
+    probe = getattr(importlib.import_module(f"fibattn.evaluation.{name}"), name)
+    given = {field: value for field, value in vars(chosen).items() if field not in ("out", "model")}
+    if not hasattr(chosen, "model"):
+        return probe(**given)
+    from fibattn.data.tokenizer import load_tokenizer
+    from fibattn.evaluation.sweep import find_model, load_model
+
+    folder = find_model(chosen.model)
+    result = probe(load_model(folder), load_tokenizer(folder), **given)
+    return {"probe": name, "model": str(folder), **result}
+
+
+def _flops(chosen: Flops) -> dict[str, Any]:
+    from fibattn.study.cost import flops
+    from fibattn.study.presets import find_study
+    from fibattn.training.run import model_config
+
+    study = find_study(chosen.study)
+    length = study.recipe.length if chosen.length is None else chosen.length
+    if length < 1:
+        raise InputError(f"length is {length}; it must be at least 1")
+    rows = []
+    for run in study.runs:
+        cost = flops(model_config(replace(study.recipe, model=run.model), _VOCABULARY, 0), length)
+        parts = {"projections": cost.projections, "attention": cost.attention, "head": cost.head}
+        rows.append({"model": run.name, **parts, "total": cost.total, "attention_share": cost.attention_share})
+    return {"probe": "flops", "study": chosen.study, "length": length, "vocabulary": _VOCABULARY, "rows": rows}
+
+
+def _print(result: dict[str, Any], out: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = [_flat(row) for row in result["rows"]]
+    table = Table(box=None, pad_edge=False)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    for name in columns:
+        table.add_column(name.replace("_", " "), justify="left" if isinstance(rows[0].get(name), str) else "right")
+    for row in rows:
+        table.add_row(*(_cell(row.get(name)) for name in columns))
+    console = Console(width=None if Console().is_terminal else 150, highlight=False)
+    console.print(table)
+    console.print(f"written to {out}", soft_wrap=True)
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """A row for people: a value for each distance as a column of its own, single runs left to the JSON."""
+    flat: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            flat |= value
+        elif not isinstance(value, list):
+            flat[name] = value
+    return flat
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.3f}"
+    return "–" if value is None else str(value)

@@ -1,0 +1,82 @@
+"""The verb `probe`: tables, JSON files, mistakes."""
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from fibattn import FibAttnConfig, FibAttnForCausalLM, files
+from fibattn.cli.main import main
+
+Output = pytest.CaptureFixture[str]
+
+
+def probe(*words: object) -> int:
+    return main(["probe", *map(str, words)])
+
+
+@pytest.fixture(scope="module")
+def model(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(prepared / "tokenizer")
+    FibAttnForCausalLM(
+        FibAttnConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+        )
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_trained_model_is_probed(model: Path, tmp_path: Path, capsys: Output) -> None:
+    out = tmp_path / "new" / "lego.json"
+    assert probe("lego", model, "--items", 4, "--out", out) == 0
+    result = files.read_json(out)
+    assert (result["probe"], result["model"]) == ("lego", str(model))
+    assert [row["items"] for row in result["rows"]] == [4, 4, 4]
+    printed = capsys.readouterr().out
+    for word in ("accuracy", "margin", "0.500", f"written to {out}"):
+        assert word in printed
+
+
+def test_small_models_are_trained_and_probed(tmp_path: Path, capsys: Output) -> None:
+    out = tmp_path / "recall.json"
+    shape = ("--length", 128, "--layers", 2, "--window", 4, "--distances", 20, "--batch-tokens", 128, "--asked", 4)
+    assert probe("recall", "--names", "window", "stagger", *shape, "--steps", 1, "--out", out) == 0
+    assert [row["variant"] for row in files.read_json(out)["rows"]] == ["window", "window", "stagger", "stagger"]
+    assert "passkey" in capsys.readouterr().out
+
+
+def test_operations_of_every_model_of_a_study(tmp_path: Path) -> None:
+    out = tmp_path / "flops.json"
+    assert probe("flops", "--out", out) == 0
+    rows = {row["model"]: row for row in files.read_json(out)["rows"]}
+    assert len(rows) >= 22
+    assert rows["dense"]["attention_share"] == pytest.approx(0.16, abs=0.001)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("leggo",), "there is no probe 'leggo': did you mean 'lego'?"),
+        (("lego", "nowhere"), "nowhere holds no model"),
+        (("flops", "--length", "0"), "length is 0; it must be at least 1"),
+        (("retrieval", "--steps", "0"), "steps 0"),
+    ],
+)
+def test_mistakes_are_one_line(words: tuple[str, ...], message: str, capsys: Output) -> None:
+    assert probe(*words) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_probes_are_listed(capsys: Output) -> None:
+    assert probe("--help") == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("retrieval", "recall", "ruler", "lego", "harness", "latency", "flops"))
