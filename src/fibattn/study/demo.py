@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from fibattn import files
 from fibattn._version import __version__
@@ -176,6 +177,7 @@ def _sample(model: PreTrainedModel, data: PreparedData) -> tuple[str, str]:
     """What the model writes within its training length, and what it writes beyond."""
     tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_path)
     prompt = torch.tensor([[data.separator, *tokenizer.encode(_PROMPT, add_special_tokens=False)]], device=model.device)
+    logging.set_verbosity_error()  # it would warn that the text outgrows the training length, which is the point
     torch.manual_seed(0)
     tokens = model.generate(  # pyright: ignore[reportCallIssue]
         prompt,

@@ -11,9 +11,9 @@ from fibattn import files
 
 
 def inline_svg(path: Path) -> Markup:
-    """An SVG file as an element that scales with the page; the prologue and fixed size are cut."""
+    """An SVG file as an element that scales with the page; the prologue, the metadata and the fixed size are cut."""
     text = path.read_text(encoding="utf-8")
-    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     head, rest = text.split(">", 1)
     head = re.sub(r'\s(?:width|height)="[^"]*"', "", head)
     return Markup(f"{head}>{rest}")

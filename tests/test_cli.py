@@ -1,0 +1,189 @@
+"""What a user's mistakes look like: one line that says what to do, status 2, and nothing finished is lost."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fibattn import files
+from fibattn.cli.main import main
+from fibattn.training.recipe import PRESETS, to_json
+
+TINY = ["--length=32", "--windows-per-step=2", "--micro-batch=2", "--steps=2", "--save-every=1", "--log-every=1"]
+TINY += ["--model.hidden-size=32", "--model.intermediate-size=48", "--model.num-hidden-layers=2"]
+TINY += ["--model.num-attention-heads=4", "--model.window=4"]
+
+
+@pytest.fixture(scope="module")
+def trained(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("trained") / "run"
+    assert main(["train", "small", "--data", str(prepared), "--out", str(out), *TINY]) == 0
+    return out
+
+
+def says(capsys: pytest.CaptureFixture[str], *words: str | Path, status: int = 2) -> str:
+    """Run a command that must fail, and return the one line it says last."""
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == status
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    last = error.strip().splitlines()[-1]
+    assert last.startswith(f"fibattn {words[0]}: ")
+    return last
+
+
+def test_verb_misspelt(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "unknown verb 'trian': did you mean 'train'?" in says(capsys, "trian")
+
+
+def test_flag_misspelt(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "small", "--model.wndow", "3"])
+    assert stopped.value.code == 2
+    assert "--model.window" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no text; expected at least one document"),
+        (b"text\0text" * 50, "is binary or UTF-16 (byte 0 at 4)"),
+        (b"caf\xe9 au lait", "is not UTF-8: e9 at byte 3"),
+        (b"one document only", "holds a single document"),
+    ],
+)
+def test_text_that_cannot_be_prepared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, message: str
+) -> None:
+    (tmp_path / "text.txt").write_bytes(content)
+    line = says(capsys, "prepare", tmp_path / "out", tmp_path / "text.txt", "--vocab-size", "300")
+    assert message in line
+    assert str(tmp_path / "text.txt") in line or "'text'" in line
+    assert not (tmp_path / "out" / "data.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--model.window -1", "window is -1; it must be 0 or more"),
+        ("--model.num-key-value-heads 3", "4 attention heads do not divide into 3 KV heads"),
+        ("--model.rungs -1", "the number of rungs is -1"),
+        ("--model.rope-theta nan", "model.rope_theta is nan"),
+        ("--model.full-layers 7", "model.full_layers has [7]; the layers are 0 … 1"),
+        ("--optimizer.peak-rate inf", "optimizer.peak_rate is inf"),
+        ("--optimizer.beta2 1", "optimizer.beta2 is 1.0"),
+        ("--data-seed -1", "data_seed is -1"),
+        ("--steps 0", "steps is 0; it must be at least 1"),
+        ("--micro-batch 3", "2 windows a step do not divide into micro-batches of 3"),
+        ("--length 99999999", "one window of 99999999 needs 100000000; prepare more text"),
+        ("--data nowhere", "nowhere holds no prepared data"),
+    ],
+)
+def test_recipe_that_cannot_train_claims_no_folder(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str, message: str
+) -> None:
+    words = ["train", "small", "--data", prepared, "--out", tmp_path / "run", *TINY, *flags.split()]
+    assert message in says(capsys, *words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lenght": 32}, "unknown key 'lenght': did you mean 'length'?"),
+        ({"model": {"windw": 3}}, "unknown key 'windw': did you mean 'window'?"),
+        ({"length": "32"}, "length is '32'; expected int"),
+        ({"order": "sorted"}, "order is 'sorted'; expected one of random, epochs"),
+    ],
+)
+def test_recipe_file_with_a_mistake(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, object], message: str
+) -> None:
+    files.write_json(tmp_path / "mine.json", to_json(PRESETS["small"]) | change)
+    line = says(capsys, "train", tmp_path / "mine.json")
+    assert message in line
+    assert "mine.json" in line
+
+
+def test_recipe_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "cut.json").write_text('{"length":')
+    assert "is not valid JSON" in says(capsys, "train", tmp_path / "cut.json")
+    assert "did you mean 'small'?" in says(capsys, "train", "smal")
+    assert "which recipe?" in says(capsys, "train")
+
+
+def test_altered_shard_is_named(
+    prepared: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = shutil.copytree(prepared, tmp_path / "data")
+    shard = next(data.glob("shards/*/train-*.bin"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    for words in (
+        ["train", "small", "--data", data, "--out", tmp_path / "run", *TINY],
+        ["eval", trained, "--data", data],
+    ):
+        assert f"the shard {shard} was altered" in says(capsys, *words)
+
+
+def test_altered_order_is_named(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = shutil.copytree(prepared, tmp_path / "data")
+    words = ["train", "small", "--data", data, *TINY]
+    assert main([str(word) for word in [*words, "--out", tmp_path / "one"]]) == 0
+    order = next(data.glob("order/*.npy"))
+    order.write_bytes(order.read_bytes()[:-1] + b"\1")
+    assert f"the order file {order} was altered" in says(capsys, *words, "--out", tmp_path / "two")
+
+
+def test_model_cut_short_is_named(
+    prepared: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(trained, tmp_path / "run")
+    weights = run / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    words = ("eval", run, "--data", prepared, "--lengths", "32")
+    assert f"{weights} has 1000 bytes" in says(capsys, *words)
+    (run / "model" / "COMPLETE.json").unlink()
+    assert str(run / "model") in says(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--lengths 0", "lengths (0,)"),
+        ("--lengths 32 99999999", "fewer than one window of 99999999; evaluate shorter lengths"),
+        ("--sets txts", "there is no held-out set 'txts': did you mean 'texts'?"),
+        ("--data nowhere", "nowhere holds no prepared data"),
+    ],
+)
+def test_evaluation_that_cannot_be(
+    prepared: Path, trained: Path, capsys: pytest.CaptureFixture[str], flags: str, message: str
+) -> None:
+    assert message in says(capsys, "eval", trained, "--data", prepared, *flags.split())
+
+
+def test_model_that_is_none(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "holds no model (config.json is missing)" in says(capsys, "eval", tmp_path, "--data", prepared)
+
+
+def test_disk_that_is_full_is_said_in_one_line(prepared: Path, tmp_path: Path) -> None:
+    """A limit on the size of a file stands for a full disk: a checkpoint's weights do not fit."""
+    run = tmp_path / "run"
+    words = ["train", "small", "--data", str(prepared), "--out", str(run), *TINY]
+    code = (
+        "import resource, sys\n"
+        "from fibattn.cli.main import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    stopped = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert stopped.returncode == 1
+    assert "Traceback" not in stopped.stderr
+    assert stopped.stderr.splitlines()[-1] == "fibattn train: [Errno 27] File too large"
+    assert not list(run.glob("checkpoint-*"))
+    assert main(words) == 0
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2

@@ -1,0 +1,99 @@
+"""The package as a whole: what importing it needs, and which rooms may know of which."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import fibattn
+from fibattn.cli.main import VERBS
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "fibattn"
+HEAVY = {"numpy", "torch", "transformers", "triton", "datasets", "tokenizers", "matplotlib", "rich", "tyro"}
+# From the ground up: a room may import those before it. The files of no room are below all of them.
+ROOMS = ["pattern", "attention", "model", "data", "training", "evaluation", "bench", "study", "cli"]
+
+
+def run(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_import_needs_neither_triton_nor_a_gpu() -> None:
+    run("import sys; sys.modules['triton'] = None; import fibattn; fibattn.FibAttnConfig(); fibattn.attend")
+    run("import fibattn, torch; assert not torch.cuda.is_initialized()")
+
+
+def test_import_registers_the_model() -> None:
+    run("import fibattn, transformers; transformers.AutoConfig.for_model('fibattn')")
+
+
+def test_public_names_exist() -> None:
+    assert all(hasattr(fibattn, name) for name in fibattn.__all__)
+    assert fibattn.__version__ == version("fibattn")
+
+
+def imported(*words: str) -> set[str]:
+    """The top-level modules that a command imports."""
+    command = [sys.executable, "-m", "fibattn", *words]
+    environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {name.split(".")[0] for name in re.findall(r"\|\s+([\w.]+)$", done.stderr, re.MULTILINE)}
+
+
+def test_help_imports_nothing_heavy() -> None:
+    found = imported("--help")
+    assert "fibattn" in found
+    assert not found & HEAVY
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_imports_no_torch(verb: str) -> None:
+    assert not imported(verb, "--help") & {"torch", "transformers", "triton"}
+
+
+def imports(path: Path) -> list[tuple[str, str]]:
+    """(module, name) of every import from this package in a file, also inside functions."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fibattn":
+            found += [(node.module or "", alias.name) for alias in node.names]
+        if isinstance(node, ast.Import):
+            found += [(alias.name, "") for alias in node.names if alias.name.split(".")[0] == "fibattn"]
+    return found
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else ""
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: path.relative_to(SOURCE).as_posix())
+def test_rooms_know_only_those_below(path: Path) -> None:
+    own = room("fibattn." + path.relative_to(SOURCE).with_suffix("").as_posix().replace("/", "."))
+    for module, name in imports(path):
+        other = room(module) or room(f"{module}.{name}")
+        if own and other:
+            assert ROOMS.index(other) <= ROOMS.index(own), f"{own} imports {module}.{name}"
+        if other != own:
+            assert not name.startswith("_") or name == "__version__", f"{module}.{name} is {other}'s own"
+        if not own and other:
+            assert path.name in ("__init__.py", "__main__.py"), f"{path.name} is below all rooms, but imports {module}"
+
+
+def test_constraints_pin_what_is_installed_by_setup() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.lower().split("==") for line in lines if line and not line.startswith("#"))
+    assert pins["torch"] == "2.13.0"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+    names = {re.split(r"[<>=;\[ ]", line, maxsplit=1)[0].lower().replace("-", "_") for line in wanted}
+    assert names <= {name.replace("-", "_") for name in pins}
