@@ -229,7 +229,7 @@ def test_a_stream_far_past_the_reach_keeps_its_memory():
             held.append(sum(x.numel() * x.element_size() for x in gc.get_objects() if isinstance(x, torch.Tensor)))
         if made == 600:
             break
-    assert held[0] == held[1]
+    assert held[1] <= held[0]
 
 
 def test_only_the_full_layers_grow():
