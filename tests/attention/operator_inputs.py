@@ -28,7 +28,10 @@ class Shape:
 def random_inputs(
     shape: Shape, dtype: torch.dtype = torch.float64, kind: str = "normal", seed: int = 0
 ) -> list[Tensor]:
-    """q, k and v: `normal`, `peaked` (a softmax that is nearly one key), or `large` values."""
+    """q, k and v: `normal`, `peaked` (a softmax that is nearly one key), `large` values, or `correlated`.
+
+    Correlated: neighbours alike and a direction common to all, as in the activations of a trained model.
+    """
     generator = torch.Generator().manual_seed(seed)
     keys = shape.keys or shape.tokens
     heads = shape.kv_heads * shape.group
@@ -38,6 +41,9 @@ def random_inputs(
         tensors[0] *= 12
     if kind == "large":
         tensors = [100 * tensors[0], tensors[1], 1000 * tensors[2]]
+    if kind == "correlated":
+        counts = (torch.arange(1, x.shape[1] + 1)[:, None, None] for x in tensors)
+        tensors = [1 + x.cumsum(1) / count for x, count in zip(tensors, counts, strict=True)]
     return [x.to(dtype) for x in tensors]
 
 
