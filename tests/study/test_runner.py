@@ -103,6 +103,10 @@ def test_a_failed_run_is_noted_and_the_rest_goes_on(job: Job, tmp_path: Path) ->
     (failure,) = lines(other.out, "dense")
     assert failure["kind"] == "failure"
     assert "5 attention heads" in failure["error"]
+    right = replace(study, runs=(broken, replace(runs[1], seed=44)))
+    _, outcome = again(job, tmp_path, study=right)
+    assert outcome.failed == ("dense",)
+    assert [r["kind"] for r in Store(tmp_path).records()] == ["failure", "run", "run", "failure"]
 
 
 def test_a_killed_run_goes_on_and_ends_alike(study: Study, prepared: Path, tmp_path: Path) -> None:

@@ -68,6 +68,8 @@ class _Task:
 def run_study(job: Job) -> Outcome:
     """Finish as much of the study as there is time for; a run that fails is noted, and the rest goes on.
 
+    Runs that failed before come last.
+
     Raises:
         InputError: for data that are not whole, a pattern that names no run or too small a budget.
     """
@@ -76,7 +78,8 @@ def run_study(job: Job) -> Outcome:
     known = store.finished()
     say(f"study {job.name}: {len(tasks)} runs, {sum(task.key in known for task in tasks)} finished already")
     failed: list[str] = []
-    for task in tasks:
+    before = store.failed()
+    for task in sorted(tasks, key=lambda task: task.key in before):
         if task.key in store.finished():
             continue
         if not _fits(job, task, store):

@@ -88,6 +88,12 @@ class Store:
             found[key] = record | {"recipe": recipe, "key": key}
         return found
 
+    def failed(self) -> set[str]:
+        """The keys of runs that failed once, finished since or not."""
+        if not self.folder.is_dir():
+            return set()
+        return {record["key"] for record in self.records() if record["kind"] == "failure"}
+
     def index(self) -> Path:
         """Rebuild the SQLite index: the tables `runs`, `evaluations` (one row a set and length) and `failures`."""
         path = self.folder / INDEX
