@@ -275,14 +275,16 @@ def test_compiles_as_one_graph(kind: str, backend: str) -> None:
         close(parameter.grad, expected[name], 1e-3)
 
 
-def test_full_layers_without_position_ids_need_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a compiled training step would take the slow masked path."""
-    seen = []
-    real = modeling.create_causal_mask
-    monkeypatch.setattr(modeling, "create_causal_mask", lambda *args: seen.append(real(*args)) or seen[-1])
+def test_a_compiled_full_layer_is_causal_without_a_mask() -> None:
+    """A mask would cost it the fast path."""
     torch.compiler.reset()
-    torch.compile(model("full"), backend="eager", fullgraph=True)(tokens(), use_cache=False)
-    assert seen == [None]
+    graphs: list[torch.fx.GraphModule] = []
+    made, ids = model("full"), tokens()
+    compiled = torch.compile(made, backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True)
+    close(compiled(ids, use_cache=False).logits, made(ids).logits, 1e-5)
+    (graph,) = graphs
+    calls = [node for node in graph.graph.nodes if node.target is functional.scaled_dot_product_attention]
+    assert [(node.kwargs["attn_mask"], node.kwargs["is_causal"]) for node in calls] == [(None, True)] * 4
 
 
 @pytest.mark.parametrize("kind", ["linear", "learned"])

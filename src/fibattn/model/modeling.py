@@ -9,10 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import GenerationMixin, initialization
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -24,52 +22,11 @@ from fibattn.model.cache import check_full, ring_of
 from fibattn.model.configuration import FibAttnConfig
 from fibattn.model.feed_forward import gains_from_padding, padded_swiglu
 from fibattn.model.loss import IGNORED, linear_cross_entropy
-from fibattn.model.positions import document_positions
-
-Rotation = tuple[Tensor, Tensor]
+from fibattn.model.positions import document_positions, full_mask
+from fibattn.model.rotary import FibAttnRotaryEmbedding, Rotation, rotate
 
 # Transformers renamed `past_key_values` to `cache` in the course of version 5; generation reads its version's name.
 _CACHE_FIELD = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
-
-
-class FibAttnRotaryEmbedding(nn.Module):
-    """Cosines and sines of the rotary angles, plain or with the scaling that `rope_parameters` asks for."""
-
-    inv_freq: Tensor
-    original_inv_freq: Tensor
-
-    def __init__(self, config: FibAttnConfig, *, scaled: bool):
-        super().__init__()
-        self.config = config
-        self.rope_type = str(config.rope_parameters["rope_type"]) if scaled else "default"  # pyright: ignore
-        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
-        frequencies = self.frequencies()
-        self.register_buffer("inv_freq", frequencies, persistent=False)
-        self.register_buffer("original_inv_freq", frequencies.clone(), persistent=False)
-
-    def frequencies(self) -> Tensor:
-        """The inverse frequencies (head size / 2,); also sets the factor on the cosines and sines."""
-        if self.rope_type != "default":
-            frequencies, self.attention_scaling = ROPE_INIT_FUNCTIONS[self.rope_type](self.config, None)
-            return frequencies
-        self.attention_scaling = 1.0
-        size, theta = self.config.head_dim or 0, float(self.config.rope_parameters["rope_theta"])  # pyright: ignore
-        return 1.0 / theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
-
-    @torch.no_grad()
-    @dynamic_rope_update
-    def forward(self, x: Tensor, position_ids: Tensor) -> Rotation:
-        """Cosines and sines (batch or 1, tokens, 1, head size) in the dtype of `x`, computed in float32."""
-        angles = position_ids[..., None].float() * self.inv_freq.to(x.device).float()
-        angles = torch.cat((angles, angles), dim=-1)[:, :, None]
-        return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
-
-
-def _rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Apply the rotary embedding to x (batch, tokens, heads, head size)."""
-    cosine, sine = rotation
-    left, right = x.chunk(2, dim=-1)
-    return (x * cosine + torch.cat((-right, left), dim=-1) * sine).to(x.dtype)
 
 
 class FibAttnAttention(nn.Module):
@@ -119,7 +76,7 @@ class FibAttnAttention(nn.Module):
         shape = (*hidden.shape[:2], -1, self.head_dim)
         q, k, v = (project(hidden).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.rotated:
-            q, k = _rotate(q, rotation), _rotate(k, rotation)
+            q, k = rotate(q, rotation), rotate(k, rotation)
         if self.full:
             out = self._attend_fully(q, k, v, attention_mask, cache, **kwargs)
         else:
@@ -321,9 +278,7 @@ class FibAttnModel(FibAttnPreTrainedModel):
         past = cache.get_seq_length() if cache is not None else 0
         masks: dict[str, Any] = {"positions": document_positions(hidden, attention_mask, position_ids, past)}
         if "full_attention" in (config.layer_types or []):
-            # The caller's position ids, not ours: where there are some, Transformers looks for packed documents
-            # among them, which stalls a GPU and, compiled, costs the full layers their fast causal path.
-            masks["full_attention"] = create_causal_mask(config, hidden, attention_mask, cache, position_ids)
+            masks["full_attention"] = full_mask(config, hidden, attention_mask, position_ids, cache)
         return masks
 
 

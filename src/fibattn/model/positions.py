@@ -1,9 +1,14 @@
 """Where each token stands in its document, from what Transformers' callers give: masks or position ids."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
 
 from fibattn.errors import InputError
+from fibattn.model.configuration import FibAttnConfig
 
 
 def document_positions(
@@ -50,6 +55,25 @@ def _check_order(position_ids: Tensor, past: int) -> None:
             f"position_ids are {position_ids.tolist()} after {past} tokens in the cache; they must go on from there. "
             "For a new sequence begin a new cache, for packed documents give none (use_cache=False)"
         )
+
+
+def full_mask(
+    config: FibAttnConfig,
+    hidden: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cache: Cache | None,
+) -> Any:
+    """The mask of the full layers, in the form that their attention implementation takes; None for plain causal.
+
+    `position_ids` are the caller's, None where there were none: Transformers looks for packed documents among
+    them, which stalls a GPU. While compiling it would also build a mask for plain causal attention, and so cost
+    the full layers their fast path.
+    """
+    plain = attention_mask is None and position_ids is None and cache is None
+    if plain and config._attn_implementation == "sdpa":
+        return None
+    return create_causal_mask(config, hidden, attention_mask, cache, position_ids)
 
 
 def _check_mask(mask: Tensor, batch: int, past: int, tokens: int) -> None:
