@@ -36,8 +36,9 @@ from fibattn.attention.triton.common import (
 from fibattn.attention.triton.key_gradients import key_gradients
 
 FROM_OUTPUT, SUMMED, GIVEN = (tl.constexpr(way) for way in range(3))
-"""Where the row sums `delta` come from: `do . out`, whose rounding float32 cannot afford where scores' gradients
-cancel; or for it a launch that only sums weight times gradient, and one that is given the sums."""
+"""Where the row sums `delta` come from: `do . out`, or a launch before that sums weight times gradient. Where
+scores' gradients nearly cancel, the rounding of `out` is more than float32 and float16 promise; bfloat16's own is
+coarser."""
 
 
 def query_tiles_for(shape: Shape, dense: bool) -> Tiles:
@@ -45,8 +46,8 @@ def query_tiles_for(shape: Shape, dense: bool) -> Tiles:
     if shape.dtype == torch.float32:
         return Tiles(batches=2, columns=16, near=16, warps=2, stages=1)
     if dense:
-        return Tiles(batches=4, columns=16, near=32, warps=4, stages=1)
-    return Tiles(batches=2, columns=32 if shape.padded_size <= 64 else 16, near=32, warps=2, stages=1)
+        return Tiles(batches=4, columns=16, near=32, warps=4, stages=2)
+    return Tiles(batches=1, columns=16, near=32, warps=1, stages=2 if shape.padded_size <= 64 else 3)
 
 
 def backward(
@@ -78,7 +79,7 @@ def backward(
     programs = triton.cdiv(tokens, tiles.batches * shape.batch_queries) * kv_heads * batch
     partial = None if fractions is None else q.new_empty(rungs, programs, dtype=torch.float32)
     try:
-        for delta_from in (SUMMED, GIVEN) if shape.dtype == torch.float32 else (FROM_OUTPUT,):
+        for delta_from in (FROM_OUTPUT,) if shape.dtype == torch.bfloat16 else (SUMMED, GIVEN):
             query_grad_kernel[(programs,)](
                 *(q, k, v, out, grad_out, lse, grad_lse, positions, columns.table, columns.fractions),
                 *(dq, delta, compact[0], compact[1], partial),
@@ -293,9 +294,9 @@ def query_grad_kernel(
 
     if DELTA == SUMMED:
         tl.store(p_delta + o_lse, b_total - b_lse_grad, mask=m_row)
-        return
-    p_dq += i_batch * stride_dqb + i_head * GROUP * stride_dqh
-    store_batches(p_dq, b_dq * scale, o_query, o_group, stride_dqt, stride_dqh, m_row, SIZE, BD, WIDE)
+    else:
+        p_dq += i_batch * stride_dqb + i_head * GROUP * stride_dqh
+        store_batches(p_dq, b_dq * scale, o_query, o_group, stride_dqt, stride_dqh, m_row, SIZE, BD, WIDE)
 
 
 @triton.jit

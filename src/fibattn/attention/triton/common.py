@@ -219,8 +219,10 @@ def softmax_weights(b_s, b_lse):
     """`2 ** (b_s - b_lse)`. For float32 the log-sum-exp is kept in float64, or its rounding would be in all weights."""
     if b_lse.dtype == tl.float64:
         b_high = b_lse.to(tl.float32)
-        return tl.exp2((b_s - b_high) - (b_lse - b_high).to(tl.float32))
-    return tl.exp2(b_s - b_lse)
+        b_s = (b_s - b_high) - (b_lse - b_high).to(tl.float32)
+    else:
+        b_s -= b_lse
+    return tl.exp2(b_s)
 
 
 @triton.jit

@@ -39,8 +39,9 @@ def tiles_for(shape: Shape, dense: bool) -> Tiles:
     if shape.dtype == torch.float32:
         return Tiles(batches=4 if shape.padded_size <= 64 else 2, columns=16, near=16, warps=2, stages=1)
     if dense:
-        return Tiles(batches=4, columns=16, near=32, warps=4, stages=1)
-    return Tiles(batches=2, columns=64 if shape.padded_size <= 64 else 32, near=32, warps=2, stages=1)
+        return Tiles(batches=4 if shape.padded_size <= 64 else 8, columns=16, near=32, warps=4, stages=2)
+    # Programs of one warp: nothing waits for a barrier, and the next columns are copied while these are multiplied.
+    return Tiles(batches=1 if shape.padded_size <= 64 else 2, columns=16, near=32, warps=1, stages=2)
 
 
 def forward(

@@ -5,7 +5,7 @@ and needs neither keys, values, exponentials nor reductions, only what the query
 `dk[j] += grad[j + d] * q[j + d]` and `dv[j] += weight[j + d] * do[j + d]`, element by element in float32. What
 limits it is reading q and do once a rung; the more keys a program has, the more rows neighbouring rungs share.
 The window is recomputed as dense tiles, which costs no memory in its width; it wants few keys a program and
-many registers, so it is a kernel of its own and adds what the rungs left, in float32.
+many registers, so it is a kernel of its own, after the other, and adds to what that left in dk and dv.
 """
 
 from dataclasses import dataclass
@@ -31,27 +31,38 @@ from fibattn.attention.triton.common import (
 
 
 @dataclass(frozen=True)
-class KeyTiles:
-    """Tile sizes of one kernel: keys a program, rows (query, head) a window tile."""
+class RungTiles:
+    """Tile sizes of the kernel for the rungs: keys a program, the part of a row it has, rungs in flight."""
+
+    keys: int
+    part: int
+    unroll: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class WindowTiles:
+    """Tile sizes of the kernel for the window: keys a program, rows (query, head) a tile."""
 
     keys: int
     rows: int
     warps: int
-    stages: int = 1
+    stages: int
 
 
-def rung_tiles_for(shape: Shape) -> KeyTiles:
+def rung_tiles_for(shape: Shape) -> RungTiles:
     """Tile sizes of the kernel for the rungs."""
-    keys = {16: 128, 32: 128, 64: 64, 128: 32, 256: 16}[shape.padded_size]
-    return KeyTiles(keys=keys, rows=0, warps=4)
+    return RungTiles(keys=64, part=min(shape.padded_size, 64), unroll=1, warps=4)
 
 
-def window_tiles_for(shape: Shape) -> KeyTiles:
+def window_tiles_for(shape: Shape, window: int) -> WindowTiles:
     """Tile sizes of the kernel for the window."""
     if shape.dtype == torch.float32:
-        return KeyTiles(keys=32 if shape.padded_size <= 64 else 16, rows=32, warps=4)
-    keys = {16: 64, 32: 64, 64: 64, 128: 32, 256: 16}[shape.padded_size]
-    return KeyTiles(keys=keys, rows=64 if shape.padded_size <= 64 else 32, warps=4)
+        return WindowTiles(keys=32 if shape.padded_size <= 64 else 16, rows=32, warps=4, stages=1)
+    if window > common.WIDEST_NEAR:
+        keys = {16: 64, 32: 64, 64: 64, 128: 64, 256: 16}[shape.padded_size]
+        return WindowTiles(keys=keys, rows=64 if shape.padded_size <= 64 else 32, warps=4, stages=1)
+    return WindowTiles(keys=16, rows=32 if shape.padded_size <= 64 else 16, warps=1, stages=3)
 
 
 def key_gradients(
@@ -74,7 +85,6 @@ def key_gradients(
     """Fill `dk` and `dv`; `compact` (2, B, Hkv, rungs, Tq, group) has the rungs' weights and score gradients."""
     batch, keys, kv_heads, _ = k.shape
     tokens, rungs = q.shape[1], table.shape[1] - 1
-    partial = k.new_empty(2, *k.shape, dtype=torch.float32) if rungs else None
     sizes = {
         "GROUP": shape.group,
         "SIZE": shape.size,
@@ -82,29 +92,31 @@ def key_gradients(
         "HAS_POSITIONS": positions is not None,
         "WIDE": common.wide(q, k, v, grad_out),
     }
-    if partial is not None:
-        tiles = rung_tiles_for(shape)
-        rung_grad_kernel[(triton.cdiv(keys, tiles.keys) * kv_heads * batch,)](
-            *(q, grad_out, positions, table, fractions, compact[0], compact[1], partial[0], partial[1]),
+    if rungs:
+        rung_tiles = rung_tiles_for(shape)
+        parts = shape.padded_size // rung_tiles.part
+        rung_grad_kernel[(triton.cdiv(keys, rung_tiles.keys) * parts * kv_heads * batch,)](
+            *(q, grad_out, positions, table, fractions, compact[0], compact[1], dk, dv),
             *(tokens, keys, kv_heads, rungs, table.stride(0) if table.shape[0] > 1 else 0),
-            *common.strides(q, grad_out),
+            *common.strides(q, grad_out, dk, dv),
             common.positions_stride(positions),
-            BN=tiles.keys,
+            BN=rung_tiles.keys,
+            BP=rung_tiles.part,
+            UNROLL=rung_tiles.unroll,
             SCALED=fractions is not None,
             **sizes,
-            num_warps=tiles.warps,
+            num_warps=rung_tiles.warps,
         )
-    tiles = window_tiles_for(shape)
+    tiles = window_tiles_for(shape, window)
     window_grad_kernel[(triton.cdiv(keys, tiles.keys) * kv_heads * batch,)](
-        *(q, k, v, grad_out, lse, delta, positions),
-        *(None if partial is None else partial[0], None if partial is None else partial[1], dk, dv),
+        *(q, k, v, grad_out, lse, delta, positions, dk, dv),
         *(scale, tokens, keys, window, kv_heads),
         *common.strides(q, k, v, grad_out, dk, dv),
         common.positions_stride(positions),
         GP=shape.padded_group,
         BN=tiles.keys,
         BR=max(tiles.rows, shape.padded_group),
-        HAS_PARTIAL=partial is not None,
+        AFTER_RUNGS=rungs > 0,
         **sizes,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
@@ -137,17 +149,27 @@ def rung_grad_kernel(
     stride_gb,
     stride_gt,
     stride_gh,
+    stride_dkb,
+    stride_dkt,
+    stride_dkh,
+    stride_dvb,
+    stride_dvt,
+    stride_dvh,
     stride_positions,
     GROUP: tl.constexpr,
     SIZE: tl.constexpr,
     BD: tl.constexpr,
     BN: tl.constexpr,
+    BP: tl.constexpr,
+    UNROLL: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
     WIDE: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """One program: what the rungs give to `BN` keys and values of one KV head, before the scale."""
-    i_block, i_head, i_batch = place(keys, BN, kv_heads)
+    """One program: what the rungs give to `BP` dimensions of `BN` keys and values of one KV head, before the scale."""
+    i_block, i_head, i_batch = place(keys, BN, kv_heads * (BD // BP))
+    i_part = i_head % (BD // BP)
+    i_head = i_head // (BD // BP)
     p_q += i_batch * stride_qb + i_head * GROUP * stride_qh
     p_do += i_batch * stride_gb + i_head * GROUP * stride_gh
     p_weights += (i_batch * kv_heads + i_head) * rungs_stored * tokens * GROUP
@@ -155,21 +177,21 @@ def rung_grad_kernel(
     p_set = p_table + i_head * stride_set
     past = keys - tokens
     o_tile = tl.arange(0, BN)
-    o_size = tl.arange(0, BD)
+    o_size = i_part.to(tl.int32) * BP + tl.arange(0, BP)
     m_size = o_size < SIZE
     o_q = row_starts(o_tile, stride_qt, WIDE)[:, None] + o_size[None, :]
     o_do = row_starts(o_tile, stride_gt, WIDE)[:, None] + o_size[None, :]
     first_query = i_block * BN - past
     rungs = tl.load(p_set)
     SIDES: tl.constexpr = 2 if SCALED else 1
-    b_dk = tl.zeros([BN, BD], tl.float32)
-    b_dv = tl.zeros([BN, BD], tl.float32)
+    b_dk = tl.zeros([BN, BP], tl.float32)
+    b_dv = tl.zeros([BN, BP], tl.float32)
     for i_group in range(GROUP):
-        for i in range(rungs * SIDES):
+        for i in tl.range(0, rungs * SIDES, loop_unroll_factor=UNROLL):
             i_rung = i // SIDES
             near = tl.load(p_set + 1 + i_rung)
             first = first_query + near + i % SIDES
-            m_query = (first + o_tile >= 0) & (first + o_tile < tokens)
+            m_query = (first + o_tile).to(tl.uint32) < tl.cast(tokens, tl.uint32)
             p_entry = (tl.cast(i_rung, tl.int64) * tokens + first) * GROUP + i_group
             b_ds = tl.load(p_grads + p_entry + o_tile * GROUP, mask=m_query, other=0.0).to(tl.float32)
             b_p = tl.load(p_weights + p_entry + o_tile * GROUP, mask=m_query, other=0.0).to(tl.float32)
@@ -192,9 +214,13 @@ def rung_grad_kernel(
             b_dv += b_p[:, None] * b_do.to(tl.float32)
 
     o_key = i_block * BN + o_tile
-    o_start = (i_batch * keys * kv_heads + i_head) * SIZE
-    store_rows(p_dk + o_start, b_dk, o_key, kv_heads * SIZE, o_key < keys, SIZE, BD, WIDE)
-    store_rows(p_dv + o_start, b_dv, o_key, kv_heads * SIZE, o_key < keys, SIZE, BD, WIDE)
+    m_tile = (o_key < keys)[:, None] & m_size[None, :]
+    p_dk += i_batch * stride_dkb + i_head * stride_dkh
+    p_dv += i_batch * stride_dvb + i_head * stride_dvh
+    p_dk_tile = p_dk + (row_starts(o_key, stride_dkt, WIDE)[:, None] + o_size[None, :])
+    p_dv_tile = p_dv + (row_starts(o_key, stride_dvt, WIDE)[:, None] + o_size[None, :])
+    tl.store(p_dk_tile, b_dk.to(p_dk.dtype.element_ty), mask=m_tile)
+    tl.store(p_dv_tile, b_dv.to(p_dv.dtype.element_ty), mask=m_tile)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -206,8 +232,6 @@ def window_grad_kernel(
     p_lse,
     p_delta,
     p_positions,
-    p_dk_rungs,
-    p_dv_rungs,
     p_dk,
     p_dv,
     scale,
@@ -242,7 +266,7 @@ def window_grad_kernel(
     BR: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
     WIDE: tl.constexpr,
-    HAS_PARTIAL: tl.constexpr,
+    AFTER_RUNGS: tl.constexpr,
 ):
     """One program: the gradients of `BN` keys and values of one KV head, from the window and what the rungs left."""
     BM: tl.constexpr = BR // GP
@@ -263,7 +287,7 @@ def window_grad_kernel(
     scale_log2 = scale * LOG2E
 
     begin = tl.maximum(i_block * BN - past, 0)
-    end = tl.minimum(i_block * BN - past + BN + tl.minimum(window, tokens), tokens)
+    end = tl.minimum(i_block * BN - past + BN + tl.minimum(window, keys), tokens)
     for start in range(begin, end, BM):
         o_row = tl.arange(0, BR)
         o_query, o_group = start + o_row // GP, o_row % GP
@@ -283,11 +307,11 @@ def window_grad_kernel(
         b_ds = b_p * (b_dp - b_delta[None, :])
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
 
-    if HAS_PARTIAL:
-        o_start = (i_batch * keys * kv_heads + i_head) * SIZE
-        b_dk += load_rows(p_dk_rungs + o_start, o_key, kv_heads * SIZE, m_key, SIZE, BD, WIDE)
-        b_dv += load_rows(p_dv_rungs + o_start, o_key, kv_heads * SIZE, m_key, SIZE, BD, WIDE)
+    b_dk *= scale
     p_dk += i_batch * stride_dkb + i_head * stride_dkh
     p_dv += i_batch * stride_dvb + i_head * stride_dvh
-    store_rows(p_dk, b_dk * scale, o_key, stride_dkt, m_key, SIZE, BD, WIDE)
+    if AFTER_RUNGS:
+        b_dk += scale * load_rows(p_dk, o_key, stride_dkt, m_key, SIZE, BD, WIDE).to(tl.float32)
+        b_dv += load_rows(p_dv, o_key, stride_dvt, m_key, SIZE, BD, WIDE).to(tl.float32)
+    store_rows(p_dk, b_dk, o_key, stride_dkt, m_key, SIZE, BD, WIDE)
     store_rows(p_dv, b_dv, o_key, stride_dvt, m_key, SIZE, BD, WIDE)
