@@ -254,8 +254,8 @@ def ring_of(cache: Cache, layer: int, owner: object, reach: int) -> RingLayer:
             )
         recording = getattr(found, "record_past", False)
         found = StaticRingLayer() if isinstance(found, StaticLayer) else DynamicRingLayer()
-        if recording:
-            found.activate_past_recording()
+        if isinstance(found, DynamicRingLayer):
+            found.record_past = recording
         cache.layers[layer : layer + 1] = [found]
     found.claim(owner, reach)
     return found
