@@ -137,6 +137,7 @@ def test_a_dry_run_says_who_can_run_and_why_not(tmp_path: Path, capsys: pytest.C
     [
         (["decoding"], "there is no benchmark 'decoding'; there is attention"),
         (["attention", "--providers", "flash"], "there is no provider 'flash'; there are fibattn, "),
+        (["attention", "--windows", "128"], "--shape, --windows and --tokens go with --lengths; say which lengths"),
         (["attention", "--lengths", "0"], "lengths and tokens must be at least 1"),
         (["attention", "--lengths", "8", "--windows", "-1"], "windows at least 0"),
         (["attention", "--lengths", "8", "--tokens", "0"], "tokens 0"),

@@ -47,6 +47,7 @@ def run(arguments: list[str]) -> None:
     from rich.console import Console
 
     from fibattn.bench import attention, report
+    from fibattn.bench.cases import OURS
 
     device, cases = _cases(chosen)
     console = Console(width=None if Console().is_terminal else 150, highlight=False)
@@ -57,13 +58,15 @@ def run(arguments: list[str]) -> None:
     result = attention.run(
         cases, device, save=lambda so_far: files.write_json(out, so_far), say=lambda line: print(line, flush=True)
     )
-    figure = report.draw(result, out.with_suffix(".svg"))
     for line in report.reasons(result):
         console.print(f"not run: {line}", soft_wrap=True)
     console.print(report.table(result))
+    figure = report.draw(result, out.with_suffix(".svg"))
     console.print(f"written to {out}, {figure.with_suffix('.csv')} and {figure}", soft_wrap=True)
     if any(row.get("right") is False for row in result["rows"]):
         raise SystemExit("fibattn bench: a provider gave wrong numbers; see WRONG above")
+    if any(row["provider"] in OURS and "failed" in row["not_run"] for row in result["rows"]):
+        raise SystemExit("fibattn bench: this project's operator failed; see 'not run' above")
 
 
 def _cases(chosen: Arguments):
@@ -76,6 +79,8 @@ def _cases(chosen: Arguments):
     device = ("cuda" if found else "cpu") if chosen.device == "auto" else chosen.device
     if device == "cuda" and not found:
         raise InputError("--device cuda was given, but PyTorch finds no NVIDIA GPU here; use --device cpu")
+    if not chosen.lengths and (chosen.shape, chosen.windows, chosen.tokens) != ("small", (12,), 1):
+        raise InputError("--shape, --windows and --tokens go with --lengths; say which lengths")
     dtype = ("bfloat16" if device == "cuda" else "float32") if chosen.dtype == "auto" else chosen.dtype
     grids = (Grid(chosen.shape, chosen.windows, chosen.lengths, chosen.tokens),) if chosen.lengths else SUITES[device]
     return device, plan(grids, device, dtype, chosen.providers)
