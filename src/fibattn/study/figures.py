@@ -44,6 +44,7 @@ def extrapolation(curves: Sequence[Curve], trained_at: int, path: Path) -> Path:
         axes.set_ylim(min(values) / 1.06, max(values) * 1.12)
         axes.yaxis.set_major_formatter(FuncFormatter(_plain))
         axes.yaxis.set_minor_formatter(FuncFormatter(_plain) if max(values) < 6 * min(values) else NullFormatter())
+        axes.grid(which="minor", axis="y")
         axes.set_xlabel("evaluation length (tokens, times the training length)")
         axes.set_ylabel("perplexity")
         rows = [
