@@ -14,8 +14,8 @@ def side_by_side(arguments: Sequence[str], processes: int) -> int:
     devices = visible.split(",") if visible else [str(index) for index in range(processes)]
     started = [
         subprocess.Popen(
-            [sys.executable, "-u", "-m", "fibattn", *arguments],
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": devices[index % len(devices)]},
+            [sys.executable, "-m", "fibattn", *arguments],
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": devices[index % len(devices)], "PYTHONUNBUFFERED": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
