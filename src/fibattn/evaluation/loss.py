@@ -98,8 +98,10 @@ def position_loss(
     sizes = torch.from_numpy(token_bytes.astype(np.float64))
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
     with Meter(label, len(windows) * length, "tokens", quiet=quiet) as meter, autocast:
-        for batch in DataLoader(windows, batch_size=max(1, batch_tokens // length)):  # pyright: ignore
-            inputs, targets = batch["input_ids"].to(device), batch["shift_labels"].to(device)
+        # From pinned memory a copy need not wait for what the GPU still has to do.
+        pinned = device.type == "cuda"
+        for batch in DataLoader(windows, max(1, batch_tokens // length), pin_memory=pinned):  # pyright: ignore
+            inputs, targets = (batch[name].to(device, non_blocking=pinned) for name in ("input_ids", "shift_labels"))
             sums += _losses(model, inputs, targets).sum(dim=0, dtype=torch.float64)
             byte_counts += sizes[batch["shift_labels"]].sum(dim=0)
             meter.update(inputs.numel())
