@@ -64,7 +64,9 @@ def run(arguments: list[str]) -> None:
         failed = side_by_side(child, chosen.processes) != 0
     else:
         failed = _alone(chosen, study, data)
-    if chosen.report:
+    from fibattn.study.store import Store
+
+    if chosen.report and Store(chosen.out).finished():
         from fibattn.study.report import write_report
 
         print(f"the report is in {write_report(chosen.out)}")
