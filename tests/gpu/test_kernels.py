@@ -221,16 +221,26 @@ def check_scaled(inputs, window=12):
 
 def test_rungs_are_resolved_as_in_the_pattern():
     scaled = importlib.import_module("fibattn.attention.triton.scaled")
+    common = importlib.import_module("fibattn.attention.triton.common")
     for alpha in [*torch.linspace(0.4, 1.6, 241, dtype=torch.float64).tolist(), 0.7, 1.3125, 1.1875]:
         for max_offset in (ops.NO_LIMIT, 400):
-            table, fractions, kept = scaled.resolve(
-                torch.tensor(alpha, dtype=torch.float64, device="cuda"), RUNGS, 12, max_offset
-            )
+            found = scaled.resolve(torch.tensor(alpha, dtype=torch.float64, device="cuda"), RUNGS, 12, max_offset, 4)
             right = interpolate(RUNGS, alpha, 12, max_offset)
-            count = int(table[0, 0])
-            assert table[0, 1 : 1 + count].tolist() == [rung.near for rung in right]
-            assert kept[:count].tolist() == [RUNGS[rung.index] for rung in right]
-            assert fractions[:count].tolist() == torch.tensor([r.fraction for r in right]).float().tolist()
+            count = int(found.table[0, 0])
+            assert found.table[0, 1 : 1 + count].tolist() == [rung.near for rung in right]
+            assert found.kept[:count].tolist() == [RUNGS[rung.index] for rung in right]
+            exact = torch.tensor([rung.fraction for rung in right]).float()
+            assert found.fractions[:count].tolist() == exact.tolist()
+            # The columns are those of fixed offsets at the nearer keys, with a fraction for each.
+            offsets = tuple(rung.near for rung in right)
+            fixed, near = common.column_table((offsets,), 12, 4, exact.device), found.columns.near
+            columns, mine = int(fixed[0, 0]), found.columns
+            assert int(mine.table[0, 0]) == columns
+            for start in (1, 1 + fixed.shape[1] // 2):
+                theirs = 1 if start == 1 else 1 + mine.width
+                assert mine.table[0, theirs : theirs + columns].tolist() == fixed[0, start : start + columns].tolist()
+            assert mine.fractions[near:columns].tolist() == exact.repeat_interleave(4).tolist()
+            assert not mine.fractions[:near].any()
 
 
 def test_learned_scale_with_documents():
@@ -385,7 +395,8 @@ def test_twenty_lengths_compile_twice_at_most(learned):
         for room, name in (
             ("forward", "forward_kernel"),
             ("backward", "query_grad_kernel"),
-            ("backward", "key_grad_kernel"),
+            ("key_gradients", "rung_grad_kernel"),
+            ("key_gradients", "window_grad_kernel"),
         )
     ]
     caches = [kernel.device_caches[torch.cuda.current_device()][0] for kernel in kernels]

@@ -70,6 +70,7 @@ def backward(
     """
     shape = common.shape_of(q, k)
     grad_out, lse = common.inner_contiguous(grad_out), lse.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
     batch, tokens = q.shape[:2]
     kv_heads, rungs = k.shape[2], table.shape[1] - 1
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
@@ -77,7 +78,7 @@ def backward(
     compact = q.new_empty(2, batch, kv_heads, rungs, tokens, shape.group)
     tiles = query_tiles_for(shape, columns.dense)
     programs = triton.cdiv(tokens, tiles.batches * shape.batch_queries) * kv_heads * batch
-    partial = None if fractions is None else q.new_empty(rungs, programs, dtype=torch.float32)
+    partial = None if fractions is None else q.new_empty(rungs, programs, dtype=torch.float64)
     try:
         for delta_from in (FROM_OUTPUT,) if shape.dtype == torch.bfloat16 else (SUMMED, GIVEN):
             query_grad_kernel[(programs,)](
@@ -87,7 +88,6 @@ def backward(
                 *(columns.near, columns.width, columns.stride_set),
                 *common.strides(q, k, v, grad_out, out, dq),
                 common.positions_stride(positions),
-                *((0, 0, 0) if grad_lse is None else grad_lse.stride()),
                 HAS_GRAD_LSE=grad_lse is not None,
                 DELTA=delta_from,
                 BQ=shape.batch_queries,
@@ -103,11 +103,12 @@ def backward(
                 HAS_POSITIONS=positions is not None,
                 WIDE=common.wide(q, k, v, out, grad_out),
                 SCALED=fractions is not None,
+                SUMS=common.sum_dtype(q.dtype),
                 num_warps=tiles.warps,
                 num_stages=tiles.stages,
             )
         key_gradients(
-            *(grad_out, lse, delta, q, k, v, positions, scale, columns.window, table, fractions),
+            *(grad_out, grad_lse, lse, delta, q, k, v, positions, scale, columns.window, table, fractions),
             *(compact, dk, dv, shape),
         )
     except OutOfResources as error:
@@ -115,10 +116,9 @@ def backward(
     return dq, dk, dv, partial
 
 
-# As in the forward. The strides of the log-sum-exp's gradient follow the length.
+# As in the forward.
 _UNSPECIALIZED = [
     *("tokens", "keys", "window", "kv_heads", "rungs_stored", "stride_set", "stride_positions", "near", "width"),
-    *("stride_lb", "stride_lh", "stride_lt"),
 ]
 
 
@@ -167,9 +167,6 @@ def query_grad_kernel(
     stride_dqt,
     stride_dqh,
     stride_positions,
-    stride_lb,
-    stride_lh,
-    stride_lt,
     GROUP: tl.constexpr,
     GP: tl.constexpr,
     SIZE: tl.constexpr,
@@ -185,6 +182,7 @@ def query_grad_kernel(
     HAS_GRAD_LSE: tl.constexpr,
     DELTA: tl.constexpr,
     SCALED: tl.constexpr,
+    SUMS: tl.constexpr,
 ):
     """One program: the gradient of `NB` batches of `BQ` queries, one KV head."""
     BM: tl.constexpr = NB * BQ
@@ -210,22 +208,21 @@ def query_grad_kernel(
     b_lse = tl.load(p_lse + o_lse, mask=m_row, other=NO_ROW) * LOG2E
     b_lse_grad = tl.zeros([NB, ROWS], tl.float32)
     if HAS_GRAD_LSE:
-        o_head = i_head * GROUP + o_group
-        p_row = p_grad_lse + i_batch * stride_lb + o_head * stride_lh + o_query.to(tl.int64) * stride_lt
-        b_lse_grad = tl.load(p_row, mask=m_row, other=0.0).to(tl.float32)
+        b_lse_grad = tl.load(p_grad_lse + first_lse + o_lse, mask=m_row, other=0.0).to(tl.float32)
     if DELTA == FROM_OUTPUT:
         b_out = query_batches(p_out, o_query, o_group, stride_ot, stride_oh, m_row, SIZE, BD, WIDE)
-        b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 2) - b_lse_grad
+        b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 2)
         tl.store(p_delta + o_lse, b_delta, mask=m_row)
     elif DELTA == GIVEN:
         b_delta = tl.load(p_delta + o_lse, mask=m_row, other=0.0)
     else:
         b_delta = tl.zeros([NB, ROWS], tl.float32)
     b_total = tl.zeros([NB, ROWS], tl.float32)
+    b_weight = tl.zeros([NB, ROWS], tl.float32)
     scale_log2 = scale * LOG2E
     b_dq = tl.zeros([NB, ROWS, BD], tl.float32)
     if DENSE:
-        b_near, b_near_total = dense_window_grad(
+        b_near, b_near_total, b_near_weight = dense_window_grad(
             p_q,
             p_k,
             p_v,
@@ -233,6 +230,7 @@ def query_grad_kernel(
             p_positions,
             tl.reshape(b_lse, [BR]),
             tl.reshape(b_delta, [BR]),
+            tl.reshape(b_lse_grad, [BR]),
             scale_log2,
             tokens,
             keys,
@@ -251,6 +249,7 @@ def query_grad_kernel(
         )
         b_dq = tl.reshape(b_near, [NB, ROWS, BD])
         b_total = tl.reshape(b_near_total, [NB, ROWS])
+        b_weight = tl.reshape(b_near_weight, [NB, ROWS])
 
     b_q = query_batches(p_q, o_query, o_group, stride_qt, stride_qh, m_row, SIZE, BD, WIDE)
     o_compact = (i_batch * kv_heads + i_head) * rungs_stored * tokens
@@ -273,9 +272,10 @@ def query_grad_kernel(
             b_dp += b_f * b_dp_step
         m_entry = column_mask(b_shift, b_bits, b_limit, o_key, ROWS, GP, HAS_POSITIONS)
         b_p = tl.where(m_entry, softmax_weights(b_s * scale_log2, b_lse[:, :, None]), 0.0)
-        b_ds = b_p * (b_dp - b_delta[:, :, None])
         if DELTA == SUMMED:
-            b_total += tl.sum(b_ds, 2)
+            b_total += tl.sum(b_p * b_dp, 2)
+            b_weight += tl.sum(b_p, 2)
+        b_ds = b_p * ((b_dp - b_delta[:, :, None]) + b_lse_grad[:, :, None])
         first_rung = (first - near) // BQ
         if (DELTA != SUMMED) & (first + C > near):
             store_compact(p_weights, b_p, first_rung, rungs, o_query, o_group, tokens, m_row, GROUP, BQ, C)
@@ -283,7 +283,7 @@ def query_grad_kernel(
         if SCALED and DELTA != SUMMED:
             m_first = b_shift[None, None, :] == (b_limit - (tl.arange(0, ROWS) // GP)[None, :])[:, :, None]
             b_df = tl.where(m_first, 0.0, b_ds * scale * b_s_step + b_p * b_dp_step)
-            b_df = tl.sum(tl.reshape(tl.sum(tl.sum(b_df, 0), 0), [C // BQ, BQ]), 1)
+            b_df = tl.sum(tl.reshape(tl.sum(tl.sum(b_df.to(SUMS), 0), 0), [C // BQ, BQ]), 1)
             o_df = first_rung + tl.arange(0, C // BQ)
             p_df = p_partial + o_df.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
             tl.store(p_df, b_df, mask=(o_df >= 0) & (o_df < rungs))
@@ -293,7 +293,8 @@ def query_grad_kernel(
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
 
     if DELTA == SUMMED:
-        tl.store(p_delta + o_lse, b_total - b_lse_grad, mask=m_row)
+        # Weights add up to 1 but for their rounding, which must not reach the difference.
+        tl.store(p_delta + o_lse, b_total / tl.where(m_row, b_weight, 1.0), mask=m_row)
     else:
         p_dq += i_batch * stride_dqb + i_head * GROUP * stride_dqh
         store_batches(p_dq, b_dq * scale, o_query, o_group, stride_dqt, stride_dqh, m_row, SIZE, BD, WIDE)
@@ -323,6 +324,7 @@ def dense_window_grad(
     p_positions,
     b_lse,
     b_delta,
+    b_lse_grad,
     scale_log2,
     tokens,
     keys,
@@ -347,7 +349,7 @@ def dense_window_grad(
     HAS_POSITIONS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """The window's part of the gradient of a block's rows, before the scale, and of the scores' sum. [BR, BD], [BR]"""
+    """The window's part: the gradient of a block's rows before the scale, and what `delta` is the ratio of."""
     o_row = tl.arange(0, BR)
     o_query, o_group = i_block * BM + o_row // GP, o_row % GP
     m_row = (o_query < tokens) & (o_group < GROUP)
@@ -357,6 +359,7 @@ def dense_window_grad(
     b_do = query_rows(p_do, o_query, o_group, stride_gt, stride_gh, m_row, SIZE, BD, WIDE)
     b_dq = tl.zeros([BR, BD], tl.float32)
     b_total = tl.zeros([BR], tl.float32)
+    b_weight = tl.zeros([BR], tl.float32)
     tiles = tl.cdiv(BM + tl.minimum(window, first_own), BN)
     for i in range(tiles):
         o_key = first_own + BM - (i + 1) * BN + tl.arange(0, BN)
@@ -367,7 +370,8 @@ def dense_window_grad(
         b_p = softmax_weights(b_s, b_lse[:, None])
         b_p = tl.where(near_mask(o_query + past, b_limit, o_key, window), b_p, 0.0)
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
-        b_ds = b_p * (b_dp - b_delta[:, None])
-        b_total += tl.sum(b_ds, 1)
+        b_total += tl.sum(b_p * b_dp, 1)
+        b_weight += tl.sum(b_p, 1)
+        b_ds = b_p * ((b_dp - b_delta[:, None]) + b_lse_grad[:, None])
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
-    return b_dq, b_total
+    return b_dq, b_total, b_weight

@@ -161,6 +161,11 @@ def fixed_columns(q: Tensor, k: Tensor, window: int, sets: tuple[tuple[int, ...]
     return Columns(column_table(sets, window, queries, q.device), None, window, near_columns(window, queries))
 
 
+def sum_dtype(dtype: torch.dtype) -> tl.dtype:
+    """What long sums are kept in: float32 inputs deserve more than a float32 chain of hundreds of terms."""
+    return tl.float64 if dtype == torch.float32 else tl.float32
+
+
 def wide(*tensors: Tensor) -> bool:
     """Whether a batch entry of (B, T, H, D) tensors has elements that 32-bit offsets do not reach."""
 
@@ -235,9 +240,7 @@ def near_mask(o_own, b_limit, o_key, window):
 @triton.jit
 def row_starts(o_row, stride, WIDE: tl.constexpr):
     """Where rows start, in elements; in 64 bits only where 32 do not suffice, for they cost three times as much."""
-    if WIDE:
-        return o_row.to(tl.int64) * stride
-    return o_row * stride
+    return o_row.to(tl.int64 if WIDE else tl.int32) * stride
 
 
 @triton.jit

@@ -51,22 +51,29 @@ class WindowTiles:
 
 
 def rung_tiles_for(shape: Shape) -> RungTiles:
-    """Tile sizes of the kernel for the rungs."""
-    return RungTiles(keys=64, part=min(shape.padded_size, 64), unroll=1, warps=4)
+    """Tile sizes of the kernel for the rungs: many keys share rows, where a row is long enough to pay for it."""
+    if shape.dtype == torch.float32:
+        return RungTiles(keys=32, part=min(shape.padded_size, 64), unroll=1, warps=4)
+    if shape.padded_size <= 64:
+        return RungTiles(keys=64, part=shape.padded_size, unroll=2, warps=4)
+    return RungTiles(keys=256, part=64, unroll=1, warps=16)
 
 
 def window_tiles_for(shape: Shape, window: int) -> WindowTiles:
-    """Tile sizes of the kernel for the window."""
+    """Tile sizes of the kernel for the window: a wide one wants large tiles, a narrow one programs of one warp."""
+    small = shape.padded_size <= 64
     if shape.dtype == torch.float32:
-        return WindowTiles(keys=32 if shape.padded_size <= 64 else 16, rows=32, warps=4, stages=1)
+        return WindowTiles(keys=32 if small else 16, rows=32, warps=4, stages=1)
+    if shape.padded_size > 128:
+        return WindowTiles(keys=16, rows=16, warps=4, stages=1)
     if window > common.WIDEST_NEAR:
-        keys = {16: 64, 32: 64, 64: 64, 128: 64, 256: 16}[shape.padded_size]
-        return WindowTiles(keys=keys, rows=64 if shape.padded_size <= 64 else 32, warps=4, stages=1)
-    return WindowTiles(keys=16, rows=32 if shape.padded_size <= 64 else 16, warps=1, stages=3)
+        return WindowTiles(keys=64, rows=64 if small else 32, warps=4, stages=1 if small else 3)
+    return WindowTiles(keys=32 if small else 16, rows=16, warps=1, stages=3)
 
 
 def key_gradients(
     grad_out: Tensor,
+    grad_lse: Tensor | None,
     lse: Tensor,
     delta: Tensor,
     q: Tensor,
@@ -91,6 +98,7 @@ def key_gradients(
         "BD": shape.padded_size,
         "HAS_POSITIONS": positions is not None,
         "WIDE": common.wide(q, k, v, grad_out),
+        "SUMS": common.sum_dtype(q.dtype),
     }
     if rungs:
         rung_tiles = rung_tiles_for(shape)
@@ -109,7 +117,7 @@ def key_gradients(
         )
     tiles = window_tiles_for(shape, window)
     window_grad_kernel[(triton.cdiv(keys, tiles.keys) * kv_heads * batch,)](
-        *(q, k, v, grad_out, lse, delta, positions, dk, dv),
+        *(q, k, v, grad_out, lse, grad_lse, delta, positions, dk, dv),
         *(scale, tokens, keys, window, kv_heads),
         *common.strides(q, k, v, grad_out, dk, dv),
         common.positions_stride(positions),
@@ -117,6 +125,7 @@ def key_gradients(
         BN=tiles.keys,
         BR=max(tiles.rows, shape.padded_group),
         AFTER_RUNGS=rungs > 0,
+        HAS_GRAD_LSE=grad_lse is not None,
         **sizes,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
@@ -164,6 +173,7 @@ def rung_grad_kernel(
     UNROLL: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
     WIDE: tl.constexpr,
+    SUMS: tl.constexpr,
     SCALED: tl.constexpr,
 ):
     """One program: what the rungs give to `BP` dimensions of `BN` keys and values of one KV head, before the scale."""
@@ -184,8 +194,8 @@ def rung_grad_kernel(
     first_query = i_block * BN - past
     rungs = tl.load(p_set)
     SIDES: tl.constexpr = 2 if SCALED else 1
-    b_dk = tl.zeros([BN, BP], tl.float32)
-    b_dv = tl.zeros([BN, BP], tl.float32)
+    b_dk = tl.zeros([BN, BP], SUMS)
+    b_dv = tl.zeros([BN, BP], SUMS)
     for i_group in range(GROUP):
         for i in tl.range(0, rungs * SIDES, loop_unroll_factor=UNROLL):
             i_rung = i // SIDES
@@ -210,8 +220,8 @@ def rung_grad_kernel(
             else:
                 b_q = tl.load(p_q_tile, mask=m_query[:, None] & m_size[None, :], other=0.0)
                 b_do = tl.load(p_do_tile, mask=m_query[:, None] & m_size[None, :], other=0.0)
-            b_dk += b_ds[:, None] * b_q.to(tl.float32)
-            b_dv += b_p[:, None] * b_do.to(tl.float32)
+            b_dk += (b_ds[:, None] * b_q.to(tl.float32)).to(SUMS)
+            b_dv += (b_p[:, None] * b_do.to(tl.float32)).to(SUMS)
 
     o_key = i_block * BN + o_tile
     m_tile = (o_key < keys)[:, None] & m_size[None, :]
@@ -230,6 +240,7 @@ def window_grad_kernel(
     p_v,
     p_do,
     p_lse,
+    p_grad_lse,
     p_delta,
     p_positions,
     p_dk,
@@ -266,7 +277,9 @@ def window_grad_kernel(
     BR: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
     WIDE: tl.constexpr,
+    SUMS: tl.constexpr,
     AFTER_RUNGS: tl.constexpr,
+    HAS_GRAD_LSE: tl.constexpr,
 ):
     """One program: the gradients of `BN` keys and values of one KV head, from the window and what the rungs left."""
     BM: tl.constexpr = BR // GP
@@ -277,13 +290,15 @@ def window_grad_kernel(
     p_v += i_batch * stride_vb + i_head * stride_vh
     p_lse += (i_batch * kv_heads + i_head) * GROUP * tokens
     p_delta += (i_batch * kv_heads + i_head) * GROUP * tokens
+    if HAS_GRAD_LSE:
+        p_grad_lse += (i_batch * kv_heads + i_head) * GROUP * tokens
     past = keys - tokens
     o_key = i_block * BN + tl.arange(0, BN)
     m_key = o_key < keys
     b_k = load_rows(p_k, o_key, stride_kt, m_key, SIZE, BD, WIDE)
     b_v = load_rows(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)
-    b_dk = tl.zeros([BN, BD], tl.float32)
-    b_dv = tl.zeros([BN, BD], tl.float32)
+    b_dk = tl.zeros([BN, BD], SUMS)
+    b_dv = tl.zeros([BN, BD], SUMS)
     scale_log2 = scale * LOG2E
 
     begin = tl.maximum(i_block * BN - past, 0)
@@ -302,16 +317,28 @@ def window_grad_kernel(
         m_entry = (b_distance >= 0) & (b_distance <= window) & (b_distance <= b_limit[None, :])
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale_log2
         b_p = tl.where(m_entry, softmax_weights(b_s, b_lse[None, :]), 0.0)
-        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
+        b_dv = add_product(b_dv, b_p.to(b_do.dtype), b_do)
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
-        b_ds = b_p * (b_dp - b_delta[None, :])
-        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+        b_dp -= b_delta[None, :]
+        if HAS_GRAD_LSE:
+            b_dp += tl.load(p_grad_lse + o_lse, mask=m_row, other=0.0).to(tl.float32)[None, :]
+        b_dk = add_product(b_dk, (b_p * b_dp).to(b_q.dtype), b_q)
 
     b_dk *= scale
     p_dk += i_batch * stride_dkb + i_head * stride_dkh
     p_dv += i_batch * stride_dvb + i_head * stride_dvh
     if AFTER_RUNGS:
-        b_dk += scale * load_rows(p_dk, o_key, stride_dkt, m_key, SIZE, BD, WIDE).to(tl.float32)
-        b_dv += load_rows(p_dv, o_key, stride_dvt, m_key, SIZE, BD, WIDE).to(tl.float32)
+        b_dk += scale * load_rows(p_dk, o_key, stride_dkt, m_key, SIZE, BD, WIDE).to(SUMS)
+        b_dv += load_rows(p_dv, o_key, stride_dvt, m_key, SIZE, BD, WIDE).to(SUMS)
     store_rows(p_dk, b_dk, o_key, stride_dkt, m_key, SIZE, BD, WIDE)
     store_rows(p_dv, b_dv, o_key, stride_dvt, m_key, SIZE, BD, WIDE)
+
+
+@triton.jit
+def add_product(b_sum, b_left, b_right):
+    """`b_sum + b_left @ b_right`, in the precision of the sum."""
+    if b_sum.dtype == tl.float32:
+        b_sum = tl.dot(b_left, b_right, b_sum, input_precision="ieee")
+    else:
+        b_sum += tl.dot(b_left, b_right, input_precision="ieee").to(b_sum.dtype)
+    return b_sum
