@@ -1,15 +1,25 @@
 """The configuration: Llama's names for what is shared with Llama, and the attention pattern of every layer."""
 
+import os
+from pathlib import Path
 from typing import Any, get_args
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, configuration_utils
 from transformers.modeling_rope_utils import RopeParameters
 
+from fibattn import files
 from fibattn.errors import InputError
 from fibattn.pattern import Base, Pattern, Schedule, base_rungs, layer_patterns, scaled_reach
 
 LAYER_TYPES = ("fibonacci_attention", "sliding_attention", "full_attention")
+
+_SHIM = "modeling_fibattn"
+_AUTO_MAP = {
+    "AutoConfig": f"{_SHIM}.FibAttnConfig",
+    "AutoModel": f"{_SHIM}.FibAttnModel",
+    "AutoModelForCausalLM": f"{_SHIM}.FibAttnForCausalLM",
+}
 
 # Transformers has no call to make a layer type known, and its Trainer reads configurations by their base class.
 configuration_utils.ALLOWED_ATTN_LAYER_TYPES += ("fibonacci_attention",)  # pyright: ignore[reportPrivateImportUsage]
@@ -98,6 +108,17 @@ class FibAttnConfig(PreTrainedConfig):
         """As in Transformers, but changes to fields go in before the offsets are derived and checked."""
         own = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__annotations__}
         return super().from_dict({**config_dict, **own}, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As in Transformers, and a few lines of code beside it that find the classes in the installed package."""
+        self.auto_map = dict(_AUTO_MAP)
+        shim = Path(__file__).with_name("shim.py").read_text(encoding="utf-8")
+        files.write_text(Path(save_directory) / f"{_SHIM}.py", shim)
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Does nothing: Transformers would copy this package's source beside the weights, where the shim is enough."""
 
     @property
     def sliding_window(self) -> int:

@@ -173,6 +173,10 @@ class FibAttnPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": FibAttnDecoderLayer}  # noqa: RUF012
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Does nothing, as for the configuration, which saves what finds the classes again."""
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Normal weights, residual outputs scaled by 1 / sqrt(2 layers) (paper, section 4).
