@@ -19,6 +19,7 @@ if not _is_command_line():
     from fibattn.attention import attend, attend_cached, attend_scaled, attend_scaled_cached
     from fibattn.errors import InputError
     from fibattn.model import FibAttnConfig, FibAttnForCausalLM, FibAttnModel
+    from fibattn.model.conversion import convert, restore
     from fibattn.pattern import Pattern, layer_alphas, layer_patterns
 
     __all__ = [
@@ -32,6 +33,8 @@ if not _is_command_line():
         "attend_cached",
         "attend_scaled",
         "attend_scaled_cached",
+        "convert",
         "layer_alphas",
         "layer_patterns",
+        "restore",
     ]
