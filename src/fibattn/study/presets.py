@@ -152,12 +152,12 @@ STUDIES: dict[str, Study] = {
     "smoke": Study(
         "tiny models of every kind on the standard library: does everything run? Minutes on two cores",
         Recipe(
-            optimizer=OptimizerRecipe(peak_rate=5e-3, warmup_steps=50),
+            optimizer=OptimizerRecipe(peak_rate=5e-3, warmup_steps=20),
             length=128,
             windows_per_step=8,
             micro_batch=8,
-            steps=300,
-            save_every=150,
+            steps=200,
+            save_every=100,
             keep_checkpoints=1,
         ),
         (
