@@ -417,8 +417,9 @@ def test_twenty_lengths_compile_twice_at_most(learned):
     compiled = torch.compile(function, backend=counting, fullgraph=True)
     alpha = torch.tensor(1.1, device="cuda", requires_grad=True)
     for tokens in (1, 2, 3, 16, 31, 64, 100, 128, 129, 200, 255, 256, 257, 333, 400, 512, 600, 777, 1000, 1024):
-        # A shape of its own (9 heads of 72), so that binaries of other tests do not count.
-        inputs = [x.requires_grad_() for x in tensors(1 + tokens % 3, tokens, 9, 3, 72)]
+        # A shape of its own (9 heads of 72), so that binaries of other tests do not count. Batches of one apart:
+        # PyTorch compiles those by themselves, whatever the operator.
+        inputs = [x.requires_grad_() for x in tensors(2 + tokens % 2, tokens, 9, 3, 72)]
         out = compiled(*inputs, alpha)
         out.sum().backward()
         assert torch.equal(out, function(*inputs, alpha))

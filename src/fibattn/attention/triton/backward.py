@@ -13,7 +13,6 @@ from triton.runtime.errors import OutOfResources
 
 from fibattn.attention.triton import common
 from fibattn.attention.triton.common import (
-    LOG2E,
     NO_ROW,
     Columns,
     Shape,
@@ -30,6 +29,7 @@ from fibattn.attention.triton.common import (
     query_limit,
     query_rows,
     row_starts,
+    score_scale,
     softmax_weights,
     store_batches,
 )
@@ -77,11 +77,11 @@ def backward(
     delta = torch.empty_like(lse)
     compact = q.new_empty(2, batch, kv_heads, rungs, tokens, shape.group)
     tiles = query_tiles_for(shape, columns.dense)
-    programs = triton.cdiv(tokens, tiles.batches * shape.batch_queries) * kv_heads * batch
-    partial = None if fractions is None else q.new_empty(rungs, programs, dtype=torch.float64)
+    blocks = triton.cdiv(tokens, tiles.batches * shape.batch_queries)
+    partial = None if fractions is None else q.new_empty(rungs, batch * blocks * kv_heads, dtype=torch.float64)
     try:
         for delta_from in (FROM_OUTPUT,) if shape.dtype == torch.bfloat16 else (SUMMED, GIVEN):
-            query_grad_kernel[(programs,)](
+            query_grad_kernel[(blocks * kv_heads, batch)](
                 *(q, k, v, out, grad_out, lse, grad_lse, positions, columns.table, columns.fractions),
                 *(dq, delta, compact[0], compact[1], partial),
                 *(scale, tokens, k.shape[1], columns.window, kv_heads, rungs),
@@ -101,9 +101,9 @@ def backward(
                 SIZE=shape.size,
                 BD=shape.padded_size,
                 HAS_POSITIONS=positions is not None,
+                EXACT=shape.dtype == torch.float32,
                 WIDE=common.wide(q, k, v, out, grad_out),
                 SCALED=fractions is not None,
-                SUMS=common.sum_dtype(q.dtype),
                 num_warps=tiles.warps,
                 num_stages=tiles.stages,
             )
@@ -178,16 +178,16 @@ def query_grad_kernel(
     C: tl.constexpr,
     DENSE: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
+    EXACT: tl.constexpr,
     WIDE: tl.constexpr,
     HAS_GRAD_LSE: tl.constexpr,
     DELTA: tl.constexpr,
     SCALED: tl.constexpr,
-    SUMS: tl.constexpr,
 ):
     """One program: the gradient of `NB` batches of `BQ` queries, one KV head."""
     BM: tl.constexpr = NB * BQ
     BR: tl.constexpr = NB * ROWS
-    i_block, i_head, i_batch = place(tokens, BM, kv_heads)
+    i_block, i_head, i_batch = place(kv_heads)
     p_q += i_batch * stride_qb + i_head * GROUP * stride_qh
     p_do += i_batch * stride_gb + i_head * GROUP * stride_gh
     p_out += i_batch * stride_ob + i_head * GROUP * stride_oh
@@ -205,7 +205,7 @@ def query_grad_kernel(
     o_lse = row_starts(o_group, tokens, WIDE) + o_query
     p_lse += first_lse
     p_delta += first_lse
-    b_lse = tl.load(p_lse + o_lse, mask=m_row, other=NO_ROW) * LOG2E
+    b_lse = tl.load(p_lse + o_lse, mask=m_row, other=NO_ROW)
     b_lse_grad = tl.zeros([NB, ROWS], tl.float32)
     if HAS_GRAD_LSE:
         b_lse_grad = tl.load(p_grad_lse + first_lse + o_lse, mask=m_row, other=0.0).to(tl.float32)
@@ -219,7 +219,7 @@ def query_grad_kernel(
         b_delta = tl.zeros([NB, ROWS], tl.float32)
     b_total = tl.zeros([NB, ROWS], tl.float32)
     b_weight = tl.zeros([NB, ROWS], tl.float32)
-    scale_log2 = scale * LOG2E
+    scale_scores = score_scale(scale, EXACT)
     b_dq = tl.zeros([NB, ROWS, BD], tl.float32)
     if DENSE:
         b_near, b_near_total, b_near_weight = dense_window_grad(
@@ -231,7 +231,7 @@ def query_grad_kernel(
             tl.reshape(b_lse, [BR]),
             tl.reshape(b_delta, [BR]),
             tl.reshape(b_lse_grad, [BR]),
-            scale_log2,
+            scale_scores,
             tokens,
             keys,
             window,
@@ -245,7 +245,7 @@ def query_grad_kernel(
             stride_gt,
             stride_gh,
             stride_positions,
-            *(GROUP, GP, SIZE, BD, BR, BM, BN, HAS_POSITIONS, WIDE),
+            *(GROUP, GP, SIZE, BD, BR, BM, BN, HAS_POSITIONS, EXACT, WIDE),
         )
         b_dq = tl.reshape(b_near, [NB, ROWS, BD])
         b_total = tl.reshape(b_near_total, [NB, ROWS])
@@ -271,7 +271,7 @@ def query_grad_kernel(
             b_s += b_f * b_s_step
             b_dp += b_f * b_dp_step
         m_entry = column_mask(b_shift, b_bits, b_limit, o_key, ROWS, GP, HAS_POSITIONS)
-        b_p = tl.where(m_entry, softmax_weights(b_s * scale_log2, b_lse[:, :, None]), 0.0)
+        b_p = tl.where(m_entry, softmax_weights(b_s * scale_scores, b_lse[:, :, None], EXACT), 0.0)
         if DELTA == SUMMED:
             b_total += tl.sum(b_p * b_dp, 2)
             b_weight += tl.sum(b_p, 2)
@@ -283,9 +283,12 @@ def query_grad_kernel(
         if SCALED and DELTA != SUMMED:
             m_first = b_shift[None, None, :] == (b_limit - (tl.arange(0, ROWS) // GP)[None, :])[:, :, None]
             b_df = tl.where(m_first, 0.0, b_ds * scale * b_s_step + b_p * b_dp_step)
-            b_df = tl.sum(tl.reshape(tl.sum(tl.sum(b_df.to(SUMS), 0), 0), [C // BQ, BQ]), 1)
+            b_df = tl.sum(
+                tl.reshape(tl.sum(tl.sum(b_df.to(tl.float64 if EXACT else tl.float32), 0), 0), [C // BQ, BQ]), 1
+            )
             o_df = first_rung + tl.arange(0, C // BQ)
-            p_df = p_partial + o_df.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+            o_program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+            p_df = p_partial + o_df.to(tl.int64) * (tl.num_programs(0) * tl.num_programs(1)) + o_program
             tl.store(p_df, b_df, mask=(o_df >= 0) & (o_df < rungs))
             b_ds_far = b_ds * b_f
             b_dq = tl.dot(b_ds_far.to(b_k.dtype), b_k_far, b_dq, input_precision="ieee")
@@ -325,7 +328,7 @@ def dense_window_grad(
     b_lse,
     b_delta,
     b_lse_grad,
-    scale_log2,
+    scale_scores,
     tokens,
     keys,
     window,
@@ -347,6 +350,7 @@ def dense_window_grad(
     BM: tl.constexpr,
     BN: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
+    EXACT: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """The window's part: the gradient of a block's rows before the scale, and what `delta` is the ratio of."""
@@ -366,8 +370,8 @@ def dense_window_grad(
         m_key = (o_key >= 0) & (o_key < keys)
         b_k = load_rows(p_k, o_key, stride_kt, m_key, SIZE, BD, WIDE)
         b_v = load_rows(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2
-        b_p = softmax_weights(b_s, b_lse[:, None])
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_scores
+        b_p = softmax_weights(b_s, b_lse[:, None], EXACT)
         b_p = tl.where(near_mask(o_query + past, b_limit, o_key, window), b_p, 0.0)
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
         b_total += tl.sum(b_p * b_dp, 1)

@@ -29,6 +29,9 @@ from fibattn.errors import InputError
 UNREACHABLE = 2**30
 """An offset farther than any key: what fills up the shorter sets, and what a dropped rung becomes."""
 
+# `EXACT`, in the kernels, says that inputs are float32: they deserve scores scaled without a rounding more, a
+# log-sum-exp in float64 between forward and backward, and long sums in float64.
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -84,6 +87,8 @@ def shape_of(q: Tensor, k: Tensor) -> Shape:
         )
     if k.shape[1] >= UNREACHABLE:
         raise InputError(f"{k.shape[1]} key tokens; the GPU kernels take fewer than {UNREACHABLE}")
+    if q.shape[0] >= 2**16:
+        raise InputError(f"the batch is {q.shape[0]}; the GPU kernels take at most {2**16 - 1}: split it")
     padded = triton.next_power_of_2(group)
     rows = max(16, padded)
     return Shape(group, padded, size, triton.next_power_of_2(size), rows // padded, rows, q.dtype)
@@ -161,11 +166,6 @@ def fixed_columns(q: Tensor, k: Tensor, window: int, sets: tuple[tuple[int, ...]
     return Columns(column_table(sets, window, queries, q.device), None, window, near_columns(window, queries))
 
 
-def sum_dtype(dtype: torch.dtype) -> tl.dtype:
-    """What long sums are kept in: float32 inputs deserve more than a float32 chain of hundreds of terms."""
-    return tl.float64 if dtype == torch.float32 else tl.float32
-
-
 def wide(*tensors: Tensor) -> bool:
     """Whether a batch entry of (B, T, H, D) tensors has elements that 32-bit offsets do not reach."""
 
@@ -199,14 +199,10 @@ def explain(error: Exception, shape: Shape) -> InputError:
 
 
 @triton.jit
-def place(tokens, BLOCK: tl.constexpr, kv_heads):
+def place(kv_heads):
     """Which block, KV head and batch entry a program has: heads fastest, so that neighbours share lines."""
-    pid = tl.program_id(0)
-    blocks = tl.cdiv(tokens, BLOCK)
-    i_head = pid % kv_heads
-    i_block = (pid // kv_heads) % blocks
-    i_batch = pid // (kv_heads * blocks)
-    return i_block, i_head.to(tl.int64), i_batch.to(tl.int64)
+    i_program = tl.program_id(0)
+    return i_program // kv_heads, (i_program % kv_heads).to(tl.int64), tl.program_id(1).to(tl.int64)
 
 
 @triton.jit
@@ -220,14 +216,26 @@ def query_limit(p_positions, stride, i_batch, o_query, past, m_row, HAS_POSITION
 
 
 @triton.jit
-def softmax_weights(b_s, b_lse):
-    """`2 ** (b_s - b_lse)`. For float32 the log-sum-exp is kept in float64, or its rounding would be in all weights."""
-    if b_lse.dtype == tl.float64:
+def score_scale(scale, EXACT: tl.constexpr):
+    """What scores are multiplied by: 16-bit inputs take their exponentials' base 2 in, float32 cannot afford to."""
+    return scale if EXACT else scale * LOG2E
+
+
+@triton.jit
+def power(b_x, EXACT: tl.constexpr):
+    """The exponential of a difference of scaled scores."""
+    return tl.exp2(b_x * LOG2E) if EXACT else tl.exp2(b_x)
+
+
+@triton.jit
+def softmax_weights(b_s, b_lse, EXACT: tl.constexpr):
+    """The exponential of scaled scores less the natural log-sum-exp, which is float64 where it must be exact."""
+    if EXACT:
         b_high = b_lse.to(tl.float32)
         b_s = (b_s - b_high) - (b_lse - b_high).to(tl.float32)
     else:
-        b_s -= b_lse
-    return tl.exp2(b_s)
+        b_s -= b_lse * LOG2E
+    return power(b_s, EXACT)
 
 
 @triton.jit

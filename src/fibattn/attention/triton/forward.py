@@ -14,7 +14,6 @@ from triton.runtime.errors import OutOfResources
 from fibattn.attention.triton import common
 from fibattn.attention.triton.common import (
     LN2,
-    LOG2E,
     Columns,
     Shape,
     Tiles,
@@ -26,10 +25,12 @@ from fibattn.attention.triton.common import (
     load_rows,
     near_mask,
     place,
+    power,
     query_batches,
     query_limit,
     query_rows,
     row_starts,
+    score_scale,
     store_batches,
 )
 
@@ -54,7 +55,7 @@ def forward(
     keys, kv_heads = k.shape[1:3]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(batch, heads, tokens, dtype=torch.float64 if q.dtype == torch.float32 else torch.float32)
-    grid = (triton.cdiv(tokens, tiles.batches * shape.batch_queries) * kv_heads * batch,)
+    grid = (triton.cdiv(tokens, tiles.batches * shape.batch_queries) * kv_heads, batch)
     try:
         forward_kernel[grid](
             *(q, k, v, out, lse, positions, columns.table, columns.fractions),
@@ -72,6 +73,7 @@ def forward(
             C=tiles.columns,
             DENSE=columns.dense,
             HAS_POSITIONS=positions is not None,
+            EXACT=shape.dtype == torch.float32,
             WIDE=common.wide(q, k, v),
             SCALED=columns.fractions is not None,
             num_warps=tiles.warps,
@@ -129,12 +131,13 @@ def forward_kernel(
     C: tl.constexpr,
     DENSE: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
+    EXACT: tl.constexpr,
     WIDE: tl.constexpr,
     SCALED: tl.constexpr,
 ):
     """One program: `NB` batches of `BQ` queries, one KV head."""
     BM: tl.constexpr = NB * BQ
-    i_block, i_head, i_batch = place(tokens, BM, kv_heads)
+    i_block, i_head, i_batch = place(kv_heads)
     p_q += i_batch * stride_qb + i_head * GROUP * stride_qh
     p_k += i_batch * stride_kb + i_head * stride_kh
     p_v += i_batch * stride_vb + i_head * stride_vh
@@ -145,14 +148,14 @@ def forward_kernel(
 
     o_query, o_group, m_row = batch_rows(i_block, tokens, NB, BQ, ROWS, GP, GROUP)
     b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row, HAS_POSITIONS)
-    scale_log2 = scale * LOG2E
+    scale_scores = score_scale(scale, EXACT)
     if DENSE:
         b_max, b_sum, b_acc = dense_window(
             p_q,
             p_k,
             p_v,
             p_positions,
-            scale_log2,
+            scale_scores,
             tokens,
             keys,
             window,
@@ -164,7 +167,7 @@ def forward_kernel(
             stride_kt,
             stride_vt,
             stride_positions,
-            *(GROUP, GP, SIZE, BD, NB * ROWS, BM, BN, HAS_POSITIONS, WIDE),
+            *(GROUP, GP, SIZE, BD, NB * ROWS, BM, BN, HAS_POSITIONS, EXACT, WIDE),
         )
         b_max = tl.reshape(b_max, [NB, ROWS])
         b_sum = tl.reshape(b_sum, [NB, ROWS])
@@ -187,11 +190,11 @@ def forward_kernel(
             b_s_far = tl.dot(b_q, tl.permute(b_k_far, (0, 2, 1)), input_precision="ieee")
             b_s = b_s + b_f * (b_s_far - b_s)
         b_s = tl.where(
-            column_mask(b_shift, b_bits, b_limit, o_key, ROWS, GP, HAS_POSITIONS), b_s * scale_log2, -float("inf")
+            column_mask(b_shift, b_bits, b_limit, o_key, ROWS, GP, HAS_POSITIONS), b_s * scale_scores, -float("inf")
         )
         b_new = tl.maximum(b_max, tl.max(b_s, 2))
-        b_p = tl.exp2(b_s - b_new[:, :, None])
-        b_shrink = tl.exp2(b_max - b_new)
+        b_p = power(b_s - b_new[:, :, None], EXACT)
+        b_shrink = power(b_max - b_new, EXACT)
         b_sum = b_sum * b_shrink + tl.sum(b_p, 2)
         b_acc = b_acc * b_shrink[:, :, None]
         if SCALED:
@@ -205,8 +208,8 @@ def forward_kernel(
     b_acc *= (1.0 / b_sum)[:, :, None]
     store_batches(p_out, b_acc, o_query, o_group, stride_ot, stride_oh, m_row, SIZE, BD, WIDE)
     p_lse += (i_batch * kv_heads + i_head) * GROUP * tokens
-    wide: tl.constexpr = p_lse.dtype.element_ty
-    b_lse = (b_max.to(wide) + tl.log2(b_sum.to(wide))) * LN2
+    kept: tl.constexpr = p_lse.dtype.element_ty
+    b_lse = tl.log2(b_sum.to(kept)) * LN2 + b_max.to(kept) * (1.0 if EXACT else LN2)
     tl.store(p_lse + row_starts(o_group, tokens, WIDE) + o_query, b_lse, mask=m_row)
 
 
@@ -216,7 +219,7 @@ def dense_window(
     p_k,
     p_v,
     p_positions,
-    scale_log2,
+    scale_scores,
     tokens,
     keys,
     window,
@@ -236,6 +239,7 @@ def dense_window(
     BM: tl.constexpr,
     BN: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
+    EXACT: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Maximum, sum and weighted values over the window of a block's rows. [BR], [BR], [BR, BD]"""
@@ -254,11 +258,11 @@ def dense_window(
         m_key = (o_key >= 0) & (o_key < keys)
         b_k = load_rows(p_k, o_key, stride_kt, m_key, SIZE, BD, WIDE)
         b_v = load_rows(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_scores
         b_s = tl.where(near_mask(o_query + past, b_limit, o_key, window), b_s, -float("inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1))
-        b_p = tl.exp2(b_s - b_new[:, None])
-        b_shrink = tl.exp2(b_max - b_new)
+        b_p = power(b_s - b_new[:, None], EXACT)
+        b_shrink = power(b_max - b_new, EXACT)
         b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
         b_acc = b_acc * b_shrink[:, None]
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")

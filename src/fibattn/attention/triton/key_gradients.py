@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fibattn.attention.triton import common
 from fibattn.attention.triton.common import (
-    LOG2E,
     NO_ROW,
     Shape,
     load_rows,
@@ -25,6 +24,7 @@ from fibattn.attention.triton.common import (
     query_limit,
     query_rows,
     row_starts,
+    score_scale,
     softmax_weights,
     store_rows,
 )
@@ -98,12 +98,12 @@ def key_gradients(
         "BD": shape.padded_size,
         "HAS_POSITIONS": positions is not None,
         "WIDE": common.wide(q, k, v, grad_out),
-        "SUMS": common.sum_dtype(q.dtype),
+        "EXACT": shape.dtype == torch.float32,
     }
     if rungs:
         rung_tiles = rung_tiles_for(shape)
         parts = shape.padded_size // rung_tiles.part
-        rung_grad_kernel[(triton.cdiv(keys, rung_tiles.keys) * parts * kv_heads * batch,)](
+        rung_grad_kernel[(triton.cdiv(keys, rung_tiles.keys) * parts * kv_heads, batch)](
             *(q, grad_out, positions, table, fractions, compact[0], compact[1], dk, dv),
             *(tokens, keys, kv_heads, rungs, table.stride(0) if table.shape[0] > 1 else 0),
             *common.strides(q, grad_out, dk, dv),
@@ -116,7 +116,7 @@ def key_gradients(
             num_warps=rung_tiles.warps,
         )
     tiles = window_tiles_for(shape, window)
-    window_grad_kernel[(triton.cdiv(keys, tiles.keys) * kv_heads * batch,)](
+    window_grad_kernel[(triton.cdiv(keys, tiles.keys) * kv_heads, batch)](
         *(q, k, v, grad_out, lse, grad_lse, delta, positions, dk, dv),
         *(scale, tokens, keys, window, kv_heads),
         *common.strides(q, k, v, grad_out, dk, dv),
@@ -172,12 +172,12 @@ def rung_grad_kernel(
     BP: tl.constexpr,
     UNROLL: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
+    EXACT: tl.constexpr,
     WIDE: tl.constexpr,
-    SUMS: tl.constexpr,
     SCALED: tl.constexpr,
 ):
     """One program: what the rungs give to `BP` dimensions of `BN` keys and values of one KV head, before the scale."""
-    i_block, i_head, i_batch = place(keys, BN, kv_heads * (BD // BP))
+    i_block, i_head, i_batch = place(kv_heads * (BD // BP))
     i_part = i_head % (BD // BP)
     i_head = i_head // (BD // BP)
     p_q += i_batch * stride_qb + i_head * GROUP * stride_qh
@@ -194,6 +194,7 @@ def rung_grad_kernel(
     first_query = i_block * BN - past
     rungs = tl.load(p_set)
     SIDES: tl.constexpr = 2 if SCALED else 1
+    SUMS: tl.constexpr = tl.float64 if EXACT else tl.float32
     b_dk = tl.zeros([BN, BP], SUMS)
     b_dv = tl.zeros([BN, BP], SUMS)
     for i_group in range(GROUP):
@@ -276,14 +277,14 @@ def window_grad_kernel(
     BN: tl.constexpr,
     BR: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
+    EXACT: tl.constexpr,
     WIDE: tl.constexpr,
-    SUMS: tl.constexpr,
     AFTER_RUNGS: tl.constexpr,
     HAS_GRAD_LSE: tl.constexpr,
 ):
     """One program: the gradients of `BN` keys and values of one KV head, from the window and what the rungs left."""
     BM: tl.constexpr = BR // GP
-    i_block, i_head, i_batch = place(keys, BN, kv_heads)
+    i_block, i_head, i_batch = place(kv_heads)
     p_q += i_batch * stride_qb + i_head * GROUP * stride_qh
     p_do += i_batch * stride_gb + i_head * GROUP * stride_gh
     p_k += i_batch * stride_kb + i_head * stride_kh
@@ -297,9 +298,10 @@ def window_grad_kernel(
     m_key = o_key < keys
     b_k = load_rows(p_k, o_key, stride_kt, m_key, SIZE, BD, WIDE)
     b_v = load_rows(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)
+    SUMS: tl.constexpr = tl.float64 if EXACT else tl.float32
     b_dk = tl.zeros([BN, BD], SUMS)
     b_dv = tl.zeros([BN, BD], SUMS)
-    scale_log2 = scale * LOG2E
+    scale_scores = score_scale(scale, EXACT)
 
     begin = tl.maximum(i_block * BN - past, 0)
     end = tl.minimum(i_block * BN - past + BN + tl.minimum(window, keys), tokens)
@@ -310,13 +312,13 @@ def window_grad_kernel(
         b_q = query_rows(p_q, o_query, o_group, stride_qt, stride_qh, m_row, SIZE, BD, WIDE)
         b_do = query_rows(p_do, o_query, o_group, stride_gt, stride_gh, m_row, SIZE, BD, WIDE)
         o_lse = row_starts(o_group, tokens, WIDE) + o_query
-        b_lse = tl.load(p_lse + o_lse, mask=m_row, other=NO_ROW) * LOG2E
+        b_lse = tl.load(p_lse + o_lse, mask=m_row, other=NO_ROW)
         b_delta = tl.load(p_delta + o_lse, mask=m_row, other=0.0)
         b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row, HAS_POSITIONS)
         b_distance = (o_query + past)[None, :] - o_key[:, None]
         m_entry = (b_distance >= 0) & (b_distance <= window) & (b_distance <= b_limit[None, :])
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale_log2
-        b_p = tl.where(m_entry, softmax_weights(b_s, b_lse[None, :]), 0.0)
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale_scores
+        b_p = tl.where(m_entry, softmax_weights(b_s, b_lse[None, :], EXACT), 0.0)
         b_dv = add_product(b_dv, b_p.to(b_do.dtype), b_do)
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
         b_dp -= b_delta[None, :]
