@@ -1,0 +1,136 @@
+"""Time a training step of the paper's 60 M-parameter model under the project's own trainer, and say where it goes.
+
+    PYTHONPATH=src python benchmarks/training_step.py [--models dense stagger ...] [--json FILE]
+
+Real steps of `fibattn.training.trainer.FibTrainer`: 32 windows of 1,024 tokens, bf16 autocast, compiled. The tokens
+are random; their values do not change the time. A step's milliseconds are sorted by what the GPU did, from
+PyTorch's profiler over three steps; "idle" is the rest of the step.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+import triton
+from torch.profiler import ProfilerActivity, profile
+from transformers import TrainerCallback
+
+from fibattn.data.shards import write_shard
+from fibattn.data.stream import TokenStream
+from fibattn.data.windows import TrainingWindows
+from fibattn.training.recipe import PRESETS, ModelRecipe
+from fibattn.training.run import build_model
+from fibattn.training.trainer import FibTrainer
+
+MODELS = {
+    "dense": ModelRecipe(attention="full"),
+    "stagger": ModelRecipe(clip_offsets=False),
+    "learned": ModelRecipe(schedule="learned", clip_offsets=False),
+    "hybrid": ModelRecipe(window=128, full_layers=(7, 15), full_layers_rope=False),
+}
+WARM, TIMED, PROFILED = 12, 40, 3
+GROUPS = (
+    (
+        "attention",
+        ("forward_kernel", "query_grad", "rung_grad", "window_grad", "resolve", "alpha_grad", "fmha", "flash"),
+    ),
+    ("attention", ("cudnn_generated", "sdpa")),
+    ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "sm90_")),
+    ("optimizer and clipping", ("multi_tensor", "adam", "foreach", "lpnorm")),
+    ("copies", ("memcpy", "memset")),
+    ("fused element by element", ("triton_",)),
+)
+
+
+class Clock(TrainerCallback):
+    """Times the steps after the warm-up, then profiles a few more."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.kernels: Counter[str] = Counter()
+
+    def on_step_begin(self, args, state, control, **_) -> None:
+        """Begin a measurement where one is due."""
+        if state.global_step == WARM:
+            torch.cuda.synchronize()
+            self._last = time.perf_counter()
+        if state.global_step == WARM + TIMED:
+            self._profile = profile(activities=[ProfilerActivity.CUDA])
+            self._profile.__enter__()
+
+    def on_step_end(self, args, state, control, **_) -> None:
+        """Take the time of ten steps at once, so that waiting for the GPU does not slow them down."""
+        done = state.global_step - WARM
+        if 0 < done <= TIMED and done % 10 == 0:
+            torch.cuda.synchronize()
+            now = time.perf_counter()
+            self.times.append((now - self._last) * 100)
+            self._last = now
+        if done == TIMED + PROFILED:
+            torch.cuda.synchronize()
+            self._profile.__exit__(None, None, None)
+            for event in self._profile.key_averages():
+                self.kernels[event.key] += event.self_device_time_total / PROFILED / 1000
+
+
+def run(model: ModelRecipe, folder: Path) -> Clock:
+    """Train a little."""
+    steps = WARM + TIMED + PROFILED
+    recipe = replace(PRESETS["paper"], out=folder, model=model, steps=steps, log_every=10, save_every=10**6)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(2, 32_768, 2**20).astype(np.uint16)
+    write_shard(folder / "train.bin", [tokens], np.ones(32_768, np.uint16), np.dtype(np.uint16), 2**20, None)
+    starts = rng.integers(0, 2**20 - 1025, steps * recipe.windows_per_step)
+    windows = TrainingWindows(TokenStream([folder / "train.bin"]), starts, recipe.length)
+    clock = Clock()
+    trainer = FibTrainer(build_model(recipe, 32_768, 0), recipe, windows, 1)
+    trainer.args.save_strategy = "no"
+    trainer.add_callback(clock)
+    trainer.train()
+    return clock
+
+
+def group_of(kernel: str) -> str:
+    """What a kernel is for, by its name."""
+    return next((name for name, words in GROUPS if any(word in kernel.lower() for word in words)), "other")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--kernels", type=int, default=0, help="how many single kernels to name")
+    arguments = parser.parse_args()
+    versions = f"torch {torch.__version__}, Triton {triton.__version__}, Transformers {transformers.__version__}"
+    print(f"{torch.cuda.get_device_name()}, {versions}")
+    results = {"device": torch.cuda.get_device_name(), "versions": versions, "models": {}}
+    for name in arguments.models:
+        with tempfile.TemporaryDirectory() as folder:
+            clock = run(MODELS[name], Path(folder))
+        step = statistics.median(clock.times)
+        groups: Counter[str] = Counter()
+        for kernel, milliseconds in clock.kernels.items():
+            groups[group_of(kernel)] += milliseconds
+        groups["idle"] = step - sum(groups.values())
+        results["models"][name] = {"ms": step, "tokens_per_second": 32_768_000 / step, "groups": dict(groups)}
+        parts = ", ".join(f"{group} {milliseconds:.1f}" for group, milliseconds in groups.most_common())
+        print(f"{name}: {step:.1f} ms a step, {32_768 / step:,.0f} k tokens/s ({parts})", flush=True)
+        for kernel, milliseconds in clock.kernels.most_common(arguments.kernels):
+            print(f"    {milliseconds:7.2f}  {group_of(kernel):<24} {kernel[:100]}", flush=True)
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
