@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers.cli.serving import model_manager
 
 first, second = map(Path, sys.argv[1:])
 made = AutoModelForCausalLM.from_pretrained(first, trust_remote_code=True).eval()
@@ -27,6 +28,8 @@ body = AutoModel.from_pretrained(second, trust_remote_code=True).eval()
 ids = torch.arange(1, 60)[None]
 assert torch.equal(again(ids).logits, made(ids).logits)
 assert torch.equal(again.lm_head(body(ids).last_hidden_state), made(ids).logits)
+# `transformers serve` takes the class from the library as it imported it, which later imports replace.
+assert getattr(model_manager.transformers, made.config.architectures[0]) is type(made)
 print(type(made).__module__, made(ids).logits.double().sum().item())
 """
 

@@ -27,7 +27,7 @@ class Arguments:
     batch_tokens: int = 32_768
     """Tokens of a forward pass; fewer need less memory."""
     out: Path | None = None
-    """Where the JSON goes; beside the model when left out."""
+    """Where the JSON goes; beside the model, and into its card, when left out."""
 
 
 def run(arguments: list[str]) -> None:
@@ -38,6 +38,7 @@ def run(arguments: list[str]) -> None:
     from fibattn.data.stream import PreparedData
     from fibattn.errors import InputError
     from fibattn.evaluation.sweep import default_output, find_model, load_model, sweep, tables
+    from fibattn.training.card import add_results
 
     if any(length < 1 for length in chosen.lengths) or chosen.tokens < 1 or chosen.batch_tokens < 1:
         raise InputError(f"lengths {chosen.lengths}, tokens {chosen.tokens}: each must be at least 1")
@@ -51,6 +52,8 @@ def run(arguments: list[str]) -> None:
     result["model"] = str(folder)
     out = chosen.out or default_output(folder)
     files.write_json(out, result)
+    if chosen.out is None:
+        add_results(folder, result)
     console = Console()
     for table in tables(result):
         console.print(table)

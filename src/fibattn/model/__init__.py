@@ -1,5 +1,9 @@
 """The model: one Hugging Face class for every row of the study, registered with the Auto classes."""
 
+import sys
+from typing import Any
+
+import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from fibattn.model.configuration import FibAttnConfig
@@ -8,5 +12,10 @@ from fibattn.model.modeling import FibAttnForCausalLM, FibAttnModel
 AutoConfig.register(FibAttnConfig.model_type, FibAttnConfig, exist_ok=True)
 AutoModel.register(FibAttnConfig, FibAttnModel, exist_ok=True)
 AutoModelForCausalLM.register(FibAttnConfig, FibAttnForCausalLM, exist_ok=True)
+# `transformers serve` looks for a model's class in the library itself, and holds a copy of the library from before
+# others of its modules replaced it.
+_server = sys.modules.get("transformers.cli.serving.model_manager")
+_library: Any = transformers if _server is None else _server.transformers
+_library.FibAttnForCausalLM = FibAttnForCausalLM
 
 __all__ = ["FibAttnConfig", "FibAttnForCausalLM", "FibAttnModel"]

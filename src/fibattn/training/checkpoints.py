@@ -12,9 +12,12 @@ from pathlib import Path
 
 from fibattn import files
 from fibattn.errors import InputError
+from fibattn.training.card import CARD
 
 STAGING = ".staging"
 _MANIFEST = "COMPLETE.json"
+# A model card is there to be read and edited; nothing depends on it.
+_UNSEALED = (_MANIFEST, CARD)
 _PREFIX = "checkpoint-"
 
 
@@ -35,10 +38,10 @@ def publish(run: Path, step: int, keep: int) -> Path:
 
 
 def seal(folder: Path) -> None:
-    """Write the manifest of a finished folder: every file's size and SHA-256."""
+    """Write the manifest of a finished folder: the size and SHA-256 of every file but its card."""
     manifest = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != _MANIFEST:
+        if path.is_file() and path.name not in _UNSEALED:
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
             manifest[str(path.relative_to(folder))] = {

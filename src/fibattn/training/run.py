@@ -17,10 +17,13 @@ from fibattn.errors import InputError
 from fibattn.model import FibAttnConfig, FibAttnForCausalLM
 from fibattn.progress import Meter, quantity
 from fibattn.training import checkpoints
+from fibattn.training.card import write_card
 from fibattn.training.recipe import Recipe, load_recipe, to_json
 from fibattn.training.trainer import FibTrainer, MetricsFile, process_count
 
 _MAY_CHANGE = {"log_every", "save_every", "keep_checkpoints", "track", "out", "data"}
+# A base model knows no roles: it goes on with the conversation as one text. Chat programs ask for a template.
+_PLAIN_CHAT = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 
 def model_config(recipe: Recipe, vocab_size: int, separator: int) -> FibAttnConfig:
@@ -100,7 +103,7 @@ def train(recipe: Recipe) -> Path:
     with Meter("train", recipe.tokens, "tokens", quiet=not state.is_main_process) as meter:
         trainer.add_callback(MetricsFile(recipe, meter))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    _finish(trainer, data, finished)
+    _finish(trainer, recipe, data, finished)
     return finished
 
 
@@ -168,13 +171,17 @@ def _verify_finished(model: Path) -> None:
         raise InputError(f"{error}, or remove {model}: the same command makes it anew from the last one") from None
 
 
-def _finish(trainer: FibTrainer, data: PreparedData, finished: Path) -> None:
-    """Write the model folder, sealed, by rename."""
+def _finish(trainer: FibTrainer, recipe: Recipe, data: PreparedData, finished: Path) -> None:
+    """Write the model folder, with all that it is published with, sealed, by rename."""
     staged = finished.with_name(f"{checkpoints.STAGING}-model")
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())  # pyright: ignore
     with files.naming_a_full_disk(finished.parent):
         trainer.save_model(str(staged))
     if trainer.args.should_save:
-        AutoTokenizer.from_pretrained(data.tokenizer_path).save_pretrained(staged)
+        tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_path)
+        tokenizer.chat_template = tokenizer.chat_template or _PLAIN_CHAT
+        tokenizer.save_pretrained(staged)
+        write_card(staged, FibAttnConfig.from_pretrained(staged), parameters, recipe, data)
         checkpoints.seal(staged)
         staged.replace(finished)
     trainer.accelerator.wait_for_everyone()
