@@ -1,123 +1,130 @@
 """Time one kernel at a time over its tile sizes on an NVIDIA GPU: how the built-in sizes were chosen.
 
-    python benchmarks/tile_sweep.py --kernels fwd dq dkv --shapes small large
+    PYTHONPATH=src python benchmarks/tile_sweep.py --kernels forward query rungs window --shapes small large
 
-Prints the fastest configurations, in microseconds (medians by events on the GPU, L2 cache flushed between
-runs), and those that do not compile. The comparison with other providers is `fibattn bench attention`.
+Prints the fastest configurations, in microseconds: medians by events on the GPU over replays of a CUDA graph, the
+L2 cache flushed between runs. What does not compile is left out. The comparison with other providers is `fibattn
+bench attention`.
 """
 
 import argparse
 import importlib
-import itertools
-import sys
 from collections.abc import Callable
-from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
 
-from fibattn.attention.triton import backward, forward, offset_table
+from fibattn.attention.triton.common import Tiles, fixed_columns, offset_table, shape_of
+from fibattn.attention.triton.key_gradients import RungTiles, WindowTiles
 from fibattn.bench.cases import SHAPES, Case
-from fibattn.pattern import Pattern
 
-FORWARD = importlib.import_module("fibattn.attention.triton.forward")
-BACKWARD = importlib.import_module("fibattn.attention.triton.backward")
+FORWARD, BACKWARD, KEYS = (
+    importlib.import_module(f"fibattn.attention.triton.{room}") for room in ("forward", "backward", "key_gradients")
+)
 
-
-def microseconds(work: Callable[[], object], rep: int = 60) -> float:
-    return 1000 * triton.testing.do_bench(work, warmup=10, rep=rep, return_mode="median")
-
-
-def parts(inputs: list[torch.Tensor], pattern: Pattern) -> dict[str, Callable[[], object]]:
-    """Each kernel by itself: the forward, and the backward's two."""
-    q, k, v = inputs
-    table = offset_table((pattern.offsets,), q.device)
-    scale = q.shape[-1] ** -0.5
-    out, lse = forward(q, k, v, None, scale, pattern.window, table)
-    grad = torch.randn_like(out)
-    return {
-        "forward": lambda: forward(q, k, v, None, scale, pattern.window, table),
-        "backward": lambda: backward(grad, None, out, lse, q, k, v, None, scale, pattern.window, table),
-    }
-
-
-class Only:
-    """A kernel's stand-in that launches it, or not."""
-
-    def __init__(self, kernel: object, run: bool):
-        self.kernel, self.run = kernel, run
-
-    def __getitem__(self, grid: object) -> Callable[..., object]:
-        return self.kernel[grid] if self.run else lambda *args, **options: None
-
-
-def kernel_times(
-    inputs: list[torch.Tensor], pattern: Pattern, which: tuple[str, ...] = ("fwd", "dq", "dkv")
-) -> dict[str, float]:
-    works = parts(inputs, pattern)
-    times = {}
-    if "fwd" in which:
-        times["fwd"] = microseconds(works["forward"])
-    query, key = BACKWARD.query_grad_kernel, BACKWARD.key_grad_kernel
-    for name, runs in (("dq", (True, False)), ("dkv", (False, True))):
-        if name in which:
-            BACKWARD.query_grad_kernel, BACKWARD.key_grad_kernel = Only(query, runs[0]), Only(key, runs[1])
-            times[name] = microseconds(works["backward"])
-    BACKWARD.query_grad_kernel, BACKWARD.key_grad_kernel = query, key
-    return times
-
-
-SPACE = {
-    "fwd": [
-        {"block": block, "near": max(2 * block, 32), "rungs": rungs, "warps": warps, "stages": stages}
-        for block, warps in ((16, 4), (16, 2), (8, 2), (8, 1), (4, 1), (32, 4))
-        for rungs in (4, 8)
-        for stages in (1, 2)
+ROWS = [
+    Tiles(batches, columns, near, warps, stages)
+    for batches, columns, warps in ((1, 16, 1), (2, 16, 1), (2, 16, 2), (4, 16, 4), (8, 16, 4), (1, 32, 1), (2, 32, 2))
+    for near in (32, 64)
+    for stages in (1, 2, 3)
+]
+SPACE: dict[str, list[Any]] = {
+    "forward": ROWS,
+    "query": ROWS,
+    "rungs": [
+        RungTiles(keys, part, unroll, warps)
+        for keys, warps in ((32, 2), (64, 4), (128, 8), (128, 16), (256, 16))
+        for part in (64, 128)
+        for unroll in (1, 2)
     ],
-    "dkv": [
-        {"block": block, "near": near, "warps": warps}
-        for block in (16, 32, 64, 128)
-        for near in (32, 64)
-        for warps in (2, 4, 8)
+    "window": [
+        WindowTiles(keys, rows, warps, stages)
+        for keys, rows, warps in ((16, 16, 1), (16, 32, 1), (32, 16, 1), (32, 32, 2), (64, 32, 4), (64, 64, 4))
+        for stages in (1, 2, 3)
     ],
 }
-SPACE["dq"] = SPACE["fwd"]
-HEURISTIC = {"fwd": (FORWARD, "tiles_for"), "dq": (BACKWARD, "query_tiles_for"), "dkv": (BACKWARD, "key_tiles_for")}
+CHOICE = {
+    "forward": (FORWARD, "tiles_for"),
+    "query": (BACKWARD, "query_tiles_for"),
+    "rungs": (KEYS, "rung_tiles_for"),
+    "window": (KEYS, "window_tiles_for"),
+}
+KERNELS = {
+    "query": (BACKWARD, "query_grad_kernel"),
+    "rungs": (KEYS, "rung_grad_kernel"),
+    "window": (KEYS, "window_grad_kernel"),
+}
 
 
-def sweep(arguments: argparse.Namespace) -> None:
-    """Times of one kernel for every tile configuration."""
-    for shape, tokens in (("small", 1024), ("large", 8192)):
-        if shape not in arguments.shapes:
+class NotLaunched:
+    """Stands in for a kernel that is not the one being timed."""
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return lambda *arguments, **options: None
+
+
+def microseconds(work: Callable[[], object]) -> float:
+    work()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return 1000 * triton.testing.do_bench(graph.replay, warmup=10, rep=50, return_mode="median")
+
+
+def works(case: Case) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Forward and backward of a case."""
+    q, k, v = case.inputs()
+    offsets, window, scale = (case.pattern.offsets,), case.pattern.window, q.shape[-1] ** -0.5
+    columns, table = fixed_columns(q, k, window, offsets), offset_table(offsets, q.device)
+
+    def forward() -> tuple[torch.Tensor, torch.Tensor]:
+        return FORWARD.forward(q, k, v, None, scale, columns)
+
+    out, lse = forward()
+    grad = torch.randn_like(out)
+    return forward, lambda: BACKWARD.backward(grad, None, out, lse, q, k, v, None, scale, columns, table)
+
+
+def time_kernel(case: Case, kernel: str) -> list[tuple[float, Any]]:
+    """The times of one kernel for every configuration that runs, fastest first."""
+    forward, backward = works(case)
+    room, name = CHOICE[kernel]
+    standard = getattr(room, name)
+    kept = {other: getattr(*place) for other, place in KERNELS.items()}
+    rows = []
+    for tiles in SPACE[kernel]:
+        setattr(room, name, lambda *shape, tiles=tiles: tiles)
+        for other, place in KERNELS.items():
+            setattr(*place, kept[other] if other == kernel else NotLaunched())
+        try:
+            rows.append((microseconds(forward if kernel == "forward" else backward), tiles))
+        except Exception:
             continue
-        total = 32768 if shape == "small" else 16384
-        inputs = Case(shape, 0, tokens, total // tokens, "bfloat16", "cuda").inputs()
-        for window, kernel in itertools.product(arguments.windows, arguments.kernels):
-            pattern = Pattern.fibonacci(window=window)
-            room, name = HEURISTIC[kernel]
-            standard = getattr(room, name)
-            rows = []
-            for change in SPACE[kernel]:
-                setattr(room, name, lambda s, change=change, standard=standard: replace(standard(s), **change))
-                try:
-                    rows.append((kernel_times(inputs, pattern, (kernel,))[kernel], change))
-                except Exception as error:
-                    rows.append((float("inf"), {**change, "error": str(error)[:60]}))
+        finally:
             setattr(room, name, standard)
-            rows.sort(key=lambda row: row[0])
-            print(f"{shape} W={window} {kernel} {tokens}")
-            for time, change in [*rows[: arguments.top], *[row for row in rows if row[0] == float("inf")]]:
-                print(f"   {time:8.1f}  {change}")
-            sys.stdout.flush()
+            for other, place in KERNELS.items():
+                setattr(*place, kept[other])
+    return sorted(rows, key=lambda row: row[0])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernels", nargs="+", default=["fwd", "dq", "dkv"], choices=HEURISTIC)
-    parser.add_argument("--windows", nargs="+", type=int, default=[12])
-    parser.add_argument("--shapes", nargs="+", default=["small", "large"], choices=SHAPES)
-    parser.add_argument("--top", type=int, default=6, help="how many configurations to print")
-    sweep(parser.parse_args())
+    parser.add_argument("--kernels", nargs="+", default=list(SPACE), choices=list(SPACE))
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--windows", nargs="+", type=int, default=[12, 128])
+    parser.add_argument("--top", type=int, default=6)
+    arguments = parser.parse_args()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}")
+    for shape in arguments.shapes:
+        length, batch = (1024, 32) if shape == "small" else (8192, 2)
+        for window in arguments.windows:
+            case = Case(shape, window, length, batch, "bfloat16", "cuda")
+            standard = shape_of(*case.inputs()[:2])
+            for kernel in arguments.kernels:
+                print(f"{case.label} {kernel} (head size {standard.size})")
+                for time, tiles in time_kernel(case, kernel)[: arguments.top]:
+                    print(f"   {time:8.1f}  {tiles}", flush=True)
 
 
 if __name__ == "__main__":
