@@ -22,7 +22,7 @@ from fibattn.model.cache import check_full, ring_of
 from fibattn.model.configuration import FibAttnConfig
 from fibattn.model.feed_forward import gains_from_padding, padded_swiglu
 from fibattn.model.loss import IGNORED, linear_cross_entropy
-from fibattn.model.positions import document_positions, full_mask
+from fibattn.model.positions import document_positions, full_mask, packed_positions
 from fibattn.model.rotary import FibAttnRotaryEmbedding, Rotation, rotate
 
 # Transformers renamed `past_key_values` to `cache` in the course of version 5; generation reads its version's name.
@@ -227,12 +227,14 @@ class FibAttnModel(FibAttnPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Hidden states of every token; arguments as in every Transformers decoder.
 
-        `position_ids` that restart mark packed documents (without a mask and a cache, as in Transformers); a
-        2-D `attention_mask` marks padding on either side. `past_key_values` is the older name of `cache`.
+        `position_ids` that restart mark packed documents (without a mask and a cache, as in Transformers), and so
+        does `cu_seq_lens_q`, int32 (documents + 1): where each begins in the only row, and where the last ends. A 2-D
+        `attention_mask` marks padding on either side. `past_key_values` is the older name of `cache`.
 
         Raises:
-            InputError: for a mask with holes or more than two dimensions, which the sparse layers cannot apply, or
-                a cache under gradient checkpointing, which would run its updates twice.
+            InputError: for a mask with holes or more than two dimensions, which the sparse layers cannot apply,
+                `cu_seq_lens_q` that do not fit the row or come with a mask or a cache, or a cache under gradient
+                checkpointing, which would run its updates twice.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("give exactly one of input_ids and inputs_embeds")
@@ -240,17 +242,21 @@ class FibAttnModel(FibAttnPreTrainedModel):
         if hidden.shape[1] == 0:
             raise InputError("there are no tokens; a prompt has at least one, such as the model's bos_token_id")
         cache = past_key_values if cache is None else cache
+        past = cache.get_seq_length() if cache is not None else 0
+        cache_positions = torch.arange(hidden.shape[1], device=hidden.device)[None] + past
+        documents = position_ids
+        if kwargs.get("cu_seq_lens_q") is not None:
+            documents = packed_positions(hidden, kwargs["cu_seq_lens_q"], attention_mask, cache)
+        masks = attention_mask
+        if not isinstance(masks, dict):
+            masks = self.prepare_masks(self.config, hidden, attention_mask, documents, cache)
+        if position_ids is None:
+            position_ids = cache_positions if documents is None else documents
+        # Made after the masks: where there is a cache, even an empty one, Transformers looks for no packed documents.
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             raise InputError("a cache was given under gradient checkpointing; leave it out, or call eval() first")
-        past = cache.get_seq_length() if cache is not None else 0
-        cache_positions = torch.arange(hidden.shape[1], device=hidden.device)[None] + past
-        masks = attention_mask
-        if not isinstance(masks, dict):
-            masks = self.prepare_masks(self.config, hidden, attention_mask, position_ids, cache)
-        if position_ids is None:
-            position_ids = cache_positions
         plain = self.rotary_emb(hidden, position_ids)
         scaled = plain if self.scaled_rotary_emb is None else self.scaled_rotary_emb(hidden, position_ids)
         for layer in self.layers:

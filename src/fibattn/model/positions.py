@@ -47,6 +47,37 @@ def document_positions(
     return index - torch.where(starts, index, 0).cummax(dim=1).values
 
 
+def packed_positions(
+    hidden: Tensor, cu_seq_lens: Tensor, attention_mask: Tensor | dict | None, cache: Cache | None
+) -> Tensor:
+    """The position of each token inside its document, int64 (1, tokens), of documents packed into one row.
+
+    Args:
+        hidden: (1, tokens, hidden size), for its shape and device.
+        cu_seq_lens: int32 (documents + 1), where each document begins, and where the last one ends.
+        attention_mask: must be None, as must `cache`.
+
+    Raises:
+        InputError: for lengths that do not fill the row, more than one row, a mask or a cache.
+    """
+    batch, tokens = hidden.shape[:2]
+    for name, other in (("attention_mask", attention_mask), ("cache", cache)):
+        if other is not None:
+            raise InputError(f"cu_seq_lens_q came with {name}; packed documents have none: leave one of the two out")
+    if batch != 1 or cu_seq_lens.dim() != 1 or len(cu_seq_lens) < 2:
+        raise InputError(
+            f"cu_seq_lens_q has shape {tuple(cu_seq_lens.shape)} for a batch of {batch}; expected (documents + 1,) "
+            "and one row with all documents"
+        )
+    if cu_seq_lens.device.type == "cpu" and not torch.compiler.is_compiling():
+        ends = cu_seq_lens.tolist()
+        if ends[0] != 0 or ends[-1] != tokens or ends != sorted(ends):
+            raise InputError(f"cu_seq_lens_q is {ends}; expected to rise from 0 to the {tokens} tokens of the row")
+    index = torch.arange(tokens, device=hidden.device, dtype=cu_seq_lens.dtype)
+    starts = cu_seq_lens[torch.searchsorted(cu_seq_lens, index, right=True) - 1]
+    return (index - starts).long()[None]
+
+
 def _check_order(position_ids: Tensor, past: int) -> None:
     if position_ids.device.type != "cpu" or torch.compiler.is_compiling():
         return
