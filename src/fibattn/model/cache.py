@@ -114,13 +114,17 @@ class DynamicRingLayer(RingLayer, DynamicLayer):
     """A ring that counts on the host, for `DynamicCache`; it can go back as far as it was told to record."""
 
     _layer_type = "fibonacci_attention"
-    is_croppable = True
     record_past = False
 
     def __init__(self, **_: Any):
         super().__init__()
         self.length = 0
         self._recorded: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def is_croppable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether it can go back however far it has come; assisted decoding asks before it begins."""
+        return self.record_past
 
     def activate_past_recording(self) -> None:
         """Keep every token from now on until the next `crop`, so that it can go back."""

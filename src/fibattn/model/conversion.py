@@ -21,7 +21,7 @@ ARCHITECTURES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemm
 """The model types that can be converted: those that the tests convert."""
 
 _ENTRY = "fibattn_pattern"
-_FIELDS = ("window", "base", "schedule", "rungs", "rung_reach", "max_offset", "keep_layers")
+_FIELDS: tuple[str, ...] = ("window", "base", "schedule", "rungs", "rung_reach", "max_offset", "keep_layers")
 
 
 @dataclass
@@ -70,16 +70,19 @@ def convert(
             stored pattern that contradicts itself. The model is then unchanged.
     """
     _check_model(model)
-    config = model.base_model.config
-    if window is None:
+    decoder: Any = model.base_model
+    config = decoder.config
+    farthest = config.max_position_embeddings - 1 if rung_reach is None else rung_reach
+    if window is not None:
+        values = (window, base, schedule, rungs, farthest, max_offset, sorted(keep_layers))
+        entry: dict[str, Any] = dict(zip(_FIELDS, values, strict=True))
+    elif (base, schedule, rungs, rung_reach, max_offset, *keep_layers) == ("fibonacci", "linear", 15, None, None):
         entry = _stored_entry(config)
     else:
-        farthest = config.max_position_embeddings - 1 if rung_reach is None else rung_reach
-        values = (window, base, schedule, rungs, farthest, max_offset, sorted(keep_layers))
-        entry = dict(zip(_FIELDS, values, strict=True))
+        raise InputError("a pattern was given without its window; say how many distances are always attended")
     layers = _layers(config, entry)
     _check_stored(entry, layers)
-    _apply(model, _attention_modules(model), layers)
+    _apply(model, layers)
     setattr(config, _ENTRY, {**entry, "layer_offsets": _offsets(layers)})
     return model
 
@@ -95,7 +98,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         InputError: (a ValueError) for a model that is not converted.
     """
-    decoder = model.base_model if isinstance(model, PreTrainedModel) else model
+    decoder: Any = model.base_model if isinstance(model, PreTrainedModel) else model
     done = getattr(decoder, "fibattn", None)
     if not isinstance(done, _Conversion):
         raise InputError(f"this {type(model).__name__} is not converted; there is nothing to restore")
@@ -110,9 +113,9 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _apply(model: PreTrainedModel, modules: Sequence[nn.Module], layers: Sequence[ConvertedLayer]) -> None:
-    decoder = model.base_model
-    previous = decoder.config._attn_implementation
+def _apply(model: PreTrainedModel, layers: Sequence[ConvertedLayer]) -> None:
+    decoder: Any = model.base_model
+    modules, previous = _attention_modules(decoder), decoder.config._attn_implementation
     model.set_attn_implementation(IMPLEMENTATION)
     if decoder.config._attn_implementation != IMPLEMENTATION:
         raise InputError(f"{type(model).__name__} does not take its attention from Transformers' registry")
@@ -120,7 +123,7 @@ def _apply(model: PreTrainedModel, modules: Sequence[nn.Module], layers: Sequenc
     decoder.config.attn_implementation = IMPLEMENTATION
     handles = [decoder.register_forward_pre_hook(before_decoder, with_kwargs=True)]
     for module, layer in zip(modules, layers, strict=True):
-        module.fibattn = layer  # pyright: ignore
+        module.fibattn = layer  # pyright: ignore[reportArgumentType]
         handles.append(module.register_forward_pre_hook(before_attention, with_kwargs=True))
     decoder.fibattn = _Conversion("sdpa" if previous == IMPLEMENTATION else previous, handles)
 
@@ -198,12 +201,13 @@ def _check_model(model: Any) -> None:
             f"a {type(model).__name__} cannot be converted; expected a loaded Transformers model. Convert before "
             "wrapping it (peft, DistributedDataParallel, torch.compile)"
         )
-    if hasattr(model.base_model, "fibattn"):
+    decoder: Any = model.base_model
+    if hasattr(decoder, "fibattn"):
         raise InputError("this model is converted already; call fibattn.restore(model) first for another pattern")
-    config = model.base_model.config
-    reason = _refusal(config)
+    reason = _refusal(decoder.config)
     if reason:
-        raise InputError(f"a {type(model).__name__} (model type {config.model_type!r}) cannot be converted: {reason}")
+        kind = decoder.config.model_type
+        raise InputError(f"a {type(model).__name__} (model type {kind!r}) cannot be converted: {reason}")
 
 
 def _refusal(config: PreTrainedConfig) -> str | None:
@@ -228,14 +232,14 @@ def _refusal(config: PreTrainedConfig) -> str | None:
     return None
 
 
-def _attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+def _attention_modules(decoder: Any) -> list[nn.Module]:
     """The attention modules, first layer first."""
-    found = [m for m in model.base_model.modules() if hasattr(m, "layer_idx") and hasattr(m, "num_key_value_groups")]
-    found.sort(key=lambda module: module.layer_idx)  # pyright: ignore
-    indices = [module.layer_idx for module in found]
-    if indices != list(range(model.base_model.config.num_hidden_layers)):
+    found = [module for module in decoder.modules() if hasattr(module, "num_key_value_groups")]
+    found.sort(key=lambda module: module.layer_idx)
+    indices, count = [module.layer_idx for module in found], decoder.config.num_hidden_layers
+    if indices != list(range(count)):
         raise InputError(
-            f"a {type(model).__name__} cannot be converted: its attention modules are of the layers {indices}, "
-            f"expected one for each of {model.base_model.config.num_hidden_layers} layers"
+            f"a {type(decoder).__name__} cannot be converted: its attention modules are of the layers {indices}, "
+            f"expected one for each of {count} layers"
         )
     return found

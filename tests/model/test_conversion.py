@@ -1,0 +1,420 @@
+"""Converted decoders: against the same model with a dense mask for every layer, and against itself without a cache."""
+
+import copy
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    DynamicCache,
+    PreTrainedModel,
+    StaticCache,
+)
+
+import fibattn
+from fibattn import InputError, Pattern
+from fibattn.model.conversion import ARCHITECTURES
+
+LAYERS, VOCABULARY, SLIDING = 4, 61, 12
+PATTERN: dict[str, Any] = {"window": 3, "rungs": 7}
+EXTRA: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": SLIDING},
+    "mixtral": {"sliding_window": None, "num_local_experts": 2},
+    "qwen2": {"use_sliding_window": True, "sliding_window": SLIDING, "max_window_layers": 2},
+    "gemma3_text": {"sliding_window": SLIDING, "sliding_window_pattern": 2, "query_pre_attn_scalar": 5},
+}
+KEPT = {"none": [], "one": [1], "two": [0, 3]}
+
+
+def configuration(architecture: str, **changes: Any) -> Any:
+    values = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+        **EXTRA.get(architecture, {}),
+        **changes,
+    }
+    return AutoConfig.for_model(architecture, **values)
+
+
+def model(architecture: str = "llama", kind: Any = AutoModelForCausalLM, **changes: Any) -> PreTrainedModel:
+    """A model in evaluation mode with weights large enough that every part of it shows in the logits."""
+    torch.manual_seed(0)
+    made = kind.from_config(configuration(architecture, **changes)).eval()
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            parameter.uniform_(0.5, 1.5) if "norm" in name else parameter.normal_(std=0.2)
+    return made
+
+
+def tokens(batch: int = 2, length: int = 50) -> Tensor:
+    return torch.randint(2, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def answer(m: Any, ids: Tensor, **how: Any) -> Tensor:
+    return m.generate(ids, **{"max_new_tokens": 30, "do_sample": False, **how})
+
+
+def close(ours: Tensor, right: Tensor) -> None:
+    torch.testing.assert_close(ours, right, rtol=1e-3, atol=3e-4)
+
+
+def sliding_window(architecture: str, layer: int) -> int | None:
+    """What the configurations above say in words of their own."""
+    slides = {"mistral": True, "qwen2": layer >= 2, "gemma3_text": layer % 2 == 0}.get(architecture, False)
+    return SLIDING if slides else None
+
+
+def with_dense_masks(m: PreTrainedModel, architecture: str, kept: list[int]) -> PreTrainedModel:
+    """The original model with a mask of the pattern's distances given to every layer."""
+    attentions = [module for name, module in m.named_modules() if name.endswith("self_attn")]
+    for layer, module in enumerate(attentions):
+        pattern = Pattern.fibonacci(3, 0.5 + layer / (LAYERS - 1), rungs=7)
+        limit = sliding_window(architecture, layer) or 10**6
+        distances = range(limit) if layer in kept else [d for d in pattern.distances if d < limit]
+        module.register_forward_pre_hook(masking(torch.tensor(list(distances[:200]))), with_kwargs=True)
+    return m
+
+
+def masking(distances: Tensor) -> Any:
+    def hook(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        index = torch.arange(kwargs["hidden_states"].shape[1])
+        mask = torch.isin(index[:, None] - index, distances)[None, None]
+        return args, {**kwargs, "attention_mask": mask}
+
+    return hook
+
+
+# ---- what is attended to
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_it_is_the_original_with_masks(architecture: str, kept: str) -> None:
+    made, ids = model(architecture), tokens()
+    right = with_dense_masks(copy.deepcopy(made), architecture, KEPT[kept])
+    fibattn.convert(made, **PATTERN, keep_layers=KEPT[kept])
+    ours, theirs = (m(ids, labels=ids, use_cache=False) for m in (made, right))
+    close(ours.logits, theirs.logits)
+    ours.loss.backward()
+    theirs.loss.backward()
+    for (name, one), other in zip(made.named_parameters(), right.parameters(), strict=True):
+        assert one.grad is not None
+        torch.testing.assert_close(one.grad, other.grad, rtol=2e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_window_as_long_as_the_input_changes_nothing(architecture: str) -> None:
+    made, ids = model(architecture), tokens()
+    with torch.no_grad():
+        right, text = made(ids).logits, answer(made, ids[:, :20])
+        assert fibattn.convert(made, window=49) is made
+        close(made(ids).logits, right)
+        assert torch.equal(answer(made, ids[:, :20]), text)
+        fibattn.restore(made)
+        assert torch.equal(made(ids).logits, right)
+        assert torch.equal(answer(made, ids[:, :20]), text)
+
+
+def test_a_sliding_layer_never_sees_farther_than_it_did() -> None:
+    made = fibattn.convert(model("gemma3_text"), **PATTERN)
+    offsets = made.config.fibattn_pattern["layer_offsets"]
+    assert max(offsets[0] + offsets[2]) < SLIDING < min(max(offsets[1]), max(offsets[3]))
+
+
+def test_other_bases_schedules_and_limits() -> None:
+    made = model()
+    fibattn.convert(made, window=2, base="power_of_two", schedule="fixed", rung_reach=16, max_offset=8)
+    assert made.config.fibattn_pattern["layer_offsets"] == [[4, 8]] * LAYERS
+
+
+def test_any_head() -> None:
+    made = model("qwen3", AutoModelForSequenceClassification, num_labels=3)
+    ids = tokens()
+    right = made(ids).logits
+    close(fibattn.convert(made, window=49)(ids).logits, right)
+    fibattn.restore(made)
+    body = made.base_model
+    close(fibattn.convert(body, **PATTERN)(ids).last_hidden_state, body(ids, use_cache=False).last_hidden_state)
+
+
+# ---- generating
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_every_cache_gives_the_same_text(architecture: str, kept: str) -> None:
+    made, ids = fibattn.convert(model(architecture), **PATTERN, keep_layers=KEPT[kept]), tokens(2, 9)
+    right = answer(made, ids, use_cache=False)
+    assert torch.equal(answer(made, ids), right)
+    assert torch.equal(answer(made, ids, cache_implementation="static", disable_compile=True), right)
+
+
+@pytest.mark.parametrize("how", ["dynamic", "static"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+@torch.no_grad()
+def test_prompts_of_different_lengths(architecture: str, how: str) -> None:
+    made, ids = fibattn.convert(model(architecture), **PATTERN, keep_layers=[1, 2]), tokens(2, 12)
+    padded, mask = ids.clone(), torch.ones_like(ids)
+    padded[0, :7], mask[0, :7] = 0, 0
+    given = {} if how == "dynamic" else {"cache_implementation": "static", "disable_compile": True}
+    both = answer(made, padded, attention_mask=mask, **given)
+    assert torch.equal(both[0, 12:], answer(made, ids[:1, 7:])[0, 5:])
+    assert torch.equal(both[1, 12:], answer(made, ids[1:])[0, 12:])
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"do_sample": True, "temperature": 2.0}, {"num_beams": 3}, {"num_beams": 2, "do_sample": True}],
+    ids=["sampling", "beams", "sampled beams"],
+)
+@torch.no_grad()
+def test_ways_of_generating(how: dict[str, Any]) -> None:
+    made, ids = fibattn.convert(model("qwen3"), **PATTERN, keep_layers=[2]), tokens(2, 9)
+    texts = []
+    for cached in (True, False):
+        torch.manual_seed(3)
+        texts.append(answer(made, ids, use_cache=cached, **how))
+    assert torch.equal(*texts)
+
+
+@torch.no_grad()
+def test_looking_up_the_prompt_is_refused_before_it_goes_wrong() -> None:
+    made, ids = fibattn.convert(model(), **PATTERN), tokens(1, 5).repeat(1, 4)
+    with pytest.raises(ValueError, match=r"cache that can be cropped|cannot be removed"):
+        answer(made, ids, prompt_lookup_num_tokens=4)
+
+
+@pytest.mark.parametrize("made", [DynamicCache, lambda config: StaticCache(config, max_cache_len=50)])
+@torch.no_grad()
+def test_pieces_equal_the_whole_in_bounded_memory(made: Any) -> None:
+    m, ids = fibattn.convert(model(), **PATTERN, keep_layers=[3]), tokens(2, 50)
+    cache = made(config=m.config)
+    pieces = [m(piece, past_key_values=cache, use_cache=True).logits for piece in ids.split([17, 1, 1, 20, 1, 10], 1)]
+    close(torch.cat(pieces, 1), m(ids, use_cache=False).logits)
+    offsets = m.config.fibattn_pattern["layer_offsets"]
+    rows = [layer.keys.shape[2] for layer in cache.layers]
+    assert rows == [*(found[-1] + 1 for found in offsets[:3]), 50]
+
+
+@torch.no_grad()
+def test_a_compiled_step_equals_the_plain_one() -> None:
+    m, ids = fibattn.convert(model(), **PATTERN, keep_layers=[2]), tokens(1, 30)
+    step = torch.compile(m.forward, fullgraph=True, backend="aot_eager")
+    cache = StaticCache(config=m.config, max_cache_len=30)
+    m(ids[:, :20], past_key_values=cache, use_cache=True)
+    steps = [step(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(20, 30)]
+    close(torch.cat(steps, 1), m(ids, use_cache=False).logits[:, 20:])
+
+
+# ---- padding, packing, training
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("architecture", ["mistral", "smollm3"])
+@torch.no_grad()
+def test_padding_does_not_show(architecture: str, side: str) -> None:
+    made, ids = fibattn.convert(model(architecture), **PATTERN, keep_layers=[1]), tokens(2, 40)
+    mask = torch.ones_like(ids)
+    real = slice(15, None) if side == "left" else slice(0, 25)
+    mask[0] = 0
+    mask[0, real] = 1
+    logits = made(ids.where(mask > 0, 0), attention_mask=mask, use_cache=False).logits
+    close(logits[:1, real], made(ids[:1, real]).logits)
+    close(logits[1:], made(ids[1:]).logits)
+
+
+@pytest.mark.parametrize("how", [{"use_cache": False}, {"use_cache": True}, {"checkpointing": True}])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_packed_documents_train_like_separate_ones(architecture: str, how: dict[str, bool]) -> None:
+    made, ids = fibattn.convert(model(architecture), **PATTERN, keep_layers=[1, 2]), tokens(1, 48)
+    ends = [(0, 20), (20, 23), (23, 48)]
+    made.train()
+    if how.get("checkpointing"):
+        made.gradient_checkpointing_enable()
+    places = torch.cat([torch.arange(last - first) for first, last in ends])[None]
+    packed = made(ids, position_ids=places, **{k: v for k, v in how.items() if k == "use_cache"}).logits
+    apart = torch.cat([made(ids[:, first:last], use_cache=False).logits for first, last in ends], 1)
+    close(packed, apart)
+    weight = made.base_model.layers[0].self_attn.k_proj.weight
+    grads = [torch.autograd.grad(logits.square().mean(), weight)[0] for logits in (packed, apart)]
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4)
+    assert grads[0].abs().max() > 0
+
+
+def test_autocast() -> None:
+    made, ids = fibattn.convert(model("qwen3"), **PATTERN), tokens()
+    right = made(ids).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        out = made(ids, labels=ids)
+    out.loss.backward()
+    assert (out.logits - right).std() < 0.05 * right.std()
+
+
+def test_a_short_training_learns() -> None:
+    made, ids = fibattn.convert(model(), **PATTERN).train(), tokens(4, 32)
+    optimizer = torch.optim.AdamW(made.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(12):
+        loss = made(ids, labels=ids, use_cache=False).loss
+        losses.append(float(loss.detach()))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.7 * losses[0]
+
+
+# ---- saving
+
+
+@torch.no_grad()
+def test_saved_patterns_must_be_applied_again(tmp_path: Any) -> None:
+    made, ids = fibattn.convert(model("qwen2"), **PATTERN, keep_layers=[2]), tokens()
+    right = made(ids).logits
+    made.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with pytest.raises(InputError, match=re.escape("call fibattn.convert(model)")):
+        loaded(ids)
+    assert torch.equal(fibattn.convert(loaded)(ids).logits, right)
+    fibattn.restore(loaded)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa").eval()
+    assert torch.equal(dense(ids).logits, loaded(ids).logits)
+    assert not torch.equal(dense(ids).logits, right)
+    fibattn.convert(dense, window=7)
+    assert dense.config.fibattn_pattern["window"] == 7
+
+
+def test_a_restored_model_saves_no_pattern(tmp_path: Any) -> None:
+    made = fibattn.restore(fibattn.convert(model(), **PATTERN))
+    made.save_pretrained(tmp_path)
+    assert "fibattn" not in (tmp_path / "config.json").read_text()
+
+
+@torch.no_grad()
+def test_copies_are_their_own() -> None:
+    made, ids = model(), tokens()
+    dense = made(ids).logits
+    sparse = fibattn.convert(made, **PATTERN)(ids).logits
+    other = fibattn.restore(copy.deepcopy(made))
+    assert torch.equal(other(ids).logits, dense)
+    assert torch.equal(made(ids).logits, sparse)
+
+
+# ---- refusals
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "softcapping": (lambda: model("gemma2"), "caps its attention logits at 50.0"),
+    "latent attention": (
+        lambda: model("deepseek_v3", first_k_dense_replace=4, n_group=1, topk_group=1, n_routed_experts=8),
+        "multi-head latent attention",
+    ),
+    "looking ahead": (lambda: model("gemma3_text", use_bidirectional_attention=True), "looks ahead"),
+    "dropout": (lambda: model(attention_dropout=0.1), "attention_dropout is 0.1"),
+    "unknown": (lambda: model("gpt_neox"), "'gpt_neox'.*not among those known to work"),
+    "encoder-decoder": (
+        lambda: AutoModelForSeq2SeqLM.from_config(
+            AutoConfig.for_model("t5", vocab_size=61, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        ),
+        "encoder-decoder",
+    ),
+    "sparse by itself": (
+        lambda: fibattn.FibAttnForCausalLM(
+            fibattn.FibAttnConfig(vocab_size=61, hidden_size=16, intermediate_size=16, num_attention_heads=2)
+        ),
+        "sparse by themselves",
+    ),
+    "converted": (lambda: fibattn.convert(model(), **PATTERN), "converted already"),
+    "wrapped": (lambda: nn.Sequential(model()), "a Sequential cannot be converted"),
+}
+
+
+@pytest.mark.parametrize("which", REFUSED)
+def test_models_that_cannot_be_converted(which: str) -> None:
+    make, reason = REFUSED[which]
+    with pytest.raises(InputError, match=reason):
+        fibattn.convert(make(), **PATTERN)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({}, "no window was given"),
+        ({"rungs": 8}, "a pattern was given without its window"),
+        ({"window": -1}, "window is -1"),
+        ({"window": 3, "schedule": "learned"}, "fixed offsets"),
+        ({"window": 3, "schedule": "spiral"}, "unknown schedule 'spiral'"),
+        ({"window": 3, "base": "primes"}, "unknown base 'primes'"),
+        ({"window": 3, "keep_layers": [0, 1, 2, 3]}, "every layer"),
+        ({"window": 3, "keep_layers": [4]}, "from 0 to 3"),
+        ({"window": 3, "keep_layers": [1, 1]}, "different indices"),
+    ],
+)
+def test_patterns_that_cannot_be(given: dict[str, Any], reason: str) -> None:
+    made, ids = model(), tokens()
+    right, before = made(ids).logits, made.config.to_dict()
+    with pytest.raises(InputError, match=reason):
+        fibattn.convert(made, **given)
+    assert torch.equal(made(ids).logits, right)
+    assert made.config.to_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"rungs": 8}, "its other fields give"), ({"spin": 1}, "fields .*spin.* newer fibattn")],
+)
+def test_stored_patterns_that_contradict_themselves(changes: dict[str, Any], reason: str) -> None:
+    made = fibattn.convert(model(), **PATTERN)
+    stored = {**made.config.fibattn_pattern, **changes}
+    fibattn.restore(made).config.fibattn_pattern = stored
+    with pytest.raises(InputError, match=reason):
+        fibattn.convert(made)
+
+
+@torch.no_grad()
+def test_calls_that_cannot_be_right() -> None:
+    made, ids = model(), tokens()
+    dense = made(ids).past_key_values
+    with pytest.raises(InputError, match="nothing to restore"):
+        fibattn.restore(made)
+    fibattn.convert(made, **PATTERN, keep_layers=[3])
+    with pytest.raises(InputError, match="begin a new one"):
+        made(ids, past_key_values=dense)
+    with pytest.raises(InputError, match=re.escape("attention_mask has shape (2, 1, 50, 50)")):
+        made(ids, attention_mask=torch.ones(2, 1, 50, 50, dtype=torch.bool))
+    with pytest.raises(InputError, match="zeros between ones"):
+        made(ids, attention_mask=(ids > 0).int().index_fill(1, torch.tensor([20]), 0))
+    with pytest.raises(InputError, match="name those after"):
+        made.base_model(ids, None, None, None)
+    used = made(ids).past_key_values
+    other = fibattn.convert(model(), window=4, keep_layers=[3])
+    with pytest.raises(InputError, match="was written for the pattern"):
+        other(ids, past_key_values=used)
+    made.set_attn_implementation("eager")
+    with pytest.raises(InputError, match="set to 'eager'"):
+        made(ids)
+    fibattn.restore(made)
+    assert made.config._attn_implementation == "sdpa"
+
+
+def test_a_shared_configuration_is_noticed() -> None:
+    made = model()
+    other = type(made)(made.config)
+    fibattn.convert(made, **PATTERN)
+    with pytest.raises(InputError, match="shares the configuration"):
+        other(tokens())
