@@ -231,16 +231,16 @@ def test_rungs_are_resolved_as_in_the_pattern():
             assert found.kept[:count].tolist() == [RUNGS[rung.index] for rung in right]
             exact = torch.tensor([rung.fraction for rung in right]).float()
             assert found.fractions[:count].tolist() == exact.tolist()
-            # The columns are those of fixed offsets at the nearer keys, with a fraction for each.
-            offsets = tuple(rung.near for rung in right)
-            fixed, near = common.column_table((offsets,), 12, 4, exact.device), found.columns.near
-            columns, mine = int(fixed[0, 0]), found.columns
-            assert int(mine.table[0, 0]) == columns
-            for start in (1, 1 + fixed.shape[1] // 2):
-                theirs = 1 if start == 1 else 1 + mine.width
-                assert mine.table[0, theirs : theirs + columns].tolist() == fixed[0, start : start + columns].tolist()
-            assert mine.fractions[near:columns].tolist() == exact.repeat_interleave(4).tolist()
-            assert not mine.fractions[:near].any()
+            # Of a rung's eight columns, column u is the far key of query u and the near key of query u - 1.
+            columns, near = found.columns, found.columns.near
+            assert int(columns.table[0, 0]) == near + 8 * count
+            shifts = columns.table[0, 1 + near : 1 + near + 8 * count].view(count, 8)
+            right_shifts = [[rung.near + 1 - u for u in range(5)] + [common.UNREACHABLE] * 3 for rung in right]
+            assert shifts.tolist() == right_shifts
+            assert columns.fractions[near : near + 8 * count].view(count, 8)[:, 0].tolist() == exact.tolist()
+            bits = columns.table[0, 1 + columns.width :]
+            assert [common.near_column(12, 4, c)[1] for c in range(near)] == bits[:near].tolist()
+            assert not bits[near:].any()
 
 
 def test_learned_scale_with_documents():

@@ -20,7 +20,7 @@ from fibattn.attention.triton.common import (
     batch_rows,
     column_keys,
     column_mask,
-    far_fractions,
+    interpolation,
     load_batches,
     load_rows,
     near_mask,
@@ -31,7 +31,9 @@ from fibattn.attention.triton.common import (
     row_starts,
     score_scale,
     softmax_weights,
+    spread_rungs,
     store_batches,
+    sum_rungs,
 )
 from fibattn.attention.triton.key_gradients import key_gradients
 
@@ -94,7 +96,8 @@ def backward(
                 ROWS=shape.rows,
                 NB=tiles.batches,
                 BN=max(tiles.near, tiles.batches * shape.batch_queries),
-                C=tiles.columns,
+                RB=columns.rung,
+                C=max(tiles.columns, columns.rung),
                 DENSE=columns.dense,
                 GROUP=shape.group,
                 GP=shape.padded_group,
@@ -175,6 +178,7 @@ def query_grad_kernel(
     ROWS: tl.constexpr,
     NB: tl.constexpr,
     BN: tl.constexpr,
+    RB: tl.constexpr,
     C: tl.constexpr,
     DENSE: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
@@ -255,45 +259,51 @@ def query_grad_kernel(
     o_compact = (i_batch * kv_heads + i_head) * rungs_stored * tokens
     p_weights += o_compact * GROUP
     p_grads += o_compact * GROUP
-    rungs = (columns - near) // BQ
-    for first in range(0, columns, C):
+    rungs = (columns - near) // RB
+    for first in range(0, near if SCALED else columns, C):
         b_shift, b_bits, o_key, m_key = column_keys(p_set, width, first, first_own, keys, NB, BQ, C)
         b_k = load_batches(p_k, o_key, stride_kt, m_key, SIZE, BD, WIDE)
         b_v = load_batches(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)
         b_s = tl.dot(b_q, tl.permute(b_k, (0, 2, 1)), input_precision="ieee")
         b_dp = tl.dot(b_do, tl.permute(b_v, (0, 2, 1)), input_precision="ieee")
-        if SCALED:
-            b_f, m_far = far_fractions(p_fractions, first, near, b_shift, b_limit, o_key, m_key, ROWS, GP, C)
-            b_k_far = load_batches(p_k, o_key - 1, stride_kt, m_far, SIZE, BD, WIDE)
-            b_v_far = load_batches(p_v, o_key - 1, stride_vt, m_far, SIZE, BD, WIDE)
-            b_s_step = tl.dot(b_q, tl.permute(b_k_far, (0, 2, 1)), input_precision="ieee") - b_s
-            b_dp_step = tl.dot(b_do, tl.permute(b_v_far, (0, 2, 1)), input_precision="ieee") - b_dp
-            b_s += b_f * b_s_step
-            b_dp += b_f * b_dp_step
         m_entry = column_mask(b_shift, b_bits, b_limit, o_key, ROWS, GP, HAS_POSITIONS)
         b_p = tl.where(m_entry, softmax_weights(b_s * scale_scores, b_lse[:, :, None], EXACT), 0.0)
         if DELTA == SUMMED:
             b_total += tl.sum(b_p * b_dp, 2)
             b_weight += tl.sum(b_p, 2)
         b_ds = b_p * ((b_dp - b_delta[:, :, None]) + b_lse_grad[:, :, None])
-        first_rung = (first - near) // BQ
         if (DELTA != SUMMED) & (first + C > near):
-            store_compact(p_weights, b_p, first_rung, rungs, o_query, o_group, tokens, m_row, GROUP, BQ, C)
-            store_compact(p_grads, b_ds, first_rung, rungs, o_query, o_group, tokens, m_row, GROUP, BQ, C)
-        if SCALED and DELTA != SUMMED:
-            m_first = b_shift[None, None, :] == (b_limit - (tl.arange(0, ROWS) // GP)[None, :])[:, :, None]
-            b_df = tl.where(m_first, 0.0, b_ds * scale * b_s_step + b_p * b_dp_step)
-            b_df = tl.sum(
-                tl.reshape(tl.sum(tl.sum(b_df.to(tl.float64 if EXACT else tl.float32), 0), 0), [C // BQ, BQ]), 1
-            )
-            o_df = first_rung + tl.arange(0, C // BQ)
-            o_program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-            p_df = p_partial + o_df.to(tl.int64) * (tl.num_programs(0) * tl.num_programs(1)) + o_program
-            tl.store(p_df, b_df, mask=(o_df >= 0) & (o_df < rungs))
-            b_ds_far = b_ds * b_f
-            b_dq = tl.dot(b_ds_far.to(b_k.dtype), b_k_far, b_dq, input_precision="ieee")
-            b_ds = b_ds - b_ds_far
+            # The other entries of a rung's columns are 0.
+            o_rung = (first - near) // RB + tl.arange(0, C // RB)
+            store_compact(p_weights, sum_rungs(b_p, RB), o_rung, rungs, o_query, o_group, tokens, m_row, GROUP)
+            store_compact(p_grads, sum_rungs(b_ds, RB), o_rung, rungs, o_query, o_group, tokens, m_row, GROUP)
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
+    if SCALED:
+        for first in range(near, columns, C):
+            b_shift, b_bits, o_key, m_key = column_keys(p_set, width, first, first_own, keys, NB, BQ, C)
+            b_k = load_batches(p_k, o_key, stride_kt, m_key, SIZE, BD, WIDE)
+            b_v = load_batches(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)
+            b_share, b_slope, m_none = interpolation(p_fractions, first, near, b_shift, b_limit, ROWS, GP, RB, C)
+            b_products = tl.dot(b_q, tl.permute(b_k, (0, 2, 1)), input_precision="ieee")
+            b_upstream = tl.dot(b_do, tl.permute(b_v, (0, 2, 1)), input_precision="ieee")
+            b_s = sum_rungs(tl.where(m_none, -float("inf"), b_products * scale_scores * b_share), RB)
+            b_dp = sum_rungs(b_upstream * b_share, RB)
+            b_p = softmax_weights(b_s, b_lse[:, :, None], EXACT)
+            if DELTA == SUMMED:
+                b_total += tl.sum(b_p * b_dp, 2)
+                b_weight += tl.sum(b_p, 2)
+            b_ds = b_p * ((b_dp - b_delta[:, :, None]) + b_lse_grad[:, :, None])
+            if DELTA != SUMMED:
+                o_rung = (first - near) // RB + tl.arange(0, C // RB)
+                store_compact(p_weights, b_p, o_rung, rungs, o_query, o_group, tokens, m_row, GROUP)
+                store_compact(p_grads, b_ds, o_rung, rungs, o_query, o_group, tokens, m_row, GROUP)
+                b_df = b_ds * scale * sum_rungs(b_products * b_slope, RB) + b_p * sum_rungs(b_upstream * b_slope, RB)
+                b_df = tl.sum(tl.sum(b_df.to(tl.float64 if EXACT else tl.float32), 0), 0)
+                o_program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+                p_df = p_partial + o_rung.to(tl.int64) * (tl.num_programs(0) * tl.num_programs(1)) + o_program
+                tl.store(p_df, b_df, mask=o_rung < rungs)
+            b_shares = spread_rungs(b_ds, RB) * b_share
+            b_dq = tl.dot(b_shares.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
 
     if DELTA == SUMMED:
         # Weights add up to 1 but for their rounding, which must not reach the difference.
@@ -304,18 +314,12 @@ def query_grad_kernel(
 
 
 @triton.jit
-def store_compact(
-    p_x, b_x, first_rung, rungs, o_query, o_group, tokens, m_row, GROUP: tl.constexpr, BQ: tl.constexpr, C: tl.constexpr
-):
-    """Write the one entry of each row and rung that counts (the others are 0) to (rungs, Tq, group)."""
-    NB: tl.constexpr = b_x.shape[0]
-    ROWS: tl.constexpr = b_x.shape[1]
-    b_compact = tl.sum(tl.reshape(b_x, [NB, ROWS, C // BQ, BQ]), 3)
-    o_rung = first_rung + tl.arange(0, C // BQ)
+def store_compact(p_x, b_x, o_rung, rungs, o_query, o_group, tokens, m_row, GROUP: tl.constexpr):
+    """Write the value of each row and rung [NB, ROWS, R] to (rungs, Tq, group)."""
     o_row = o_query.to(tl.int64) * GROUP + o_group
     p_tile = p_x + o_rung.to(tl.int64)[None, None, :] * tokens * GROUP + o_row[:, :, None]
     m_tile = m_row[:, :, None] & ((o_rung >= 0) & (o_rung < rungs))[None, None, :]
-    tl.store(p_tile, b_compact.to(p_x.dtype.element_ty), mask=m_tile)
+    tl.store(p_tile, b_x.to(p_x.dtype.element_ty), mask=m_tile)
 
 
 @triton.jit

@@ -8,9 +8,10 @@ Columns. The keys of a batch are listed in a table, the same for all batches: th
 `shift[c]` before the batch's first query, and `bits[c]` says for which of the batch's queries it counts.
 A window of `W` takes `W + BQ` columns, nearly all of which count for all queries; a rung takes `BQ`, one for
 each query. So a batch is a dense product of 16 rows with a few dozen gathered columns (56 for the paper's
-window of 12, ten rungs and groups of 4), each row of k and v is read once for the whole group, and where all
-columns fit one tile the softmax is a plain one. A window too wide for that goes through dense tiles, shared
-by the batches of a block, and only the rungs through columns.
+window of 12, ten rungs and groups of 4) and each row of k and v is read once for the whole group. A window too
+wide for that goes through dense tiles, shared by the batches of a block, and only the rungs through columns.
+A rung between two keys takes `BQ + 1` columns, padded to a power of two `RB`: its near key for one query is its
+far key for the next one, so each product serves twice, and a rung's score is the sum of two entries of its columns.
 
 Positions. `limit` is how far back a query may look: its own key index, or less inside a packed document.
 A distance exists for it when it is at most the limit; distance 0 always does, so no row is ever empty.
@@ -105,9 +106,9 @@ def offset_table(sets: tuple[tuple[int, ...], ...], device: torch.device) -> Ten
     return torch.tensor(rows, dtype=torch.int32).to(device)
 
 
-def near_columns(window: int, batch_queries: int) -> int:
-    """How many columns the window takes, a multiple of the batch; 0 where it goes through dense tiles."""
-    columns = -(-(window + batch_queries) // batch_queries) * batch_queries
+def near_columns(window: int, batch_queries: int, multiple: int) -> int:
+    """How many columns the window takes, a multiple of `multiple`; 0 where it goes through dense tiles."""
+    columns = -(-(window + batch_queries) // multiple) * multiple
     return columns if columns <= WIDEST_NEAR else 0
 
 
@@ -120,7 +121,7 @@ def near_column(window: int, batch_queries: int, column: int) -> tuple[int, int]
 @cache
 def column_table(sets: tuple[tuple[int, ...], ...], window: int, batch_queries: int, device: torch.device) -> Tensor:
     """Columns on the device, int32 (sets, 1 + 2 * width): their number, then shifts, then bits. Kept for good."""
-    near = [near_column(window, batch_queries, c) for c in range(near_columns(window, batch_queries))]
+    near = [near_column(window, batch_queries, c) for c in range(near_columns(window, batch_queries, batch_queries))]
     rows = [
         near + [(min(d, UNREACHABLE) - t, 1 << t) for d in offsets for t in range(batch_queries)] for offsets in sets
     ]
@@ -128,6 +129,11 @@ def column_table(sets: tuple[tuple[int, ...], ...], window: int, batch_queries: 
     padded = [row + [(UNREACHABLE, 0)] * (width - len(row)) for row in rows]
     table = [[len(row), *(c[0] for c in full), *(c[1] for c in full)] for row, full in zip(rows, padded, strict=True)]
     return torch.tensor(table, dtype=torch.int32).to(device)
+
+
+def interpolated_columns(batch_queries: int) -> int:
+    """How many columns a rung between two keys takes: one more than queries, made a power of two."""
+    return triton.next_power_of_2(batch_queries + 1)
 
 
 def columns_width(columns: int) -> int:
@@ -143,6 +149,9 @@ class Columns:
     fractions: Tensor | None
     window: int
     near: int
+    """Columns of the window."""
+    rung: int
+    """Columns of a rung."""
 
     @property
     def dense(self) -> bool:
@@ -163,7 +172,8 @@ class Columns:
 def fixed_columns(q: Tensor, k: Tensor, window: int, sets: tuple[tuple[int, ...], ...]) -> Columns:
     """The columns of fixed offsets, one set or one for each KV head."""
     queries = shape_of(q, k).batch_queries
-    return Columns(column_table(sets, window, queries, q.device), None, window, near_columns(window, queries))
+    near = near_columns(window, queries, queries)
+    return Columns(column_table(sets, window, queries, q.device), None, window, near, queries)
 
 
 def wide(*tensors: Tensor) -> bool:
@@ -343,22 +353,35 @@ def column_mask(b_shift, b_bits, b_limit, o_key, ROWS: tl.constexpr, GP: tl.cons
 
 
 @triton.jit
-def far_fractions(
-    p_fractions,
-    first,
-    near,
-    b_shift,
-    b_limit,
-    o_key,
-    m_key,
-    ROWS: tl.constexpr,
-    GP: tl.constexpr,
-    C: tl.constexpr,
+def interpolation(
+    p_fractions, first, near, b_shift, b_limit, ROWS: tl.constexpr, GP: tl.constexpr, RB: tl.constexpr, C: tl.constexpr
 ):
-    """How much of each entry is the next farther key's [NB, ROWS, C], and which of those to read [NB, C]."""
+    """What of each entry goes into its rung's score, that share's derivative, and where there is no key. [NB, ROWS, C]
+
+    Column `u` of a rung is the far key of the batch's query `u` and the near key of query `u - 1`.
+    """
     o_column = first + tl.arange(0, C)
-    b_f = tl.load(p_fractions + o_column)
-    # The first key of a document has none before it to interpolate with.
+    o_place = (o_column - near) % RB
     b_slot = tl.arange(0, ROWS) // GP
-    m_first = b_shift[None, None, :] == (b_limit - b_slot[None, :])[:, :, None]
-    return tl.where(m_first, 0.0, b_f[None, None, :]), m_key & (o_column >= near)[None, :] & (o_key > 0)
+    b_room = b_limit[:, :, None] - (b_shift + o_place - 1)[None, None, :]
+    # The first key of a document has none before it to interpolate with.
+    m_between = b_room > 0
+    m_near = o_place[None, None, :] == (b_slot + 1)[None, :, None]
+    m_far = (o_place[None, None, :] == b_slot[None, :, None]) & m_between
+    b_fraction = tl.where(m_between, tl.load(p_fractions + o_column)[None, None, :], 0.0)
+    b_share = tl.where(m_near, 1.0 - b_fraction, tl.where(m_far, b_fraction, 0.0))
+    b_slope = tl.where(m_far, 1.0, tl.where(m_near & m_between, -1.0, 0.0))
+    return b_share, b_slope, m_near & (b_room < 0)
+
+
+@triton.jit
+def sum_rungs(b_x, RB: tl.constexpr):
+    """The sums over each rung's columns. [NB, ROWS, C] to [NB, ROWS, C // RB]"""
+    return tl.sum(tl.reshape(b_x, [b_x.shape[0], b_x.shape[1], b_x.shape[2] // RB, RB]), 3)
+
+
+@triton.jit
+def spread_rungs(b_x, RB: tl.constexpr):
+    """Each rung's value in all its columns. [NB, ROWS, R] to [NB, ROWS, R * RB]"""
+    b_wide = tl.broadcast_to(b_x[:, :, :, None], [b_x.shape[0], b_x.shape[1], b_x.shape[2], RB])
+    return tl.reshape(b_wide, [b_x.shape[0], b_x.shape[1], b_x.shape[2] * RB])

@@ -20,7 +20,7 @@ from fibattn.attention.triton.common import (
     batch_rows,
     column_keys,
     column_mask,
-    far_fractions,
+    interpolation,
     load_batches,
     load_rows,
     near_mask,
@@ -31,7 +31,9 @@ from fibattn.attention.triton.common import (
     query_rows,
     row_starts,
     score_scale,
+    spread_rungs,
     store_batches,
+    sum_rungs,
 )
 
 
@@ -70,7 +72,8 @@ def forward(
             ROWS=shape.rows,
             NB=tiles.batches,
             BN=max(tiles.near, tiles.batches * shape.batch_queries),
-            C=tiles.columns,
+            RB=columns.rung,
+            C=max(tiles.columns, columns.rung),
             DENSE=columns.dense,
             HAS_POSITIONS=positions is not None,
             EXACT=shape.dtype == torch.float32,
@@ -128,6 +131,7 @@ def forward_kernel(
     ROWS: tl.constexpr,
     NB: tl.constexpr,
     BN: tl.constexpr,
+    RB: tl.constexpr,
     C: tl.constexpr,
     DENSE: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
@@ -178,31 +182,36 @@ def forward_kernel(
         b_acc = tl.zeros([NB, ROWS, BD], tl.float32)
 
     b_q = query_batches(p_q, o_query, o_group, stride_qt, stride_qh, m_row, SIZE, BD, WIDE)
-    for first in range(0, columns, C):
+    for first in range(0, near if SCALED else columns, C):
         b_shift, b_bits, o_key, m_key = column_keys(p_set, width, first, first_own, keys, NB, BQ, C)
         b_k = load_batches(p_k, o_key, stride_kt, m_key, SIZE, BD, WIDE)
         b_v = load_batches(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)
         b_s = tl.dot(b_q, tl.permute(b_k, (0, 2, 1)), input_precision="ieee")
-        if SCALED:
-            b_f, m_far = far_fractions(p_fractions, first, near, b_shift, b_limit, o_key, m_key, ROWS, GP, C)
-            b_k_far = load_batches(p_k, o_key - 1, stride_kt, m_far, SIZE, BD, WIDE)
-            b_v_far = load_batches(p_v, o_key - 1, stride_vt, m_far, SIZE, BD, WIDE)
-            b_s_far = tl.dot(b_q, tl.permute(b_k_far, (0, 2, 1)), input_precision="ieee")
-            b_s = b_s + b_f * (b_s_far - b_s)
-        b_s = tl.where(
-            column_mask(b_shift, b_bits, b_limit, o_key, ROWS, GP, HAS_POSITIONS), b_s * scale_scores, -float("inf")
-        )
+        m_entry = column_mask(b_shift, b_bits, b_limit, o_key, ROWS, GP, HAS_POSITIONS)
+        b_s = tl.where(m_entry, b_s * scale_scores, -float("inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 2))
         b_p = power(b_s - b_new[:, :, None], EXACT)
         b_shrink = power(b_max - b_new, EXACT)
         b_sum = b_sum * b_shrink + tl.sum(b_p, 2)
         b_acc = b_acc * b_shrink[:, :, None]
-        if SCALED:
-            b_p_far = b_p * b_f
-            b_acc = tl.dot(b_p_far.to(b_v.dtype), b_v_far, b_acc, input_precision="ieee")
-            b_p = b_p - b_p_far
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
         b_max = b_new
+    if SCALED:
+        for first in range(near, columns, C):
+            b_shift, b_bits, o_key, m_key = column_keys(p_set, width, first, first_own, keys, NB, BQ, C)
+            b_k = load_batches(p_k, o_key, stride_kt, m_key, SIZE, BD, WIDE)
+            b_v = load_batches(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)
+            b_share, _, m_none = interpolation(p_fractions, first, near, b_shift, b_limit, ROWS, GP, RB, C)
+            b_s = tl.dot(b_q, tl.permute(b_k, (0, 2, 1)), input_precision="ieee")
+            b_s = sum_rungs(tl.where(m_none, -float("inf"), b_s * scale_scores * b_share), RB)
+            b_new = tl.maximum(b_max, tl.max(b_s, 2))
+            b_p = power(b_s - b_new[:, :, None], EXACT)
+            b_shrink = power(b_max - b_new, EXACT)
+            b_sum = b_sum * b_shrink + tl.sum(b_p, 2)
+            b_acc = b_acc * b_shrink[:, :, None]
+            b_shares = spread_rungs(b_p, RB) * b_share
+            b_acc = tl.dot(b_shares.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
+            b_max = b_new
 
     p_out += i_batch * stride_ob + i_head * GROUP * stride_oh
     b_acc *= (1.0 / b_sum)[:, :, None]

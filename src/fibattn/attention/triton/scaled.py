@@ -108,8 +108,10 @@ def resolve(alpha: Tensor, rungs: tuple[int, ...], window: int, max_offset: int,
     if rungs and rungs[-1] >= _EXACT:
         raise InputError(f"the last rung is {rungs[-1]}; rungs must be below {_EXACT}")
     base = _rung_table(rungs, alpha.device)
-    near = common.near_columns(window, batch_queries)
-    width = common.columns_width(near + len(rungs) * batch_queries)
+    rung = common.interpolated_columns(batch_queries)
+    # No tile may have columns of both kinds.
+    near = common.near_columns(window, batch_queries, max(16, rung))
+    width = common.columns_width(near + len(rungs) * rung)
     integers = torch.empty(2 + len(rungs) + 2 * width, dtype=torch.int32, device=alpha.device)
     reals = torch.empty(len(rungs) + width, dtype=torch.float32, device=alpha.device)
     kept = torch.empty_like(base)
@@ -119,12 +121,13 @@ def resolve(alpha: Tensor, rungs: tuple[int, ...], window: int, max_offset: int,
         *(alpha, base, table, columns, fractions, column_fractions, kept),
         *(len(rungs), window, max_offset, near),
         BQ=batch_queries,
+        RB=rung,
         WIDTH=width,
         WIDTH2=triton.next_power_of_2(width),
         SIZE=max(16, triton.next_power_of_2(len(rungs))),
         num_warps=8,
     )
-    return Resolved(Columns(columns, column_fractions, window, near), table, fractions, kept)
+    return Resolved(Columns(columns, column_fractions, window, near, rung), table, fractions, kept)
 
 
 @triton.jit(do_not_specialize=["rungs", "window", "max_offset", "near"])
@@ -141,11 +144,12 @@ def resolve_kernel(
     max_offset,
     near,
     BQ: tl.constexpr,
+    RB: tl.constexpr,
     WIDTH: tl.constexpr,
     WIDTH2: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """`fibattn.pattern.interpolate` and `common.column_table` in one program."""
+    """`fibattn.pattern.interpolate` and the table of columns in one program."""
     o_rung = tl.arange(0, SIZE)
     m_rung = o_rung < rungs
     alpha = tl.load(p_alpha).to(tl.float64)
@@ -175,20 +179,20 @@ def resolve_kernel(
 
     o_column = tl.arange(0, WIDTH2)
     m_far = o_column >= near
-    o_slot = (o_column - near) % BQ
-    m_pick = m_keep[None, :] & (o_place[None, :] == ((o_column - near) // BQ)[:, None]) & m_far[:, None]
-    m_used = tl.sum(m_pick.to(tl.int32), 1) > 0
-    b_shift = tl.where(m_far, tl.sum(tl.where(m_pick, b_near[None, :], 0), 1) - o_slot, o_column - (BQ - 1))
+    o_slot = (o_column - near) % RB
+    m_pick = m_keep[None, :] & (o_place[None, :] == ((o_column - near) // RB)[:, None]) & m_far[:, None]
+    m_used = (tl.sum(m_pick.to(tl.int32), 1) > 0) & (o_slot <= BQ)
+    b_shift = tl.where(m_far, tl.sum(tl.where(m_pick, b_near[None, :], 0), 1) + 1 - o_slot, o_column - (BQ - 1))
     # A column of the window counts for the queries from which its distance is within the window.
     o_query = tl.arange(0, BQ)
     b_near_distance = (o_column - (BQ - 1))[:, None] + o_query[None, :]
     m_near = (b_near_distance >= 0) & (b_near_distance <= window)
     b_near_bits = tl.sum(tl.where(m_near, 1 << o_query[None, :], 0), 1)
-    b_bits = tl.where(m_far, tl.where(m_used, 1 << o_slot, 0), b_near_bits)
+    b_bits = tl.where(m_far, 0, b_near_bits)
     b_shift = tl.where(m_far & (m_used == 0), UNREACHABLE, b_shift)
     b_column_fraction = tl.sum(tl.where(m_pick, b_fraction[None, :], 0.0), 1)
     m_column = o_column < WIDTH
-    tl.store(p_columns, near + count * BQ)
+    tl.store(p_columns, near + count * RB)
     tl.store(p_columns + 1 + o_column, b_shift, mask=m_column)
     tl.store(p_columns + 1 + WIDTH + o_column, b_bits, mask=m_column)
     tl.store(p_column_fractions + o_column, b_column_fraction, mask=m_column)
