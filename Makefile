@@ -14,7 +14,7 @@ SEES_GPU := import sys, pytest, torch; sys.exit(not torch.cuda.is_available())
 GPU_PYTHON ?= $(shell for one in $(RUN) python3; do \
 	"$$one" -c "$(SEES_GPU)" >/dev/null 2>&1 && { echo "$$one"; break; }; done)
 
-.PHONY: help setup demo test lint gpu-test
+.PHONY: help setup demo test lint gpu-test hf-tests
 
 help:
 	@echo 'make setup     a .venv with the package and all it needs'
@@ -22,6 +22,7 @@ help:
 	@echo 'make test      the set-up, then all tests'
 	@echo 'make lint      ruff and pyright'
 	@echo 'make gpu-test  the tests that need an NVIDIA GPU'
+	@echo 'make hf-tests  the tests of a causal language model that Transformers has, on ours'
 
 setup: $(STAMP)
 
@@ -53,3 +54,8 @@ gpu-test:
 	@python="$(GPU_PYTHON)"; test -n "$$python" || { $(FAIL) 'no Python with pytest and a torch that sees a GPU '\
 	'was found. Name one: make gpu-test GPU_PYTHON=/path/to/python3'; exit 1; }; \
 	PYTHONPATH=src "$$python" -m pytest tests/gpu || $(FAIL) 'tests failed, as said above'
+
+# Their markers are not in our configuration, so its options are left out.
+hf-tests: $(STAMP)
+	@$(RUN) -m pip install --quiet --disable-pip-version-check parameterized && \
+	$(RUN) -m pytest -o addopts= -W ignore -rs tests/hf/causal_lm.py || $(FAIL) 'tests failed, as said above'
