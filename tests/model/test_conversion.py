@@ -2,6 +2,8 @@
 
 import copy
 import re
+import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from transformers import (
 
 import fibattn
 from fibattn import InputError, Pattern
+from fibattn.evaluation.sweep import load_model
 from fibattn.model.conversion import ARCHITECTURES
 
 LAYERS, VOCABULARY, SLIDING = 4, 61, 12
@@ -148,7 +151,7 @@ def test_any_head() -> None:
     right = made(ids).logits
     close(fibattn.convert(made, window=49)(ids).logits, right)
     fibattn.restore(made)
-    body = made.base_model
+    body: Any = made.base_model
     close(fibattn.convert(body, **PATTERN)(ids).last_hidden_state, body(ids, use_cache=False).last_hidden_state)
 
 
@@ -239,19 +242,20 @@ def test_padding_does_not_show(architecture: str, side: str) -> None:
     close(logits[1:], made(ids[1:]).logits)
 
 
-@pytest.mark.parametrize("how", [{"use_cache": False}, {"use_cache": True}, {"checkpointing": True}])
+@pytest.mark.parametrize("how", ["plain", "cached", "checkpointed", "by lengths"])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
-def test_packed_documents_train_like_separate_ones(architecture: str, how: dict[str, bool]) -> None:
-    made, ids = fibattn.convert(model(architecture), **PATTERN, keep_layers=[1, 2]), tokens(1, 48)
-    ends = [(0, 20), (20, 23), (23, 48)]
-    made.train()
-    if how.get("checkpointing"):
+def test_packed_documents_train_like_separate_ones(architecture: str, how: str) -> None:
+    made, ids = fibattn.convert(model(architecture), **PATTERN, keep_layers=[1, 2]).train(), tokens(1, 48)
+    if how == "checkpointed":
         made.gradient_checkpointing_enable()
-    places = torch.cat([torch.arange(last - first) for first, last in ends])[None]
-    packed = made(ids, position_ids=places, **{k: v for k, v in how.items() if k == "use_cache"}).logits
+    ends = [(0, 20), (20, 23), (23, 48)]
+    given: dict[str, Any] = {"position_ids": torch.cat([torch.arange(last - first) for first, last in ends])[None]}
+    if how == "by lengths":
+        given = {"cu_seq_lens_q": torch.tensor([0, 20, 23, 48], dtype=torch.int32)}
+    packed = made(ids, use_cache=how == "cached", **given).logits
     apart = torch.cat([made(ids[:, first:last], use_cache=False).logits for first, last in ends], 1)
     close(packed, apart)
-    weight = made.base_model.layers[0].self_attn.k_proj.weight
+    weight = made.get_parameter("model.layers.0.self_attn.k_proj.weight")
     grads = [torch.autograd.grad(logits.square().mean(), weight)[0] for logits in (packed, apart)]
     torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4)
     assert grads[0].abs().max() > 0
@@ -297,6 +301,14 @@ def test_saved_patterns_must_be_applied_again(tmp_path: Any) -> None:
     assert not torch.equal(dense(ids).logits, right)
     fibattn.convert(dense, window=7)
     assert dense.config.fibattn_pattern["window"] == 7
+
+
+@torch.no_grad()
+def test_the_command_line_loads_what_was_saved(tmp_path: Any) -> None:
+    made, ids = fibattn.convert(model("gemma3_text"), **PATTERN), tokens()
+    made.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path).eval()
+    close(loaded(ids.to(loaded.device)).logits.cpu(), made(ids).logits)
 
 
 def test_a_restored_model_saves_no_pattern(tmp_path: Any) -> None:
@@ -418,3 +430,12 @@ def test_a_shared_configuration_is_noticed() -> None:
     fibattn.convert(made, **PATTERN)
     with pytest.raises(InputError, match="shares the configuration"):
         other(tokens())
+
+
+def test_the_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    example = Path(__file__).parents[2] / "examples" / "convert_a_decoder.py"
+    monkeypatch.setattr("sys.argv", [str(example)])
+    runpy.run_path(str(example))
+    said = capsys.readouterr().out
+    assert "restored: logits differ by 0.0e+00" in said
+    assert "[343, 75, 65, 83]" in said

@@ -14,6 +14,7 @@ import fibattn.model  # noqa: F401 - makes the model known to the Auto classes
 from fibattn.data.stream import PreparedData
 from fibattn.errors import InputError
 from fibattn.evaluation.loss import LAST, position_loss
+from fibattn.model.conversion import STORED_PATTERN, convert
 from fibattn.training import checkpoints
 
 CONVENTION = "disjoint windows, every position; the same tokens at every length"
@@ -36,6 +37,8 @@ def find_model(path: Path) -> Path:
 def load_model(folder: Path, **changes: Any) -> PreTrainedModel:
     """The model in `folder`, float32, on the GPU where there is one; `changes` go into its configuration.
 
+    A converted model (`fibattn.convert`) is converted again, to the pattern it was saved with.
+
     Raises:
         InputError: when the files are not those of a causal language model, or weights are missing or cut short.
     """
@@ -50,6 +53,8 @@ def load_model(folder: Path, **changes: Any) -> PreTrainedModel:
     if found["missing_keys"]:
         names = sorted(found["missing_keys"])
         raise InputError(f"{folder} lacks {len(names)} weights, {names[0]} among them; {repair}")
+    if hasattr(model.config, STORED_PATTERN):
+        convert(model)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

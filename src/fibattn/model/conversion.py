@@ -20,7 +20,9 @@ from fibattn.pattern import Base, Pattern, Schedule, layer_patterns
 ARCHITECTURES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma3_text", "smollm3")
 """The model types that can be converted: those that the tests convert."""
 
-_ENTRY = "fibattn_pattern"
+STORED_PATTERN = "fibattn_pattern"
+"""The entry of a converted model's configuration."""
+
 _FIELDS: tuple[str, ...] = ("window", "base", "schedule", "rungs", "rung_reach", "max_offset", "keep_layers")
 
 
@@ -83,7 +85,7 @@ def convert(
     layers = _layers(config, entry)
     _check_stored(entry, layers)
     _apply(model, layers)
-    setattr(config, _ENTRY, {**entry, "layer_offsets": _offsets(layers)})
+    setattr(config, STORED_PATTERN, {**entry, "layer_offsets": _offsets(layers)})
     return model
 
 
@@ -108,7 +110,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
         if hasattr(module, "fibattn"):
             del module.fibattn
     del decoder.config.attn_implementation
-    delattr(decoder.config, _ENTRY)
+    delattr(decoder.config, STORED_PATTERN)
     model.set_attn_implementation(done.previous)
     return model
 
@@ -172,15 +174,15 @@ def _offsets(layers: Sequence[ConvertedLayer]) -> list[list[int] | None]:
 
 
 def _stored_entry(config: PreTrainedConfig) -> dict[str, Any]:
-    entry = getattr(config, _ENTRY, None)
+    entry = getattr(config, STORED_PATTERN, None)
     if entry is None:
         raise InputError(
-            f"no window was given and the configuration has no {_ENTRY}; say how many distances are always attended, "
-            "such as window=128"
+            f"no window was given and the configuration has no {STORED_PATTERN}; say how many distances are always "
+            "attended, such as window=128"
         )
     if set(entry) != {*_FIELDS, "layer_offsets"}:
         raise InputError(
-            f"{_ENTRY} in the configuration has the fields {', '.join(sorted(entry))}; this version knows "
+            f"{STORED_PATTERN} in the configuration has the fields {', '.join(sorted(entry))}; this version knows "
             f"{', '.join(_FIELDS)} and layer_offsets. One of a newer fibattn needs that version"
         )
     return entry
@@ -190,7 +192,7 @@ def _check_stored(entry: dict[str, Any], layers: Sequence[ConvertedLayer]) -> No
     stored, derived = entry.get("layer_offsets"), _offsets(layers)
     if stored is not None and stored != derived:
         raise InputError(
-            f"{_ENTRY} in the configuration stores the offsets {stored}, but its other fields give {derived}; "
+            f"{STORED_PATTERN} in the configuration stores the offsets {stored}, but its other fields give {derived}; "
             "correct one of them, or convert with a pattern of your own"
         )
 

@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fibattn.attention import attend, attend_cached
 from fibattn.errors import InputError
 from fibattn.model.cache import RingLayer, check_full, ring_of
-from fibattn.model.positions import document_positions
+from fibattn.model.positions import document_positions, packed_positions
 from fibattn.pattern import Pattern
 
 IMPLEMENTATION = "fibattn"
@@ -44,7 +44,8 @@ def before_decoder(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """A decoder's forward pre-hook: put the positions inside documents in the place of the mask.
 
     Raises:
-        InputError: for more than three unnamed arguments, and masks or positions as in `document_positions`.
+        InputError: for more than three unnamed arguments, and masks, positions or `cu_seq_lens_q` as in
+            `document_positions` and `packed_positions`.
     """
     if len(args) > len(_FORWARD_ARGUMENTS):
         raise InputError(f"{len(args)} unnamed arguments; name those after {', '.join(_FORWARD_ARGUMENTS)}")
@@ -53,8 +54,12 @@ def before_decoder(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     tokens = given.get("inputs_embeds") if tokens is None else tokens
     # `generate` makes the mask ahead where the cache is static: one, or one for every type of layer.
     if tokens is not None and not isinstance(mask, dict) and not _holds_positions(mask):
-        past = 0 if cache is None else cache.get_seq_length()
-        positions = document_positions(tokens, mask, given.get("position_ids"), past)
+        documents, past = given.get("position_ids"), 0 if cache is None else cache.get_seq_length()
+        if given.get("cu_seq_lens_q") is not None:
+            documents = packed_positions(tokens, given["cu_seq_lens_q"], mask, cache)
+        if given.get("position_ids") is None:
+            given["position_ids"] = documents
+        positions = document_positions(tokens, mask, documents, past)
         if mask is not None and _says_nothing(mask, tokens.shape[1]):
             positions = None
         given["attention_mask"] = _as_mask(positions)
