@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -136,3 +138,23 @@ def test_without_lm_eval_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
     with pytest.raises(InputError, match=r"pip install 'fibattn\[evaluation\]'"):
         harness(model, tokenizer)
+
+
+@pytest.mark.usefixtures("installed")
+def test_lm_evals_own_command_on_a_saved_model(
+    model: FibAttnForCausalLM, tokenizer: PreTrainedTokenizerBase, whole_windows: str, tmp_path: Path
+) -> None:
+    """It never heard of this package, and finds the perplexity that `harness` finds."""
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": whole_windows + "and nine more."}) + "\n")
+    (tmp_path / "rolling.yaml").write_text(ROLLING.format(rows=tmp_path / "rows.jsonl"))
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--batch_size", "4"]
+    command += ["--model_args", f"pretrained={tmp_path / 'model'},trust_remote_code=True,max_length={LENGTH}"]
+    command += ["--tasks", str(tmp_path / "rolling.yaml"), "--output_path", str(tmp_path / "out.json")]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(next(tmp_path.glob("out*.json")).read_text())["results"]["fibattn_rolling"]
+    row = harness(model, tokenizer, ["fibattn_rolling"], include=tmp_path, length=LENGTH)["rows"][0]
+    assert found["bits_per_byte,none"] == pytest.approx(row["bits_per_byte"], rel=1e-5)

@@ -1,0 +1,85 @@
+"""The model in the hands of other libraries: sharded files, placement on devices, adapters."""
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import model, tokens
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from fibattn import FibAttnForCausalLM
+
+
+def answer(made: PreTrainedModel, ids: Tensor, **how: Any) -> Tensor:
+    mask = torch.ones_like(ids)
+    how = {"do_sample": False, "min_new_tokens": 20, "max_new_tokens": 20, "pad_token_id": 0, **how}
+    return made.generate(ids, attention_mask=mask, **how)  # pyright: ignore[reportCallIssue]
+
+
+# Files and devices
+
+
+def test_sharded_files_come_back_whole(tmp_path: Path) -> None:
+    made, ids = model("learned mixture"), tokens()
+    made.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 3
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, made(ids).logits)
+
+
+def spread(made: FibAttnForCausalLM) -> OrderedDict[str, str]:
+    """Two layers on disk, all else on the CPU."""
+    names = [name for name, _ in made.model.named_children() if name != "layers"]
+    layers = {f"model.layers.{layer}": ("cpu", "disk")[layer % 2] for layer in range(len(made.model.layers))}
+    return OrderedDict({f"model.{name}": "cpu" for name in names} | layers | {"lm_head": "cpu"})
+
+
+@pytest.mark.parametrize("where", ["auto", "spread"])
+def test_accelerate_places_the_layers(where: str, tmp_path: Path) -> None:
+    made, ids = model("learned mixture"), tokens()
+    made.save_pretrained(tmp_path / "model")
+    device_map = spread(made) if where == "spread" else where
+    placed = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offloaded"
+    ).eval()
+    if where == "spread":
+        assert set(placed.hf_device_map.values()) == {"cpu", "disk"}
+        assert placed.model.layers[1].mlp.up_proj.weight.device.type == "meta"
+    elif torch.cuda.is_available():
+        made, ids = made.cuda(), ids.cuda()
+    assert torch.equal(placed(ids).logits, made(ids).logits)
+    assert torch.equal(answer(placed, ids), answer(made, ids))
+
+
+# Adapters
+
+
+def test_lora_trains_merges_and_comes_back(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    made, ids = model("learned mixture"), tokens()
+    made.save_pretrained(tmp_path / "base")
+    expected = made(ids).logits
+    chosen = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj", "o_proj"])
+    adapted = peft.get_peft_model(made, chosen)
+    assert torch.equal(adapted(ids).logits, expected)
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    assert len(trained) == 2 * 3 * 4
+    optimizer = torch.optim.AdamW(trained, lr=0.01)
+    losses = []
+    for _ in range(8):
+        losses.append(adapted(input_ids=ids, labels=ids).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.1
+    adapted.save_pretrained(tmp_path / "adapter")
+    found = adapted.eval()(ids).logits
+    loaded = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+    )
+    assert torch.equal(loaded.eval()(ids).logits, found)
+    merged = loaded.merge_and_unload()
+    assert type(merged) is FibAttnForCausalLM
+    torch.testing.assert_close(merged(ids).logits, found, rtol=1e-3, atol=1e-3)
