@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from tiny_models import model, tokens
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from fibattn.model import loss
@@ -125,3 +126,47 @@ def test_training_keeps_no_logits_and_the_same_loss_and_gradients() -> None:
     torch.testing.assert_close(trained.loss, expected)
     for got, right in zip(torch.autograd.grad(trained.loss, list(made.parameters())), wanted, strict=True):
         torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5)
+
+
+def test_without_gradients_the_value_is_the_same() -> None:
+    hidden, weight, targets = data(64)
+    with_gradients = linear_cross_entropy(hidden, weight, targets)
+    with torch.no_grad():
+        assert torch.equal(linear_cross_entropy(hidden, weight, targets), with_gradients)
+    frozen = linear_cross_entropy(hidden, weight.detach(), targets)
+    right = torch.autograd.grad(with_gradients, hidden)[0]
+    assert torch.equal(torch.autograd.grad(frozen, hidden)[0], right)
+    assert not linear_cross_entropy(hidden.detach(), weight.detach(), targets).requires_grad
+
+
+class Adapted(nn.Module):
+    """A head with something added to it, as adapters do; `weight` is still that of the base."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base, self.extra = base, nn.Linear(base.in_features, base.out_features)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.extra(x)
+
+
+def test_a_replaced_head_counts() -> None:
+    made, ids = model(tie_word_embeddings=False), tokens()
+    made.lm_head = Adapted(made.lm_head)
+    out = made(ids, labels=ids)
+    torch.testing.assert_close(
+        out.loss, functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    )
+    out.loss.backward()
+    assert made.lm_head.extra.weight.grad.any()
+
+
+def test_an_offloaded_head_counts() -> None:
+    made, ids = model(), tokens()
+    right = made(ids, labels=ids).loss
+    cpu_offload(made, execution_device=torch.device("cpu"))
+    torch.testing.assert_close(made(ids, labels=ids).loss, right)

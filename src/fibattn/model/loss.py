@@ -1,7 +1,8 @@
 """Cross-entropy of a linear head without ever holding all logits.
 
 At the paper's shape the float32 logits of one step are 4.3 GB. Here they live one slice of tokens at a time:
-the forward computes a slice's loss and, at once, its part of the gradients, so the backward only scales.
+the forward computes a slice's loss and, where they are wanted, at once its part of the gradients, so the backward
+only scales.
 """
 
 from typing import Any
@@ -29,17 +30,19 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    return _LinearCrossEntropy.apply(hidden, weight, targets)
+    differentiable = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, differentiable)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, differentiable: bool) -> Tensor:
         narrow = weight.to(hidden.dtype)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total = hidden.new_zeros((), dtype=wide)
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        grad_hidden = torch.empty_like(hidden if differentiable else hidden[:0])
+        grad_of = weight if differentiable else weight[:0]
+        grad_weight = torch.zeros_like(grad_of, dtype=torch.promote_types(weight.dtype, torch.float32))
         step = max(1, _SLICE_LOGITS // weight.shape[0])
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], step):
@@ -47,6 +50,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 counted, goal = goal != IGNORED, goal.clamp(min=0)
                 log_probabilities = torch.log_softmax(rows @ narrow.T, dim=-1, dtype=wide)
                 total = total - (log_probabilities.gather(1, goal) * counted).sum()
+                if not differentiable:
+                    continue
                 grad = _less_one_at(goal, log_probabilities.exp_()).to(hidden.dtype)
                 grad_hidden[start : start + step] = (grad @ narrow) * counted
                 grad_weight += grad.T @ (rows * counted)
@@ -55,11 +60,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
             grad_hidden * upstream.to(grad_hidden.dtype),
             grad_weight * upstream.to(grad_weight.dtype),
+            None,
             None,
         )
 

@@ -318,6 +318,13 @@ class FibAttnForCausalLM(FibAttnPreTrainedModel, GenerationMixin):
         cache = past_key_values if cache is None else cache
         return FibAttnModel.prepare_masks(config, inputs_embeds, attention_mask, position_ids, cache)
 
+    def _summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """The loss of all tokens; with all logits where the head is more than its weight, or that is elsewhere."""
+        # Adapters and quantisation replace the head; offloading keeps its weight away between its calls.
+        if type(self.lm_head) is nn.Linear and self.lm_head.weight.device == hidden.device:
+            return linear_cross_entropy(hidden, self.lm_head.weight, targets)
+        return functional.cross_entropy(self.lm_head(hidden).float(), targets, reduction="sum", ignore_index=IGNORED)
+
     @can_return_tuple
     def forward(
         self,
@@ -357,7 +364,7 @@ class FibAttnForCausalLM(FibAttnPreTrainedModel, GenerationMixin):
         if shift_labels is None and labels is not None:
             shift_labels = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
         if shift_labels is not None:
-            total = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, shift_labels.flatten())
+            total = self._summed_loss(hidden.flatten(0, 1), shift_labels.flatten())
             loss = total / ((shift_labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
         if loss is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
