@@ -1,6 +1,7 @@
 """Converted decoders: against the same model with a dense mask for every layer, and against itself without a cache."""
 
 import copy
+import itertools
 import re
 import runpy
 from pathlib import Path
@@ -23,6 +24,7 @@ import fibattn
 from fibattn import InputError, Pattern
 from fibattn.evaluation.sweep import load_model
 from fibattn.model.conversion import ARCHITECTURES
+from fibattn.model.stream import stream
 
 LAYERS, VOCABULARY, SLIDING = 4, 61, 12
 PATTERN: dict[str, Any] = {"window": 3, "rungs": 7}
@@ -223,6 +225,18 @@ def test_a_compiled_step_equals_the_plain_one() -> None:
     m(ids[:, :20], past_key_values=cache, use_cache=True)
     steps = [step(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(20, 30)]
     close(torch.cat(steps, 1), m(ids, use_cache=False).logits[:, 20:])
+
+
+@torch.no_grad()
+def test_streams() -> None:
+    made, ids = fibattn.convert(model(), **PATTERN), tokens(1, 9)
+    endless = stream(made, ids[0].tolist(), temperature=0)
+    assert list(itertools.islice(endless, 30)) == answer(made, ids)[0, 9:].tolist()
+    # The first token comes before the step is compiled; a model that keeps a full layer is refused.
+    assert next(stream(made, ids[0].tolist(), temperature=0, compiled=True)) == answer(made, ids)[0, 9]
+    fibattn.convert(fibattn.restore(made), **PATTERN, keep_layers=[1])
+    with pytest.raises(InputError, match="needs a limit"):
+        next(stream(made, ids[0].tolist(), compiled=True))
 
 
 # ---- padding, packing, training

@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
 from fibattn.errors import InputError
+from fibattn.model.conversion import STORED_PATTERN
 
 _PREFILL = 4096
 
@@ -72,7 +73,11 @@ def stream(
 
 
 def _cache(model: PreTrainedModel, prompt: int, limit: int | None) -> Cache:
-    full = "full_attention" in (getattr(model.config, "layer_types", None) or ["full_attention"])
+    converted = getattr(model.config, STORED_PATTERN, None)
+    if converted is None:
+        full = "full_attention" in (getattr(model.config, "layer_types", None) or ["full_attention"])
+    else:
+        full = bool(converted["keep_layers"])
     if full and limit is None:
         raise InputError(
             "a compiled stream of a model with full-attention layers needs a limit: their cache has a fixed size"
