@@ -20,28 +20,38 @@ from transformers.models.auto import modeling_auto
 
 from fibattn import FibAttnConfig, FibAttnForCausalLM, FibAttnModel
 
-sys.path.insert(0, str(fetch()))
+SOURCES = fetch()
+sys.path.insert(0, str(SOURCES))
 # The tests look up by name what a class is for.
 modeling_auto.MODEL_MAPPING_NAMES["fibattn"] = "FibAttnModel"
 modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["fibattn"] = "FibAttnForCausalLM"
 
-
-def mixin(module: str, name: str) -> type:
-    """A class of the fetched tests, or an empty one in its place where they do not have it."""
-    try:
-        return getattr(import_module(module), name)
-    except ModuleNotFoundError as error:
-        print(f"{name} is left out: {error}")
-        stand_in: Any = types.ModuleType(module)
-        setattr(stand_in, name, type(name, (), {}))
-        sys.modules[module] = stand_in
-        return getattr(stand_in, name)
+MISSING: list[str] = []
 
 
-mixin("tests.exporters.test_export", "ExportTesterMixin")
-Generation = mixin("tests.generation.test_utils", "GenerationTesterMixin")
-Common = mixin("tests.test_modeling_common", "ModelTesterMixin")
-Configuration: Any = mixin("tests.test_configuration_common", "ConfigTester")
+def empty(name: str) -> type:
+    """A class in the place of one that cannot be had."""
+    if name.startswith("_"):
+        raise AttributeError(name)
+    return type(name, (), {})
+
+
+def fetched(module: str) -> Any:
+    """A module of the fetched tests; in the place of those that it imports and they lack there are empty classes."""
+    while True:
+        try:
+            return import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not error.name.startswith("tests."):
+                raise
+            stand_in: Any = types.ModuleType(error.name)
+            stand_in.__path__, stand_in.__getattr__ = [], empty
+            sys.modules[error.name] = stand_in
+            MISSING.append(error.name)
+
+
+common = fetched("tests.test_modeling_common")
+Common, Generation = common.ModelTesterMixin, common.GenerationTesterMixin
 
 
 class SettableConfig(FibAttnConfig):
@@ -96,9 +106,10 @@ class TestFibAttn(Common, Generation, unittest.TestCase):  # pyright: ignore
         self.model_tester = Maker()
 
     def test_config(self) -> None:
-        if not hasattr(Configuration, "run_common_tests"):
+        if not (SOURCES / "tests" / "utils").exists():
             self.skipTest("the fetched sources lack the tests of configurations")
-        Configuration(self, config_class=FibAttnConfig, hidden_size=32).run_common_tests()
+        tester = fetched("tests.test_configuration_common").ConfigTester
+        tester(self, config_class=FibAttnConfig, hidden_size=32).run_common_tests()
 
 
 SKIPPED = {
@@ -106,7 +117,7 @@ SKIPPED = {
     "test_retain_grad_hidden_states_attentions": "sparse layers never form the matrix of attention weights",
     "test_bc_cache_name_forward": "past_key_values is not deprecated here: the oldest supported version uses it",
 }
-if Generation.__module__ == __name__:
+if "tests.generation" in MISSING:
     SKIPPED["test_generation_tester_mixin_inheritance"] = "the fetched sources lack the tests of generation"
 if Version(transformers.__version__) < Version("5.24"):
     SKIPPED["test_model_rope_scaling_frequencies"] = "it calls the rotary embedding in a way that is no more"
