@@ -77,7 +77,8 @@ def backward(
     kv_heads, rungs = k.shape[2], table.shape[1] - 1
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     delta = torch.empty_like(lse)
-    compact = q.new_empty(2, batch, kv_heads, rungs, tokens, shape.group)
+    # Two tensors, not halves of one: a pointer's alignment must not follow the length, or binaries would.
+    weights, grads = (q.new_empty(batch, kv_heads, rungs, tokens, shape.group) for _ in range(2))
     tiles = query_tiles_for(shape, columns.dense)
     blocks = triton.cdiv(tokens, tiles.batches * shape.batch_queries)
     partial = None if fractions is None else q.new_empty(rungs, batch * blocks * kv_heads, dtype=torch.float64)
@@ -85,7 +86,7 @@ def backward(
         for delta_from in (FROM_OUTPUT,) if shape.dtype == torch.bfloat16 else (SUMMED, GIVEN):
             query_grad_kernel[(blocks * kv_heads, batch)](
                 *(q, k, v, out, grad_out, lse, grad_lse, positions, columns.table, columns.fractions),
-                *(dq, delta, compact[0], compact[1], partial),
+                *(dq, delta, weights, grads, partial),
                 *(scale, tokens, k.shape[1], columns.window, kv_heads, rungs),
                 *(columns.near, columns.width, columns.stride_set),
                 *common.strides(q, k, v, grad_out, out, dq),
@@ -112,7 +113,7 @@ def backward(
             )
         key_gradients(
             *(grad_out, grad_lse, lse, delta, q, k, v, positions, scale, columns.window, table, fractions),
-            *(compact, dk, dv, shape),
+            *(weights, grads, dk, dv, shape),
         )
     except OutOfResources as error:
         raise common.explain(error, shape) from error

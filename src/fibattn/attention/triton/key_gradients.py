@@ -84,12 +84,13 @@ def key_gradients(
     window: int,
     table: Tensor,
     fractions: Tensor | None,
-    compact: Tensor,
+    weights: Tensor,
+    grads: Tensor,
     dk: Tensor,
     dv: Tensor,
     shape: Shape,
 ) -> None:
-    """Fill `dk` and `dv`; `compact` (2, B, Hkv, rungs, Tq, group) has the rungs' weights and score gradients."""
+    """Fill `dk` and `dv`; `weights` and `grads` (B, Hkv, rungs, Tq, group) are the rungs'; of scores, the latter."""
     batch, keys, kv_heads, _ = k.shape
     tokens, rungs = q.shape[1], table.shape[1] - 1
     sizes = {
@@ -104,7 +105,7 @@ def key_gradients(
         rung_tiles = rung_tiles_for(shape)
         parts = shape.padded_size // rung_tiles.part
         rung_grad_kernel[(triton.cdiv(keys, rung_tiles.keys) * parts * kv_heads, batch)](
-            *(q, grad_out, positions, table, fractions, compact[0], compact[1], dk, dv),
+            *(q, grad_out, positions, table, fractions, weights, grads, dk, dv),
             *(tokens, keys, kv_heads, rungs, table.stride(0) if table.shape[0] > 1 else 0),
             *common.strides(q, grad_out, dk, dv),
             common.positions_stride(positions),
