@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -317,6 +317,17 @@ class FibAttnForCausalLM(FibAttnPreTrainedModel, GenerationMixin):
         """Called by `generate` outside of the compiled step where the cache is static."""
         cache = past_key_values if cache is None else cache
         return FibAttnModel.prepare_masks(config, inputs_embeds, attention_mask, position_ids, cache)
+
+    def init_continuous_batching(self, *_: Any, **__: Any) -> NoReturn:
+        """Refused: its paged cache keeps every token, and knows no rings.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            f"{type(self).__name__} has no continuous batching, whose paged cache keeps every token; call generate() "
+            "with a padded batch, or serve without --continuous-batching"
+        )
 
     def _summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """The loss of all tokens; with all logits where the head is more than its weight, or that is elsewhere."""
