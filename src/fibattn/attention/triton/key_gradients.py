@@ -90,7 +90,7 @@ def key_gradients(
     dv: Tensor,
     shape: Shape,
 ) -> None:
-    """Fill `dk` and `dv`; `weights` and `grads` (B, Hkv, rungs, Tq, group) are the rungs'; of scores, the latter."""
+    """Fill `dk` and `dv`; `weights` and `grads` (B, Hkv, rungs, Tq, group) belong to the rungs."""
     batch, keys, kv_heads, _ = k.shape
     tokens, rungs = q.shape[1], table.shape[1] - 1
     sizes = {
