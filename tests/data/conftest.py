@@ -1,11 +1,10 @@
 """A small corpus that is the same on every run."""
 
-import hashlib
-import json
 import random
 from pathlib import Path
 
 import pytest
+from corpus_files import write_jsonl
 
 WORDS = ["the", "of", "and", "in", "to", "a", "is", "was", "he", "for", "it", "with", "had", "not", "but"]
 
@@ -16,17 +15,6 @@ def make_text(rng: random.Random, words: int) -> str:
         word = rng.choice(WORDS) if rng.random() < 0.6 else "".join(rng.choices("aeioutnrsl", k=rng.randint(2, 8)))
         parts.append(word + rng.choice(["", "", "", ",", ".", "\n"]))
     return " ".join(parts) + f" naïve café {rng.randint(0, 10**6)} 東京"
-
-
-def write_jsonl(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return path
-
-
-def fingerprints(folder: Path) -> dict[str, str]:
-    """Every file of a folder, hidden ones too, and the hash of its bytes."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.fixture(scope="session")

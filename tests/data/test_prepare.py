@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import fingerprints, write_jsonl
+from corpus_files import fingerprints, write_jsonl
 
 from fibattn.data.plan import Plan
 from fibattn.data.prepare import prepare

@@ -6,15 +6,10 @@ from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, Browser
+from tiny_runs import tiny
 
-from fibattn.study.presets import STUDIES, Run, Study
+from fibattn.study.presets import STUDIES, Study
 from fibattn.study.runner import Job, run_study
-
-
-def tiny(run: Run) -> Run:
-    layers = tuple(layer for layer in (1, 2) if run.model.full_layers)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "full_layers": layers}
-    return replace(run, model=replace(run.model, **shape))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ import json, sys
 from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from conftest import tiny
+from tiny_runs import tiny
 from fibattn.study.presets import STUDIES
 from fibattn.study.runner import Job, run_study
 smoke = STUDIES["smoke"]
