@@ -79,8 +79,9 @@ def backward(
     delta = torch.empty_like(lse)
     # Two tensors, not halves of one: a pointer's alignment must not follow the length, or binaries would.
     weights, grads = (q.new_empty(batch, kv_heads, rungs, tokens, shape.group) for _ in range(2))
+    wide = common.wide(q, k, v, out, grad_out)
     tiles = query_tiles_for(shape, columns.dense)
-    blocks = triton.cdiv(tokens, tiles.batches * shape.batch_queries)
+    blocks = common.blocks(tokens, tiles.batches * shape.batch_queries)
     partial = None if fractions is None else q.new_empty(rungs, batch * blocks * kv_heads, dtype=torch.float64)
     try:
         for delta_from in (FROM_OUTPUT,) if shape.dtype == torch.bfloat16 else (SUMMED, GIVEN):
@@ -106,14 +107,14 @@ def backward(
                 BD=shape.padded_size,
                 HAS_POSITIONS=positions is not None,
                 EXACT=shape.dtype == torch.float32,
-                WIDE=common.wide(q, k, v, out, grad_out),
+                WIDE=wide,
                 SCALED=fractions is not None,
                 num_warps=tiles.warps,
                 num_stages=tiles.stages,
             )
         key_gradients(
             *(grad_out, grad_lse, lse, delta, q, k, v, positions, scale, columns.window, table, fractions),
-            *(weights, grads, dk, dv, shape),
+            *(weights, grads, dk, dv, shape, wide),
         )
     except OutOfResources as error:
         raise common.explain(error, shape) from error

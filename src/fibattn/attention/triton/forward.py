@@ -57,7 +57,7 @@ def forward(
     keys, kv_heads = k.shape[1:3]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(batch, heads, tokens, dtype=torch.float64 if q.dtype == torch.float32 else torch.float32)
-    grid = (triton.cdiv(tokens, tiles.batches * shape.batch_queries) * kv_heads, batch)
+    grid = (common.blocks(tokens, tiles.batches * shape.batch_queries) * kv_heads, batch)
     try:
         forward_kernel[grid](
             *(q, k, v, out, lse, positions, columns.table, columns.fractions),

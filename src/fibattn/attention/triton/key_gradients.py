@@ -89,6 +89,7 @@ def key_gradients(
     dk: Tensor,
     dv: Tensor,
     shape: Shape,
+    wide: bool,
 ) -> None:
     """Fill `dk` and `dv`; `weights` and `grads` (B, Hkv, rungs, Tq, group) belong to the rungs."""
     batch, keys, kv_heads, _ = k.shape
@@ -98,13 +99,13 @@ def key_gradients(
         "SIZE": shape.size,
         "BD": shape.padded_size,
         "HAS_POSITIONS": positions is not None,
-        "WIDE": common.wide(q, k, v, grad_out),
+        "WIDE": wide,
         "EXACT": shape.dtype == torch.float32,
     }
     if rungs:
         rung_tiles = rung_tiles_for(shape)
         parts = shape.padded_size // rung_tiles.part
-        rung_grad_kernel[(triton.cdiv(keys, rung_tiles.keys) * parts * kv_heads, batch)](
+        rung_grad_kernel[(common.blocks(keys, rung_tiles.keys) * parts * kv_heads, batch)](
             *(q, grad_out, positions, table, fractions, weights, grads, dk, dv),
             *(tokens, keys, kv_heads, rungs, table.stride(0) if table.shape[0] > 1 else 0),
             *common.strides(q, grad_out, dk, dv),
@@ -117,7 +118,7 @@ def key_gradients(
             num_warps=rung_tiles.warps,
         )
     tiles = window_tiles_for(shape, window)
-    window_grad_kernel[(triton.cdiv(keys, tiles.keys) * kv_heads, batch)](
+    window_grad_kernel[(common.blocks(keys, tiles.keys) * kv_heads, batch)](
         *(q, k, v, grad_out, lse, grad_lse, delta, positions, dk, dv),
         *(scale, tokens, keys, window, kv_heads),
         *common.strides(q, k, v, grad_out, dk, dv),
