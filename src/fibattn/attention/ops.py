@@ -220,7 +220,7 @@ class Attend(torch.autograd.Function):
         set_sizes: list[int],
         interpret: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """As every autograd function\'s."""
+        """As every autograd function's."""
         fixed = (scale, window, offsets, set_sizes, interpret)
         out, lse = torch.ops.fibattn.attend_forward(q, k, v, positions, *fixed)
         ctx.save_for_backward(q, k, v, positions, out, lse)
@@ -231,7 +231,7 @@ class Attend(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        """As every autograd function\'s."""
+        """As every autograd function's."""
         q, k, v, positions, out, lse = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         grads = torch.ops.fibattn.attend_backward(grad_out, grad_lse, out, lse, q, k, v, positions, *ctx.arguments)
@@ -255,7 +255,7 @@ class AttendScaled(torch.autograd.Function):
         max_offset: int,
         interpret: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """As every autograd function\'s."""
+        """As every autograd function's."""
         inputs = (q, k, v, positions, scale, window, alpha, rungs, max_offset, interpret)
         out, lse = torch.ops.fibattn.attend_scaled_forward(*inputs)
         ctx.save_for_backward(q, k, v, positions, alpha, out, lse)
@@ -266,7 +266,7 @@ class AttendScaled(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        """As every autograd function\'s."""
+        """As every autograd function's."""
         q, k, v, positions, alpha, out, lse = ctx.saved_tensors
         scale, window, *rest = ctx.arguments
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out

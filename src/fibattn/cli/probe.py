@@ -185,30 +185,15 @@ def _print(result: dict[str, Any], out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    rows = [_flat(row) for row in result["rows"]]
+    from fibattn.study.probe_tables import cell, flat
+
+    rows = [flat(row) for row in result["rows"]]
     table = Table(box=None, pad_edge=False)
     columns = list(dict.fromkeys(name for row in rows for name in row))
     for name in columns:
         table.add_column(name.replace("_", " "), justify="left" if isinstance(rows[0].get(name), str) else "right")
     for row in rows:
-        table.add_row(*(_cell(row.get(name)) for name in columns))
+        table.add_row(*(cell(row.get(name)) for name in columns))
     console = Console(width=None if Console().is_terminal else 150, highlight=False)
     console.print(table)
     console.print(f"written to {out}", soft_wrap=True)
-
-
-def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    """A row for people: a value for each distance as a column of its own, single runs left to the JSON."""
-    flat: dict[str, Any] = {}
-    for name, value in row.items():
-        if isinstance(value, dict):
-            flat |= value
-        elif not isinstance(value, list):
-            flat[name] = value
-    return flat
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.3f}"
-    return "–" if value is None else str(value)

@@ -43,7 +43,7 @@ def other_probes(probes: Probes) -> list[Table]:
 
 
 def _plain(name: str, probe: dict[str, Any]) -> Table:
-    rows = [_flat(row) for row in probe["rows"]]
+    rows = [flat(row) for row in probe["rows"]]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     about = [f"{key.replace('_', ' ')} {value}" for key, value in probe.items() if isinstance(value, int | float | str)]
     published = paper()["auxiliary"].get(_PAPERS.get(name, name))
@@ -56,11 +56,11 @@ def _plain(name: str, probe: dict[str, Any]) -> Table:
         title,
         note + (f". The paper: {published}" if published is not None else "") + ".",
         tuple(column.replace("_", " ") for column in columns),
-        tuple(tuple(_cell(row.get(column)) for column in columns) for row in rows),
+        tuple(tuple(cell(row.get(column)) for column in columns) for row in rows),
     )
 
 
-def _flat(row: dict[str, Any]) -> dict[str, Any]:
+def flat(row: dict[str, Any]) -> dict[str, Any]:
     """A row with a column for each distance or task; single runs are left to the JSON."""
     flat: dict[str, Any] = {}
     for name, value in row.items():
@@ -71,7 +71,8 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A value as a table shows it."""
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.3f}"
     return "–" if value is None else str(value)
