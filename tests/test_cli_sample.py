@@ -107,7 +107,9 @@ def test_characters_come_whole():
         (["--prompt-file", "missing.txt"], "missing.txt cannot be read"),
         (["x", "--max-new-tokens", "many"], "expected a whole number, 0 or inf"),
         (["x", "--temperature", "-1"], "temperature -1"),
+        (["x", "--temperature", "nan"], "temperature nan"),
         (["x", "--top-p", "0"], "top_p 0"),
+        (["x", "--seed", "-1"], "seed is -1"),
     ],
 )
 def test_mistakes(folder, capsys, words, message):

@@ -24,7 +24,7 @@ import fibattn
 from fibattn import InputError, Pattern
 from fibattn.evaluation.sweep import load_model
 from fibattn.model.conversion import ARCHITECTURES
-from fibattn.model.stream import stream
+from fibattn.model.stream import growing_layers, stream
 
 LAYERS, VOCABULARY, SLIDING = 4, 61, 12
 PATTERN: dict[str, Any] = {"window": 3, "rungs": 7}
@@ -237,6 +237,15 @@ def test_streams() -> None:
     fibattn.convert(fibattn.restore(made), **PATTERN, keep_layers=[1])
     with pytest.raises(InputError, match="needs a limit"):
         next(stream(made, ids[0].tolist(), compiled=True))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "before", "after"), [("llama", 4, 1), ("mistral", 0, 0), ("qwen2", 2, 1), ("gemma3_text", 2, 1)]
+)
+def test_layers_whose_cache_grows_are_counted(architecture: str, before: int, after: int) -> None:
+    made = model(architecture)
+    assert growing_layers(made) == before
+    assert growing_layers(fibattn.convert(made, **PATTERN, keep_layers=[1])) == after
 
 
 # ---- padding, packing, training

@@ -41,13 +41,13 @@ def run(arguments: list[str]) -> None:
     limit, prompt = _limit(chosen.max_new_tokens), _prompt(chosen)
     from fibattn.data.tokenizer import load_tokenizer, separator
     from fibattn.evaluation.sweep import find_model, load_model
-    from fibattn.model.stream import stream
+    from fibattn.model.stream import growing_layers, stream
 
     folder = find_model(chosen.model)
     model, tokenizer = load_model(folder).eval(), load_tokenizer(folder)
-    full = (getattr(model.config, "layer_types", None) or []).count("full_attention")
-    if full and limit is None:
-        print(f"{full} layers attend to everything: memory grows with every token", file=sys.stderr)
+    growing = growing_layers(model)
+    if growing and limit is None:
+        print(f"{growing} layers attend to everything: memory grows with every token", file=sys.stderr)
     ids = tokenizer.encode(prompt, add_special_tokens=False)
     if not ids:
         raise InputError("the prompt has no tokens; give some text")

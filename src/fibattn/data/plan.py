@@ -50,6 +50,8 @@ class Plan:
         ):
             if value is not None and value < least:
                 raise InputError(f"{what} is {value}; expected {least} or more")
+        if not -(2**63) <= self.seed < 2**63:
+            raise InputError(f"seed is {self.seed}; expected a number that fits into 64 bits")
         if not 0 <= self.held_out < 1:
             raise InputError(f"held_out is {self.held_out}; expected a share from 0 to below 1, such as 0.02")
 

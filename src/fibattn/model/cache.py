@@ -6,14 +6,19 @@ cache of its own) has its still empty layers replaced when a model first uses th
 knows how far each of its layers looks back. Layers with full attention keep what Transformers gave them.
 """
 
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fibattn.attention import decode
 from fibattn.errors import InputError
+
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
+"""What the installed version calls a cache in its models' arguments and outputs; renamed in the course of version 5."""
 
 
 class RingLayer(CacheLayerMixin):

@@ -1,7 +1,6 @@
 """A Llama-like decoder whose layers attend to a window and a few far distances, or to everything."""
 
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any, NoReturn
 
 import torch
@@ -18,15 +17,12 @@ from transformers.utils.output_capturing import capture_outputs
 
 from fibattn.attention import attend, attend_cached, attend_scaled, attend_scaled_cached
 from fibattn.errors import InputError
-from fibattn.model.cache import check_full, ring_of
+from fibattn.model.cache import CACHE_NAME, check_full, ring_of
 from fibattn.model.configuration import FibAttnConfig
 from fibattn.model.feed_forward import gains_from_padding, padded_swiglu
 from fibattn.model.loss import IGNORED, linear_cross_entropy
 from fibattn.model.positions import document_positions, full_mask, packed_positions
 from fibattn.model.rotary import FibAttnRotaryEmbedding, Rotation, rotate
-
-# Transformers renamed `past_key_values` to `cache` in the course of version 5; generation reads its version's name.
-_CACHE_FIELD = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
 class FibAttnAttention(nn.Module):
@@ -269,7 +265,7 @@ class FibAttnModel(FibAttnPreTrainedModel):
                 cache_positions=cache_positions,
                 **kwargs,
             )
-        kept: dict[str, Any] = {_CACHE_FIELD: cache}
+        kept: dict[str, Any] = {CACHE_NAME: cache}
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), **kept)
 
     @staticmethod
@@ -385,5 +381,5 @@ class FibAttnForCausalLM(FibAttnPreTrainedModel, GenerationMixin):
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            **{_CACHE_FIELD: outputs.get(_CACHE_FIELD)},
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )

@@ -4,6 +4,7 @@
 stream. Here nothing is kept but the cache, so a purely sparse model goes on for ever at constant cost.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
 from fibattn.errors import InputError
+from fibattn.model.cache import CACHE_NAME
 from fibattn.model.conversion import STORED_PATTERN
 
 _PREFILL = 4096
@@ -38,29 +40,32 @@ def stream(
         max_new_tokens: how many at most; no limit when None.
         temperature: divides the logits; 0 takes the most likely token.
         top_p: draw from the fewest tokens that together have this probability, above 0 and at most 1.
-        seed: of the draws; a fresh one when None.
+        seed: of the draws, 0 or more; a fresh one when None.
         stop: ids that end the stream; the one that does is yielded.
         compiled: compile the step, with a static cache (and CUDA graphs on a GPU): slow to begin, then faster.
 
     Raises:
-        InputError: for an empty prompt, a negative temperature, a top_p outside the above, or an unlimited
-            compiled stream of a model with full attention.
+        InputError: for an empty prompt, a temperature, top_p or seed outside the above, or an unlimited compiled
+            stream of a model with full attention.
     """
     ids = list(prompt)
     if not ids:
         raise InputError("the prompt has no tokens; give at least one")
-    if temperature < 0 or not 0 < top_p <= 1:
+    if not (0 <= temperature < math.inf and 0 < top_p <= 1):
         raise InputError(f"temperature {temperature}, top_p {top_p}: expected 0 or more, and above 0 up to 1")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise InputError(f"seed is {seed}; it must be from 0 to 2**63 - 1")
     generator = torch.Generator(model.device)
     generator.seed() if seed is None else generator.manual_seed(seed)
     cache = _cache(model, len(ids), max_new_tokens) if compiled else DynamicCache(config=model.config)
+    cached: dict[str, Any] = {CACHE_NAME: cache, "use_cache": True}
     step: Callable[..., Any] = model
     if compiled:
         mode = "reduce-overhead" if model.device.type == "cuda" else "default"
         step = torch.compile(model.forward, fullgraph=True, mode=mode)
     logits = None
     for piece in torch.tensor([ids], device=model.device).split(_PREFILL, dim=1):
-        logits = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(piece, **cached, logits_to_keep=1).logits
     made = 0
     while max_new_tokens is None or made < max_new_tokens:
         assert logits is not None
@@ -69,16 +74,23 @@ def stream(
         yield int(token)
         if int(token) in stop or made == max_new_tokens:
             return
-        logits = step(token.view(1, 1), past_key_values=cache, use_cache=True).logits
+        logits = step(token.view(1, 1), **cached).logits
+
+
+def growing_layers(model: PreTrainedModel) -> int:
+    """How many layers attend to everything, so that their cache grows with the text; converted ones do not."""
+    config: Any = model.config
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        sliding = getattr(config, "sliding_window", None) is not None
+        kinds = ["sliding_attention" if sliding else "full_attention"] * config.num_hidden_layers
+    converted = getattr(config, STORED_PATTERN, None)
+    unconverted = range(len(kinds)) if converted is None else converted["keep_layers"]
+    return sum(kinds[layer] == "full_attention" for layer in unconverted)
 
 
 def _cache(model: PreTrainedModel, prompt: int, limit: int | None) -> Cache:
-    converted = getattr(model.config, STORED_PATTERN, None)
-    if converted is None:
-        full = "full_attention" in (getattr(model.config, "layer_types", None) or ["full_attention"])
-    else:
-        full = bool(converted["keep_layers"])
-    if full and limit is None:
+    if limit is None and growing_layers(model):
         raise InputError(
             "a compiled stream of a model with full-attention layers needs a limit: their cache has a fixed size"
         )
