@@ -1,10 +1,11 @@
 """Time decoding on an NVIDIA GPU over the length of the context, and against the same dense model.
 
-    PYTHONPATH=src python benchmarks/decode.py [--json FILE]
+    PYTHONPATH=src python benchmarks/decode.py [--json FILE] [--batch 64] [--contexts 32768 ...]
 
 Three tables: the operator alone and the paper's 60 M-parameter model at growing contexts (the aim: the same time
 at all of them), and the decoding of 64 sequences at 32,768 tokens of context, sparse, hybrid and dense (the aim:
-at least 5 times the dense model's tokens a second). Models are bfloat16, compiled whole, their step captured in
+at least 5 times the dense model's tokens a second). Time and memory over the context, dense beside sparse:
+`--batch 1 --contexts 1024 4096 16384 65536 262144 1048576`. Models are bfloat16, compiled whole, their step captured in
 a CUDA graph; the dense one has a static cache. No prompt is run: caches are filled with random keys and values,
 which a step reads as it would read real ones.
 """
@@ -173,7 +174,8 @@ def batches(context: int, batch: int) -> list[dict[str, object]]:
     for row in rows:
         row["times_dense"] = float(row["tokens_per_second"]) / dense  # pyright: ignore
         print(
-            f"{row['model']}: {row['us']:.0f} µs a step of {batch}, {row['tokens_per_second']:,.0f} tokens/s, "
+            f"{row['model']}, {context:,} tokens: {row['us']:.0f} µs a step of {batch}, "
+            f"{row['tokens_per_second']:,.0f} tokens/s, "
             f"{row['times_dense']:.1f} times dense; cache {row['cache_bytes'] / 2**20:,.0f} MiB "
             f"({row['cache_rows']:,} rows a sequence; to read it once takes {row['cache_read_floor_us']:.0f} µs), "
             f"peak {row['peak_bytes'] / 2**20:,.0f} MiB",
@@ -187,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--context", type=int, default=32768)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[32768])
     arguments = parser.parse_args()
     versions = f"torch {torch.__version__}, Triton {triton.__version__}, Transformers {transformers.__version__}"
     print(f"{torch.cuda.get_device_name()}, {versions}; caches are filled with random states, no prompt is run")
@@ -202,7 +204,7 @@ def main() -> None:
     result["model"] = rows
     show_contexts(f"60 M model, batch 1, {decoder.cache_rows():,} rows of cache", rows)
     del decoder
-    result["batches"] = batches(arguments.context, arguments.batch)
+    result["batches"] = [row for context in arguments.contexts for row in batches(context, arguments.batch)]
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
 
