@@ -11,6 +11,8 @@ from torch import Tensor
 from fibattn import Pattern, attend, attend_scaled
 
 FIBONACCI = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377, 610, 987)
+# 12 rungs beyond a window of 4, the farthest at 139.
+PATTERN = Pattern.scaled(4, FIBONACCI, 0.61, max_offset=150)
 
 
 @dataclass(frozen=True)
