@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from foreign_decoders import LAYERS, PATTERN, SLIDING, model, tokens
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     DynamicCache,
     PreTrainedModel,
@@ -26,48 +25,7 @@ from fibattn.evaluation.sweep import load_model
 from fibattn.model.conversion import ARCHITECTURES
 from fibattn.model.stream import growing_layers, stream
 
-LAYERS, VOCABULARY, SLIDING = 4, 61, 12
-PATTERN: dict[str, Any] = {"window": 3, "rungs": 7}
-EXTRA: dict[str, dict[str, Any]] = {
-    "mistral": {"sliding_window": SLIDING},
-    "mixtral": {"sliding_window": None, "num_local_experts": 2},
-    "qwen2": {"use_sliding_window": True, "sliding_window": SLIDING, "max_window_layers": 2},
-    "gemma3_text": {"sliding_window": SLIDING, "sliding_window_pattern": 2, "query_pre_attn_scalar": 5},
-}
 KEPT = {"none": [], "one": [1], "two": [0, 3]}
-
-
-def configuration(architecture: str, **changes: Any) -> Any:
-    values = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 40,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 128,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": None,
-        **EXTRA.get(architecture, {}),
-        **changes,
-    }
-    return AutoConfig.for_model(architecture, **values)
-
-
-def model(architecture: str = "llama", kind: Any = AutoModelForCausalLM, **changes: Any) -> PreTrainedModel:
-    """A model in evaluation mode with weights large enough that every part of it shows in the logits."""
-    torch.manual_seed(0)
-    made = kind.from_config(configuration(architecture, **changes)).eval()
-    with torch.no_grad():
-        for name, parameter in made.named_parameters():
-            parameter.uniform_(0.5, 1.5) if "norm" in name else parameter.normal_(std=0.2)
-    return made
-
-
-def tokens(batch: int = 2, length: int = 50) -> Tensor:
-    return torch.randint(2, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
 def answer(m: Any, ids: Tensor, **how: Any) -> Tensor:
@@ -79,7 +37,7 @@ def close(ours: Tensor, right: Tensor) -> None:
 
 
 def sliding_window(architecture: str, layer: int) -> int | None:
-    """What the configurations above say in words of their own."""
+    """What the configurations of `foreign_decoders` say, in words of their own."""
     slides = {"mistral": True, "qwen2": layer >= 2, "gemma3_text": layer % 2 == 0}.get(architecture, False)
     return SLIDING if slides else None
 
@@ -348,111 +306,6 @@ def test_copies_are_their_own() -> None:
     other = fibattn.restore(copy.deepcopy(made))
     assert torch.equal(other(ids).logits, dense)
     assert torch.equal(made(ids).logits, sparse)
-
-
-# ---- refusals
-
-
-REFUSED: dict[str, tuple[Any, str]] = {
-    "softcapping": (lambda: model("gemma2"), "caps its attention logits at 50.0"),
-    "latent attention": (
-        lambda: model("deepseek_v3", first_k_dense_replace=4, n_group=1, topk_group=1, n_routed_experts=8),
-        "multi-head latent attention",
-    ),
-    "looking ahead": (lambda: model("gemma3_text", use_bidirectional_attention=True), "looks ahead"),
-    "dropout": (lambda: model(attention_dropout=0.1), "attention_dropout is 0.1"),
-    "unknown": (lambda: model("gpt_neox"), "'gpt_neox'.*not among those known to work"),
-    "encoder-decoder": (
-        lambda: AutoModelForSeq2SeqLM.from_config(
-            AutoConfig.for_model("t5", vocab_size=61, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-        ),
-        "encoder-decoder",
-    ),
-    "sparse by itself": (
-        lambda: fibattn.FibAttnForCausalLM(
-            fibattn.FibAttnConfig(vocab_size=61, hidden_size=16, intermediate_size=16, num_attention_heads=2)
-        ),
-        "sparse by themselves",
-    ),
-    "converted": (lambda: fibattn.convert(model(), **PATTERN), "converted already"),
-    "wrapped": (lambda: nn.Sequential(model()), "a Sequential cannot be converted"),
-}
-
-
-@pytest.mark.parametrize("which", REFUSED)
-def test_models_that_cannot_be_converted(which: str) -> None:
-    make, reason = REFUSED[which]
-    with pytest.raises(InputError, match=reason):
-        fibattn.convert(make(), **PATTERN)
-
-
-@pytest.mark.parametrize(
-    ("given", "reason"),
-    [
-        ({}, "no window was given"),
-        ({"rungs": 8}, "a pattern was given without its window"),
-        ({"window": -1}, "window is -1"),
-        ({"window": 3, "schedule": "learned"}, "fixed offsets"),
-        ({"window": 3, "schedule": "spiral"}, "unknown schedule 'spiral'"),
-        ({"window": 3, "base": "primes"}, "unknown base 'primes'"),
-        ({"window": 3, "keep_layers": [0, 1, 2, 3]}, "every layer"),
-        ({"window": 3, "keep_layers": [4]}, "from 0 to 3"),
-        ({"window": 3, "keep_layers": [1, 1]}, "different indices"),
-    ],
-)
-def test_patterns_that_cannot_be(given: dict[str, Any], reason: str) -> None:
-    made, ids = model(), tokens()
-    right, before = made(ids).logits, made.config.to_dict()
-    with pytest.raises(InputError, match=reason):
-        fibattn.convert(made, **given)
-    assert torch.equal(made(ids).logits, right)
-    assert made.config.to_dict() == before
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [({"rungs": 8}, "its other fields give"), ({"spin": 1}, "fields .*spin.* newer fibattn")],
-)
-def test_stored_patterns_that_contradict_themselves(changes: dict[str, Any], reason: str) -> None:
-    made = fibattn.convert(model(), **PATTERN)
-    stored = {**made.config.fibattn_pattern, **changes}
-    fibattn.restore(made).config.fibattn_pattern = stored
-    with pytest.raises(InputError, match=reason):
-        fibattn.convert(made)
-
-
-@torch.no_grad()
-def test_calls_that_cannot_be_right() -> None:
-    made, ids = model(), tokens()
-    dense = made(ids).past_key_values
-    with pytest.raises(InputError, match="nothing to restore"):
-        fibattn.restore(made)
-    fibattn.convert(made, **PATTERN, keep_layers=[3])
-    with pytest.raises(InputError, match="begin a new one"):
-        made(ids, past_key_values=dense)
-    with pytest.raises(InputError, match=re.escape("attention_mask has shape (2, 1, 50, 50)")):
-        made(ids, attention_mask=torch.ones(2, 1, 50, 50, dtype=torch.bool))
-    with pytest.raises(InputError, match="zeros between ones"):
-        made(ids, attention_mask=(ids > 0).int().index_fill(1, torch.tensor([20]), 0))
-    with pytest.raises(InputError, match="name those after"):
-        made.base_model(ids, None, None, None)
-    used = made(ids).past_key_values
-    other = fibattn.convert(model(), window=4, keep_layers=[3])
-    with pytest.raises(InputError, match="was written for the pattern"):
-        other(ids, past_key_values=used)
-    made.set_attn_implementation("eager")
-    with pytest.raises(InputError, match="set to 'eager'"):
-        made(ids)
-    fibattn.restore(made)
-    assert made.config._attn_implementation == "sdpa"
-
-
-def test_a_shared_configuration_is_noticed() -> None:
-    made = model()
-    other = type(made)(made.config)
-    fibattn.convert(made, **PATTERN)
-    with pytest.raises(InputError, match="shares the configuration"):
-        other(tokens())
 
 
 def test_the_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,114 @@
+"""What cannot be converted, or not be called so, is refused with the reason and left as it was."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from foreign_decoders import PATTERN, model, tokens
+from torch import nn
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+import fibattn
+from fibattn import InputError
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "softcapping": (lambda: model("gemma2"), "caps its attention logits at 50.0"),
+    "latent attention": (
+        lambda: model("deepseek_v3", first_k_dense_replace=4, n_group=1, topk_group=1, n_routed_experts=8),
+        "multi-head latent attention",
+    ),
+    "looking ahead": (lambda: model("gemma3_text", use_bidirectional_attention=True), "looks ahead"),
+    "dropout": (lambda: model(attention_dropout=0.1), "attention_dropout is 0.1"),
+    "unknown": (lambda: model("gpt_neox"), "'gpt_neox'.*not among those known to work"),
+    "encoder-decoder": (
+        lambda: AutoModelForSeq2SeqLM.from_config(
+            AutoConfig.for_model("t5", vocab_size=61, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        ),
+        "encoder-decoder",
+    ),
+    "sparse by itself": (
+        lambda: fibattn.FibAttnForCausalLM(
+            fibattn.FibAttnConfig(vocab_size=61, hidden_size=16, intermediate_size=16, num_attention_heads=2)
+        ),
+        "sparse by themselves",
+    ),
+    "converted": (lambda: fibattn.convert(model(), **PATTERN), "converted already"),
+    "wrapped": (lambda: nn.Sequential(model()), "a Sequential cannot be converted"),
+}
+
+
+@pytest.mark.parametrize("which", REFUSED)
+def test_models_that_cannot_be_converted(which: str) -> None:
+    make, reason = REFUSED[which]
+    with pytest.raises(InputError, match=reason):
+        fibattn.convert(make(), **PATTERN)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({}, "no window was given"),
+        ({"rungs": 8}, "a pattern was given without its window"),
+        ({"window": -1}, "window is -1"),
+        ({"window": 3, "schedule": "learned"}, "fixed offsets"),
+        ({"window": 3, "schedule": "spiral"}, "unknown schedule 'spiral'"),
+        ({"window": 3, "base": "primes"}, "unknown base 'primes'"),
+        ({"window": 3, "keep_layers": [0, 1, 2, 3]}, "every layer"),
+        ({"window": 3, "keep_layers": [4]}, "from 0 to 3"),
+        ({"window": 3, "keep_layers": [1, 1]}, "different indices"),
+    ],
+)
+def test_patterns_that_cannot_be(given: dict[str, Any], reason: str) -> None:
+    made, ids = model(), tokens()
+    right, before = made(ids).logits, made.config.to_dict()
+    with pytest.raises(InputError, match=reason):
+        fibattn.convert(made, **given)
+    assert torch.equal(made(ids).logits, right)
+    assert made.config.to_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"rungs": 8}, "its other fields give"), ({"spin": 1}, "fields .*spin.* newer fibattn")],
+)
+def test_stored_patterns_that_contradict_themselves(changes: dict[str, Any], reason: str) -> None:
+    made = fibattn.convert(model(), **PATTERN)
+    stored = {**made.config.fibattn_pattern, **changes}
+    fibattn.restore(made).config.fibattn_pattern = stored
+    with pytest.raises(InputError, match=reason):
+        fibattn.convert(made)
+
+
+@torch.no_grad()
+def test_calls_that_cannot_be_right() -> None:
+    made, ids = model(), tokens()
+    dense = made(ids).past_key_values
+    with pytest.raises(InputError, match="nothing to restore"):
+        fibattn.restore(made)
+    fibattn.convert(made, **PATTERN, keep_layers=[3])
+    with pytest.raises(InputError, match="begin a new one"):
+        made(ids, past_key_values=dense)
+    with pytest.raises(InputError, match=re.escape("attention_mask has shape (2, 1, 50, 50)")):
+        made(ids, attention_mask=torch.ones(2, 1, 50, 50, dtype=torch.bool))
+    with pytest.raises(InputError, match="zeros between ones"):
+        made(ids, attention_mask=(ids > 0).int().index_fill(1, torch.tensor([20]), 0))
+    with pytest.raises(InputError, match="name those after"):
+        made.base_model(ids, None, None, None)
+    used = made(ids).past_key_values
+    other = fibattn.convert(model(), window=4, keep_layers=[3])
+    with pytest.raises(InputError, match="was written for the pattern"):
+        other(ids, past_key_values=used)
+    made.set_attn_implementation("eager")
+    with pytest.raises(InputError, match="set to 'eager'"):
+        made(ids)
+    fibattn.restore(made)
+    assert made.config._attn_implementation == "sdpa"
+
+
+def test_a_shared_configuration_is_noticed() -> None:
+    made = model()
+    other = type(made)(made.config)
+    fibattn.convert(made, **PATTERN)
+    with pytest.raises(InputError, match="shares the configuration"):
+        other(tokens())
