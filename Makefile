@@ -43,7 +43,7 @@ demo: $(STAMP)
 	$(FAIL) 'the demonstration failed, as said above. Run make demo again: it goes on where it stopped'
 
 test: $(STAMP)
-	@$(RUN) -m pytest || $(FAIL) 'tests failed, as said above. Only those again: $(RUN) -m pytest --last-failed'
+	@$(RUN) -m pytest -n logical --dist loadfile || $(FAIL) 'tests failed, as said above. Only those again: $(RUN) -m pytest --last-failed'
 
 lint: $(STAMP)
 	@$(RUN) -m ruff check || $(FAIL) 'ruff check failed. Most of it mends itself: $(RUN) -m ruff check --fix'

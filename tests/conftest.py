@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Tests that run side by side share the cores; threads that spin for a core would take it from each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
