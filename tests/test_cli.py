@@ -131,7 +131,7 @@ def test_altered_shard_is_named(
 
 
 def test_altered_order_is_named(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = shutil.copytree(prepared, tmp_path / "data")
+    data = shutil.copytree(prepared, tmp_path / "data", ignore=shutil.ignore_patterns("order"))
     words = ["train", "small", "--data", data, *TINY]
     assert main([str(word) for word in [*words, "--out", tmp_path / "one"]]) == 0
     order = next(data.glob("order/*.npy"))
@@ -187,3 +187,18 @@ def test_disk_that_is_full_is_said_in_one_line(prepared: Path, tmp_path: Path) -
     assert not list(run.glob("checkpoint-*"))
     assert main(words) == 0
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("study papr", "unknown study 'papr': did you mean 'paper'?"),
+        ("study paper", "which data? Give --data"),
+        ("study smoke --shard 2/2", "--shard is '2/2'; expected I/N"),
+        ("study smoke --processes 0", "--processes is 0; it must be at least 1"),
+        ("study smoke --eval-tokens many", "'many' is not a count"),
+        ("report nowhere", "nowhere does not exist"),
+    ],
+)
+def test_studies_that_cannot_be(capsys: pytest.CaptureFixture[str], words: str, message: str) -> None:
+    assert message in says(capsys, *words.split())
