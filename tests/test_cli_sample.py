@@ -105,6 +105,7 @@ def test_characters_come_whole():
         ([], "the prompt has no tokens"),
         (["x", "--prompt-file", "y"], "give one of them"),
         (["--prompt-file", "missing.txt"], "missing.txt cannot be read"),
+        (["--prompt-file", "."], ". cannot be read"),
         (["x", "--max-new-tokens", "many"], "expected a whole number, 0 or inf"),
         (["x", "--temperature", "-1"], "temperature -1"),
         (["x", "--temperature", "nan"], "temperature nan"),

@@ -20,6 +20,8 @@ from fibattn.pattern import (
     union_coverage,
 )
 
+_FARTHEST = 200_000  # takes seconds
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -59,7 +61,10 @@ def run(arguments: list[str]) -> None:
         reach=chosen.context - 1,
         max_offset=chosen.max_offset,
     )
-    composition = compose([[pattern] for pattern in patterns], chosen.farthest)
+    farthest = sum(pattern.reach for pattern in patterns) if chosen.farthest is None else chosen.farthest
+    if farthest > _FARTHEST:
+        raise InputError(f"distances up to {farthest:,} are too many; ask with --farthest for at most {_FARTHEST:,}")
+    composition = compose([[pattern] for pattern in patterns], farthest)
     console = Console(width=None if Console().is_terminal else 150)
     console.print(_table(layer_alphas(chosen.schedule, layers=chosen.layers), patterns, chosen.context))
     for line in _summary(patterns, composition, chosen.context):

@@ -85,7 +85,7 @@ def _prompt(chosen: Arguments) -> str:
             raise InputError("a prompt and --prompt-file were given; give one of them")
         try:
             return chosen.prompt_file.read_text(encoding="utf-8")
-        except (FileNotFoundError, UnicodeDecodeError) as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{chosen.prompt_file} cannot be read as UTF-8 text ({error}); check the path") from None
     return sys.stdin.read() if chosen.prompt == "-" else chosen.prompt
 

@@ -52,8 +52,8 @@ def run(arguments: list[str]) -> None:
     """Run the study, alone or with several processes; the exit status is 1 when a run failed."""
     Arguments.__doc__ = (Arguments.__doc__ or "").format(studies=", ".join(STUDIES))
     chosen = parse(Arguments, arguments, "fibattn study")
-    _check(chosen)
     study = find_study(chosen.name)
+    _check(chosen)
     if chosen.eval_tokens is not None:
         study = replace(study, eval_tokens=count(chosen.eval_tokens))
     data = chosen.data or _standard_library(chosen, study.eval_tokens)
