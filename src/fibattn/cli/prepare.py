@@ -18,7 +18,7 @@ from fibattn.progress import quantity
 DESCRIPTION = """Turn text into a tokenizer, token shards and held-out sets.
 
 A SOURCE is [NAME=]WHAT, where WHAT is
-  a file           .txt .md .rst .py: one document; .jsonl .parquet: one document a row; also .gz, .zst
+  a file           .txt .md .rst .py: one document; .jsonl: one document a row; these also .gz, .zst; .parquet
   a folder         all such files in it, at any depth
   a glob           in quotes, such as 'text/**/*.md'
   a data set       hf:owner/name[:config[:split]][@revision]
