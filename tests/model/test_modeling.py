@@ -262,6 +262,8 @@ def test_a_cache_under_gradient_checkpointing_is_refused() -> None:
 @pytest.mark.parametrize(("kind", "backend"), [("mixture", "inductor"), ("learned", "aot_eager")])
 def test_compiles_as_one_graph(kind: str, backend: str) -> None:
     """Loss and gradients of a training step, without a break."""
+    if backend == "inductor" and " " in sys.prefix:
+        pytest.skip("PyTorch's inductor does not quote the path of its headers, and this one has a space in it")
     torch.compiler.reset()
     layers = {"num_hidden_layers": 2, "layer_types": config(kind).layer_types[:2], "no_rope_layers": [1, 1]}
     made, ids = model(kind, **layers).train(), tokens(1, 40)

@@ -137,7 +137,6 @@ def _memory() -> str:
 
     if torch.cuda.is_available():
         return f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB of GPU memory at most"
-    import resource
+    from fibattn.bench.memory import process_peak
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20:.0f} MiB of memory at most"
+    return f"{process_peak() / 2**20:.0f} MiB of memory at most"
