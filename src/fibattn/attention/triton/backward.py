@@ -43,13 +43,14 @@ scores' gradients nearly cancel, the rounding of `out` is more than float32 and 
 coarser."""
 
 
-def query_tiles_for(shape: Shape, dense: bool) -> Tiles:
-    """Tile sizes of the kernel for the gradient of q."""
+def query_tiles_for(shape: Shape, columns: Columns) -> Tiles:
+    """Tile sizes of the kernel for the gradient of q, at most 99 KB of shared memory."""
+    width = max(16, columns.rung)
     if shape.dtype == torch.float32:
-        return Tiles(batches=2, columns=16, near=16, warps=2, stages=1)
-    if dense:
-        return Tiles(batches=4, columns=16, near=32, warps=4, stages=2)
-    return Tiles(batches=1, columns=16, near=32, warps=1, stages=2 if shape.padded_size <= 64 else 3)
+        return Tiles(common.fitting_batches(2, shape, width, 2**14), width, near=16, warps=2, stages=1)
+    if columns.dense:
+        return Tiles(common.fitting_batches(4, shape, width, 2**14), width, near=32, warps=4, stages=2)
+    return Tiles(1, width, near=32, warps=1, stages=2 if shape.padded_size <= 64 else 3)
 
 
 def backward(
@@ -80,7 +81,7 @@ def backward(
     # Two tensors, not halves of one: a pointer's alignment must not follow the length, or binaries would.
     weights, grads = (q.new_empty(batch, kv_heads, rungs, tokens, shape.group) for _ in range(2))
     wide = common.wide(q, k, v, out, grad_out)
-    tiles = query_tiles_for(shape, columns.dense)
+    tiles = query_tiles_for(shape, columns)
     blocks = common.blocks(tokens, tiles.batches * shape.batch_queries)
     partial = None if fractions is None else q.new_empty(rungs, batch * blocks * kv_heads, dtype=torch.float64)
     try:
@@ -99,7 +100,7 @@ def backward(
                 NB=tiles.batches,
                 BN=max(tiles.near, tiles.batches * shape.batch_queries),
                 RB=columns.rung,
-                C=max(tiles.columns, columns.rung),
+                C=tiles.columns,
                 DENSE=columns.dense,
                 GROUP=shape.group,
                 GP=shape.padded_group,

@@ -183,6 +183,13 @@ def _fixed_columns(sets: tuple[tuple[int, ...], ...], window: int, batch_queries
     return Columns(column_table(sets, window, batch_queries, device), None, window, near, batch_queries)
 
 
+def fitting_batches(wanted: int, shape: Shape, columns: int, limit: int) -> int:
+    """Batches a program, halved until the rows or columns of all of them take at most `limit` bytes."""
+    while wanted > 1 and wanted * max(shape.rows, columns) * shape.padded_size * shape.dtype.itemsize > limit:
+        wanted //= 2
+    return wanted
+
+
 def blocks(count: int, size: int) -> int:
     """How many blocks of `size` hold `count`. Triton's own function for this takes 15 microseconds on the host."""
     return -(-count // size)

@@ -37,14 +37,16 @@ from fibattn.attention.triton.common import (
 )
 
 
-def tiles_for(shape: Shape, dense: bool) -> Tiles:
-    """Tile sizes, from a fixed table: nothing is tuned at run time."""
+def tiles_for(shape: Shape, columns: Columns) -> Tiles:
+    """Tile sizes, from a fixed table: nothing is tuned at run time. They take at most 99 KB of shared memory."""
+    small, width = shape.padded_size <= 64, max(16, columns.rung)
     if shape.dtype == torch.float32:
-        return Tiles(batches=4 if shape.padded_size <= 64 else 2, columns=16, near=16, warps=2, stages=1)
-    if dense:
-        return Tiles(batches=4 if shape.padded_size <= 64 else 8, columns=16, near=32, warps=4, stages=2)
+        return Tiles(common.fitting_batches(4, shape, width, 2**14), width, near=16, warps=2, stages=1)
+    if columns.dense:
+        batches = common.fitting_batches(4 if small else 8, shape, width, 2**15)
+        return Tiles(batches, width, near=32, warps=4, stages=2)
     # Programs of one warp: nothing waits for a barrier, and the next columns are copied while these are multiplied.
-    return Tiles(batches=1 if shape.padded_size <= 64 else 2, columns=16, near=32, warps=1, stages=2)
+    return Tiles(1 if small else 2, width, near=32, warps=1, stages=2)
 
 
 def forward(
@@ -52,7 +54,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output like q, and the natural log-sum-exp (B, Hq, Tq)."""
     shape = common.shape_of(q, k)
-    tiles = tiles_for(shape, columns.dense)
+    tiles = tiles_for(shape, columns)
     batch, tokens, heads, _ = q.shape
     keys, kv_heads = k.shape[1:3]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -73,7 +75,7 @@ def forward(
             NB=tiles.batches,
             BN=max(tiles.near, tiles.batches * shape.batch_queries),
             RB=columns.rung,
-            C=max(tiles.columns, columns.rung),
+            C=tiles.columns,
             DENSE=columns.dense,
             HAS_POSITIONS=positions is not None,
             EXACT=shape.dtype == torch.float32,

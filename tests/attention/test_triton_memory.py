@@ -1,0 +1,79 @@
+"""The kernels compiled for a small GPU, on any machine: they must fit its 99 KB of shared memory.
+
+Compute capability 8.6 stands for the GPUs with the least. The largest tiles of every kind are compiled: wide heads,
+many query heads a KV head, dense windows, rungs between two keys.
+"""
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed (pip install 'fibattn[triton]')")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+SMALL_GPU, SHARED_MEMORY = 86, 101_376
+POINTERS = {"p_positions": "i32", "p_table": "i32", "p_fractions": "fp32", "p_delta": "fp32", "p_partial": "fp64"}
+common, forward, backward, key_gradients = (
+    importlib.import_module(f"fibattn.attention.triton.{room}")
+    for room in ("common", "forward", "backward", "key_gradients")
+)
+
+
+def shared_memory(kernel: Any, sizes: dict[str, Any], dtype: str, absent: set[str], tiles: Any) -> int:
+    """Bytes that a kernel compiled for the small GPU asks for."""
+    lse = "fp64" if dtype == "fp32" else "fp32"
+    signature, constants = {}, {}
+    for name in kernel.arg_names:
+        if name in absent or name[0].isupper():
+            signature[name], constants[name] = "constexpr", None if name in absent else sizes[name]
+        elif name.startswith("p_"):
+            signature[name] = "*" + {"p_lse": lse, "p_grad_lse": "fp32", **POINTERS}.get(name, dtype)
+        else:
+            signature[name] = "fp32" if name == "scale" else "i32"
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or (name.startswith("stride_") and name[7:] not in ("set", "positions"))
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    return triton.compile(source, target=GPUTarget("cuda", SMALL_GPU, 32), options=options).metadata.shared
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "group", "dense", "scaled"),
+    [
+        (torch.bfloat16, 64, 4, True, False),
+        (torch.bfloat16, 128, 4, True, False),
+        (torch.bfloat16, 128, 32, True, False),
+        (torch.bfloat16, 128, 1, True, True),
+        (torch.bfloat16, 256, 4, True, False),
+        (torch.float32, 128, 32, True, False),
+        (torch.float32, 256, 4, False, True),
+    ],
+)
+def test_kernels_fit_a_small_gpu(dtype: torch.dtype, size: int, group: int, dense: bool, scaled: bool) -> None:
+    shape, word = common._shape(size, group, dtype), "fp32" if dtype == torch.float32 else "bf16"
+    rung = common.interpolated_columns(shape.batch_queries) if scaled else shape.batch_queries
+    window = 128 if dense else 12
+    fractions = torch.zeros(1) if scaled else None
+    columns = common.Columns(torch.zeros(1, 1), fractions, window, 0 if dense else 64, rung)
+    exact = dtype == torch.float32
+    sizes = {"GROUP": group, "GP": shape.padded_group, "SIZE": size, "BD": shape.padded_size, "BQ": shape.batch_queries}
+    sizes |= {"ROWS": shape.rows, "RB": rung, "DENSE": dense, "SCALED": scaled, "EXACT": exact, "WIDE": False}
+    sizes |= {"HAS_POSITIONS": False, "HAS_GRAD_LSE": False, "AFTER_RUNGS": True}
+    sizes["DELTA"] = (backward.GIVEN if exact else backward.FROM_OUTPUT).value
+    absent = {"p_positions", "p_grad_lse"} | (set() if scaled else {"p_fractions", "p_partial"})
+    for kernel, tiles in (
+        (forward.forward_kernel, forward.tiles_for(shape, columns)),
+        (backward.query_grad_kernel, backward.query_tiles_for(shape, columns)),
+    ):
+        row = {"NB": tiles.batches, "C": tiles.columns, "BN": max(tiles.near, tiles.batches * shape.batch_queries)}
+        assert shared_memory(kernel, sizes | row, word, absent, tiles) <= SHARED_MEMORY
+    tiles = key_gradients.window_tiles_for(shape, window)
+    row = {"BN": tiles.keys, "BR": max(tiles.rows, shape.padded_group)}
+    assert shared_memory(key_gradients.window_grad_kernel, sizes | row, word, absent, tiles) <= SHARED_MEMORY
