@@ -20,22 +20,12 @@ from pathlib import Path
 import torch
 import transformers
 import triton
+from decode_models import MODELS
 from transformers import StaticCache
 
 from fibattn import FibAttnConfig, FibAttnForCausalLM, Pattern, attend_cached
 
 CONTEXTS = (1024, 4096, 16384, 65536, 262144, 1048576)
-LAYERS = 16
-HYBRID = ["full_attention" if layer in (7, 15) else "fibonacci_attention" for layer in range(LAYERS)]
-MODELS = {
-    "sparse, W=12": {},
-    "hybrid, W=128, layers 7 and 15 full": {
-        "window": 128,
-        "layer_types": HYBRID,
-        "no_rope_layers": [int(kind != "full_attention") for kind in HYBRID],
-    },
-    "dense": {"layer_types": ["full_attention"] * LAYERS},
-}
 
 
 def microseconds(work: Callable[[], object], repeats: int = 20) -> float:
@@ -199,7 +189,7 @@ def main() -> None:
         rows = operator(batch, window)
         result["operator"] += rows  # pyright: ignore
         show_contexts(f"operator, batch {batch}, W={window}", rows)
-    decoder = Decoder("sparse, W=12", 1, 1)
+    decoder = Decoder("linear stagger, W = 12", 1, 1)
     rows = [{"context": context, "us": decoder.time(context)} for context in CONTEXTS]
     result["model"] = rows
     show_contexts(f"60 M model, batch 1, {decoder.cache_rows():,} rows of cache", rows)

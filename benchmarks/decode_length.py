@@ -15,22 +15,12 @@ from pathlib import Path
 
 import torch
 import transformers
+from decode_models import MODELS
 from matplotlib import pyplot as plt
 from transformers import StaticCache
 
 from fibattn import FibAttnConfig, FibAttnForCausalLM, plotting
 
-LAYERS = 16
-HYBRID = ["full_attention" if layer in (7, 15) else "fibonacci_attention" for layer in range(LAYERS)]
-MODELS = {
-    "linear stagger, W = 12": {},
-    "hybrid, W = 128": {
-        "window": 128,
-        "layer_types": HYBRID,
-        "no_rope_layers": [int(kind != "full_attention") for kind in HYBRID],
-    },
-    "dense": {"layer_types": ["full_attention"] * LAYERS},
-}
 Row = tuple[str, int, float, float]
 
 
