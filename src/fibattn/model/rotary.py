@@ -37,9 +37,24 @@ class FibAttnRotaryEmbedding(nn.Module):
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> Rotation:
         """Cosines and sines (batch or 1, tokens, 1, head size) in the dtype of `x`, computed in float32."""
-        angles = position_ids[..., None].float() * self.inv_freq.to(x.device).float()
-        angles = torch.cat((angles, angles), dim=-1)[:, :, None]
-        return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
+        return _cosines_and_sines(position_ids, self.inv_freq.to(x.device), self.attention_scaling, x.dtype)
+
+
+@torch.library.custom_op("fibattn::cosines_and_sines", mutates_args=())
+def _cosines_and_sines(
+    position_ids: Tensor, frequencies: Tensor, factor: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    # An operator, for one reason: `torch.compile` would take the angles apart and give every layer its own cosines.
+    angles = position_ids[..., None].float() * frequencies.float()
+    angles = torch.cat((angles, angles), dim=-1)[:, :, None]
+    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+
+
+@_cosines_and_sines.register_fake
+def _(position_ids: Tensor, frequencies: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    shape = (*position_ids.shape, 1, 2 * frequencies.shape[0])
+    empty = position_ids.new_empty(shape, dtype=dtype)
+    return empty, torch.empty_like(empty)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
