@@ -39,7 +39,7 @@ class Arguments:
     minutes: float | None = None
     """Start no run that would not end within so many minutes."""
     processes: int = 1
-    """Processes side by side, each with a GPU of its own."""
+    """Processes side by side, spread over the GPUs; two a GPU, and one trains while the other compiles."""
     shard: str = "0/1"
     """I/N: take every N-th run from the I-th on, for machines that share no folder."""
     keep_models: bool = False

@@ -1,4 +1,8 @@
-"""The same command several times side by side, each process with a GPU of its own."""
+"""The same command several times side by side, spread over the GPUs.
+
+Two processes a GPU finish more runs than one: while one compiles or evaluates, the other trains. Each is slower
+for it, so results say how many shared a GPU (`PROCESSES_A_GPU`).
+"""
 
 import os
 import subprocess
@@ -7,15 +11,19 @@ import threading
 from collections.abc import Sequence
 from typing import IO
 
+PROCESSES_A_GPU = "FIBATTN_PROCESSES_A_GPU"
+"""The environment variable by which a process knows how many share its GPU."""
+
 
 def side_by_side(arguments: Sequence[str], processes: int) -> int:
     """Run `fibattn ARGUMENTS` in `processes` processes, lines marked by process; the highest exit status."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = visible.split(",") if visible else [str(index) for index in range(processes)]
+    devices = _devices()
+    shared = str(-(-processes // len(devices)))
     started = [
         subprocess.Popen(
             [sys.executable, "-m", "fibattn", *arguments],
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": devices[index % len(devices)], "PYTHONUNBUFFERED": "1"},
+            env=os.environ
+            | {"CUDA_VISIBLE_DEVICES": devices[index % len(devices)], PROCESSES_A_GPU: shared, "PYTHONUNBUFFERED": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -34,6 +42,14 @@ def side_by_side(arguments: Sequence[str], processes: int) -> int:
                 process.terminate()
         for thread in threads:
             thread.join()
+
+
+def _devices() -> list[str]:
+    """The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES takes; one entry without any."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(index) for index in range(max(torch.cuda.device_count(), 1))]
 
 
 def _pass_on(lines: IO[str] | None, index: int) -> None:

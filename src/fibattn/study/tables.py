@@ -237,6 +237,7 @@ def cost_table(group: Group) -> Table:
     for model in sorted(group.models, key=lambda one: one.first["flops_per_token"]["attention"]):
         run = model.first
         memory = run["training"]["peak_memory_gib"]
+        shared = (run["hardware"].get("processes_a_gpu") or 1) > 1
         rows.append(
             (
                 model.label,
@@ -245,7 +246,7 @@ def cost_table(group: Group) -> Table:
                 str(run["model"]["coverage"]),
                 f"{run['flops_per_token']['attention'] / 1e6:.2f}",
                 f"{100 * run['flops_per_token']['attention_share']:.1f} %",
-                quantity(run["training"]["tokens_per_second"]),
+                quantity(run["training"]["tokens_per_second"]) + (" (shared)" if shared else ""),
                 "–" if memory is None else f"{memory:.1f}",
                 run["hardware"]["device"],
             )
@@ -253,7 +254,8 @@ def cost_table(group: Group) -> Table:
     return Table(
         "Costs",
         "At the training length: keys that a query reads (mean), distinct distances that some layer attends to, "
-        "forward operations of attention for a token, their share of the layers (the paper: about 16 %), speed.",
+        "forward operations of attention for a token, their share of the layers (the paper: about 16 %), speed "
+        "(shared: another run had the same GPU at the time).",
         ("model", "parameters", "keys", "distances", "attention, MFLOP", "share", "tokens/s", "memory, GiB", "device"),
         tuple(rows),
     )
