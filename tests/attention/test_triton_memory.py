@@ -16,7 +16,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 SMALL_GPU, SHARED_MEMORY = 86, 101_376
-POINTERS = {"p_positions": "i32", "p_table": "i32", "p_fractions": "fp32", "p_delta": "fp32", "p_partial": "fp64"}
+POINTERS = dict.fromkeys(("p_positions", "p_table", "p_rungs"), "i32")
+POINTERS |= dict.fromkeys(("p_fractions", "p_factors", "p_grad_lse"), "fp32")
 common, forward, backward, key_gradients = (
     importlib.import_module(f"fibattn.attention.triton.{room}")
     for room in ("common", "forward", "backward", "key_gradients")
@@ -25,13 +26,13 @@ common, forward, backward, key_gradients = (
 
 def shared_memory(kernel: Any, sizes: dict[str, Any], dtype: str, absent: set[str], tiles: Any) -> int:
     """Bytes that a kernel compiled for the small GPU asks for."""
-    lse = "fp64" if dtype == "fp32" else "fp32"
+    pointers = POINTERS | dict.fromkeys(("p_lse", "p_delta", "p_partial"), "fp64" if dtype == "fp32" else "fp32")
     signature, constants = {}, {}
     for name in kernel.arg_names:
         if name in absent or name[0].isupper():
             signature[name], constants[name] = "constexpr", None if name in absent else sizes[name]
         elif name.startswith("p_"):
-            signature[name] = "*" + {"p_lse": lse, "p_grad_lse": "fp32", **POINTERS}.get(name, dtype)
+            signature[name] = "*" + pointers.get(name, dtype)
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
     aligned = {
@@ -58,16 +59,15 @@ def shared_memory(kernel: Any, sizes: dict[str, Any], dtype: str, absent: set[st
 )
 def test_kernels_fit_a_small_gpu(dtype: torch.dtype, size: int, group: int, dense: bool, scaled: bool) -> None:
     shape, word = common._shape(size, group, dtype), "fp32" if dtype == torch.float32 else "bf16"
-    rung = common.interpolated_columns(shape.batch_queries) if scaled else shape.batch_queries
+    rung = common.rung_columns(shape.batch_queries) if scaled else shape.batch_queries
     window = 128 if dense else 12
-    fractions = torch.zeros(1) if scaled else None
-    columns = common.Columns(torch.zeros(1, 1), fractions, window, 0 if dense else 64, rung)
+    columns = common.Columns(torch.zeros(1, 1), window, 0 if dense else 64, rung)
     exact = dtype == torch.float32
     sizes = {"GROUP": group, "GP": shape.padded_group, "SIZE": size, "BD": shape.padded_size, "BQ": shape.batch_queries}
     sizes |= {"ROWS": shape.rows, "RB": rung, "DENSE": dense, "SCALED": scaled, "EXACT": exact, "WIDE": False}
     sizes |= {"HAS_POSITIONS": False, "HAS_GRAD_LSE": False, "AFTER_RUNGS": True}
     sizes["DELTA"] = (backward.GIVEN if exact else backward.FROM_OUTPUT).value
-    absent = {"p_positions", "p_grad_lse"} | (set() if scaled else {"p_fractions", "p_partial"})
+    absent = {"p_positions", "p_grad_lse"} | (set() if scaled else {"p_rungs", "p_fractions", "p_factors", "p_partial"})
     for kernel, tiles in (
         (forward.forward_kernel, forward.tiles_for(shape, columns)),
         (backward.query_grad_kernel, backward.query_tiles_for(shape, columns)),

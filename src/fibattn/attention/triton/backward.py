@@ -20,7 +20,6 @@ from fibattn.attention.triton.common import (
     batch_rows,
     column_keys,
     column_mask,
-    interpolation,
     load_batches,
     load_rows,
     near_mask,
@@ -29,6 +28,9 @@ from fibattn.attention.triton.common import (
     query_limit,
     query_rows,
     row_starts,
+    rung_fractions,
+    rung_keys,
+    rung_sides,
     score_scale,
     softmax_weights,
     spread_rungs,
@@ -65,11 +67,10 @@ def backward(
     scale: float,
     columns: Columns,
     table: Tensor,
-    fractions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v, and of the fractions, if any, in parts to be added up: (rungs, programs).
+    """Gradients of q, k, v, and of the learned scale, if any, in parts to be added up: (programs,).
 
-    `table` has the rungs as `common.offset_table` gives them, `fractions` (rungs,) where they are interpolated.
+    `table` has the rungs as `common.offset_table` gives them.
     """
     shape = common.shape_of(q, k)
     grad_out, lse = common.inner_contiguous(grad_out), lse.contiguous()
@@ -83,11 +84,13 @@ def backward(
     wide = common.wide(q, k, v, out, grad_out)
     tiles = query_tiles_for(shape, columns)
     blocks = common.blocks(tokens, tiles.batches * shape.batch_queries)
-    partial = None if fractions is None else q.new_empty(rungs, batch * blocks * kv_heads, dtype=torch.float64)
+    sums = torch.float64 if q.dtype == torch.float32 else torch.float32
+    partial = q.new_empty(batch * blocks * kv_heads, dtype=sums) if columns.scaled else None
     try:
         for delta_from in (FROM_OUTPUT,) if shape.dtype == torch.bfloat16 else (SUMMED, GIVEN):
             query_grad_kernel[(blocks * kv_heads, batch)](
-                *(q, k, v, out, grad_out, lse, grad_lse, positions, columns.table, columns.fractions),
+                *(q, k, v, out, grad_out, lse, grad_lse, positions, columns.table),
+                *(columns.rungs, columns.fractions, columns.factors),
                 *(dq, delta, weights, grads, partial),
                 *(scale, tokens, k.shape[1], columns.window, kv_heads, rungs),
                 *(columns.near, columns.width, columns.stride_set),
@@ -109,12 +112,12 @@ def backward(
                 HAS_POSITIONS=positions is not None,
                 EXACT=shape.dtype == torch.float32,
                 WIDE=wide,
-                SCALED=fractions is not None,
+                SCALED=columns.scaled,
                 num_warps=tiles.warps,
                 num_stages=tiles.stages,
             )
         key_gradients(
-            *(grad_out, grad_lse, lse, delta, q, k, v, positions, scale, columns.window, table, fractions),
+            *(grad_out, grad_lse, lse, delta, q, k, v, positions, scale, columns.window, table, columns.fractions),
             *(weights, grads, dk, dv, shape, wide),
         )
     except OutOfResources as error:
@@ -139,7 +142,9 @@ def query_grad_kernel(
     p_grad_lse,
     p_positions,
     p_table,
+    p_rungs,
     p_fractions,
+    p_factors,
     p_dq,
     p_delta,
     p_weights,
@@ -262,8 +267,7 @@ def query_grad_kernel(
     o_compact = (i_batch * kv_heads + i_head) * rungs_stored * tokens
     p_weights += o_compact * GROUP
     p_grads += o_compact * GROUP
-    rungs = (columns - near) // RB
-    for first in range(0, near if SCALED else columns, C):
+    for first in range(0, columns, C):
         b_shift, b_bits, o_key, m_key = column_keys(p_set, width, first, first_own, keys, NB, BQ, C)
         b_k = load_batches(p_k, o_key, stride_kt, m_key, SIZE, BD, WIDE)
         b_v = load_batches(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)
@@ -275,21 +279,26 @@ def query_grad_kernel(
             b_total += tl.sum(b_p * b_dp, 2)
             b_weight += tl.sum(b_p, 2)
         b_ds = b_p * ((b_dp - b_delta[:, :, None]) + b_lse_grad[:, :, None])
-        if (DELTA != SUMMED) & (first + C > near):
+        if not SCALED and DELTA != SUMMED and first + C > near:
             # The other entries of a rung's columns are 0.
+            rungs = (columns - near) // RB
             o_rung = (first - near) // RB + tl.arange(0, C // RB)
             store_compact(p_weights, sum_rungs(b_p, RB), o_rung, rungs, o_query, o_group, tokens, m_row, GROUP)
             store_compact(p_grads, sum_rungs(b_ds, RB), o_rung, rungs, o_query, o_group, tokens, m_row, GROUP)
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
     if SCALED:
-        for first in range(near, columns, C):
-            b_shift, b_bits, o_key, m_key = column_keys(p_set, width, first, first_own, keys, NB, BQ, C)
+        rungs = tl.load(p_rungs)
+        b_near, b_slope = rung_sides(ROWS, GP, RB, C)
+        b_alpha = tl.zeros([NB, ROWS], tl.float64 if EXACT else tl.float32)
+        for first in range(0, rungs, C // RB):
+            o_key, m_key = rung_keys(p_rungs, first, first_own, keys, NB, BQ, RB, C)
             b_k = load_batches(p_k, o_key, stride_kt, m_key, SIZE, BD, WIDE)
             b_v = load_batches(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)
-            b_share, b_slope, m_none = interpolation(p_fractions, first, near, b_shift, b_limit, ROWS, GP, RB, C)
+            b_fraction, b_room = rung_fractions(p_rungs, p_fractions, first, b_limit, C // RB)
+            b_share = b_near[None] + b_slope[None] * spread_rungs(b_fraction, RB)
             b_products = tl.dot(b_q, tl.permute(b_k, (0, 2, 1)), input_precision="ieee")
             b_upstream = tl.dot(b_do, tl.permute(b_v, (0, 2, 1)), input_precision="ieee")
-            b_s = sum_rungs(tl.where(m_none, -float("inf"), b_products * scale_scores * b_share), RB)
+            b_s = tl.where(b_room >= 0, sum_rungs(b_products * b_share, RB) * scale_scores, -float("inf"))
             b_dp = sum_rungs(b_upstream * b_share, RB)
             b_p = softmax_weights(b_s, b_lse[:, :, None], EXACT)
             if DELTA == SUMMED:
@@ -297,16 +306,18 @@ def query_grad_kernel(
                 b_weight += tl.sum(b_p, 2)
             b_ds = b_p * ((b_dp - b_delta[:, :, None]) + b_lse_grad[:, :, None])
             if DELTA != SUMMED:
-                o_rung = (first - near) // RB + tl.arange(0, C // RB)
+                o_rung = first + tl.arange(0, C // RB)
                 store_compact(p_weights, b_p, o_rung, rungs, o_query, o_group, tokens, m_row, GROUP)
                 store_compact(p_grads, b_ds, o_rung, rungs, o_query, o_group, tokens, m_row, GROUP)
+                # The score and its value grow along the fraction, and that along the scale.
                 b_df = b_ds * scale * sum_rungs(b_products * b_slope, RB) + b_p * sum_rungs(b_upstream * b_slope, RB)
-                b_df = tl.sum(tl.sum(b_df.to(tl.float64 if EXACT else tl.float32), 0), 0)
-                o_program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-                p_df = p_partial + o_rung.to(tl.int64) * (tl.num_programs(0) * tl.num_programs(1)) + o_program
-                tl.store(p_df, b_df, mask=o_rung < rungs)
+                b_df = tl.where(b_room > 0, b_df * tl.load(p_factors + o_rung)[None, None, :], 0.0)
+                b_alpha += tl.sum(b_df.to(b_alpha.dtype), 2)
             b_shares = spread_rungs(b_ds, RB) * b_share
             b_dq = tl.dot(b_shares.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
+        if DELTA != SUMMED:
+            o_program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+            tl.store(p_partial + o_program, tl.sum(tl.sum(b_alpha, 1), 0))
 
     if DELTA == SUMMED:
         # Weights add up to 1 but for their rounding, which must not reach the difference.

@@ -12,12 +12,14 @@ window of 12, ten rungs and groups of 4) and each row of k and v is read once fo
 wide for that goes through dense tiles, shared by the batches of a block, and only the rungs through columns.
 A rung between two keys takes `BQ + 1` columns, padded to a power of two `RB`: its near key for one query is its
 far key for the next one, so each product serves twice, and a rung's score is the sum of two entries of its columns.
+The learned scale that puts it there is known to the device alone, so these columns are in no table: they follow from
+the rung's near offset.
 
 Positions. `limit` is how far back a query may look: its own key index, or less inside a packed document.
 A distance exists for it when it is at most the limit; distance 0 always does, so no row is ever empty.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -44,6 +46,9 @@ _SUPPORTED = (torch.float16, torch.bfloat16, torch.float32)
 
 WIDEST_NEAR = 64
 """A window that takes more columns than this goes through dense tiles."""
+
+MOST_RUNGS = 8
+"""No tile has more rungs between two keys than this."""
 
 COLUMNS_MULTIPLE = 64
 """The table of columns is padded to a multiple of this, the most columns of a tile."""
@@ -134,7 +139,7 @@ def column_table(sets: tuple[tuple[int, ...], ...], window: int, batch_queries: 
     return torch.tensor(table, dtype=torch.int32).to(device)
 
 
-def interpolated_columns(batch_queries: int) -> int:
+def rung_columns(batch_queries: int) -> int:
     """How many columns a rung between two keys takes: one more than queries, made a power of two."""
     return triton.next_power_of_2(batch_queries + 1)
 
@@ -149,12 +154,22 @@ class Columns:
     """What the row kernels read: the columns of every set, and how the window is read."""
 
     table: Tensor
-    fractions: Tensor | None
     window: int
     near: int
     """Columns of the window."""
     rung: int
     """Columns of a rung."""
+    rungs: Tensor | None = None
+    """Where rungs are interpolated, they are not among the columns: their number, then their near offsets."""
+    fractions: Tensor | None = None
+    """How far beyond the near offset each of them is."""
+    factors: Tensor | None = None
+    """What each of them is times the learned scale."""
+
+    @property
+    def scaled(self) -> bool:
+        """Whether rungs are interpolated."""
+        return self.rungs is not None
 
     @property
     def dense(self) -> bool:
@@ -180,7 +195,15 @@ def fixed_columns(q: Tensor, k: Tensor, window: int, sets: tuple[tuple[int, ...]
 @cache
 def _fixed_columns(sets: tuple[tuple[int, ...], ...], window: int, batch_queries: int, device: torch.device) -> Columns:
     near = near_columns(window, batch_queries, batch_queries)
-    return Columns(column_table(sets, window, batch_queries, device), None, window, near, batch_queries)
+    return Columns(column_table(sets, window, batch_queries, device), window, near, batch_queries)
+
+
+def interpolated_columns(
+    q: Tensor, k: Tensor, window: int, rungs: Tensor, fractions: Tensor, factors: Tensor
+) -> Columns:
+    """The window's columns, and beside them rungs between two keys."""
+    near = fixed_columns(q, k, window, ((),))
+    return replace(near, rung=rung_columns(near.rung), rungs=rungs, fractions=fractions, factors=factors)
 
 
 def fitting_batches(wanted: int, shape: Shape, columns: int, limit: int) -> int:
@@ -373,25 +396,33 @@ def column_mask(b_shift, b_bits, b_limit, o_key, ROWS: tl.constexpr, GP: tl.cons
 
 
 @triton.jit
-def interpolation(
-    p_fractions, first, near, b_shift, b_limit, ROWS: tl.constexpr, GP: tl.constexpr, RB: tl.constexpr, C: tl.constexpr
-):
-    """What of each entry goes into its rung's score, that share's derivative, and where there is no key. [NB, ROWS, C]
+def rung_sides(ROWS: tl.constexpr, GP: tl.constexpr, RB: tl.constexpr, C: tl.constexpr):
+    """Where each row's near keys are in a tile of rungs (1), and its far keys (1) less its near ones. [ROWS, C]
 
     Column `u` of a rung is the far key of the batch's query `u` and the near key of query `u - 1`.
     """
-    o_column = first + tl.arange(0, C)
-    o_place = (o_column - near) % RB
-    b_slot = tl.arange(0, ROWS) // GP
-    b_room = b_limit[:, :, None] - (b_shift + o_place - 1)[None, None, :]
+    o_place = tl.arange(0, C)[None, :] % RB - (tl.arange(0, ROWS) // GP)[:, None]
+    b_near = tl.where(o_place == 1, 1.0, 0.0)
+    return b_near, tl.where(o_place == 0, 1.0, -b_near)
+
+
+@triton.jit
+def rung_keys(p_rungs, first, first_own, keys, NB: tl.constexpr, BQ: tl.constexpr, RB: tl.constexpr, C: tl.constexpr):
+    """Key index of each column of a tile of rungs for each batch, and whether there is one. [NB, C]"""
+    o_column = tl.arange(0, C)
+    o_place = o_column % RB
+    b_shift = tl.load(p_rungs + 1 + first + o_column // RB) + 1 - o_place
+    o_key = first_own + tl.arange(0, NB)[:, None] * BQ - b_shift[None, :]
+    return o_key, (o_key.to(tl.uint32) < tl.cast(keys, tl.uint32)) & (o_place <= BQ)[None, :]
+
+
+@triton.jit
+def rung_fractions(p_rungs, p_fractions, first, b_limit, R: tl.constexpr):
+    """How far between its two keys each row's rungs are, and how many keys lie before the nearer one. [NB, ROWS, R]"""
+    o_rung = first + tl.arange(0, R)
+    b_room = b_limit[:, :, None] - tl.load(p_rungs + 1 + o_rung)[None, None, :]
     # The first key of a document has none before it to interpolate with.
-    m_between = b_room > 0
-    m_near = o_place[None, None, :] == (b_slot + 1)[None, :, None]
-    m_far = (o_place[None, None, :] == b_slot[None, :, None]) & m_between
-    b_fraction = tl.where(m_between, tl.load(p_fractions + o_column)[None, None, :], 0.0)
-    b_share = tl.where(m_near, 1.0 - b_fraction, tl.where(m_far, b_fraction, 0.0))
-    b_slope = tl.where(m_far, 1.0, tl.where(m_near & m_between, -1.0, 0.0))
-    return b_share, b_slope, m_near & (b_room < 0)
+    return tl.where(b_room > 0, tl.load(p_fractions + o_rung)[None, None, :], 0.0), b_room
 
 
 @triton.jit

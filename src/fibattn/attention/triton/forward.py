@@ -20,7 +20,6 @@ from fibattn.attention.triton.common import (
     batch_rows,
     column_keys,
     column_mask,
-    interpolation,
     load_batches,
     load_rows,
     near_mask,
@@ -30,6 +29,9 @@ from fibattn.attention.triton.common import (
     query_limit,
     query_rows,
     row_starts,
+    rung_fractions,
+    rung_keys,
+    rung_sides,
     score_scale,
     spread_rungs,
     store_batches,
@@ -62,8 +64,8 @@ def forward(
     grid = (common.blocks(tokens, tiles.batches * shape.batch_queries) * kv_heads, batch)
     try:
         forward_kernel[grid](
-            *(q, k, v, out, lse, positions, columns.table, columns.fractions),
-            *(scale, tokens, keys, columns.window, kv_heads, columns.near, columns.width, columns.stride_set),
+            *(q, k, v, out, lse, positions, columns.table, columns.rungs, columns.fractions),
+            *(scale, tokens, keys, columns.window, kv_heads, columns.width, columns.stride_set),
             *common.strides(q, k, v, out),
             common.positions_stride(positions),
             GROUP=shape.group,
@@ -80,7 +82,7 @@ def forward(
             HAS_POSITIONS=positions is not None,
             EXACT=shape.dtype == torch.float32,
             WIDE=common.wide(q, k, v),
-            SCALED=columns.fractions is not None,
+            SCALED=columns.scaled,
             num_warps=tiles.warps,
             num_stages=tiles.stages,
         )
@@ -91,7 +93,7 @@ def forward(
 
 # Nothing that varies with the length or the batch may ask for another binary. Strides do stay specialized to
 # being multiples of 16, or loads could not be vectorized; with the usual head sizes they always are.
-_UNSPECIALIZED = ["tokens", "keys", "window", "kv_heads", "near", "width", "stride_set", "stride_positions"]
+_UNSPECIALIZED = ["tokens", "keys", "window", "kv_heads", "width", "stride_set", "stride_positions"]
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -103,13 +105,13 @@ def forward_kernel(
     p_lse,
     p_positions,
     p_table,
+    p_rungs,
     p_fractions,
     scale,
     tokens,
     keys,
     window,
     kv_heads,
-    near,
     width,
     stride_set,
     stride_qb,
@@ -184,7 +186,7 @@ def forward_kernel(
         b_acc = tl.zeros([NB, ROWS, BD], tl.float32)
 
     b_q = query_batches(p_q, o_query, o_group, stride_qt, stride_qh, m_row, SIZE, BD, WIDE)
-    for first in range(0, near if SCALED else columns, C):
+    for first in range(0, columns, C):
         b_shift, b_bits, o_key, m_key = column_keys(p_set, width, first, first_own, keys, NB, BQ, C)
         b_k = load_batches(p_k, o_key, stride_kt, m_key, SIZE, BD, WIDE)
         b_v = load_batches(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)
@@ -199,13 +201,15 @@ def forward_kernel(
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
         b_max = b_new
     if SCALED:
-        for first in range(near, columns, C):
-            b_shift, b_bits, o_key, m_key = column_keys(p_set, width, first, first_own, keys, NB, BQ, C)
+        b_near, b_slope = rung_sides(ROWS, GP, RB, C)
+        for first in range(0, tl.load(p_rungs), C // RB):
+            o_key, m_key = rung_keys(p_rungs, first, first_own, keys, NB, BQ, RB, C)
             b_k = load_batches(p_k, o_key, stride_kt, m_key, SIZE, BD, WIDE)
             b_v = load_batches(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)
-            b_share, _, m_none = interpolation(p_fractions, first, near, b_shift, b_limit, ROWS, GP, RB, C)
+            b_fraction, b_room = rung_fractions(p_rungs, p_fractions, first, b_limit, C // RB)
+            b_share = b_near[None] + b_slope[None] * spread_rungs(b_fraction, RB)
             b_s = tl.dot(b_q, tl.permute(b_k, (0, 2, 1)), input_precision="ieee")
-            b_s = sum_rungs(tl.where(m_none, -float("inf"), b_s * scale_scores * b_share), RB)
+            b_s = tl.where(b_room >= 0, sum_rungs(b_s * b_share, RB) * scale_scores, -float("inf"))
             b_new = tl.maximum(b_max, tl.max(b_s, 2))
             b_p = power(b_s - b_new[:, :, None], EXACT)
             b_shrink = power(b_max - b_new, EXACT)
