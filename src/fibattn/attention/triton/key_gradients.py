@@ -4,6 +4,8 @@ The rungs come first: a program walks the queries at `key + offset` of its keys 
 and needs neither keys, values, exponentials nor reductions, only what the query kernel left for it:
 `dk[j] += grad[j + d] * q[j + d]` and `dv[j] += weight[j + d] * do[j + d]`, element by element in float32. What
 limits it is reading q and do once a rung; the more keys a program has, the more rows neighbouring rungs share.
+A rung between two keys gives to its near key and to the one before. Each row is read once for both: a second pair
+of sums belongs to the key before, and moves there at the end; so the tile has one key more than the program.
 The window is recomputed as dense tiles, which costs no memory in its width; it wants few keys a program and
 many registers, so it is a kernel of its own, after the other, and adds to what that left in dk and dv.
 """
@@ -32,7 +34,7 @@ from fibattn.attention.triton.common import (
 
 @dataclass(frozen=True)
 class RungTiles:
-    """Tile sizes of the kernel for the rungs: keys a program, the part of a row it has, rungs in flight."""
+    """Tile sizes of the kernel for the rungs: keys a tile, the part of a row it has, rungs in flight."""
 
     keys: int
     part: int
@@ -50,10 +52,14 @@ class WindowTiles:
     stages: int
 
 
-def rung_tiles_for(shape: Shape) -> RungTiles:
+def rung_tiles_for(shape: Shape, scaled: bool) -> RungTiles:
     """Tile sizes of the kernel for the rungs: many keys share rows, where a row is long enough to pay for it."""
+    part = min(shape.padded_size, 64)
     if shape.dtype == torch.float32:
-        return RungTiles(keys=32, part=min(shape.padded_size, 64), unroll=1, warps=4)
+        return RungTiles(keys=32, part=part, unroll=1, warps=4)
+    if scaled:
+        keys = 64 if shape.padded_size <= 64 else 128
+        return RungTiles(keys, part, unroll=1, warps=keys // 8)
     if shape.padded_size <= 64:
         return RungTiles(keys=64, part=shape.padded_size, unroll=2, warps=4)
     return RungTiles(keys=256, part=64, unroll=1, warps=16)
@@ -68,7 +74,7 @@ def window_tiles_for(shape: Shape, window: int) -> WindowTiles:
         return WindowTiles(keys=16, rows=16, warps=4, stages=1)
     if window > common.WIDEST_NEAR:
         return WindowTiles(keys=64, rows=64 if small else 32, warps=4, stages=1 if small else 3)
-    return WindowTiles(keys=32 if small else 16, rows=16, warps=1, stages=3)
+    return WindowTiles(keys=32 if small else 16, rows=16, warps=1, stages=3 if small else 4)
 
 
 def key_gradients(
@@ -103,9 +109,10 @@ def key_gradients(
         "EXACT": shape.dtype == torch.float32,
     }
     if rungs:
-        rung_tiles = rung_tiles_for(shape)
+        rung_tiles = rung_tiles_for(shape, fractions is not None)
         parts = shape.padded_size // rung_tiles.part
-        rung_grad_kernel[(common.blocks(keys, rung_tiles.keys) * parts * kv_heads, batch)](
+        own_keys = rung_tiles.keys - (fractions is not None)
+        rung_grad_kernel[(common.blocks(keys, own_keys) * parts * kv_heads, batch)](
             *(q, grad_out, positions, table, fractions, weights, grads, dk, dv),
             *(tokens, keys, kv_heads, rungs, table.stride(0) if table.shape[0] > 1 else 0),
             *common.strides(q, grad_out, dk, dv),
@@ -178,7 +185,10 @@ def rung_grad_kernel(
     WIDE: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """One program: what the rungs give to `BP` dimensions of `BN` keys and values of one KV head, before the scale."""
+    """One program: what the rungs give to `BP` dimensions of the keys and values of one KV head, before the scale.
+
+    It has `BN` of them, or one less where rungs are interpolated: the tile's last only gives to the one before.
+    """
     i_block, i_head, i_batch = place(kv_heads * (BD // BP))
     i_part = i_head % (BD // BP)
     i_head = i_head // (BD // BP)
@@ -193,41 +203,48 @@ def rung_grad_kernel(
     m_size = o_size < SIZE
     o_q = row_starts(o_tile, stride_qt, WIDE)[:, None] + o_size[None, :]
     o_do = row_starts(o_tile, stride_gt, WIDE)[:, None] + o_size[None, :]
-    first_query = i_block * BN - past
-    rungs = tl.load(p_set)
-    SIDES: tl.constexpr = 2 if SCALED else 1
+    OWN: tl.constexpr = BN - 1 if SCALED else BN
+    first_query = i_block * OWN - past
     SUMS: tl.constexpr = tl.float64 if EXACT else tl.float32
     b_dk = tl.zeros([BN, BP], SUMS)
     b_dv = tl.zeros([BN, BP], SUMS)
+    if SCALED:
+        b_dk_before = tl.zeros([BN, BP], SUMS)
+        b_dv_before = tl.zeros([BN, BP], SUMS)
     for i_group in range(GROUP):
-        for i in tl.range(0, rungs * SIDES, loop_unroll_factor=UNROLL):
-            i_rung = i // SIDES
+        for i_rung in tl.range(0, tl.load(p_set), loop_unroll_factor=UNROLL):
             near = tl.load(p_set + 1 + i_rung)
-            first = first_query + near + i % SIDES
+            first = first_query + near
             m_query = (first + o_tile).to(tl.uint32) < tl.cast(tokens, tl.uint32)
             p_entry = (tl.cast(i_rung, tl.int64) * tokens + first) * GROUP + i_group
             b_ds = tl.load(p_grads + p_entry + o_tile * GROUP, mask=m_query, other=0.0).to(tl.float32)
             b_p = tl.load(p_weights + p_entry + o_tile * GROUP, mask=m_query, other=0.0).to(tl.float32)
-            if SCALED:
-                o_query = first + o_tile
-                b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_query, HAS_POSITIONS)
-                b_f = tl.where(b_limit == near, 0.0, tl.load(p_fractions + i_rung))
-                b_f = tl.where(i % SIDES == 0, 1.0 - b_f, b_f)
-                b_ds *= b_f
-                b_p *= b_f
             p_q_tile = p_q + tl.cast(first, tl.int64) * stride_qt + tl.cast(i_group, tl.int64) * stride_qh + o_q
             p_do_tile = p_do + tl.cast(first, tl.int64) * stride_gt + tl.cast(i_group, tl.int64) * stride_gh + o_do
             if SIZE == BD:
-                b_q = tl.load(p_q_tile, mask=m_query[:, None], other=0.0)
-                b_do = tl.load(p_do_tile, mask=m_query[:, None], other=0.0)
+                b_q = tl.load(p_q_tile, mask=m_query[:, None], other=0.0).to(tl.float32)
+                b_do = tl.load(p_do_tile, mask=m_query[:, None], other=0.0).to(tl.float32)
             else:
-                b_q = tl.load(p_q_tile, mask=m_query[:, None] & m_size[None, :], other=0.0)
-                b_do = tl.load(p_do_tile, mask=m_query[:, None] & m_size[None, :], other=0.0)
-            b_dk += (b_ds[:, None] * b_q.to(tl.float32)).to(SUMS)
-            b_dv += (b_p[:, None] * b_do.to(tl.float32)).to(SUMS)
+                b_q = tl.load(p_q_tile, mask=m_query[:, None] & m_size[None, :], other=0.0).to(tl.float32)
+                b_do = tl.load(p_do_tile, mask=m_query[:, None] & m_size[None, :], other=0.0).to(tl.float32)
+            if SCALED:
+                o_query = first + o_tile
+                b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_query, HAS_POSITIONS)
+                # A document's first key has none before it.
+                b_f = tl.where(b_limit == near, 0.0, tl.load(p_fractions + i_rung))
+                b_dk_before += ((b_ds * b_f)[:, None] * b_q).to(SUMS)
+                b_dv_before += ((b_p * b_f)[:, None] * b_do).to(SUMS)
+                b_ds *= 1.0 - b_f
+                b_p *= 1.0 - b_f
+            b_dk += (b_ds[:, None] * b_q).to(SUMS)
+            b_dv += (b_p[:, None] * b_do).to(SUMS)
 
-    o_key = i_block * BN + o_tile
-    m_tile = (o_key < keys)[:, None] & m_size[None, :]
+    if SCALED:
+        o_next = tl.broadcast_to(tl.minimum(o_tile + 1, BN - 1)[:, None], [BN, BP])
+        b_dk += tl.gather(b_dk_before, o_next, 0)
+        b_dv += tl.gather(b_dv_before, o_next, 0)
+    o_key = i_block * OWN + o_tile
+    m_tile = ((o_key < keys) & (o_tile < OWN))[:, None] & m_size[None, :]
     p_dk += i_batch * stride_dkb + i_head * stride_dkh
     p_dv += i_batch * stride_dvb + i_head * stride_dvh
     p_dk_tile = p_dk + (row_starts(o_key, stride_dkt, WIDE)[:, None] + o_size[None, :])
