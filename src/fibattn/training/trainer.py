@@ -47,6 +47,8 @@ def training_arguments(recipe: Recipe, processes: int) -> TrainingArguments:
     on_gpu = torch.cuda.is_available()
     bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and on_gpu)
     sharded = recipe.parallel == "fsdp" and processes > 1
+    # A step replayed as a CUDA graph waits for no launch; where gradients add up over several, it would overwrite them.
+    graphed = recipe.compile and on_gpu and processes == 1 and recipe.micro_batches(processes) == 1
     arguments = TrainingArguments(
         output_dir=str(recipe.out),
         run_name=recipe.out.name,
@@ -56,6 +58,7 @@ def training_arguments(recipe: Recipe, processes: int) -> TrainingArguments:
         max_grad_norm=recipe.optimizer.clip_norm,
         bf16=bf16,
         torch_compile=recipe.compile,
+        torch_compile_mode="reduce-overhead" if graphed else None,
         use_cpu=not on_gpu,
         fsdp=True if sharded else None,  # pyright: ignore[reportArgumentType]
         fsdp_config={"transformer_layer_cls_to_wrap": ["FibAttnDecoderLayer"]} if sharded else None,

@@ -1,0 +1,81 @@
+"""Training on a GPU: a compiled run, whose steps are replayed as CUDA graphs, learns what a plain one does."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from fibattn.data.shards import write_shard
+from fibattn.data.stream import TokenStream
+from fibattn.data.windows import TrainingWindows
+from fibattn.training.recipe import ModelRecipe, OptimizerRecipe, Recipe
+from fibattn.training.run import build_model
+from fibattn.training.trainer import FibTrainer
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU (torch.cuda.is_available() is false)"),
+]
+
+VOCABULARY, STEPS = 512, 40
+SHAPE = ModelRecipe(hidden_size=128, intermediate_size=342, num_hidden_layers=3, num_attention_heads=4)
+
+
+class Losses(TrainerCallback):
+    """Keeps the loss of every step."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_log(self, args, state, control, logs, **_) -> None:
+        if "loss" in logs:
+            self.values.append(logs["loss"])
+
+
+def trained(recipe: Recipe, folder: Path) -> tuple[list[float], torch.Tensor]:
+    """The losses of a run on a text that repeats itself at a distance, and its embedding at the end."""
+    rng = np.random.default_rng(0)
+    tokens = np.tile(rng.integers(2, VOCABULARY, 300), 100).astype(np.uint16)
+    folder.mkdir()
+    write_shard(folder / "train.bin", [tokens], np.ones(VOCABULARY, np.uint16), np.dtype(np.uint16), len(tokens), None)
+    starts = rng.integers(0, len(tokens) - recipe.length - 1, recipe.steps * recipe.windows_per_step)
+    trainer = FibTrainer(
+        build_model(recipe, VOCABULARY, 0),
+        replace(recipe, out=folder),
+        TrainingWindows(TokenStream([folder / "train.bin"]), starts, recipe.length),
+        1,
+    )
+    trainer.args.save_strategy = "no"
+    losses = Losses()
+    trainer.add_callback(losses)
+    trainer.train()
+    return losses.values, trainer.model.model.embed_tokens.weight.detach().clone()  # pyright: ignore
+
+
+@pytest.mark.parametrize("micro_batch", [8, 4])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"schedule": "learned"}, {"window": 80, "full_layers": (2,), "full_layers_rope": False}],
+    ids=["stagger", "learned", "hybrid"],
+)
+def test_compiled_steps_learn_what_plain_ones_do(changes: dict, micro_batch: int, tmp_path: Path) -> None:
+    recipe = Recipe(
+        model=replace(SHAPE, **changes),
+        optimizer=OptimizerRecipe(peak_rate=3e-3, warmup_steps=5),
+        length=256,
+        windows_per_step=8,
+        micro_batch=micro_batch,
+        steps=STEPS,
+        log_every=1,
+    )
+    (plain, embedding), (compiled, same) = (
+        trained(replace(recipe, compile=way), tmp_path / str(way)) for way in (False, True)
+    )
+    assert len(plain) == len(compiled) == STEPS
+    assert plain[-1] < plain[0] - 1
+    np.testing.assert_allclose(compiled, plain, atol=0.03)
+    assert (same - embedding).norm() < 0.1 * embedding.norm()
+    torch._dynamo.reset()
