@@ -59,12 +59,12 @@ def shared_memory(kernel: Any, sizes: dict[str, Any], dtype: str, absent: set[st
 )
 def test_kernels_fit_a_small_gpu(dtype: torch.dtype, size: int, group: int, dense: bool, scaled: bool) -> None:
     shape, word = common._shape(size, group, dtype), "fp32" if dtype == torch.float32 else "bf16"
-    rung = common.rung_columns(shape.batch_queries) if scaled else shape.batch_queries
     window = 128 if dense else 12
-    columns = common.Columns(torch.zeros(1, 1), window, 0 if dense else 64, rung)
+    rungs = torch.zeros(1, 1) if scaled else None
+    columns = common.Columns(torch.zeros(1, 1), window, 0 if dense else 64, rungs)
     exact = dtype == torch.float32
     sizes = {"GROUP": group, "GP": shape.padded_group, "SIZE": size, "BD": shape.padded_size, "BQ": shape.batch_queries}
-    sizes |= {"ROWS": shape.rows, "RB": rung, "DENSE": dense, "SCALED": scaled, "EXACT": exact, "WIDE": False}
+    sizes |= {"ROWS": shape.rows, "DENSE": dense, "SCALED": scaled, "EXACT": exact, "WIDE": False}
     sizes |= {"HAS_POSITIONS": False, "HAS_GRAD_LSE": False, "AFTER_RUNGS": True}
     sizes["DELTA"] = (backward.GIVEN if exact else backward.FROM_OUTPUT).value
     absent = {"p_positions", "p_grad_lse"} | (set() if scaled else {"p_rungs", "p_fractions", "p_factors", "p_partial"})

@@ -19,6 +19,7 @@ from fibattn.attention.triton.common import (
     Tiles,
     batch_rows,
     column_keys,
+    column_limit,
     column_mask,
     load_batches,
     load_rows,
@@ -28,12 +29,11 @@ from fibattn.attention.triton.common import (
     query_limit,
     query_rows,
     row_starts,
-    rung_fractions,
     rung_keys,
-    rung_sides,
+    rung_mask,
+    rung_values,
     score_scale,
     softmax_weights,
-    spread_rungs,
     store_batches,
     sum_rungs,
 )
@@ -47,12 +47,12 @@ coarser."""
 
 def query_tiles_for(shape: Shape, columns: Columns) -> Tiles:
     """Tile sizes of the kernel for the gradient of q, at most 99 KB of shared memory."""
-    width = max(16, columns.rung)
+    keys = 32 if columns.scaled else 16
     if shape.dtype == torch.float32:
-        return Tiles(common.fitting_batches(2, shape, width, 2**14), width, near=16, warps=2, stages=1)
+        return Tiles(common.fitting_batches(2, shape, keys, 2**14), 16, near=16, warps=2, stages=1)
     if columns.dense:
-        return Tiles(common.fitting_batches(4, shape, width, 2**14), width, near=32, warps=4, stages=2)
-    return Tiles(1, width, near=32, warps=1, stages=2 if shape.padded_size <= 64 else 3)
+        return Tiles(common.fitting_batches(4, shape, keys, 2**14), 16, near=32, warps=4, stages=2)
+    return Tiles(1, 16, near=32, warps=1, stages=2 if shape.padded_size <= 64 or columns.scaled else 3)
 
 
 def backward(
@@ -102,7 +102,6 @@ def backward(
                 ROWS=shape.rows,
                 NB=tiles.batches,
                 BN=max(tiles.near, tiles.batches * shape.batch_queries),
-                RB=columns.rung,
                 C=tiles.columns,
                 DENSE=columns.dense,
                 GROUP=shape.group,
@@ -186,7 +185,6 @@ def query_grad_kernel(
     ROWS: tl.constexpr,
     NB: tl.constexpr,
     BN: tl.constexpr,
-    RB: tl.constexpr,
     C: tl.constexpr,
     DENSE: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
@@ -281,40 +279,45 @@ def query_grad_kernel(
         b_ds = b_p * ((b_dp - b_delta[:, :, None]) + b_lse_grad[:, :, None])
         if not SCALED and DELTA != SUMMED and first + C > near:
             # The other entries of a rung's columns are 0.
-            rungs = (columns - near) // RB
-            o_rung = (first - near) // RB + tl.arange(0, C // RB)
-            store_compact(p_weights, sum_rungs(b_p, RB), o_rung, rungs, o_query, o_group, tokens, m_row, GROUP)
-            store_compact(p_grads, sum_rungs(b_ds, RB), o_rung, rungs, o_query, o_group, tokens, m_row, GROUP)
+            rungs = (columns - near) // BQ
+            o_rung = (first - near) // BQ + tl.arange(0, C // BQ)
+            store_compact(p_weights, sum_rungs(b_p, BQ), o_rung, rungs, o_query, o_group, tokens, m_row, GROUP)
+            store_compact(p_grads, sum_rungs(b_ds, BQ), o_rung, rungs, o_query, o_group, tokens, m_row, GROUP)
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
     if SCALED:
         rungs = tl.load(p_rungs)
-        b_near, b_slope = rung_sides(ROWS, GP, RB, C)
+        o_own, b_reach = column_limit(
+            p_positions, stride_positions, i_batch, i_block, tokens, past, NB, BQ, C, HAS_POSITIONS
+        )
         b_alpha = tl.zeros([NB, ROWS], tl.float64 if EXACT else tl.float32)
-        for first in range(0, rungs, C // RB):
-            o_key, m_key = rung_keys(p_rungs, first, first_own, keys, NB, BQ, RB, C)
-            b_k = load_batches(p_k, o_key, stride_kt, m_key, SIZE, BD, WIDE)
-            b_v = load_batches(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)
-            b_fraction, b_room = rung_fractions(p_rungs, p_fractions, first, b_limit, C // RB)
-            b_share = b_near[None] + b_slope[None] * spread_rungs(b_fraction, RB)
-            b_products = tl.dot(b_q, tl.permute(b_k, (0, 2, 1)), input_precision="ieee")
-            b_upstream = tl.dot(b_do, tl.permute(b_v, (0, 2, 1)), input_precision="ieee")
-            b_s = tl.where(b_room >= 0, sum_rungs(b_products * b_share, RB) * scale_scores, -float("inf"))
-            b_dp = sum_rungs(b_upstream * b_share, RB)
-            b_p = softmax_weights(b_s, b_lse[:, :, None], EXACT)
+        for first in range(0, rungs, C // BQ):
+            o_near, o_far, m_key = rung_keys(p_rungs, first, o_own, b_reach, BQ)
+            b_k = load_batches(p_k, o_near, stride_kt, m_key, SIZE, BD, WIDE)
+            b_v = load_batches(p_v, o_near, stride_vt, m_key, SIZE, BD, WIDE)
+            b_k_far = load_batches(p_k, o_far, stride_kt, m_key, SIZE, BD, WIDE)
+            b_v_far = load_batches(p_v, o_far, stride_vt, m_key, SIZE, BD, WIDE)
+            b_fraction = rung_values(p_fractions, first, C, BQ)[None, None, :]
+            b_s = tl.dot(b_q, tl.permute(b_k, (0, 2, 1)), input_precision="ieee")
+            b_dp = tl.dot(b_do, tl.permute(b_v, (0, 2, 1)), input_precision="ieee")
+            b_s_slope = tl.dot(b_q, tl.permute(b_k_far, (0, 2, 1)), input_precision="ieee") - b_s
+            b_dp_slope = tl.dot(b_do, tl.permute(b_v_far, (0, 2, 1)), input_precision="ieee") - b_dp
+            b_s += b_fraction * b_s_slope
+            b_dp += b_fraction * b_dp_slope
+            b_p = softmax_weights(b_s * scale_scores, b_lse[:, :, None], EXACT)
+            b_p = tl.where(rung_mask(m_key, ROWS, GP, BQ), b_p, 0.0)
             if DELTA == SUMMED:
                 b_total += tl.sum(b_p * b_dp, 2)
                 b_weight += tl.sum(b_p, 2)
             b_ds = b_p * ((b_dp - b_delta[:, :, None]) + b_lse_grad[:, :, None])
             if DELTA != SUMMED:
-                o_rung = first + tl.arange(0, C // RB)
-                store_compact(p_weights, b_p, o_rung, rungs, o_query, o_group, tokens, m_row, GROUP)
-                store_compact(p_grads, b_ds, o_rung, rungs, o_query, o_group, tokens, m_row, GROUP)
-                # The score and its value grow along the fraction, and that along the scale.
-                b_df = b_ds * scale * sum_rungs(b_products * b_slope, RB) + b_p * sum_rungs(b_upstream * b_slope, RB)
-                b_df = tl.where(b_room > 0, b_df * tl.load(p_factors + o_rung)[None, None, :], 0.0)
-                b_alpha += tl.sum(b_df.to(b_alpha.dtype), 2)
-            b_shares = spread_rungs(b_ds, RB) * b_share
-            b_dq = tl.dot(b_shares.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
+                o_rung = first + tl.arange(0, C // BQ)
+                store_compact(p_weights, sum_rungs(b_p, BQ), o_rung, rungs, o_query, o_group, tokens, m_row, GROUP)
+                store_compact(p_grads, sum_rungs(b_ds, BQ), o_rung, rungs, o_query, o_group, tokens, m_row, GROUP)
+                b_factor = rung_values(p_factors, first, C, BQ)[None, None, :]
+                b_alpha += tl.sum((b_factor * (b_ds * scale * b_s_slope + b_p * b_dp_slope)).to(b_alpha.dtype), 2)
+            b_ds_far = b_ds * b_fraction
+            b_dq = tl.dot((b_ds - b_ds_far).to(b_k.dtype), b_k, b_dq, input_precision="ieee")
+            b_dq = tl.dot(b_ds_far.to(b_k.dtype), b_k_far, b_dq, input_precision="ieee")
         if DELTA != SUMMED:
             o_program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
             tl.store(p_partial + o_program, tl.sum(tl.sum(b_alpha, 1), 0))

@@ -10,10 +10,9 @@ A window of `W` takes `W + BQ` columns, nearly all of which count for all querie
 each query. So a batch is a dense product of 16 rows with a few dozen gathered columns (56 for the paper's
 window of 12, ten rungs and groups of 4) and each row of k and v is read once for the whole group. A window too
 wide for that goes through dense tiles, shared by the batches of a block, and only the rungs through columns.
-A rung between two keys takes `BQ + 1` columns, padded to a power of two `RB`: its near key for one query is its
-far key for the next one, so each product serves twice, and a rung's score is the sum of two entries of its columns.
-The learned scale that puts it there is known to the device alone, so these columns are in no table: they follow from
-the rung's near offset.
+A learned scale, known to the device alone, puts rungs between two keys. They are in no table of columns: their `BQ`
+columns follow from the near offset, and each stands for two keys, the near one and the one before it. A tile of them is
+two products, of which the fraction makes the scores of one.
 
 Positions. `limit` is how far back a query may look: its own key index, or less inside a packed document.
 A distance exists for it when it is at most the limit; distance 0 always does, so no row is ever empty.
@@ -47,8 +46,8 @@ _SUPPORTED = (torch.float16, torch.bfloat16, torch.float32)
 WIDEST_NEAR = 64
 """A window that takes more columns than this goes through dense tiles."""
 
-MOST_RUNGS = 8
-"""No tile has more rungs between two keys than this."""
+MOST_RUNGS = 16
+"""No tile has more rungs between two keys than this: so far past the last one tiles may read."""
 
 COLUMNS_MULTIPLE = 64
 """The table of columns is padded to a multiple of this, the most columns of a tile."""
@@ -139,11 +138,6 @@ def column_table(sets: tuple[tuple[int, ...], ...], window: int, batch_queries: 
     return torch.tensor(table, dtype=torch.int32).to(device)
 
 
-def rung_columns(batch_queries: int) -> int:
-    """How many columns a rung between two keys takes: one more than queries, made a power of two."""
-    return triton.next_power_of_2(batch_queries + 1)
-
-
 def columns_width(columns: int) -> int:
     """The width of a table that holds so many columns."""
     return max(1, -(-columns // COLUMNS_MULTIPLE)) * COLUMNS_MULTIPLE
@@ -157,8 +151,6 @@ class Columns:
     window: int
     near: int
     """Columns of the window."""
-    rung: int
-    """Columns of a rung."""
     rungs: Tensor | None = None
     """Where rungs are interpolated, they are not among the columns: their number, then their near offsets."""
     fractions: Tensor | None = None
@@ -195,15 +187,14 @@ def fixed_columns(q: Tensor, k: Tensor, window: int, sets: tuple[tuple[int, ...]
 @cache
 def _fixed_columns(sets: tuple[tuple[int, ...], ...], window: int, batch_queries: int, device: torch.device) -> Columns:
     near = near_columns(window, batch_queries, batch_queries)
-    return Columns(column_table(sets, window, batch_queries, device), window, near, batch_queries)
+    return Columns(column_table(sets, window, batch_queries, device), window, near)
 
 
 def interpolated_columns(
     q: Tensor, k: Tensor, window: int, rungs: Tensor, fractions: Tensor, factors: Tensor
 ) -> Columns:
     """The window's columns, and beside them rungs between two keys."""
-    near = fixed_columns(q, k, window, ((),))
-    return replace(near, rung=rung_columns(near.rung), rungs=rungs, fractions=fractions, factors=factors)
+    return replace(fixed_columns(q, k, window, ((),)), rungs=rungs, fractions=fractions, factors=factors)
 
 
 def fitting_batches(wanted: int, shape: Shape, columns: int, limit: int) -> int:
@@ -386,53 +377,64 @@ def column_keys(p_set, width, first, first_own, keys, NB: tl.constexpr, BQ: tl.c
 @triton.jit
 def column_mask(b_shift, b_bits, b_limit, o_key, ROWS: tl.constexpr, GP: tl.constexpr, HAS_POSITIONS: tl.constexpr):
     """Which entries of a tile count: the key is one of the row's query's, within its limit. [NB, ROWS, C]"""
-    b_slot = tl.arange(0, ROWS) // GP
     if HAS_POSITIONS:
+        b_slot = tl.arange(0, ROWS) // GP
         m_within = b_shift[None, None, :] <= (b_limit - b_slot[None, :])[:, :, None]
-        return m_within & ((b_bits[None, None, :] & (1 << b_slot)[None, :, None]) != 0)
+        return m_within & rows_of(b_bits[None, :], ROWS, GP)
     # The limit is the first key, the same for all rows.
-    b_bits = tl.where(o_key >= 0, b_bits[None, :], 0)
+    return rows_of(tl.where(o_key >= 0, b_bits[None, :], 0), ROWS, GP)
+
+
+@triton.jit
+def rows_of(b_bits, ROWS: tl.constexpr, GP: tl.constexpr):
+    """The entries of the queries that columns [NB, C] count for. [NB, ROWS, C]"""
+    b_slot = tl.arange(0, ROWS) // GP
     return (b_bits[:, None, :] & (1 << b_slot)[None, :, None]) != 0
 
 
 @triton.jit
-def rung_sides(ROWS: tl.constexpr, GP: tl.constexpr, RB: tl.constexpr, C: tl.constexpr):
-    """Where each row's near keys are in a tile of rungs (1), and its far keys (1) less its near ones. [ROWS, C]
-
-    Column `u` of a rung is the far key of the batch's query `u` and the near key of query `u - 1`.
-    """
-    o_place = tl.arange(0, C)[None, :] % RB - (tl.arange(0, ROWS) // GP)[:, None]
-    b_near = tl.where(o_place == 1, 1.0, 0.0)
-    return b_near, tl.where(o_place == 0, 1.0, -b_near)
+def column_limit(
+    p_positions,
+    stride,
+    i_batch,
+    i_block,
+    tokens,
+    past,
+    NB: tl.constexpr,
+    BQ: tl.constexpr,
+    C: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+):
+    """Key index of the query of each column of a tile of rungs for each batch, and how far back it may look. [NB, C]"""
+    o_query = (i_block * NB + tl.arange(0, NB)[:, None]) * BQ + (tl.arange(0, C) % BQ)[None, :]
+    m_query = o_query < tokens
+    b_limit = query_limit(p_positions, stride, i_batch, o_query, past, m_query, HAS_POSITIONS)
+    return o_query + past, tl.where(m_query, b_limit, -1)
 
 
 @triton.jit
-def rung_keys(p_rungs, first, first_own, keys, NB: tl.constexpr, BQ: tl.constexpr, RB: tl.constexpr, C: tl.constexpr):
-    """Key index of each column of a tile of rungs for each batch, and whether there is one. [NB, C]"""
-    o_column = tl.arange(0, C)
-    o_place = o_column % RB
-    b_shift = tl.load(p_rungs + 1 + first + o_column // RB) + 1 - o_place
-    o_key = first_own + tl.arange(0, NB)[:, None] * BQ - b_shift[None, :]
-    return o_key, (o_key.to(tl.uint32) < tl.cast(keys, tl.uint32)) & (o_place <= BQ)[None, :]
+def rung_keys(p_rungs, first, o_own, b_limit, BQ: tl.constexpr):
+    """Near key and far key of each column of a tile of rungs, and whether there are any. [NB, C]"""
+    b_distance = rung_values(p_rungs + 1, first, o_own.shape[1], BQ)[None, :]
+    o_near = o_own - b_distance
+    # The first key of a document has none before it: it is interpolated with itself.
+    return o_near, tl.where(b_distance < b_limit, o_near - 1, o_near), b_distance <= b_limit
 
 
 @triton.jit
-def rung_fractions(p_rungs, p_fractions, first, b_limit, R: tl.constexpr):
-    """How far between its two keys each row's rungs are, and how many keys lie before the nearer one. [NB, ROWS, R]"""
-    o_rung = first + tl.arange(0, R)
-    b_room = b_limit[:, :, None] - tl.load(p_rungs + 1 + o_rung)[None, None, :]
-    # The first key of a document has none before it to interpolate with.
-    return tl.where(b_room > 0, tl.load(p_fractions + o_rung)[None, None, :], 0.0), b_room
+def rung_mask(m_key, ROWS: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr):
+    """Which entries of a tile of rungs count. [NB, ROWS, C]"""
+    o_slot = tl.arange(0, m_key.shape[1]) % BQ
+    return rows_of(tl.where(m_key, 1 << o_slot[None, :], 0), ROWS, GP)
+
+
+@triton.jit
+def rung_values(p_x, first, C: tl.constexpr, BQ: tl.constexpr):
+    """What a table of rungs has for each column of a tile of them. [C]"""
+    return tl.load(p_x + first + tl.arange(0, C) // BQ)
 
 
 @triton.jit
 def sum_rungs(b_x, RB: tl.constexpr):
     """The sums over each rung's columns. [NB, ROWS, C] to [NB, ROWS, C // RB]"""
     return tl.sum(tl.reshape(b_x, [b_x.shape[0], b_x.shape[1], b_x.shape[2] // RB, RB]), 3)
-
-
-@triton.jit
-def spread_rungs(b_x, RB: tl.constexpr):
-    """Each rung's value in all its columns. [NB, ROWS, R] to [NB, ROWS, R * RB]"""
-    b_wide = tl.broadcast_to(b_x[:, :, :, None], [b_x.shape[0], b_x.shape[1], b_x.shape[2], RB])
-    return tl.reshape(b_wide, [b_x.shape[0], b_x.shape[1], b_x.shape[2] * RB])

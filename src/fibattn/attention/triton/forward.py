@@ -19,6 +19,7 @@ from fibattn.attention.triton.common import (
     Tiles,
     batch_rows,
     column_keys,
+    column_limit,
     column_mask,
     load_batches,
     load_rows,
@@ -29,26 +30,24 @@ from fibattn.attention.triton.common import (
     query_limit,
     query_rows,
     row_starts,
-    rung_fractions,
     rung_keys,
-    rung_sides,
+    rung_mask,
+    rung_values,
     score_scale,
-    spread_rungs,
     store_batches,
-    sum_rungs,
 )
 
 
 def tiles_for(shape: Shape, columns: Columns) -> Tiles:
     """Tile sizes, from a fixed table: nothing is tuned at run time. They take at most 99 KB of shared memory."""
-    small, width = shape.padded_size <= 64, max(16, columns.rung)
+    small, keys = shape.padded_size <= 64, 32 if columns.scaled else 16
     if shape.dtype == torch.float32:
-        return Tiles(common.fitting_batches(4, shape, width, 2**14), width, near=16, warps=2, stages=1)
+        return Tiles(common.fitting_batches(4, shape, keys, 2**14), 16, near=16, warps=2, stages=1)
     if columns.dense:
-        batches = common.fitting_batches(4 if small else 8, shape, width, 2**15)
-        return Tiles(batches, width, near=32, warps=4, stages=2)
+        batches = common.fitting_batches(4 if small else 8, shape, keys, 2**15)
+        return Tiles(batches, 16, near=32, warps=4, stages=2)
     # Programs of one warp: nothing waits for a barrier, and the next columns are copied while these are multiplied.
-    return Tiles(1 if small else 2, width, near=32, warps=1, stages=2)
+    return Tiles(1 if small or columns.scaled else 2, 16, near=32, warps=1, stages=2)
 
 
 def forward(
@@ -76,7 +75,6 @@ def forward(
             ROWS=shape.rows,
             NB=tiles.batches,
             BN=max(tiles.near, tiles.batches * shape.batch_queries),
-            RB=columns.rung,
             C=tiles.columns,
             DENSE=columns.dense,
             HAS_POSITIONS=positions is not None,
@@ -135,7 +133,6 @@ def forward_kernel(
     ROWS: tl.constexpr,
     NB: tl.constexpr,
     BN: tl.constexpr,
-    RB: tl.constexpr,
     C: tl.constexpr,
     DENSE: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
@@ -201,22 +198,28 @@ def forward_kernel(
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
         b_max = b_new
     if SCALED:
-        b_near, b_slope = rung_sides(ROWS, GP, RB, C)
-        for first in range(0, tl.load(p_rungs), C // RB):
-            o_key, m_key = rung_keys(p_rungs, first, first_own, keys, NB, BQ, RB, C)
-            b_k = load_batches(p_k, o_key, stride_kt, m_key, SIZE, BD, WIDE)
-            b_v = load_batches(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)
-            b_fraction, b_room = rung_fractions(p_rungs, p_fractions, first, b_limit, C // RB)
-            b_share = b_near[None] + b_slope[None] * spread_rungs(b_fraction, RB)
+        o_own, b_reach = column_limit(
+            p_positions, stride_positions, i_batch, i_block, tokens, past, NB, BQ, C, HAS_POSITIONS
+        )
+        for first in range(0, tl.load(p_rungs), C // BQ):
+            o_near, o_far, m_key = rung_keys(p_rungs, first, o_own, b_reach, BQ)
+            b_k = load_batches(p_k, o_near, stride_kt, m_key, SIZE, BD, WIDE)
+            b_v = load_batches(p_v, o_near, stride_vt, m_key, SIZE, BD, WIDE)
+            b_k_far = load_batches(p_k, o_far, stride_kt, m_key, SIZE, BD, WIDE)
+            b_v_far = load_batches(p_v, o_far, stride_vt, m_key, SIZE, BD, WIDE)
+            b_fraction = rung_values(p_fractions, first, C, BQ)[None, None, :]
             b_s = tl.dot(b_q, tl.permute(b_k, (0, 2, 1)), input_precision="ieee")
-            b_s = tl.where(b_room >= 0, sum_rungs(b_s * b_share, RB) * scale_scores, -float("inf"))
+            b_s_far = tl.dot(b_q, tl.permute(b_k_far, (0, 2, 1)), input_precision="ieee")
+            b_s += b_fraction * (b_s_far - b_s)
+            b_s = tl.where(rung_mask(m_key, ROWS, GP, BQ), b_s * scale_scores, -float("inf"))
             b_new = tl.maximum(b_max, tl.max(b_s, 2))
             b_p = power(b_s - b_new[:, :, None], EXACT)
             b_shrink = power(b_max - b_new, EXACT)
             b_sum = b_sum * b_shrink + tl.sum(b_p, 2)
             b_acc = b_acc * b_shrink[:, :, None]
-            b_shares = spread_rungs(b_p, RB) * b_share
-            b_acc = tl.dot(b_shares.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
+            b_p_far = b_p * b_fraction
+            b_acc = tl.dot((b_p - b_p_far).to(b_v.dtype), b_v, b_acc, input_precision="ieee")
+            b_acc = tl.dot(b_p_far.to(b_v.dtype), b_v_far, b_acc, input_precision="ieee")
             b_max = b_new
 
     p_out += i_batch * stride_ob + i_head * GROUP * stride_oh
