@@ -105,7 +105,7 @@ def key_gradients(
         "SIZE": shape.size,
         "BD": shape.padded_size,
         "HAS_POSITIONS": positions is not None,
-        "WIDE": wide,
+        "WIDE": wide or rungs * tokens * shape.group >= 2**31,
         "EXACT": shape.dtype == torch.float32,
     }
     if rungs:
@@ -201,8 +201,6 @@ def rung_grad_kernel(
     o_tile = tl.arange(0, BN)
     o_size = i_part.to(tl.int32) * BP + tl.arange(0, BP)
     m_size = o_size < SIZE
-    o_q = row_starts(o_tile, stride_qt, WIDE)[:, None] + o_size[None, :]
-    o_do = row_starts(o_tile, stride_gt, WIDE)[:, None] + o_size[None, :]
     OWN: tl.constexpr = BN - 1 if SCALED else BN
     first_query = i_block * OWN - past
     SUMS: tl.constexpr = tl.float64 if EXACT else tl.float32
@@ -212,23 +210,27 @@ def rung_grad_kernel(
         b_dk_before = tl.zeros([BN, BP], SUMS)
         b_dv_before = tl.zeros([BN, BP], SUMS)
     for i_group in range(GROUP):
+        p_head_q = p_q + tl.cast(i_group, tl.int64) * stride_qh
+        p_head_do = p_do + tl.cast(i_group, tl.int64) * stride_gh
+        p_head_grads, p_head_weights = p_grads + i_group, p_weights + i_group
         for i_rung in tl.range(0, tl.load(p_set), loop_unroll_factor=UNROLL):
             near = tl.load(p_set + 1 + i_rung)
             first = first_query + near
             m_query = (first + o_tile).to(tl.uint32) < tl.cast(tokens, tl.uint32)
-            p_entry = (tl.cast(i_rung, tl.int64) * tokens + first) * GROUP + i_group
-            b_ds = tl.load(p_grads + p_entry + o_tile * GROUP, mask=m_query, other=0.0).to(tl.float32)
-            b_p = tl.load(p_weights + p_entry + o_tile * GROUP, mask=m_query, other=0.0).to(tl.float32)
-            p_q_tile = p_q + tl.cast(first, tl.int64) * stride_qt + tl.cast(i_group, tl.int64) * stride_qh + o_q
-            p_do_tile = p_do + tl.cast(first, tl.int64) * stride_gt + tl.cast(i_group, tl.int64) * stride_gh + o_do
+            o_entry = (tl.cast(i_rung, tl.int64 if WIDE else tl.int32) * tokens + first + o_tile) * GROUP
+            b_ds = tl.load(p_head_grads + o_entry, mask=m_query, other=0.0).to(tl.float32)
+            b_p = tl.load(p_head_weights + o_entry, mask=m_query, other=0.0).to(tl.float32)
+            # Where there is no query another one's row is read, for its weight is 0: no mask is faster than one.
+            o_query = tl.minimum(tl.maximum(first + o_tile, 0), tokens - 1)
+            p_q_tile = p_head_q + (row_starts(o_query, stride_qt, WIDE)[:, None] + o_size[None, :])
+            p_do_tile = p_head_do + (row_starts(o_query, stride_gt, WIDE)[:, None] + o_size[None, :])
             if SIZE == BD:
-                b_q = tl.load(p_q_tile, mask=m_query[:, None], other=0.0).to(tl.float32)
-                b_do = tl.load(p_do_tile, mask=m_query[:, None], other=0.0).to(tl.float32)
+                b_q = tl.load(p_q_tile).to(tl.float32)
+                b_do = tl.load(p_do_tile).to(tl.float32)
             else:
-                b_q = tl.load(p_q_tile, mask=m_query[:, None] & m_size[None, :], other=0.0).to(tl.float32)
-                b_do = tl.load(p_do_tile, mask=m_query[:, None] & m_size[None, :], other=0.0).to(tl.float32)
+                b_q = tl.load(p_q_tile, mask=m_size[None, :], other=0.0).to(tl.float32)
+                b_do = tl.load(p_do_tile, mask=m_size[None, :], other=0.0).to(tl.float32)
             if SCALED:
-                o_query = first + o_tile
                 b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_query, HAS_POSITIONS)
                 # A document's first key has none before it.
                 b_f = tl.where(b_limit == near, 0.0, tl.load(p_fractions + i_rung))
