@@ -265,7 +265,8 @@ def query_grad_kernel(
     o_compact = (i_batch * kv_heads + i_head) * rungs_stored * tokens
     p_weights += o_compact * GROUP
     p_grads += o_compact * GROUP
-    for first in range(0, columns, C):
+    # Columns of a window alone are a tile or two, of which nothing is worth copying ahead.
+    for first in tl.range(0, columns, C, num_stages=1 if SCALED else None):
         b_shift, b_bits, o_key, m_key = column_keys(p_set, width, first, first_own, keys, NB, BQ, C)
         b_k = load_batches(p_k, o_key, stride_kt, m_key, SIZE, BD, WIDE)
         b_v = load_batches(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)

@@ -18,7 +18,7 @@ Positions. `limit` is how far back a query may look: its own key index, or less 
 A distance exists for it when it is at most the limit; distance 0 always does, so no row is ever empty.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -188,13 +188,6 @@ def fixed_columns(q: Tensor, k: Tensor, window: int, sets: tuple[tuple[int, ...]
 def _fixed_columns(sets: tuple[tuple[int, ...], ...], window: int, batch_queries: int, device: torch.device) -> Columns:
     near = near_columns(window, batch_queries, batch_queries)
     return Columns(column_table(sets, window, batch_queries, device), window, near)
-
-
-def interpolated_columns(
-    q: Tensor, k: Tensor, window: int, rungs: Tensor, fractions: Tensor, factors: Tensor
-) -> Columns:
-    """The window's columns, and beside them rungs between two keys."""
-    return replace(fixed_columns(q, k, window, ((),)), rungs=rungs, fractions=fractions, factors=factors)
 
 
 def fitting_batches(wanted: int, shape: Shape, columns: int, limit: int) -> int:
@@ -435,6 +428,6 @@ def rung_values(p_x, first, C: tl.constexpr, BQ: tl.constexpr):
 
 
 @triton.jit
-def sum_rungs(b_x, RB: tl.constexpr):
-    """The sums over each rung's columns. [NB, ROWS, C] to [NB, ROWS, C // RB]"""
-    return tl.sum(tl.reshape(b_x, [b_x.shape[0], b_x.shape[1], b_x.shape[2] // RB, RB]), 3)
+def sum_rungs(b_x, BQ: tl.constexpr):
+    """The sums over each rung's columns. [NB, ROWS, C] to [NB, ROWS, C // BQ]"""
+    return tl.sum(tl.reshape(b_x, [b_x.shape[0], b_x.shape[1], b_x.shape[2] // BQ, BQ]), 3)

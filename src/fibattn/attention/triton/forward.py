@@ -2,7 +2,8 @@
 
 A wide window's dense tiles come first, nearest first, then the columns (`common.py` says what they are), the
 window's before the rungs': so every row has seen a key, its own, before anything is rescaled. What moves: q
-and the output once, and every column of k and v once for a batch of queries and KV head.
+and the output once, and every column of k and v once (both keys of a rung between two) for a batch of queries and
+KV head.
 """
 
 import torch
@@ -183,7 +184,8 @@ def forward_kernel(
         b_acc = tl.zeros([NB, ROWS, BD], tl.float32)
 
     b_q = query_batches(p_q, o_query, o_group, stride_qt, stride_qh, m_row, SIZE, BD, WIDE)
-    for first in range(0, columns, C):
+    # Columns of a window alone are a tile or two, of which nothing is worth copying ahead.
+    for first in tl.range(0, columns, C, num_stages=1 if SCALED else None):
         b_shift, b_bits, o_key, m_key = column_keys(p_set, width, first, first_own, keys, NB, BQ, C)
         b_k = load_batches(p_k, o_key, stride_kt, m_key, SIZE, BD, WIDE)
         b_v = load_batches(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)

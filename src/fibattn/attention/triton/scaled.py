@@ -7,6 +7,7 @@ dot products.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -16,13 +17,22 @@ from torch import Tensor
 
 from fibattn.attention.triton import common
 from fibattn.attention.triton.backward import backward
-from fibattn.attention.triton.common import interpolated_columns
+from fibattn.attention.triton.common import Columns, fixed_columns
 from fibattn.attention.triton.decode import decode
 from fibattn.attention.triton.forward import forward
 from fibattn.errors import InputError
 
 UNREACHABLE = tl.constexpr(common.UNREACHABLE)
 _EXACT = 2**53
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The kept rungs of a scale, on the device: their number and near offsets, fractions, and the rungs themselves."""
+
+    table: Tensor
+    fractions: Tensor
+    factors: Tensor
 
 
 def scaled_forward(
@@ -37,7 +47,7 @@ def scaled_forward(
     max_offset: int,
 ) -> tuple[Tensor, Tensor]:
     """Output like q, and the natural log-sum-exp (B, Hq, Tq)."""
-    columns = interpolated_columns(q, k, window, *resolve(alpha, tuple(rungs), window, max_offset))
+    columns = interpolated_columns(q, k, window, resolve(alpha, tuple(rungs), window, max_offset))
     return forward(q, k, v, positions, scale, columns)
 
 
@@ -57,9 +67,9 @@ def scaled_backward(
     max_offset: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and alpha."""
-    table, *interpolated = resolve(alpha, tuple(rungs), window, max_offset)
-    columns = interpolated_columns(q, k, window, table, *interpolated)
-    inputs = (grad_out, grad_lse, out, lse, q, k, v, positions, scale, columns, table)
+    found = resolve(alpha, tuple(rungs), window, max_offset)
+    columns = interpolated_columns(q, k, window, found)
+    inputs = (grad_out, grad_lse, out, lse, q, k, v, positions, scale, columns, found.table)
     dq, dk, dv, partial = backward(*inputs)
     assert partial is not None
     return dq, dk, dv, partial.sum(dtype=torch.float64).to(alpha.dtype).reshape(alpha.shape)
@@ -80,9 +90,15 @@ def scaled_decode(
     max_offset: int,
 ) -> Tensor:
     """Output like q; writes k and v into the rings."""
-    table, fractions, _ = resolve(alpha, tuple(rungs), window, max_offset)
+    found = resolve(alpha, tuple(rungs), window, max_offset)
     cached = (q, k_cache, v_cache, k, v, cache_positions, positions)
-    return decode(*cached, scale, window, table, fractions)
+    return decode(*cached, scale, window, found.table, found.fractions)
+
+
+def interpolated_columns(q: Tensor, k: Tensor, window: int, found: Resolved) -> Columns:
+    """The window's columns, and beside them the rungs."""
+    near = fixed_columns(q, k, window, ((),))
+    return replace(near, rungs=found.table, fractions=found.fractions, factors=found.factors)
 
 
 @cache
@@ -90,11 +106,8 @@ def _rung_table(rungs: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(rungs, dtype=torch.float64).to(device)
 
 
-def resolve(alpha: Tensor, rungs: tuple[int, ...], window: int, max_offset: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The kept rungs of a scale, as `fibattn.pattern.interpolate` gives them, without a word to the host.
-
-    Near offsets as `common.offset_table` gives them, how far beyond these the rungs are, and the rungs (R,) float32.
-    """
+def resolve(alpha: Tensor, rungs: tuple[int, ...], window: int, max_offset: int) -> Resolved:
+    """The kept rungs of a scale, as `fibattn.pattern.interpolate` gives them, without a word to the host."""
     if rungs and rungs[-1] >= _EXACT:
         raise InputError(f"the last rung is {rungs[-1]}; rungs must be below {_EXACT}")
     base = _rung_table(rungs, alpha.device)
@@ -105,7 +118,7 @@ def resolve(alpha: Tensor, rungs: tuple[int, ...], window: int, max_offset: int)
     resolve_kernel[(1,)](
         *(alpha, base, table, fractions, factors, len(rungs), window, max_offset), SIZE=size, num_warps=1
     )
-    return table[:, : 1 + len(rungs)], fractions, factors
+    return Resolved(table[:, : 1 + len(rungs)], fractions, factors)
 
 
 @triton.jit(do_not_specialize=["rungs", "window", "max_offset"])
