@@ -28,6 +28,7 @@ from fibattn.attention.triton.common import (
     query_batches,
     query_limit,
     query_rows,
+    row_products,
     row_starts,
     rung_keys,
     rung_mask,
@@ -52,7 +53,8 @@ def query_tiles_for(shape: Shape, columns: Columns) -> Tiles:
         return Tiles(common.fitting_batches(2, shape, keys, 2**14), 16, near=16, warps=2, stages=1)
     if columns.dense:
         return Tiles(common.fitting_batches(4, shape, keys, 2**14), 16, near=32, warps=4, stages=2)
-    return Tiles(1, 16, near=32, warps=1, stages=2 if shape.padded_size <= 64 or columns.scaled else 3)
+    wide = shape.padded_size > 64 and not columns.scaled
+    return Tiles(1, 32 if wide else 16, near=32, warps=1, stages=2)
 
 
 def backward(
@@ -270,8 +272,8 @@ def query_grad_kernel(
         b_shift, b_bits, o_key, m_key = column_keys(p_set, width, first, first_own, keys, NB, BQ, C)
         b_k = load_batches(p_k, o_key, stride_kt, m_key, SIZE, BD, WIDE)
         b_v = load_batches(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)
-        b_s = tl.dot(b_q, tl.permute(b_k, (0, 2, 1)), input_precision="ieee")
-        b_dp = tl.dot(b_do, tl.permute(b_v, (0, 2, 1)), input_precision="ieee")
+        b_s = row_products(b_q, b_k, EXACT)
+        b_dp = row_products(b_do, b_v, EXACT)
         m_entry = column_mask(b_shift, b_bits, b_limit, o_key, ROWS, GP, HAS_POSITIONS)
         b_p = tl.where(m_entry, softmax_weights(b_s * scale_scores, b_lse[:, :, None], EXACT), 0.0)
         if DELTA == SUMMED:
@@ -298,10 +300,10 @@ def query_grad_kernel(
             b_k_far = load_batches(p_k, o_far, stride_kt, m_key, SIZE, BD, WIDE)
             b_v_far = load_batches(p_v, o_far, stride_vt, m_key, SIZE, BD, WIDE)
             b_fraction = rung_values(p_fractions, first, C, BQ)[None, None, :]
-            b_s = tl.dot(b_q, tl.permute(b_k, (0, 2, 1)), input_precision="ieee")
-            b_dp = tl.dot(b_do, tl.permute(b_v, (0, 2, 1)), input_precision="ieee")
-            b_s_slope = tl.dot(b_q, tl.permute(b_k_far, (0, 2, 1)), input_precision="ieee") - b_s
-            b_dp_slope = tl.dot(b_do, tl.permute(b_v_far, (0, 2, 1)), input_precision="ieee") - b_dp
+            b_s = row_products(b_q, b_k, EXACT)
+            b_dp = row_products(b_do, b_v, EXACT)
+            b_s_slope = row_products(b_q, b_k_far, EXACT) - b_s
+            b_dp_slope = row_products(b_do, b_v_far, EXACT) - b_dp
             b_s += b_fraction * b_s_slope
             b_dp += b_fraction * b_dp_slope
             b_p = softmax_weights(b_s * scale_scores, b_lse[:, :, None], EXACT)
@@ -392,10 +394,10 @@ def dense_window_grad(
         m_key = (o_key >= 0) & (o_key < keys)
         b_k = load_rows(p_k, o_key, stride_kt, m_key, SIZE, BD, WIDE)
         b_v = load_rows(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_scores
+        b_s = row_products(b_q, b_k, EXACT) * scale_scores
         b_p = softmax_weights(b_s, b_lse[:, None], EXACT)
         b_p = tl.where(near_mask(o_query + past, b_limit, o_key, window), b_p, 0.0)
-        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
+        b_dp = row_products(b_do, b_v, EXACT)
         b_total += tl.sum(b_p * b_dp, 1)
         b_weight += tl.sum(b_p, 1)
         b_ds = b_p * ((b_dp - b_delta[:, None]) + b_lse_grad[:, None])

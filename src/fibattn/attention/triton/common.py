@@ -276,6 +276,33 @@ def softmax_weights(b_s, b_lse, EXACT: tl.constexpr):
 
 
 @triton.jit
+def row_products(b_x, b_y, EXACT: tl.constexpr):
+    """Products of all rows of [..., R, BD] and [..., C, BD]. [..., R, C]
+
+    float32 is summed in parts of 16 and these in pairs: one long sum is rounded more than PyTorch's.
+    """
+    if EXACT and b_x.shape[-1] > 16:
+        b_x_even, b_x_odd = tl.split(in_pairs(b_x))
+        b_y_even, b_y_odd = tl.split(in_pairs(b_y))
+        b_products = row_products(b_x_even, b_y_even, EXACT) + row_products(b_x_odd, b_y_odd, EXACT)
+    elif len(b_x.shape) == 3:
+        b_products = tl.dot(b_x, tl.permute(b_y, (0, 2, 1)), input_precision="ieee")
+    else:
+        b_products = tl.dot(b_x, tl.trans(b_y), input_precision="ieee")
+    return b_products
+
+
+@triton.jit
+def in_pairs(b_x):
+    """The rows' elements two by two. [..., BD] to [..., BD // 2, 2]"""
+    if len(b_x.shape) == 3:
+        b_pairs = tl.reshape(b_x, [b_x.shape[0], b_x.shape[1], b_x.shape[2] // 2, 2])
+    else:
+        b_pairs = tl.reshape(b_x, [b_x.shape[0], b_x.shape[1] // 2, 2])
+    return b_pairs
+
+
+@triton.jit
 def near_mask(o_own, b_limit, o_key, window):
     """Which keys of a dense tile are in each row's window. [BR, BN]"""
     b_distance = o_own[:, None] - o_key[None, :]

@@ -30,6 +30,7 @@ from fibattn.attention.triton.common import (
     query_batches,
     query_limit,
     query_rows,
+    row_products,
     row_starts,
     rung_keys,
     rung_mask,
@@ -189,7 +190,7 @@ def forward_kernel(
         b_shift, b_bits, o_key, m_key = column_keys(p_set, width, first, first_own, keys, NB, BQ, C)
         b_k = load_batches(p_k, o_key, stride_kt, m_key, SIZE, BD, WIDE)
         b_v = load_batches(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)
-        b_s = tl.dot(b_q, tl.permute(b_k, (0, 2, 1)), input_precision="ieee")
+        b_s = row_products(b_q, b_k, EXACT)
         m_entry = column_mask(b_shift, b_bits, b_limit, o_key, ROWS, GP, HAS_POSITIONS)
         b_s = tl.where(m_entry, b_s * scale_scores, -float("inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 2))
@@ -210,8 +211,8 @@ def forward_kernel(
             b_k_far = load_batches(p_k, o_far, stride_kt, m_key, SIZE, BD, WIDE)
             b_v_far = load_batches(p_v, o_far, stride_vt, m_key, SIZE, BD, WIDE)
             b_fraction = rung_values(p_fractions, first, C, BQ)[None, None, :]
-            b_s = tl.dot(b_q, tl.permute(b_k, (0, 2, 1)), input_precision="ieee")
-            b_s_far = tl.dot(b_q, tl.permute(b_k_far, (0, 2, 1)), input_precision="ieee")
+            b_s = row_products(b_q, b_k, EXACT)
+            b_s_far = row_products(b_q, b_k_far, EXACT)
             b_s += b_fraction * (b_s_far - b_s)
             b_s = tl.where(rung_mask(m_key, ROWS, GP, BQ), b_s * scale_scores, -float("inf"))
             b_new = tl.maximum(b_max, tl.max(b_s, 2))
@@ -278,7 +279,7 @@ def dense_window(
         m_key = (o_key >= 0) & (o_key < keys)
         b_k = load_rows(p_k, o_key, stride_kt, m_key, SIZE, BD, WIDE)
         b_v = load_rows(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_scores
+        b_s = row_products(b_q, b_k, EXACT) * scale_scores
         b_s = tl.where(near_mask(o_query + past, b_limit, o_key, window), b_s, -float("inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1))
         b_p = power(b_s - b_new[:, None], EXACT)

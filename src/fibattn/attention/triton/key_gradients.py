@@ -25,6 +25,7 @@ from fibattn.attention.triton.common import (
     place,
     query_limit,
     query_rows,
+    row_products,
     row_starts,
     score_scale,
     softmax_weights,
@@ -69,7 +70,7 @@ def window_tiles_for(shape: Shape, window: int) -> WindowTiles:
     """Tile sizes of the kernel for the window: a wide one wants large tiles, a narrow one programs of one warp."""
     small = shape.padded_size <= 64
     if shape.dtype == torch.float32:
-        return WindowTiles(keys=32 if small else 16, rows=32, warps=4, stages=1)
+        return WindowTiles(keys=32 if small else 16, rows=32 if shape.padded_size <= 128 else 16, warps=4, stages=1)
     if shape.padded_size > 128:
         return WindowTiles(keys=16, rows=16, warps=4, stages=1)
     if window > common.WIDEST_NEAR:
@@ -338,10 +339,10 @@ def window_grad_kernel(
         b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row, HAS_POSITIONS)
         b_distance = (o_query + past)[None, :] - o_key[:, None]
         m_entry = (b_distance >= 0) & (b_distance <= window) & (b_distance <= b_limit[None, :])
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale_scores
+        b_s = row_products(b_k, b_q, EXACT) * scale_scores
         b_p = tl.where(m_entry, softmax_weights(b_s, b_lse[None, :], EXACT), 0.0)
         b_dv = add_product(b_dv, b_p.to(b_do.dtype), b_do)
-        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
+        b_dp = row_products(b_v, b_do, EXACT)
         b_dp -= b_delta[None, :]
         if HAS_GRAD_LSE:
             b_dp += tl.load(p_grad_lse + o_lse, mask=m_row, other=0.0).to(tl.float32)[None, :]
