@@ -40,7 +40,7 @@ WARM, TIMED, PROFILED = 12, 40, 3
 GROUPS = (
     (
         "attention",
-        ("forward_kernel", "query_grad", "rung_grad", "window_grad", "resolve", "alpha_grad", "fmha", "flash"),
+        ("forward_kernel", "query_grad", "rung_grad", "window_grad", "resolve", "fmha", "flash"),
     ),
     ("attention", ("cudnn_generated", "sdpa")),
     ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "sm90_")),

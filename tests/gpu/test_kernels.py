@@ -234,23 +234,17 @@ def test_rungs_are_resolved_as_in_the_pattern():
     common = importlib.import_module("fibattn.attention.triton.common")
     for alpha in [*torch.linspace(0.4, 1.6, 241, dtype=torch.float64).tolist(), 0.7, 1.3125, 1.1875]:
         for max_offset in (ops.NO_LIMIT, 400):
-            found = scaled.resolve(torch.tensor(alpha, dtype=torch.float64, device="cuda"), RUNGS, 12, max_offset, 4)
+            found = scaled.resolve(torch.tensor(alpha, dtype=torch.float64, device="cuda"), RUNGS, 12, max_offset)
             right = interpolate(RUNGS, alpha, 12, max_offset)
             count = int(found.table[0, 0])
             assert found.table[0, 1 : 1 + count].tolist() == [rung.near for rung in right]
-            assert found.kept[:count].tolist() == [RUNGS[rung.index] for rung in right]
+            assert found.factors[:count].tolist() == [RUNGS[rung.index] for rung in right]
             exact = torch.tensor([rung.fraction for rung in right]).float()
             assert found.fractions[:count].tolist() == exact.tolist()
-            # Of a rung's eight columns, column u is the far key of query u and the near key of query u - 1.
-            columns, near = found.columns, found.columns.near
-            assert int(columns.table[0, 0]) == near + 8 * count
-            shifts = columns.table[0, 1 + near : 1 + near + 8 * count].view(count, 8)
-            right_shifts = [[rung.near + 1 - u for u in range(5)] + [common.UNREACHABLE] * 3 for rung in right]
-            assert shifts.tolist() == right_shifts
-            assert columns.fractions[near : near + 8 * count].view(count, 8)[:, 0].tolist() == exact.tolist()
-            bits = columns.table[0, 1 + columns.width :]
-            assert [common.near_column(12, 4, c)[1] for c in range(near)] == bits[:near].tolist()
-            assert not bits[near:].any()
+            # The kernels' tiles read past the last rung, where there must be no key.
+            past = found.table.as_strided((common.MOST_RUNGS,), (1,), 1 + count)
+            assert (past == common.UNREACHABLE).all()
+            assert (found.fractions[count : count + common.MOST_RUNGS] == 0).all()
 
 
 def test_learned_scale_with_documents():
