@@ -279,12 +279,14 @@ def softmax_weights(b_s, b_lse, EXACT: tl.constexpr):
 def row_products(b_x, b_y, EXACT: tl.constexpr):
     """Products of all rows of [..., R, BD] and [..., C, BD]. [..., R, C]
 
-    float32 is summed in parts of 16 and these in pairs: one long sum is rounded more than PyTorch's.
+    float32 is summed in parts of 16 and these in pairs: one long sum is rounded more often than PyTorch's. The pairs
+    are added in float64, or the compiler would make one long sum of two products that are added.
     """
     if EXACT and b_x.shape[-1] > 16:
         b_x_even, b_x_odd = tl.split(in_pairs(b_x))
         b_y_even, b_y_odd = tl.split(in_pairs(b_y))
-        b_products = row_products(b_x_even, b_y_even, EXACT) + row_products(b_x_odd, b_y_odd, EXACT)
+        b_even = row_products(b_x_even, b_y_even, EXACT).to(tl.float64)
+        b_products = (b_even + row_products(b_x_odd, b_y_odd, EXACT).to(tl.float64)).to(tl.float32)
     elif len(b_x.shape) == 3:
         b_products = tl.dot(b_x, tl.permute(b_y, (0, 2, 1)), input_precision="ieee")
     else:

@@ -54,16 +54,14 @@ class WindowTiles:
 
 
 def rung_tiles_for(shape: Shape, scaled: bool) -> RungTiles:
-    """Tile sizes of the kernel for the rungs: many keys share rows, where a row is long enough to pay for it."""
+    """Tile sizes of the kernel for the rungs: neighbouring rungs share the rows of many keys."""
     part = min(shape.padded_size, 64)
     if shape.dtype == torch.float32:
         return RungTiles(keys=32, part=part, unroll=1, warps=4)
     if scaled:
         keys = 64 if shape.padded_size <= 64 else 128
         return RungTiles(keys, part, unroll=1, warps=keys // 8)
-    if shape.padded_size <= 64:
-        return RungTiles(keys=64, part=shape.padded_size, unroll=2, warps=4)
-    return RungTiles(keys=256, part=64, unroll=1, warps=16)
+    return RungTiles(keys=256, part=part, unroll=2, warps=16)
 
 
 def window_tiles_for(shape: Shape, window: int) -> WindowTiles:
