@@ -18,8 +18,11 @@ Positions. `limit` is how far back a query may look: its own key index, or less 
 A distance exists for it when it is at most the limit; distance 0 always does, so no row is ever empty.
 """
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -103,6 +106,16 @@ def _shape(size: int, group: int, dtype: torch.dtype) -> Shape:
     return Shape(group, padded, size, triton.next_power_of_2(size), rows // padded, rows, dtype)
 
 
+def kept_on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A small tensor for good, for a cache.
+
+    It is made in a thread of its own: when `torch.compile` prepares a CUDA graph, what this thread allocates lies in
+    the graph's memory and is written over with every replay.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(lambda: torch.tensor(values, dtype=dtype).to(device)).result()
+
+
 @cache
 def offset_table(sets: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
     """Offsets on the device, int32 (sets, 1 + most rungs): their number, then the offsets.
@@ -111,7 +124,7 @@ def offset_table(sets: tuple[tuple[int, ...], ...], device: torch.device) -> Ten
     """
     width = max(map(len, sets))
     rows = [[len(one), *(min(d, UNREACHABLE) for d in one), *[UNREACHABLE] * (width - len(one))] for one in sets]
-    return torch.tensor(rows, dtype=torch.int32).to(device)
+    return kept_on_device(rows, torch.int32, device)
 
 
 def near_columns(window: int, batch_queries: int, multiple: int) -> int:
@@ -135,7 +148,7 @@ def column_table(sets: tuple[tuple[int, ...], ...], window: int, batch_queries: 
     width = columns_width(max(map(len, rows)))
     padded = [row + [(UNREACHABLE, 0)] * (width - len(row)) for row in rows]
     table = [[len(row), *(c[0] for c in full), *(c[1] for c in full)] for row, full in zip(rows, padded, strict=True)]
-    return torch.tensor(table, dtype=torch.int32).to(device)
+    return kept_on_device(table, torch.int32, device)
 
 
 def columns_width(columns: int) -> int:

@@ -103,7 +103,7 @@ def interpolated_columns(q: Tensor, k: Tensor, window: int, found: Resolved) -> 
 
 @cache
 def _rung_table(rungs: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(rungs, dtype=torch.float64).to(device)
+    return common.kept_on_device(rungs, torch.float64, device)
 
 
 def resolve(alpha: Tensor, rungs: tuple[int, ...], window: int, max_offset: int) -> Resolved:
