@@ -10,8 +10,8 @@ from torch import Tensor
 
 Work = Callable[[], object]
 
-_SHORT = 2000.0
-"""Microseconds below which the launches of a GPU's work would be measured rather than the work."""
+_SHORT = 20_000.0
+"""Microseconds below which launches, slow on a busy host, could be measured rather than the work."""
 _CACHE_BYTES = 2**28
 
 
