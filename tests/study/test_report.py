@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from browser import Browser
 from fibattn import InputError, files
 from fibattn.study.findings import own_goals, papers_findings
 from fibattn.study.probe_tables import other_probes, retrieval_table
-from fibattn.study.report import write_report
+from fibattn.study.report import insert_tables, write_report
 from fibattn.study.results import Group, Model, Results, paper
 from fibattn.study.runner import Job
 from fibattn.study.store import Store
@@ -182,6 +183,22 @@ def test_probes_are_shown(job: Job, tmp_path: Path) -> None:
     assert lego.title == "LEGO over Z/2: dense"
     assert "The paper: 0.47-0.51" in lego.note
     assert '<figure id="recall">' in write_report(tmp_path).read_text()
+
+
+def test_the_documentation_has_the_tables_of_the_results(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    results, document = tmp_path / "results", tmp_path / "results.md"
+    shutil.copytree(root / "results", results, ignore=shutil.ignore_patterns("report", "index.sqlite", "work", "data"))
+    shutil.copy(root / "docs" / "results.md", document)
+    write_report(results)
+    insert_tables(results, document)
+    assert document.read_text() == (root / "docs" / "results.md").read_text()
+
+
+def test_a_document_without_a_place_for_the_tables_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.md").write_text("# Notes\n")
+    with pytest.raises(InputError, match=r"notes\.md has no line '<!-- written by fibattn report --into -->'"):
+        insert_tables(tmp_path, tmp_path / "notes.md")
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:

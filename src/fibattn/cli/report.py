@@ -15,11 +15,15 @@ class Arguments:
 
     results: Annotated[Path, tyro.conf.Positional] = Path("results")
     """The folder that `fibattn study` wrote."""
+    into: Path | None = None
+    """A Markdown document to put the tables into, after its line <!-- written by fibattn report --into -->."""
 
 
 def run(arguments: list[str]) -> None:
     """Write the report and say where it is."""
     chosen = parse(Arguments, arguments, "fibattn report")
-    from fibattn.study.report import write_report
+    from fibattn.study.report import insert_tables, write_report
 
     print(f"the report is in {write_report(chosen.results)}")
+    if chosen.into is not None:
+        insert_tables(chosen.results, chosen.into)

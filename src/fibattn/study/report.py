@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fibattn import files
+from fibattn.errors import InputError
 from fibattn.progress import quantity
 from fibattn.study import charts
 from fibattn.study.findings import Finding, own_goals, papers_findings
@@ -21,6 +22,9 @@ from fibattn.study.tables import (
     papers_tables,
     provenance,
 )
+
+MARK = "<!-- written by fibattn report --into -->"
+"""Stands in a document before the tables."""
 
 _CAPTIONS = {
     "extrapolation": "Perplexity in longer and longer windows of the same text, against dense at the training length. "
@@ -67,6 +71,20 @@ def write_report(folder: Path) -> Path:
         failed=failed,
         provenance=about,
     )
+
+
+def insert_tables(folder: Path, document: Path) -> None:
+    """Put the tables of `folder`'s report into a Markdown document, in place of all that follows its `MARK`.
+
+    Raises:
+        InputError: when there is no such line in the document.
+    """
+    text = document.read_text(encoding="utf-8") if document.is_file() else ""
+    head, mark, _ = text.partition(MARK)
+    if not mark:
+        raise InputError(f"{document} has no line {MARK!r}; put it where the tables shall begin")
+    tables = (folder / "report" / "tables.md").read_text(encoding="utf-8")
+    files.write_text(document, f"{head}{MARK}\n\n{tables}")
 
 
 def _figures(results: Results, out: Path) -> dict[str, dict[str, Any]]:
