@@ -1,10 +1,10 @@
 """Time a training step of the paper's 60 M-parameter model under the project's own trainer, and say where it goes.
 
-    PYTHONPATH=src python benchmarks/training_step.py [--models dense stagger ...] [--json FILE]
+    PYTHONPATH=src python benchmarks/training_step.py [--models dense stagger ...] [--length 1024] [--json FILE]
 
-Real steps of `fibattn.training.trainer.FibTrainer`: 32 windows of 1,024 tokens, bf16 autocast, compiled. The tokens
-are random; their values do not change the time. A step's milliseconds are sorted by what the GPU did, from
-PyTorch's profiler over three steps; "idle" is the rest of the step.
+Real steps of `fibattn.training.trainer.FibTrainer`: 32,768 tokens in windows of `--length`, or one longer window; bf16
+autocast, compiled. The tokens are random; their values do not change the time. A step's milliseconds are sorted by
+what the GPU did, from PyTorch's profiler over three steps; "idle" is the rest of the step.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 from fibattn.data.shards import write_shard
 from fibattn.data.stream import TokenStream
 from fibattn.data.windows import TrainingWindows
-from fibattn.training.recipe import PRESETS, ModelRecipe
+from fibattn.training.recipe import PRESETS, ModelRecipe, Recipe
 from fibattn.training.run import build_model
 from fibattn.training.trainer import FibTrainer
 
@@ -34,9 +34,10 @@ MODELS = {
     "dense": ModelRecipe(attention="full"),
     "stagger": ModelRecipe(clip_offsets=False),
     "learned": ModelRecipe(schedule="learned", clip_offsets=False),
-    "hybrid": ModelRecipe(window=128, full_layers=(7, 15), full_layers_rope=False),
+    "hybrid": PRESETS["hybrid"].model,
 }
 WARM, TIMED, PROFILED = 12, 40, 3
+STEP_TOKENS = 32_768
 GROUPS = (
     (
         "attention",
@@ -81,14 +82,20 @@ class Clock(TrainerCallback):
                 self.kernels[event.key] += event.self_device_time_total / PROFILED / 1000
 
 
-def run(model: ModelRecipe, folder: Path) -> Clock:
+def recipe_of(model: ModelRecipe, length: int) -> Recipe:
+    """A short run of the paper's recipe."""
+    windows = max(STEP_TOKENS // length, 1)
+    size = {"length": length, "windows_per_step": windows, "micro_batch": windows}
+    return replace(PRESETS["paper"], model=model, steps=WARM + TIMED + PROFILED, save_every=10**6, **size)
+
+
+def run(recipe: Recipe, folder: Path) -> Clock:
     """Train a little."""
-    steps = WARM + TIMED + PROFILED
-    recipe = replace(PRESETS["paper"], out=folder, model=model, steps=steps, log_every=10, save_every=10**6)
+    recipe = replace(recipe, out=folder)
     rng = np.random.default_rng(0)
     tokens = rng.integers(2, 32_768, 2**20).astype(np.uint16)
     write_shard(folder / "train.bin", [tokens], np.ones(32_768, np.uint16), np.dtype(np.uint16), 2**20, None)
-    starts = rng.integers(0, 2**20 - 1025, steps * recipe.windows_per_step)
+    starts = rng.integers(0, 2**20 - recipe.length - 1, recipe.steps * recipe.windows_per_step)
     windows = TrainingWindows(TokenStream([folder / "train.bin"]), starts, recipe.length)
     clock = Clock()
     trainer = FibTrainer(build_model(recipe, 32_768, 0), recipe, windows, 1)
@@ -107,23 +114,25 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--kernels", type=int, default=0, help="how many single kernels to name")
     arguments = parser.parse_args()
     versions = f"torch {torch.__version__}, Triton {triton.__version__}, Transformers {transformers.__version__}"
     print(f"{torch.cuda.get_device_name()}, {versions}")
-    results = {"device": torch.cuda.get_device_name(), "versions": versions, "models": {}}
+    results = {"device": torch.cuda.get_device_name(), "versions": versions, "length": arguments.length, "models": {}}
     for name in arguments.models:
+        recipe = recipe_of(MODELS[name], arguments.length)
         with tempfile.TemporaryDirectory() as folder:
-            clock = run(MODELS[name], Path(folder))
-        step = statistics.median(clock.times)
+            clock = run(recipe, Path(folder))
+        step, tokens = statistics.median(clock.times), recipe.windows_per_step * recipe.length
         groups: Counter[str] = Counter()
         for kernel, milliseconds in clock.kernels.items():
             groups[group_of(kernel)] += milliseconds
         groups["idle"] = step - sum(groups.values())
-        results["models"][name] = {"ms": step, "tokens_per_second": 32_768_000 / step, "groups": dict(groups)}
+        results["models"][name] = {"ms": step, "tokens_per_second": 1000 * tokens / step, "groups": dict(groups)}
         parts = ", ".join(f"{group} {milliseconds:.1f}" for group, milliseconds in groups.most_common())
-        print(f"{name}: {step:.1f} ms a step, {32_768 / step:,.0f} k tokens/s ({parts})", flush=True)
+        print(f"{name}: {step:.1f} ms a step, {tokens / step:,.0f} k tokens/s ({parts})", flush=True)
         for kernel, milliseconds in clock.kernels.most_common(arguments.kernels):
             print(f"    {milliseconds:7.2f}  {group_of(kernel):<24} {kernel[:100]}", flush=True)
         torch._dynamo.reset()

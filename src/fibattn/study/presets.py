@@ -126,7 +126,7 @@ def _hybrid(name: str, run: Run, layers: tuple[int, ...]) -> Run:
 _full = replace(PRESETS["paper"], save_every=2000, keep_checkpoints=1)
 
 DENSE = Run("dense", ModelRecipe(attention="full"), rope_scaling=("yarn", "linear"))
-HYBRID = _hybrid("hybrid", _stagger(128), (7, 15))
+HYBRID = Run("hybrid", PRESETS["hybrid"].model)
 """The project's default recipe: linear stagger, W = 128, two full-attention layers without RoPE."""
 
 _KINDS: tuple[tuple[Schedule, Base], ...] = (
