@@ -15,8 +15,10 @@ from typing import Any
 import torch
 import triton
 
-from fibattn.attention.triton.common import Tiles, fixed_columns, offset_table, shape_of
+from fibattn.attention.triton.columns import fixed_columns, offset_table
 from fibattn.attention.triton.key_gradients import RungTiles, WindowTiles
+from fibattn.attention.triton.launch import Tiles
+from fibattn.attention.triton.shape import shape_of
 from fibattn.bench.cases import SHAPES, Case
 
 FORWARD, BACKWARD, KEYS = (

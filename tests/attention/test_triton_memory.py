@@ -4,7 +4,6 @@ Compute capability 8.6 stands for the GPUs with the least. The largest tiles of 
 many query heads a KV head, dense windows, rungs between two keys.
 """
 
-import importlib
 from typing import Any
 
 import pytest
@@ -15,16 +14,17 @@ triton = pytest.importorskip("triton", reason="Triton is not installed (pip inst
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from fibattn.attention.triton import backward, forward, key_gradients  # noqa: E402
+from fibattn.attention.triton.columns import Columns  # noqa: E402
+from fibattn.attention.triton.launch import row_options  # noqa: E402
+from fibattn.attention.triton.shape import shape_of  # noqa: E402
+
 SMALL_GPU, SHARED_MEMORY = 86, 101_376
 POINTERS = dict.fromkeys(("p_positions", "p_table", "p_rungs"), "i32")
 POINTERS |= dict.fromkeys(("p_fractions", "p_factors", "p_grad_lse"), "fp32")
-common, forward, backward, key_gradients = (
-    importlib.import_module(f"fibattn.attention.triton.{room}")
-    for room in ("common", "forward", "backward", "key_gradients")
-)
 
 
-def shared_memory(kernel: Any, sizes: dict[str, Any], dtype: str, absent: set[str], tiles: Any) -> int:
+def shared_memory(kernel: Any, sizes: dict[str, Any], dtype: str, absent: set[str]) -> int:
     """Bytes that a kernel compiled for the small GPU asks for."""
     pointers = POINTERS | dict.fromkeys(("p_lse", "p_delta", "p_partial"), "fp64" if dtype == "fp32" else "fp32")
     signature, constants = {}, {}
@@ -41,7 +41,7 @@ def shared_memory(kernel: Any, sizes: dict[str, Any], dtype: str, absent: set[st
         if signature[name].startswith("*") or (name.startswith("stride_") and name[7:] not in ("set", "positions"))
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    options = {name: sizes[name] for name in ("num_warps", "num_stages")}
     return triton.compile(source, target=GPUTarget("cuda", SMALL_GPU, 32), options=options).metadata.shared
 
 
@@ -58,22 +58,21 @@ def shared_memory(kernel: Any, sizes: dict[str, Any], dtype: str, absent: set[st
     ],
 )
 def test_kernels_fit_a_small_gpu(dtype: torch.dtype, size: int, group: int, dense: bool, scaled: bool) -> None:
-    shape, word = common._shape(size, group, dtype), "fp32" if dtype == torch.float32 else "bf16"
+    q, k = (torch.empty(1, 1, heads, size, dtype=dtype, device="meta") for heads in (group, 1))
+    shape, word = shape_of(q, k), "fp32" if dtype == torch.float32 else "bf16"
     window = 128 if dense else 12
     rungs = torch.zeros(1, 1) if scaled else None
-    columns = common.Columns(torch.zeros(1, 1), window, 0 if dense else 64, rungs)
-    exact = dtype == torch.float32
-    sizes = {"GROUP": group, "GP": shape.padded_group, "SIZE": size, "BD": shape.padded_size, "BQ": shape.batch_queries}
-    sizes |= {"ROWS": shape.rows, "DENSE": dense, "SCALED": scaled, "EXACT": exact, "WIDE": False}
-    sizes |= {"HAS_POSITIONS": False, "HAS_GRAD_LSE": False, "AFTER_RUNGS": True}
-    sizes["DELTA"] = (backward.GIVEN if exact else backward.FROM_OUTPUT).value
+    columns = Columns(torch.zeros(1, 1), window, 0 if dense else 64, rungs)
+    delta = backward.GIVEN if shape.exact else backward.FROM_OUTPUT
+    others = {"HAS_GRAD_LSE": False, "AFTER_RUNGS": True, "DELTA": delta.value}
     absent = {"p_positions", "p_grad_lse"} | (set() if scaled else {"p_rungs", "p_fractions", "p_factors", "p_partial"})
     for kernel, tiles in (
         (forward.forward_kernel, forward.tiles_for(shape, columns)),
         (backward.query_grad_kernel, backward.query_tiles_for(shape, columns)),
     ):
-        row = {"NB": tiles.batches, "C": tiles.columns, "BN": max(tiles.near, tiles.batches * shape.batch_queries)}
-        assert shared_memory(kernel, sizes | row, word, absent, tiles) <= SHARED_MEMORY
+        sizes = others | row_options(shape, tiles, columns, None, wide=False)
+        assert shared_memory(kernel, sizes, word, absent) <= SHARED_MEMORY
     tiles = key_gradients.window_tiles_for(shape, window)
-    row = {"BN": tiles.keys, "BR": max(tiles.rows, shape.padded_group)}
-    assert shared_memory(key_gradients.window_grad_kernel, sizes | row, word, absent, tiles) <= SHARED_MEMORY
+    sizes |= {"BN": tiles.keys, "BR": max(tiles.rows, shape.padded_group)}
+    sizes |= {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    assert shared_memory(key_gradients.window_grad_kernel, sizes, word, absent) <= SHARED_MEMORY

@@ -230,8 +230,9 @@ def test_the_gradient_of_the_scale(alpha, dtype):
 
 
 def test_rungs_are_resolved_as_in_the_pattern():
-    scaled = importlib.import_module("fibattn.attention.triton.scaled")
-    common = importlib.import_module("fibattn.attention.triton.common")
+    scaled, columns, shape = (
+        importlib.import_module(f"fibattn.attention.triton.{room}") for room in ("scaled", "columns", "shape")
+    )
     for alpha in [*torch.linspace(0.4, 1.6, 241, dtype=torch.float64).tolist(), 0.7, 1.3125, 1.1875]:
         for max_offset in (ops.NO_LIMIT, 400):
             found = scaled.resolve(torch.tensor(alpha, dtype=torch.float64, device="cuda"), RUNGS, 12, max_offset)
@@ -242,9 +243,9 @@ def test_rungs_are_resolved_as_in_the_pattern():
             exact = torch.tensor([rung.fraction for rung in right]).float()
             assert found.fractions[:count].tolist() == exact.tolist()
             # The kernels' tiles read past the last rung, where there must be no key.
-            past = found.table.as_strided((common.MOST_RUNGS,), (1,), 1 + count)
-            assert (past == common.UNREACHABLE).all()
-            assert (found.fractions[count : count + common.MOST_RUNGS] == 0).all()
+            past = found.table.as_strided((columns.MOST_RUNGS,), (1,), 1 + count)
+            assert (past == shape.UNREACHABLE).all()
+            assert (found.fractions[count : count + columns.MOST_RUNGS] == 0).all()
 
 
 def test_learned_scale_with_documents():

@@ -1,7 +1,16 @@
 """The operator as Triton kernels for NVIDIA GPUs: forward, backward, learned scale, decoding. Imported on first use.
 
-`forward.py`, `backward.py` and `decode.py` hold the kernels, `fixed.py` and `scaled.py` call them for fixed offsets
-and for a learned scale, `common.py` has what they share: checks, tile sizes, the columns and the tile arithmetic.
+From the ground up, a room importing those before it:
+
+- `shape.py`, which calls the kernels take;
+- `rows.py` and `scores.py`, the arithmetic of their tiles;
+- `columns.py` and `dense_window.py`, the two ways to the keys of a tile: gathered by a table, or one after the other;
+- `launch.py`, tile sizes and the arguments that the kernels share;
+- `forward.py`, `key_gradients.py`, `backward.py` and `decode.py`, the kernels;
+- `fixed.py` and `scaled.py`, which call them for fixed offsets and for a learned scale.
+
+In kernels, names begin with what they are: `p_` a pointer, `i_` which program or step, `o_` indices, `b_` a block
+of values, `m_` a mask. Capitals are known when a kernel is compiled.
 """
 
 try:

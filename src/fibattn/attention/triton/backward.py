@@ -11,34 +11,31 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from fibattn.attention.triton import common
-from fibattn.attention.triton.common import (
-    NO_ROW,
+from fibattn.attention.triton import launch
+from fibattn.attention.triton.columns import (
     Columns,
-    Shape,
-    Tiles,
-    batch_rows,
     column_keys,
     column_limit,
     column_mask,
-    load_batches,
-    load_rows,
-    near_mask,
-    place,
-    query_batches,
-    query_limit,
-    query_rows,
-    row_products,
-    row_starts,
     rung_keys,
     rung_mask,
     rung_values,
-    score_scale,
-    softmax_weights,
-    store_batches,
     sum_rungs,
 )
+from fibattn.attention.triton.dense_window import dense_window_grad
 from fibattn.attention.triton.key_gradients import key_gradients
+from fibattn.attention.triton.launch import Tiles
+from fibattn.attention.triton.rows import (
+    batch_rows,
+    load_batches,
+    place,
+    query_batches,
+    query_limit,
+    row_starts,
+    store_batches,
+)
+from fibattn.attention.triton.scores import NO_ROW, row_products, score_scale, softmax_weights
+from fibattn.attention.triton.shape import Shape, shape_of
 
 FROM_OUTPUT, SUMMED, GIVEN = (tl.constexpr(way) for way in range(3))
 """Where the row sums `delta` come from: `do . out`, or a launch before that sums weight times gradient. Where
@@ -49,10 +46,10 @@ coarser."""
 def query_tiles_for(shape: Shape, columns: Columns) -> Tiles:
     """Tile sizes of the kernel for the gradient of q, at most 99 KB of shared memory."""
     keys = 32 if columns.scaled else 16
-    if shape.dtype == torch.float32:
-        return Tiles(common.fitting_batches(2, shape, keys, 2**14), 16, near=16, warps=2, stages=1)
+    if shape.exact:
+        return Tiles(launch.fitting_batches(2, shape, keys, 2**14), 16, near=16, warps=2, stages=1)
     if columns.dense:
-        return Tiles(common.fitting_batches(4, shape, keys, 2**14), 16, near=32, warps=4, stages=2)
+        return Tiles(launch.fitting_batches(4, shape, keys, 2**14), 16, near=32, warps=4, stages=2)
     wide = shape.padded_size > 64 and not columns.scaled
     return Tiles(1, 32 if wide else 16, near=32, warps=1, stages=2)
 
@@ -72,10 +69,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v, and of the learned scale, if any, in parts to be added up: (programs,).
 
-    `table` has the rungs as `common.offset_table` gives them.
+    `table` has the rungs as `offset_table` in `columns.py` gives them.
     """
-    shape = common.shape_of(q, k)
-    grad_out, lse = common.inner_contiguous(grad_out), lse.contiguous()
+    shape = shape_of(q, k)
+    grad_out, lse = launch.inner_contiguous(grad_out), lse.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     batch, tokens = q.shape[:2]
     kv_heads, rungs = k.shape[2], table.shape[1] - 1
@@ -83,10 +80,10 @@ def backward(
     delta = torch.empty_like(lse)
     # Two tensors, not halves of one: a pointer's alignment must not follow the length, or binaries would.
     weights, grads = (q.new_empty(batch, kv_heads, rungs, tokens, shape.group) for _ in range(2))
-    wide = common.wide(q, k, v, out, grad_out)
+    wide = launch.wide(q, k, v, out, grad_out)
     tiles = query_tiles_for(shape, columns)
-    blocks = common.blocks(tokens, tiles.batches * shape.batch_queries)
-    sums = torch.float64 if q.dtype == torch.float32 else torch.float32
+    blocks = launch.blocks(tokens, tiles.batches * shape.batch_queries)
+    sums = torch.float64 if shape.exact else torch.float32
     partial = q.new_empty(batch * blocks * kv_heads, dtype=sums) if columns.scaled else None
     try:
         for delta_from in (FROM_OUTPUT,) if shape.dtype == torch.bfloat16 else (SUMMED, GIVEN):
@@ -96,33 +93,18 @@ def backward(
                 *(dq, delta, weights, grads, partial),
                 *(scale, tokens, k.shape[1], columns.window, kv_heads, rungs),
                 *(columns.near, columns.width, columns.stride_set),
-                *common.strides(q, k, v, grad_out, out, dq),
-                common.positions_stride(positions),
+                *launch.strides(q, k, v, grad_out, out, dq),
+                launch.positions_stride(positions),
                 HAS_GRAD_LSE=grad_lse is not None,
                 DELTA=delta_from,
-                BQ=shape.batch_queries,
-                ROWS=shape.rows,
-                NB=tiles.batches,
-                BN=max(tiles.near, tiles.batches * shape.batch_queries),
-                C=tiles.columns,
-                DENSE=columns.dense,
-                GROUP=shape.group,
-                GP=shape.padded_group,
-                SIZE=shape.size,
-                BD=shape.padded_size,
-                HAS_POSITIONS=positions is not None,
-                EXACT=shape.dtype == torch.float32,
-                WIDE=wide,
-                SCALED=columns.scaled,
-                num_warps=tiles.warps,
-                num_stages=tiles.stages,
+                **launch.row_options(shape, tiles, columns, positions, wide),
             )
         key_gradients(
             *(grad_out, grad_lse, lse, delta, q, k, v, positions, scale, columns.window, table, columns.fractions),
             *(weights, grads, dk, dv, shape, wide),
         )
     except OutOfResources as error:
-        raise common.explain(error, shape) from error
+        raise launch.explain(error, shape) from error
     return dq, dk, dv, partial
 
 
@@ -235,28 +217,10 @@ def query_grad_kernel(
     b_dq = tl.zeros([NB, ROWS, BD], tl.float32)
     if DENSE:
         b_near, b_near_total, b_near_weight = dense_window_grad(
-            p_q,
-            p_k,
-            p_v,
-            p_do,
-            p_positions,
-            tl.reshape(b_lse, [BR]),
-            tl.reshape(b_delta, [BR]),
-            tl.reshape(b_lse_grad, [BR]),
-            scale_scores,
-            tokens,
-            keys,
-            window,
-            first_own,
-            i_block,
-            i_batch,
-            stride_qt,
-            stride_qh,
-            stride_kt,
-            stride_vt,
-            stride_gt,
-            stride_gh,
-            stride_positions,
+            *(p_q, p_k, p_v, p_do, p_positions),
+            *(tl.reshape(b_lse, [BR]), tl.reshape(b_delta, [BR]), tl.reshape(b_lse_grad, [BR])),
+            *(scale_scores, tokens, keys, window, i_block, i_batch),
+            *(stride_qt, stride_qh, stride_kt, stride_vt, stride_gt, stride_gh, stride_positions),
             *(GROUP, GP, SIZE, BD, BR, BM, BN, HAS_POSITIONS, EXACT, WIDE),
         )
         b_dq = tl.reshape(b_near, [NB, ROWS, BD])
@@ -340,66 +304,3 @@ def store_compact(p_x, b_x, o_rung, rungs, o_query, o_group, tokens, m_row, GROU
     p_tile = p_x + o_rung.to(tl.int64)[None, None, :] * tokens * GROUP + o_row[:, :, None]
     m_tile = m_row[:, :, None] & ((o_rung >= 0) & (o_rung < rungs))[None, None, :]
     tl.store(p_tile, b_x.to(p_x.dtype.element_ty), mask=m_tile)
-
-
-@triton.jit
-def dense_window_grad(
-    p_q,
-    p_k,
-    p_v,
-    p_do,
-    p_positions,
-    b_lse,
-    b_delta,
-    b_lse_grad,
-    scale_scores,
-    tokens,
-    keys,
-    window,
-    first_own,
-    i_block,
-    i_batch,
-    stride_qt,
-    stride_qh,
-    stride_kt,
-    stride_vt,
-    stride_gt,
-    stride_gh,
-    stride_positions,
-    GROUP: tl.constexpr,
-    GP: tl.constexpr,
-    SIZE: tl.constexpr,
-    BD: tl.constexpr,
-    BR: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr,
-    EXACT: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """The window's part: the gradient of a block's rows before the scale, and what `delta` is the ratio of."""
-    o_row = tl.arange(0, BR)
-    o_query, o_group = i_block * BM + o_row // GP, o_row % GP
-    m_row = (o_query < tokens) & (o_group < GROUP)
-    past = keys - tokens
-    b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row, HAS_POSITIONS)
-    b_q = query_rows(p_q, o_query, o_group, stride_qt, stride_qh, m_row, SIZE, BD, WIDE)
-    b_do = query_rows(p_do, o_query, o_group, stride_gt, stride_gh, m_row, SIZE, BD, WIDE)
-    b_dq = tl.zeros([BR, BD], tl.float32)
-    b_total = tl.zeros([BR], tl.float32)
-    b_weight = tl.zeros([BR], tl.float32)
-    tiles = tl.cdiv(BM + tl.minimum(window, first_own), BN)
-    for i in range(tiles):
-        o_key = first_own + BM - (i + 1) * BN + tl.arange(0, BN)
-        m_key = (o_key >= 0) & (o_key < keys)
-        b_k = load_rows(p_k, o_key, stride_kt, m_key, SIZE, BD, WIDE)
-        b_v = load_rows(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)
-        b_s = row_products(b_q, b_k, EXACT) * scale_scores
-        b_p = softmax_weights(b_s, b_lse[:, None], EXACT)
-        b_p = tl.where(near_mask(o_query + past, b_limit, o_key, window), b_p, 0.0)
-        b_dp = row_products(b_do, b_v, EXACT)
-        b_total += tl.sum(b_p * b_dp, 1)
-        b_weight += tl.sum(b_p, 1)
-        b_ds = b_p * ((b_dp - b_delta[:, None]) + b_lse_grad[:, None])
-        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
-    return b_dq, b_total, b_weight

@@ -11,8 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fibattn.attention.triton import common
-from fibattn.attention.triton.common import LOG2E, load_rows
+from fibattn.attention.triton import launch
+from fibattn.attention.triton.rows import load_rows
+from fibattn.attention.triton.scores import LOG2E, softmax_step
+from fibattn.attention.triton.shape import shape_of
 
 
 def decode(
@@ -29,14 +31,14 @@ def decode(
     fractions: Tensor | None = None,
 ) -> Tensor:
     """Output like q (B, 1, Hq, D); writes k and v (B, 1, Hkv, D) into the rings (B, rows, Hkv, D)."""
-    shape = common.shape_of(q, k)
+    shape = shape_of(q, k)
     batch, kv_heads = k.shape[0], k.shape[2]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     decode_kernel[(batch * kv_heads,)](
         *(q, k_cache, v_cache, k, v, out, cache_positions, positions, table, fractions),
         *(scale, k_cache.shape[1], window, kv_heads, table.stride(0) if table.shape[0] > 1 else 0),
-        *(common.positions_stride(cache_positions), common.positions_stride(positions)),
-        *common.strides(k_cache, v_cache),
+        *(launch.positions_stride(cache_positions), launch.positions_stride(positions)),
+        *launch.strides(k_cache, v_cache),
         *(x.stride(dimension) for x in (q, k, v, out) for dimension in (0, 2)),
         GROUP=shape.group,
         SIZE=shape.size,
@@ -146,17 +148,13 @@ def decode_kernel(
             b_s_far = tl.dot(b_q, tl.trans(b_k_far), input_precision="ieee")
             b_s = b_s + b_f * (b_s_far - b_s)
         b_s = tl.where(m_column[None, :], b_s * (scale * LOG2E), -float("inf"))
-        b_new = tl.maximum(b_max, tl.max(b_s, 1))
-        b_p = tl.exp2(b_s - b_new[:, None])
-        b_shrink = tl.exp2(b_max - b_new)
-        b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
+        b_p, b_shrink, b_max, b_sum = softmax_step(b_s, b_max, b_sum, False)
         b_acc = b_acc * b_shrink[:, None]
         if SCALED:
             b_p_far = b_p * b_f
             b_acc = tl.dot(b_p_far.to(b_v_far.dtype), b_v_far, b_acc, input_precision="ieee")
             b_p = b_p - b_p_far
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
-        b_max = b_new
 
     p_out += i_batch * stride_ob + (i_head * GROUP + o_group)[:, None] * stride_oh + o_size[None, :]
     b_out = (b_acc / b_sum[:, None]).to(p_out.dtype.element_ty)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from fibattn.attention.triton.backward import backward
-from fibattn.attention.triton.common import fixed_columns, offset_table
+from fibattn.attention.triton.columns import fixed_columns, offset_table
 from fibattn.attention.triton.decode import decode
 from fibattn.attention.triton.forward import forward
 

@@ -1,9 +1,9 @@
 """The forward kernel: output and log-sum-exp of batches of queries, for all query heads of a KV head.
 
-A wide window's dense tiles come first, nearest first, then the columns (`common.py` says what they are), the
-window's before the rungs': so every row has seen a key, its own, before anything is rescaled. What moves: q
-and the output once, and every column of k and v once (both keys of a rung between two) for a batch of queries and
-KV head.
+A program takes batches of rows (`rows.py`). A wide window's dense tiles come first (`dense_window.py`), then the
+columns (`columns.py`), the window's before the rungs': so every row has seen a key, its own, before anything is
+rescaled. What moves: q and the output once, and every column of k and v once (both keys of a rung between two) for a
+batch of queries and KV head.
 """
 
 import torch
@@ -12,41 +12,38 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from fibattn.attention.triton import common
-from fibattn.attention.triton.common import (
-    LN2,
+from fibattn.attention.triton import launch
+from fibattn.attention.triton.columns import (
     Columns,
-    Shape,
-    Tiles,
-    batch_rows,
     column_keys,
     column_limit,
     column_mask,
-    load_batches,
-    load_rows,
-    near_mask,
-    place,
-    power,
-    query_batches,
-    query_limit,
-    query_rows,
-    row_products,
-    row_starts,
     rung_keys,
     rung_mask,
     rung_values,
-    score_scale,
+)
+from fibattn.attention.triton.dense_window import dense_window
+from fibattn.attention.triton.launch import Tiles
+from fibattn.attention.triton.rows import (
+    batch_rows,
+    load_batches,
+    place,
+    query_batches,
+    query_limit,
+    row_starts,
     store_batches,
 )
+from fibattn.attention.triton.scores import LN2, row_products, score_scale, softmax_step
+from fibattn.attention.triton.shape import Shape, shape_of
 
 
 def tiles_for(shape: Shape, columns: Columns) -> Tiles:
     """Tile sizes, from a fixed table: nothing is tuned at run time. They take at most 99 KB of shared memory."""
     small, keys = shape.padded_size <= 64, 32 if columns.scaled else 16
-    if shape.dtype == torch.float32:
-        return Tiles(common.fitting_batches(4, shape, keys, 2**14), 16, near=16, warps=2, stages=1)
+    if shape.exact:
+        return Tiles(launch.fitting_batches(4, shape, keys, 2**14), 16, near=16, warps=2, stages=1)
     if columns.dense:
-        batches = common.fitting_batches(4 if small else 8, shape, keys, 2**15)
+        batches = launch.fitting_batches(4 if small else 8, shape, keys, 2**15)
         return Tiles(batches, 16, near=32, warps=4, stages=2)
     # Programs of one warp: nothing waits for a barrier, and the next columns are copied while these are multiplied.
     return Tiles(1 if small or columns.scaled else 2, 16, near=32, warps=1, stages=2)
@@ -56,38 +53,23 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, scale: float, columns: Columns
 ) -> tuple[Tensor, Tensor]:
     """Output like q, and the natural log-sum-exp (B, Hq, Tq)."""
-    shape = common.shape_of(q, k)
+    shape = shape_of(q, k)
     tiles = tiles_for(shape, columns)
     batch, tokens, heads, _ = q.shape
     keys, kv_heads = k.shape[1:3]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty(batch, heads, tokens, dtype=torch.float64 if q.dtype == torch.float32 else torch.float32)
-    grid = (common.blocks(tokens, tiles.batches * shape.batch_queries) * kv_heads, batch)
+    lse = q.new_empty(batch, heads, tokens, dtype=torch.float64 if shape.exact else torch.float32)
+    grid = (launch.blocks(tokens, tiles.batches * shape.batch_queries) * kv_heads, batch)
     try:
         forward_kernel[grid](
             *(q, k, v, out, lse, positions, columns.table, columns.rungs, columns.fractions),
             *(scale, tokens, keys, columns.window, kv_heads, columns.width, columns.stride_set),
-            *common.strides(q, k, v, out),
-            common.positions_stride(positions),
-            GROUP=shape.group,
-            GP=shape.padded_group,
-            SIZE=shape.size,
-            BD=shape.padded_size,
-            BQ=shape.batch_queries,
-            ROWS=shape.rows,
-            NB=tiles.batches,
-            BN=max(tiles.near, tiles.batches * shape.batch_queries),
-            C=tiles.columns,
-            DENSE=columns.dense,
-            HAS_POSITIONS=positions is not None,
-            EXACT=shape.dtype == torch.float32,
-            WIDE=common.wide(q, k, v),
-            SCALED=columns.scaled,
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
+            *launch.strides(q, k, v, out),
+            launch.positions_stride(positions),
+            **launch.row_options(shape, tiles, columns, positions, launch.wide(q, k, v)),
         )
     except OutOfResources as error:
-        raise common.explain(error, shape) from error
+        raise launch.explain(error, shape) from error
     return out, lse
 
 
@@ -158,22 +140,8 @@ def forward_kernel(
     scale_scores = score_scale(scale, EXACT)
     if DENSE:
         b_max, b_sum, b_acc = dense_window(
-            p_q,
-            p_k,
-            p_v,
-            p_positions,
-            scale_scores,
-            tokens,
-            keys,
-            window,
-            first_own,
-            i_block,
-            i_batch,
-            stride_qt,
-            stride_qh,
-            stride_kt,
-            stride_vt,
-            stride_positions,
+            *(p_q, p_k, p_v, p_positions, scale_scores, tokens, keys, window, i_block, i_batch),
+            *(stride_qt, stride_qh, stride_kt, stride_vt, stride_positions),
             *(GROUP, GP, SIZE, BD, NB * ROWS, BM, BN, HAS_POSITIONS, EXACT, WIDE),
         )
         b_max = tl.reshape(b_max, [NB, ROWS])
@@ -193,13 +161,9 @@ def forward_kernel(
         b_s = row_products(b_q, b_k, EXACT)
         m_entry = column_mask(b_shift, b_bits, b_limit, o_key, ROWS, GP, HAS_POSITIONS)
         b_s = tl.where(m_entry, b_s * scale_scores, -float("inf"))
-        b_new = tl.maximum(b_max, tl.max(b_s, 2))
-        b_p = power(b_s - b_new[:, :, None], EXACT)
-        b_shrink = power(b_max - b_new, EXACT)
-        b_sum = b_sum * b_shrink + tl.sum(b_p, 2)
+        b_p, b_shrink, b_max, b_sum = softmax_step(b_s, b_max, b_sum, EXACT)
         b_acc = b_acc * b_shrink[:, :, None]
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
-        b_max = b_new
     if SCALED:
         o_own, b_reach = column_limit(
             p_positions, stride_positions, i_batch, i_block, tokens, past, NB, BQ, C, HAS_POSITIONS
@@ -215,15 +179,11 @@ def forward_kernel(
             b_s_far = row_products(b_q, b_k_far, EXACT)
             b_s += b_fraction * (b_s_far - b_s)
             b_s = tl.where(rung_mask(m_key, ROWS, GP, BQ), b_s * scale_scores, -float("inf"))
-            b_new = tl.maximum(b_max, tl.max(b_s, 2))
-            b_p = power(b_s - b_new[:, :, None], EXACT)
-            b_shrink = power(b_max - b_new, EXACT)
-            b_sum = b_sum * b_shrink + tl.sum(b_p, 2)
+            b_p, b_shrink, b_max, b_sum = softmax_step(b_s, b_max, b_sum, EXACT)
             b_acc = b_acc * b_shrink[:, :, None]
             b_p_far = b_p * b_fraction
             b_acc = tl.dot((b_p - b_p_far).to(b_v.dtype), b_v, b_acc, input_precision="ieee")
             b_acc = tl.dot(b_p_far.to(b_v.dtype), b_v_far, b_acc, input_precision="ieee")
-            b_max = b_new
 
     p_out += i_batch * stride_ob + i_head * GROUP * stride_oh
     b_acc *= (1.0 / b_sum)[:, :, None]
@@ -232,60 +192,3 @@ def forward_kernel(
     kept: tl.constexpr = p_lse.dtype.element_ty
     b_lse = tl.log2(b_sum.to(kept)) * LN2 + b_max.to(kept) * (1.0 if EXACT else LN2)
     tl.store(p_lse + row_starts(o_group, tokens, WIDE) + o_query, b_lse, mask=m_row)
-
-
-@triton.jit
-def dense_window(
-    p_q,
-    p_k,
-    p_v,
-    p_positions,
-    scale_scores,
-    tokens,
-    keys,
-    window,
-    first_own,
-    i_block,
-    i_batch,
-    stride_qt,
-    stride_qh,
-    stride_kt,
-    stride_vt,
-    stride_positions,
-    GROUP: tl.constexpr,
-    GP: tl.constexpr,
-    SIZE: tl.constexpr,
-    BD: tl.constexpr,
-    BR: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr,
-    EXACT: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """Maximum, sum and weighted values over the window of a block's rows. [BR], [BR], [BR, BD]"""
-    o_row = tl.arange(0, BR)
-    o_query, o_group = i_block * BM + o_row // GP, o_row % GP
-    m_row = (o_query < tokens) & (o_group < GROUP)
-    past = keys - tokens
-    b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row, HAS_POSITIONS)
-    b_q = query_rows(p_q, o_query, o_group, stride_qt, stride_qh, m_row, SIZE, BD, WIDE)
-    b_max = tl.full([BR], -float("inf"), tl.float32)
-    b_sum = tl.zeros([BR], tl.float32)
-    b_acc = tl.zeros([BR, BD], tl.float32)
-    tiles = tl.cdiv(BM + tl.minimum(window, first_own), BN)
-    for i in range(tiles):
-        o_key = first_own + BM - (i + 1) * BN + tl.arange(0, BN)
-        m_key = (o_key >= 0) & (o_key < keys)
-        b_k = load_rows(p_k, o_key, stride_kt, m_key, SIZE, BD, WIDE)
-        b_v = load_rows(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)
-        b_s = row_products(b_q, b_k, EXACT) * scale_scores
-        b_s = tl.where(near_mask(o_query + past, b_limit, o_key, window), b_s, -float("inf"))
-        b_new = tl.maximum(b_max, tl.max(b_s, 1))
-        b_p = power(b_s - b_new[:, None], EXACT)
-        b_shrink = power(b_max - b_new, EXACT)
-        b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
-        b_acc = b_acc * b_shrink[:, None]
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
-        b_max = b_new
-    return b_max, b_sum, b_acc

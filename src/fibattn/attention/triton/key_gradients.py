@@ -12,25 +12,23 @@ many registers, so it is a kernel of its own, after the other, and adds to what 
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fibattn.attention.triton import common
-from fibattn.attention.triton.common import (
-    NO_ROW,
-    Shape,
+from fibattn.attention.triton import launch
+from fibattn.attention.triton.columns import WIDEST_NEAR
+from fibattn.attention.triton.rows import (
+    block_rows,
     load_rows,
     place,
     query_limit,
     query_rows,
-    row_products,
     row_starts,
-    score_scale,
-    softmax_weights,
     store_rows,
 )
+from fibattn.attention.triton.scores import NO_ROW, row_products, score_scale, softmax_weights
+from fibattn.attention.triton.shape import Shape
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class WindowTiles:
 def rung_tiles_for(shape: Shape, scaled: bool) -> RungTiles:
     """Tile sizes of the kernel for the rungs: neighbouring rungs share the rows of many keys."""
     part = min(shape.padded_size, 64)
-    if shape.dtype == torch.float32:
+    if shape.exact:
         return RungTiles(keys=32, part=part, unroll=1, warps=4)
     if scaled:
         keys = 64 if shape.padded_size <= 64 else 128
@@ -67,11 +65,11 @@ def rung_tiles_for(shape: Shape, scaled: bool) -> RungTiles:
 def window_tiles_for(shape: Shape, window: int) -> WindowTiles:
     """Tile sizes of the kernel for the window: a wide one wants large tiles, a narrow one programs of one warp."""
     small = shape.padded_size <= 64
-    if shape.dtype == torch.float32:
+    if shape.exact:
         return WindowTiles(keys=32 if small else 16, rows=32 if shape.padded_size <= 128 else 16, warps=4, stages=1)
     if shape.padded_size > 128:
         return WindowTiles(keys=16, rows=16, warps=4, stages=1)
-    if window > common.WIDEST_NEAR:
+    if window > WIDEST_NEAR:
         return WindowTiles(keys=64, rows=64 if small else 32, warps=4, stages=1 if small else 3)
     return WindowTiles(keys=32 if small else 16, rows=16, warps=1, stages=3 if small else 4)
 
@@ -105,17 +103,17 @@ def key_gradients(
         "BD": shape.padded_size,
         "HAS_POSITIONS": positions is not None,
         "WIDE": wide or rungs * tokens * shape.group >= 2**31,
-        "EXACT": shape.dtype == torch.float32,
+        "EXACT": shape.exact,
     }
     if rungs:
         rung_tiles = rung_tiles_for(shape, fractions is not None)
         parts = shape.padded_size // rung_tiles.part
         own_keys = rung_tiles.keys - (fractions is not None)
-        rung_grad_kernel[(common.blocks(keys, own_keys) * parts * kv_heads, batch)](
+        rung_grad_kernel[(launch.blocks(keys, own_keys) * parts * kv_heads, batch)](
             *(q, grad_out, positions, table, fractions, weights, grads, dk, dv),
             *(tokens, keys, kv_heads, rungs, table.stride(0) if table.shape[0] > 1 else 0),
-            *common.strides(q, grad_out, dk, dv),
-            common.positions_stride(positions),
+            *launch.strides(q, grad_out, dk, dv),
+            launch.positions_stride(positions),
             BN=rung_tiles.keys,
             BP=rung_tiles.part,
             UNROLL=rung_tiles.unroll,
@@ -124,11 +122,11 @@ def key_gradients(
             num_warps=rung_tiles.warps,
         )
     tiles = window_tiles_for(shape, window)
-    window_grad_kernel[(common.blocks(keys, tiles.keys) * kv_heads, batch)](
+    window_grad_kernel[(launch.blocks(keys, tiles.keys) * kv_heads, batch)](
         *(q, k, v, grad_out, lse, grad_lse, delta, positions, dk, dv),
         *(scale, tokens, keys, window, kv_heads),
-        *common.strides(q, k, v, grad_out, dk, dv),
-        common.positions_stride(positions),
+        *launch.strides(q, k, v, grad_out, dk, dv),
+        launch.positions_stride(positions),
         GP=shape.padded_group,
         BN=tiles.keys,
         BR=max(tiles.rows, shape.padded_group),
@@ -326,9 +324,7 @@ def window_grad_kernel(
     begin = tl.maximum(i_block * BN - past, 0)
     end = tl.minimum(i_block * BN - past + BN + tl.minimum(window, keys), tokens)
     for start in range(begin, end, BM):
-        o_row = tl.arange(0, BR)
-        o_query, o_group = start + o_row // GP, o_row % GP
-        m_row = (o_query < tokens) & (o_group < GROUP)
+        o_query, o_group, m_row = block_rows(start, tokens, BR, GP, GROUP)
         b_q = query_rows(p_q, o_query, o_group, stride_qt, stride_qh, m_row, SIZE, BD, WIDE)
         b_do = query_rows(p_do, o_query, o_group, stride_gt, stride_gh, m_row, SIZE, BD, WIDE)
         o_lse = row_starts(o_group, tokens, WIDE) + o_query

@@ -15,14 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fibattn.attention.triton import common
+from fibattn.attention.triton import shape
 from fibattn.attention.triton.backward import backward
-from fibattn.attention.triton.common import Columns, fixed_columns
+from fibattn.attention.triton.columns import MOST_RUNGS, Columns, fixed_columns, kept_on_device
 from fibattn.attention.triton.decode import decode
 from fibattn.attention.triton.forward import forward
 from fibattn.errors import InputError
 
-UNREACHABLE = tl.constexpr(common.UNREACHABLE)
+UNREACHABLE = tl.constexpr(shape.UNREACHABLE)
 _EXACT = 2**53
 
 
@@ -103,7 +103,7 @@ def interpolated_columns(q: Tensor, k: Tensor, window: int, found: Resolved) -> 
 
 @cache
 def _rung_table(rungs: tuple[int, ...], device: torch.device) -> Tensor:
-    return common.kept_on_device(rungs, torch.float64, device)
+    return kept_on_device(rungs, torch.float64, device)
 
 
 def resolve(alpha: Tensor, rungs: tuple[int, ...], window: int, max_offset: int) -> Resolved:
@@ -112,7 +112,7 @@ def resolve(alpha: Tensor, rungs: tuple[int, ...], window: int, max_offset: int)
         raise InputError(f"the last rung is {rungs[-1]}; rungs must be below {_EXACT}")
     base = _rung_table(rungs, alpha.device)
     # The kernels' tiles read past the last rung.
-    size = triton.next_power_of_2(len(rungs) + common.MOST_RUNGS)
+    size = triton.next_power_of_2(len(rungs) + MOST_RUNGS)
     table = torch.empty(1, 1 + size, dtype=torch.int32, device=alpha.device)
     fractions, factors = torch.empty(2, size, dtype=torch.float32, device=alpha.device)
     resolve_kernel[(1,)](

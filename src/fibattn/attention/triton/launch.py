@@ -1,0 +1,88 @@
+"""The host's side of a launch: tile sizes, the arguments that kernels share, what to say where one does not fit."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fibattn.attention.triton.columns import Columns
+from fibattn.attention.triton.shape import Shape
+from fibattn.errors import InputError
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tile sizes of a row kernel: batches a program, columns a tile, keys a dense tile."""
+
+    batches: int
+    columns: int
+    near: int
+    warps: int
+    stages: int
+
+
+def row_options(shape: Shape, tiles: Tiles, columns: Columns, positions: Tensor | None, wide: bool) -> dict[str, Any]:
+    """What the row kernels, those of the forward and of the gradient of q, are compiled for."""
+    return {
+        "GROUP": shape.group,
+        "GP": shape.padded_group,
+        "SIZE": shape.size,
+        "BD": shape.padded_size,
+        "BQ": shape.batch_queries,
+        "ROWS": shape.rows,
+        "NB": tiles.batches,
+        "BN": max(tiles.near, tiles.batches * shape.batch_queries),
+        "C": tiles.columns,
+        "DENSE": columns.dense,
+        "HAS_POSITIONS": positions is not None,
+        "EXACT": shape.exact,
+        "WIDE": wide,
+        "SCALED": columns.scaled,
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+    }
+
+
+def fitting_batches(wanted: int, shape: Shape, columns: int, limit: int) -> int:
+    """Batches a program, halved until the rows or columns of all of them take at most `limit` bytes."""
+    while wanted > 1 and wanted * max(shape.rows, columns) * shape.padded_size * shape.dtype.itemsize > limit:
+        wanted //= 2
+    return wanted
+
+
+def blocks(count: int, size: int) -> int:
+    """How many blocks of `size` hold `count`. Triton's own function for this takes 15 microseconds on the host."""
+    return -(-count // size)
+
+
+def wide(*tensors: Tensor) -> bool:
+    """Whether a batch entry of (B, T, H, D) tensors has elements that 32-bit offsets do not reach."""
+    for x in tensors:
+        _, tokens, heads, size = x.shape
+        _, stride_t, stride_h, _ = x.stride()
+        if max(tokens * stride_t + heads * stride_h + size, tokens * heads * size) >= 2**31:
+            return True
+    return False
+
+
+def positions_stride(positions: Tensor | None) -> int:
+    """The batch stride of `positions`, 0 where all rows of the batch share them."""
+    return 0 if positions is None or positions.shape[0] == 1 else positions.stride(0)
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    """Batch, token and head strides of (B, T, H, D) tensors."""
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def inner_contiguous(x: Tensor) -> Tensor:
+    """`x` itself where its last dimension is contiguous: autograd may hand over an expanded gradient."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def explain(error: Exception, shape: Shape) -> InputError:
+    """What to say when the GPU has too little shared memory."""
+    return InputError(
+        f"this GPU has too little shared memory for head size {shape.size} and {shape.group} query heads a KV "
+        f"head in {shape.dtype} ({error}); use 16-bit tensors, a smaller head or a newer GPU"
+    )
