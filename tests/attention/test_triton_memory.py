@@ -14,9 +14,9 @@ triton = pytest.importorskip("triton", reason="Triton is not installed (pip inst
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fibattn.attention.triton import backward, forward, key_gradients  # noqa: E402
+from fibattn.attention.triton import backward, decode, forward, key_gradients  # noqa: E402
 from fibattn.attention.triton.columns import Columns  # noqa: E402
-from fibattn.attention.triton.launch import row_options  # noqa: E402
+from fibattn.attention.triton.launch import FUSED, row_options  # noqa: E402
 from fibattn.attention.triton.shape import shape_of  # noqa: E402
 
 SMALL_GPU, SHARED_MEMORY = 86, 101_376
@@ -41,7 +41,7 @@ def shared_memory(kernel: Any, sizes: dict[str, Any], dtype: str, absent: set[st
         if signature[name].startswith("*") or (name.startswith("stride_") and name[7:] not in ("set", "positions"))
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {name: sizes[name] for name in ("num_warps", "num_stages")}
+    options = FUSED | {name: sizes[name] for name in ("num_warps", "num_stages")}
     return triton.compile(source, target=GPUTarget("cuda", SMALL_GPU, 32), options=options).metadata.shared
 
 
@@ -76,3 +76,25 @@ def test_kernels_fit_a_small_gpu(dtype: torch.dtype, size: int, group: int, dens
     sizes |= {"BN": tiles.keys, "BR": max(tiles.rows, shape.padded_group)}
     sizes |= {"num_warps": tiles.warps, "num_stages": tiles.stages}
     assert shared_memory(key_gradients.window_grad_kernel, sizes, word, absent) <= SHARED_MEMORY
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "size", "group"),
+    [
+        (torch.bfloat16, 64, 4),
+        (torch.bfloat16, 128, 32),
+        (torch.bfloat16, 256, 32),
+        (torch.float32, 128, 32),
+        (torch.float32, 256, 4),
+    ],
+)
+def test_decoding_fits_a_small_gpu(dtype: torch.dtype, size: int, group: int, scaled: bool) -> None:
+    q, k = (torch.empty(1, 1, heads, size, dtype=dtype, device="meta") for heads in (group, 1))
+    shape = shape_of(q, k)
+    columns, stages = decode.tiles_for(shape, window=128)
+    sizes = {"GROUP": group, "SIZE": size, "BD": shape.padded_size, "ROWS": max(16, shape.padded_group)}
+    sizes |= {"BN": columns, "HAS_POSITIONS": False, "SCALED": scaled, "num_warps": 4, "num_stages": stages}
+    absent = {"p_positions"} | (set() if scaled else {"p_fractions"})
+    word = "fp32" if shape.exact else "bf16"
+    assert shared_memory(decode.decode_kernel, sizes, word, absent) <= SHARED_MEMORY

@@ -14,7 +14,16 @@ from torch import Tensor
 from fibattn.attention.triton import launch
 from fibattn.attention.triton.rows import load_rows
 from fibattn.attention.triton.scores import LOG2E, softmax_step
-from fibattn.attention.triton.shape import shape_of
+from fibattn.attention.triton.shape import Shape, shape_of
+
+
+def tiles_for(shape: Shape, window: int) -> tuple[int, int]:
+    """Columns of a pass, and passes in flight: at most 99 KB of shared memory, also with rungs between two keys."""
+    row = shape.padded_size * shape.dtype.itemsize
+    columns = 32 if window < 32 else 64
+    while columns > 16 and columns * row > 2**13:
+        columns //= 2
+    return columns, 3 if columns * row <= 2**13 else 1
 
 
 def decode(
@@ -34,6 +43,7 @@ def decode(
     shape = shape_of(q, k)
     batch, kv_heads = k.shape[0], k.shape[2]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    columns, stages = tiles_for(shape, window)
     decode_kernel[(batch * kv_heads,)](
         *(q, k_cache, v_cache, k, v, out, cache_positions, positions, table, fractions),
         *(scale, k_cache.shape[1], window, kv_heads, table.stride(0) if table.shape[0] > 1 else 0),
@@ -44,10 +54,12 @@ def decode(
         SIZE=shape.size,
         BD=shape.padded_size,
         ROWS=max(16, shape.padded_group),
-        BN=32 if window < 32 or shape.padded_size > 128 else 64,
+        BN=columns,
         HAS_POSITIONS=positions is not None,
         SCALED=fractions is not None,
+        **launch.FUSED,
         num_warps=4,
+        num_stages=stages,
     )
     return out
 

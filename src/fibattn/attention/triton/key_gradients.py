@@ -119,6 +119,7 @@ def key_gradients(
             UNROLL=rung_tiles.unroll,
             SCALED=fractions is not None,
             **sizes,
+            **launch.FUSED,
             num_warps=rung_tiles.warps,
         )
     tiles = window_tiles_for(shape, window)
@@ -133,6 +134,7 @@ def key_gradients(
         AFTER_RUNGS=rungs > 0,
         HAS_GRAD_LSE=grad_lse is not None,
         **sizes,
+        **launch.FUSED,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )

@@ -9,6 +9,9 @@ from fibattn.attention.triton.columns import Columns
 from fibattn.attention.triton.shape import Shape
 from fibattn.errors import InputError
 
+FUSED = {"enable_fp_fusion": True}
+"""Products and sums in one instruction: Triton's habit, which its releases are about to give up."""
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -38,6 +41,7 @@ def row_options(shape: Shape, tiles: Tiles, columns: Columns, positions: Tensor 
         "EXACT": shape.exact,
         "WIDE": wide,
         "SCALED": columns.scaled,
+        **FUSED,
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
     }

@@ -116,7 +116,11 @@ def resolve(alpha: Tensor, rungs: tuple[int, ...], window: int, max_offset: int)
     table = torch.empty(1, 1 + size, dtype=torch.int32, device=alpha.device)
     fractions, factors = torch.empty(2, size, dtype=torch.float32, device=alpha.device)
     resolve_kernel[(1,)](
-        *(alpha, base, table, fractions, factors, len(rungs), window, max_offset), SIZE=size, num_warps=4
+        *(alpha, base, table, fractions, factors, len(rungs), window, max_offset),
+        SIZE=size,
+        # A fraction is that of the rounded product, as on the host.
+        enable_fp_fusion=False,
+        num_warps=4,
     )
     return Resolved(table[:, : 1 + len(rungs)], fractions, factors)
 
