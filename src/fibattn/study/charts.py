@@ -70,11 +70,11 @@ def positions(group: Group, path: Path) -> Path | None:
             if model := group.get(name):
                 left.plot(parts, model.bins(group.trained_at), "o-", color=colour, markersize=4, label=model.label)
         left.set_ylabel("loss (nats)")
-        left.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.22))
+        figure.legend(*left.get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower left", ncols=2)
         right.plot(parts, ours, "o-", color=COLOURS[1], label="here")
         right.plot(parts, papers, "o--", color=_QUIET, label="paper")
         right.axhline(0, color="#78716c", linewidth=1)
-        right.set_ylabel("fixed − linear, W = 12 (nats)")
+        right.set_ylabel("fixed − linear (nats)")
         right.legend(fontsize=9, frameon=False)
         for axes in (left, right):
             axes.set_xlabel("eighth of the training window")
