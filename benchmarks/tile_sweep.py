@@ -1,10 +1,11 @@
 """Time one kernel at a time over its tile sizes on an NVIDIA GPU: how the built-in sizes were chosen.
 
-    PYTHONPATH=src python benchmarks/tile_sweep.py --kernels forward query rungs window --shapes small large
+    PYTHONPATH=src python benchmarks/tile_sweep.py --kernels forward query rungs window --shapes small large [--learned]
 
-Prints the fastest configurations, in microseconds: medians by events on the GPU over replays of a CUDA graph, the
-L2 cache flushed between runs. What does not compile is left out. The comparison with other providers is `fibattn
-bench attention`.
+Prints the fastest configurations and, marked, the built-in one, in microseconds: medians by events on the GPU over
+replays of a CUDA graph, the L2 cache flushed between runs. What does not compile is left out. Most of the time goes
+into compiling: several runs side by side fill the cache, a last one alone has the times that count. The comparison
+with other providers is `fibattn bench attention`.
 """
 
 import argparse
@@ -15,11 +16,14 @@ from typing import Any
 import torch
 import triton
 
+from fibattn.attention.ops import NO_LIMIT
 from fibattn.attention.triton.columns import fixed_columns, offset_table
 from fibattn.attention.triton.key_gradients import RungTiles, WindowTiles
 from fibattn.attention.triton.launch import Tiles
+from fibattn.attention.triton.scaled import interpolated_columns, resolve
 from fibattn.attention.triton.shape import shape_of
 from fibattn.bench.cases import SHAPES, Case
+from fibattn.pattern import base_rungs
 
 FORWARD, BACKWARD, KEYS = (
     importlib.import_module(f"fibattn.attention.triton.{room}") for room in ("forward", "backward", "key_gradients")
@@ -36,14 +40,14 @@ SPACE: dict[str, list[Any]] = {
     "query": ROWS,
     "rungs": [
         RungTiles(keys, part, unroll, warps)
-        for keys, warps in ((32, 2), (64, 4), (128, 8), (128, 16), (256, 16))
-        for part in (64, 128)
-        for unroll in (1, 2)
+        for keys, warps in ((64, 4), (64, 8), (128, 8), (128, 16), (256, 16), (256, 32))
+        for part in (32, 64)
+        for unroll in (1, 2, 4)
     ],
     "window": [
         WindowTiles(keys, rows, warps, stages)
-        for keys, rows, warps in ((16, 16, 1), (16, 32, 1), (32, 16, 1), (32, 32, 2), (64, 32, 4), (64, 64, 4))
-        for stages in (1, 2, 3)
+        for keys, rows, warps in ((16, 16, 1), (16, 32, 1), (32, 16, 1), (32, 16, 2), (64, 32, 4), (64, 64, 4))
+        for stages in (1, 2, 3, 4)
     ],
 }
 CHOICE = {
@@ -74,11 +78,14 @@ def microseconds(work: Callable[[], object]) -> float:
     return 1000 * triton.testing.do_bench(graph.replay, warmup=10, rep=50, return_mode="median")
 
 
-def works(case: Case) -> tuple[Callable[[], object], Callable[[], object]]:
+def works(case: Case, learned: bool) -> tuple[Callable[[], object], Callable[[], object]]:
     """Forward and backward of a case."""
     q, k, v = case.inputs()
     offsets, window, scale = (case.pattern.offsets,), case.pattern.window, q.shape[-1] ** -0.5
     columns, table = fixed_columns(q, k, window, offsets), offset_table(offsets, q.device)
+    if learned:
+        found = resolve(torch.ones(1, device="cuda"), base_rungs("fibonacci"), window, NO_LIMIT)
+        columns, table = interpolated_columns(q, k, window, found), found.table
 
     def forward() -> tuple[torch.Tensor, torch.Tensor]:
         return FORWARD.forward(q, k, v, None, scale, columns)
@@ -88,14 +95,18 @@ def works(case: Case) -> tuple[Callable[[], object], Callable[[], object]]:
     return forward, lambda: BACKWARD.backward(grad, None, out, lse, q, k, v, None, scale, columns, table)
 
 
-def time_kernel(case: Case, kernel: str) -> list[tuple[float, Any]]:
-    """The times of one kernel for every configuration that runs, fastest first."""
-    forward, backward = works(case)
+def time_kernel(case: Case, kernel: str, learned: bool) -> tuple[list[tuple[float, Any]], Any]:
+    """The times of one kernel for every configuration that runs, fastest first; and the built-in configuration."""
+    forward, backward = works(case, learned)
     room, name = CHOICE[kernel]
-    standard = getattr(room, name)
+    standard, built_in = getattr(room, name), []
+    setattr(room, name, lambda *shape: built_in.append(standard(*shape)) or built_in[-1])
+    forward()
+    backward()
+    setattr(room, name, standard)
     kept = {other: getattr(*place) for other, place in KERNELS.items()}
     rows = []
-    for tiles in SPACE[kernel]:
+    for tiles in dict.fromkeys([built_in[0], *SPACE[kernel]]):
         setattr(room, name, lambda *shape, tiles=tiles: tiles)
         for other, place in KERNELS.items():
             setattr(*place, kept[other] if other == kernel else NotLaunched())
@@ -107,7 +118,7 @@ def time_kernel(case: Case, kernel: str) -> list[tuple[float, Any]]:
             setattr(room, name, standard)
             for other, place in KERNELS.items():
                 setattr(*place, kept[other])
-    return sorted(rows, key=lambda row: row[0])
+    return sorted(rows, key=lambda row: row[0]), built_in[0]
 
 
 def main() -> None:
@@ -115,6 +126,7 @@ def main() -> None:
     parser.add_argument("--kernels", nargs="+", default=list(SPACE), choices=list(SPACE))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--windows", nargs="+", type=int, default=[12, 128])
+    parser.add_argument("--learned", action="store_true")
     parser.add_argument("--top", type=int, default=6)
     arguments = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}")
@@ -125,8 +137,10 @@ def main() -> None:
             standard = shape_of(*case.inputs()[:2])
             for kernel in arguments.kernels:
                 print(f"{case.label} {kernel} (head size {standard.size})")
-                for time, tiles in time_kernel(case, kernel)[: arguments.top]:
-                    print(f"   {time:8.1f}  {tiles}", flush=True)
+                rows, built_in = time_kernel(case, kernel, arguments.learned)
+                for place, (time, tiles) in enumerate(rows):
+                    if place < arguments.top or tiles == built_in:
+                        print(f"   {time:8.1f}  {tiles}{'  (built in)' if tiles == built_in else ''}", flush=True)
 
 
 if __name__ == "__main__":
