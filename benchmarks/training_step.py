@@ -2,9 +2,9 @@
 
     PYTHONPATH=src python benchmarks/training_step.py [--models dense stagger ...] [--length 1024] [--json FILE]
 
-Real steps of `fibattn.training.trainer.FibTrainer`: 32,768 tokens in windows of `--length`, or one longer window; bf16
-autocast, compiled. The tokens are random; their values do not change the time. A step's milliseconds are sorted by
-what the GPU did, from PyTorch's profiler over three steps; "idle" is the rest of the step.
+Real steps of `fibattn.training.trainer.FibTrainer`: as many windows of `--length` as 32,768 tokens hold, at least one;
+bf16 autocast, compiled. The tokens are random; their values do not change the time. A step's milliseconds are sorted
+by what the GPU did, from PyTorch's profiler over three steps; "idle" is the rest of the step.
 """
 
 import argparse

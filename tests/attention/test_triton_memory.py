@@ -72,10 +72,15 @@ def test_kernels_fit_a_small_gpu(dtype: torch.dtype, size: int, group: int, dens
     ):
         sizes = others | row_options(shape, tiles, columns, None, wide=False)
         assert shared_memory(kernel, sizes, word, absent) <= SHARED_MEMORY
+    given = {name: sizes[name] for name in ("GROUP", "GP", "SIZE", "BD", "HAS_POSITIONS", "EXACT", "WIDE", "SCALED")}
     tiles = key_gradients.window_tiles_for(shape, window)
-    sizes |= {"BN": tiles.keys, "BR": max(tiles.rows, shape.padded_group)}
+    sizes = given | others | {"BN": tiles.keys, "BR": max(tiles.rows, shape.padded_group)}
     sizes |= {"num_warps": tiles.warps, "num_stages": tiles.stages}
     assert shared_memory(key_gradients.window_grad_kernel, sizes, word, absent) <= SHARED_MEMORY
+    tiles = key_gradients.rung_tiles_for(shape, scaled)
+    sizes = given | {"BN": tiles.keys, "BP": tiles.part, "UNROLL": tiles.unroll}
+    sizes |= {"num_warps": tiles.warps, "num_stages": 3}
+    assert shared_memory(key_gradients.rung_grad_kernel, sizes, word, absent) <= SHARED_MEMORY
 
 
 @pytest.mark.parametrize("scaled", [False, True])

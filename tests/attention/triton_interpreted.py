@@ -158,6 +158,12 @@ def test_attend_scaled(alpha, packed):
     agree(scaled, [*tensors(1, 39, 39, 4, 2, 16), torch.tensor(alpha)])
 
 
+@pytest.mark.parametrize("rungs", [(), (1, 2, 3)], ids=["none", "all inside the window"])
+def test_attend_scaled_without_a_rung_left(rungs):
+    inputs = [*tensors(1, 39, 39, 4, 2, 16), torch.tensor(1.1)]
+    agree(lambda q, k, v, alpha, **how: attend_scaled(q, k, v, 5, rungs, alpha, **how), inputs)
+
+
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
 def test_an_impossible_scale_gives_no_plausible_numbers(alpha):
     q, k, v = tensors(1, 39, 39, 4, 2, 16)

@@ -193,12 +193,16 @@ def test_the_documentation_has_the_tables_of_the_results(tmp_path: Path) -> None
     write_report(results)
     insert_tables(results, document)
     assert document.read_text() == (root / "docs" / "results.md").read_text()
+    figure = root / "docs" / "figures" / "study-extrapolation.csv"
+    assert figure.read_text() == (results / "report" / "extrapolation.csv").read_text()
 
 
 def test_a_document_without_a_place_for_the_tables_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("# Notes\n")
     with pytest.raises(InputError, match=r"notes\.md has no line '<!-- written by fibattn report --into -->'"):
         insert_tables(tmp_path, tmp_path / "notes.md")
+    with pytest.raises(InputError, match=r"missing\.md does not exist"):
+        insert_tables(tmp_path, tmp_path / "missing.md")
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:

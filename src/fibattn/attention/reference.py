@@ -52,7 +52,8 @@ def attend_scaled(
     out = weights[..., : k.shape[1]] @ all_values
     for index, value in enumerate(values):
         out = out + weights[..., k.shape[1] + index, None] * value
-    return _result(torch.cat(columns, dim=-1), out, q)
+    # Where no rung is kept, alpha still has a gradient: 0.
+    return _result(torch.cat(columns, dim=-1), out + 0 * alpha.double().sum(), q)
 
 
 def document_limit(q: Tensor, k: Tensor, positions: Tensor | None) -> Tensor:

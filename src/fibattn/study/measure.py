@@ -1,6 +1,7 @@
 """What is measured on one finished model, and written down of the machine it was trained on."""
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -101,11 +102,18 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """The versions that may move a result."""
-    found = {"fibattn": __version__, "python": platform.python_version()}
+    found = {"fibattn": f"{__version__} (source {_source_digest()})", "python": platform.python_version()}
     for name in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
+
+
+def _source_digest() -> str:
+    """Which state of the package's source this is: the first digits of a SHA-256 over its files."""
+    root = Path(__file__).parents[1]
+    parts = [f"{path.relative_to(root)} {files.sha256(path)}" for path in sorted(root.rglob("*.py"))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
 def _learned_alphas(model: PreTrainedModel) -> list[float] | None:

@@ -18,12 +18,13 @@ PROCESSES_A_GPU = "FIBATTN_PROCESSES_A_GPU"
 def side_by_side(arguments: Sequence[str], processes: int) -> int:
     """Run `fibattn ARGUMENTS` in `processes` processes, lines marked by process; the highest exit status."""
     devices = _devices()
-    shared = str(-(-processes // len(devices)))
+    sharing = [str(len(range(index % len(devices), processes, len(devices)))) for index in range(processes)]
     started = [
         subprocess.Popen(
             [sys.executable, "-m", "fibattn", *arguments],
             env=os.environ
-            | {"CUDA_VISIBLE_DEVICES": devices[index % len(devices)], PROCESSES_A_GPU: shared, "PYTHONUNBUFFERED": "1"},
+            | {"CUDA_VISIBLE_DEVICES": devices[index % len(devices)], PROCESSES_A_GPU: sharing[index]}
+            | {"PYTHONUNBUFFERED": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -46,10 +47,12 @@ def side_by_side(arguments: Sequence[str], processes: int) -> int:
 
 def _devices() -> list[str]:
     """The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES takes; one entry without any."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return visible.split(",")
     import torch
 
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",") if visible else [str(index) for index in range(max(torch.cuda.device_count(), 1))]
+    return [str(index) for index in range(max(torch.cuda.device_count(), 1))]
 
 
 def _pass_on(lines: IO[str] | None, index: int) -> None:

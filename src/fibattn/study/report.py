@@ -77,14 +77,15 @@ def insert_tables(folder: Path, document: Path) -> None:
     """Put the tables of `folder`'s report into a Markdown document, in place of all that follows its `MARK`.
 
     Raises:
-        InputError: when there is no such line in the document.
+        InputError: when there is no such document, or no such line in it.
     """
-    text = document.read_text(encoding="utf-8") if document.is_file() else ""
-    head, mark, _ = text.partition(MARK)
+    if not document.is_file():
+        raise InputError(f"{document} does not exist; name a Markdown document that has the line {MARK!r}")
+    head, mark, _ = document.read_text(encoding="utf-8").partition(f"\n{MARK}\n")
     if not mark:
         raise InputError(f"{document} has no line {MARK!r}; put it where the tables shall begin")
     tables = (folder / "report" / "tables.md").read_text(encoding="utf-8")
-    files.write_text(document, f"{head}{MARK}\n\n{tables}")
+    files.write_text(document, f"{head}{mark}\n{tables}")
 
 
 def _figures(results: Results, out: Path) -> dict[str, dict[str, Any]]:

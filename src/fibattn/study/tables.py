@@ -57,7 +57,7 @@ def beyond_table(group: Group) -> Table:
         )
     factor = longest // group.trained_at
     return Table(
-        "Past the paper",
+        "Models past the paper",
         f"Perplexity at {group.trained_at:,} tokens on each held-out set, best first. Keys: what a query reads at that "
         "length, the mean over positions and layers.",
         ("model", "keys", *group.sets, "against dense", "in seed σ", f"change at {factor}×"),

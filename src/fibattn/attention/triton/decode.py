@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from fibattn.attention.triton import launch
 from fibattn.attention.triton.rows import load_rows
@@ -44,23 +45,26 @@ def decode(
     batch, kv_heads = k.shape[0], k.shape[2]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     columns, stages = tiles_for(shape, window)
-    decode_kernel[(batch * kv_heads,)](
-        *(q, k_cache, v_cache, k, v, out, cache_positions, positions, table, fractions),
-        *(scale, k_cache.shape[1], window, kv_heads, table.stride(0) if table.shape[0] > 1 else 0),
-        *(launch.positions_stride(cache_positions), launch.positions_stride(positions)),
-        *launch.strides(k_cache, v_cache),
-        *(x.stride(dimension) for x in (q, k, v, out) for dimension in (0, 2)),
-        GROUP=shape.group,
-        SIZE=shape.size,
-        BD=shape.padded_size,
-        ROWS=max(16, shape.padded_group),
-        BN=columns,
-        HAS_POSITIONS=positions is not None,
-        SCALED=fractions is not None,
-        **launch.FUSED,
-        num_warps=4,
-        num_stages=stages,
-    )
+    try:
+        decode_kernel[(batch * kv_heads,)](
+            *(q, k_cache, v_cache, k, v, out, cache_positions, positions, table, fractions),
+            *(scale, k_cache.shape[1], window, kv_heads, table.stride(0) if table.shape[0] > 1 else 0),
+            *(launch.positions_stride(cache_positions), launch.positions_stride(positions)),
+            *launch.strides(k_cache, v_cache),
+            *(x.stride(dimension) for x in (q, k, v, out) for dimension in (0, 2)),
+            GROUP=shape.group,
+            SIZE=shape.size,
+            BD=shape.padded_size,
+            ROWS=max(16, shape.padded_group),
+            BN=columns,
+            HAS_POSITIONS=positions is not None,
+            SCALED=fractions is not None,
+            **launch.FUSED,
+            num_warps=4,
+            num_stages=stages,
+        )
+    except OutOfResources as error:
+        raise launch.explain(error, shape) from error
     return out
 
 

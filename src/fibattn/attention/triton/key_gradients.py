@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fibattn.attention.triton import launch
-from fibattn.attention.triton.columns import WIDEST_NEAR
+from fibattn.attention.triton.columns import near_columns
 from fibattn.attention.triton.rows import (
     block_rows,
     load_rows,
@@ -69,7 +69,7 @@ def window_tiles_for(shape: Shape, window: int) -> WindowTiles:
         return WindowTiles(keys=32 if small else 16, rows=32 if shape.padded_size <= 128 else 16, warps=4, stages=1)
     if shape.padded_size > 128:
         return WindowTiles(keys=16, rows=16, warps=4, stages=1)
-    if window > WIDEST_NEAR:
+    if not near_columns(window, shape.batch_queries):
         return WindowTiles(keys=64, rows=64 if small else 32, warps=4, stages=1 if small else 3)
     return WindowTiles(keys=32 if small else 16, rows=16, warps=1, stages=3 if small else 4)
 
