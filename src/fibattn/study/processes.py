@@ -17,20 +17,19 @@ PROCESSES_A_GPU = "FIBATTN_PROCESSES_A_GPU"
 
 def side_by_side(arguments: Sequence[str], processes: int) -> int:
     """Run `fibattn ARGUMENTS` in `processes` processes, lines marked by process; the highest exit status."""
-    devices = _devices()
-    sharing = [str(len(range(index % len(devices), processes, len(devices)))) for index in range(processes)]
+    available = _devices()
+    devices = [available[index % len(available)] for index in range(processes)]
     started = [
         subprocess.Popen(
             [sys.executable, "-m", "fibattn", *arguments],
             env=os.environ
-            | {"CUDA_VISIBLE_DEVICES": devices[index % len(devices)], PROCESSES_A_GPU: sharing[index]}
-            | {"PYTHONUNBUFFERED": "1"},
+            | {"CUDA_VISIBLE_DEVICES": device, PROCESSES_A_GPU: str(devices.count(device)), "PYTHONUNBUFFERED": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
         )
-        for index in range(processes)
+        for device in devices
     ]
     threads = [threading.Thread(target=_pass_on, args=(process.stdout, index)) for index, process in enumerate(started)]
     for thread in threads:

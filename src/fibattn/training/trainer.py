@@ -47,14 +47,15 @@ def training_arguments(recipe: Recipe, processes: int) -> TrainingArguments:
     on_gpu = torch.cuda.is_available()
     bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and on_gpu)
     sharded = recipe.parallel == "fsdp" and processes > 1
+    micro_batches = recipe.micro_batches(processes)
     # A step replayed as a CUDA graph waits for no launch; where gradients add up over several, it would overwrite them.
-    graphed = recipe.compile and on_gpu and processes == 1 and recipe.micro_batches(processes) == 1
+    graphed = recipe.compile and on_gpu and processes == micro_batches == 1
     arguments = TrainingArguments(
         output_dir=str(recipe.out),
         run_name=recipe.out.name,
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.micro_batch,
-        gradient_accumulation_steps=recipe.micro_batches(processes),
+        gradient_accumulation_steps=micro_batches,
         max_grad_norm=recipe.optimizer.clip_norm,
         bf16=bf16,
         torch_compile=recipe.compile,
