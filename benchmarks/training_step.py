@@ -36,7 +36,7 @@ MODELS = {
     "learned": ModelRecipe(schedule="learned", clip_offsets=False),
     "hybrid": PRESETS["hybrid"].model,
 }
-WARM, TIMED, PROFILED = 12, 40, 3
+WARM, PROFILED = 12, 3
 STEP_TOKENS = 32_768
 GROUPS = (
     (
@@ -52,9 +52,10 @@ GROUPS = (
 
 
 class Clock(TrainerCallback):
-    """Times the steps after the warm-up, then profiles a few more."""
+    """Times `timed` steps after the warm-up, then profiles a few more."""
 
-    def __init__(self) -> None:
+    def __init__(self, timed: int) -> None:
+        self.timed = timed
         self.times: list[float] = []
         self.kernels: Counter[str] = Counter()
 
@@ -63,33 +64,33 @@ class Clock(TrainerCallback):
         if state.global_step == WARM:
             torch.cuda.synchronize()
             self._last = time.perf_counter()
-        if state.global_step == WARM + TIMED:
+        if state.global_step == WARM + self.timed:
             self._profile = profile(activities=[ProfilerActivity.CUDA])
             self._profile.__enter__()
 
     def on_step_end(self, args, state, control, **_) -> None:
         """Take the time of ten steps at once, so that waiting for the GPU does not slow them down."""
         done = state.global_step - WARM
-        if 0 < done <= TIMED and done % 10 == 0:
+        if 0 < done <= self.timed and done % 10 == 0:
             torch.cuda.synchronize()
             now = time.perf_counter()
             self.times.append((now - self._last) * 100)
             self._last = now
-        if done == TIMED + PROFILED:
+        if done == self.timed + PROFILED:
             torch.cuda.synchronize()
             self._profile.__exit__(None, None, None)
             for event in self._profile.key_averages():
                 self.kernels[event.key] += event.self_device_time_total / PROFILED / 1000
 
 
-def recipe_of(model: ModelRecipe, length: int) -> Recipe:
+def recipe_of(model: ModelRecipe, length: int, timed: int) -> Recipe:
     """A short run of the paper's recipe."""
     windows = max(STEP_TOKENS // length, 1)
     size = {"length": length, "windows_per_step": windows, "micro_batch": windows}
-    return replace(PRESETS["paper"], model=model, steps=WARM + TIMED + PROFILED, save_every=10**6, **size)
+    return replace(PRESETS["paper"], model=model, steps=WARM + timed + PROFILED, save_every=10**6, **size)
 
 
-def run(recipe: Recipe, folder: Path) -> Clock:
+def run(recipe: Recipe, folder: Path, timed: int) -> Clock:
     """Train a little."""
     recipe = replace(recipe, out=folder)
     rng = np.random.default_rng(0)
@@ -97,7 +98,7 @@ def run(recipe: Recipe, folder: Path) -> Clock:
     write_shard(folder / "train.bin", [tokens], np.ones(32_768, np.uint16), np.dtype(np.uint16), 2**20, None)
     starts = rng.integers(0, 2**20 - recipe.length - 1, recipe.steps * recipe.windows_per_step)
     windows = TrainingWindows(TokenStream([folder / "train.bin"]), starts, recipe.length)
-    clock = Clock()
+    clock = Clock(timed)
     trainer = FibTrainer(build_model(recipe, 32_768, 0), recipe, windows, 1)
     trainer.args.save_strategy = "no"
     trainer.add_callback(clock)
@@ -115,6 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--timed", type=int, default=40, help="steps to time, a multiple of ten")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--kernels", type=int, default=0, help="how many single kernels to name")
     arguments = parser.parse_args()
@@ -122,9 +124,9 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, {versions}")
     results = {"device": torch.cuda.get_device_name(), "versions": versions, "length": arguments.length, "models": {}}
     for name in arguments.models:
-        recipe = recipe_of(MODELS[name], arguments.length)
+        recipe = recipe_of(MODELS[name], arguments.length, arguments.timed)
         with tempfile.TemporaryDirectory() as folder:
-            clock = run(recipe, Path(folder))
+            clock = run(recipe, Path(folder), arguments.timed)
         step, tokens = statistics.median(clock.times), recipe.windows_per_step * recipe.length
         groups: Counter[str] = Counter()
         for kernel, milliseconds in clock.kernels.items():

@@ -50,8 +50,11 @@ def query_tiles_for(shape: Shape, columns: Columns) -> Tiles:
         return Tiles(launch.fitting_batches(2, shape, keys, 2**14), 16, near=16, warps=2, stages=1)
     if columns.dense:
         return Tiles(launch.fitting_batches(4, shape, keys, 2**14), 16, near=32, warps=4, stages=2)
-    wide = shape.padded_size > 64 and not columns.scaled
-    return Tiles(1, 32 if wide else 16, near=32, warps=1, stages=2)
+    if columns.scaled:
+        return Tiles(1, 16, near=32, warps=1, stages=2)
+    if shape.padded_size > 64:
+        return Tiles(1, 32, near=32, warps=1, stages=2)
+    return Tiles(1, 16, near=32, warps=1, stages=2, registers=96 if shape.rows == 16 else None)
 
 
 def backward(

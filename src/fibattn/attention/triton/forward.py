@@ -44,9 +44,17 @@ def tiles_for(shape: Shape, columns: Columns) -> Tiles:
         return Tiles(launch.fitting_batches(4, shape, keys, 2**14), 16, near=16, warps=2, stages=1)
     if columns.dense:
         batches = launch.fitting_batches(4 if small else 8, shape, keys, 2**15)
-        return Tiles(batches, 16, near=32, warps=4, stages=2)
+        return Tiles(
+            batches,
+            16,
+            near=32,
+            warps=4,
+            stages=2,
+            registers=96 if small and shape.rows == 16 and not columns.scaled else None,
+        )
     # Programs of one warp: nothing waits for a barrier, and the next columns are copied while these are multiplied.
-    return Tiles(1 if small or columns.scaled else 2, 16, near=32, warps=1, stages=2)
+    registers = (96 if columns.scaled else 80) if small and shape.rows == 16 else None
+    return Tiles(1 if small or columns.scaled else 2, 16, near=32, warps=1, stages=2, registers=registers)
 
 
 def forward(

@@ -22,6 +22,8 @@ class Tiles:
     near: int
     warps: int
     stages: int
+    registers: int | None = None
+    """At most so many a thread, where the compiler would take a few more than one more resident warp leaves it."""
 
 
 def row_options(shape: Shape, tiles: Tiles, columns: Columns, positions: Tensor | None, wide: bool) -> dict[str, Any]:
@@ -44,6 +46,7 @@ def row_options(shape: Shape, tiles: Tiles, columns: Columns, positions: Tensor 
         **FUSED,
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
+        "maxnreg": tiles.registers,
     }
 
 
