@@ -30,10 +30,11 @@ FORWARD, BACKWARD, KEYS = (
 )
 
 ROWS = [
-    Tiles(batches, columns, near, warps, stages)
+    Tiles(batches, columns, near, warps, stages, registers)
     for batches, columns, warps in ((1, 16, 1), (2, 16, 1), (2, 16, 2), (4, 16, 4), (8, 16, 4), (1, 32, 1), (2, 32, 2))
     for near in (32, 64)
-    for stages in (1, 2, 3)
+    for stages in (1, 2)
+    for registers in (None, 168, 128, 96, 80)
 ]
 SPACE: dict[str, list[Any]] = {
     "forward": ROWS,

@@ -34,7 +34,7 @@ from fibattn.attention.triton.rows import (
     row_starts,
     store_batches,
 )
-from fibattn.attention.triton.scores import NO_ROW, row_products, score_scale, softmax_weights
+from fibattn.attention.triton.scores import NO_ROW, row_products, scaled_scores, softmax_weights
 from fibattn.attention.triton.shape import Shape, shape_of
 
 FROM_OUTPUT, SUMMED, GIVEN = (tl.constexpr(way) for way in range(3))
@@ -45,16 +45,13 @@ coarser."""
 
 def query_tiles_for(shape: Shape, columns: Columns) -> Tiles:
     """Tile sizes of the kernel for the gradient of q, at most 99 KB of shared memory."""
-    keys = 32 if columns.scaled else 16
     if shape.exact:
-        return Tiles(launch.fitting_batches(2, shape, keys, 2**14), 16, near=16, warps=2, stages=1)
+        return Tiles(launch.fitting_batches(2, shape, columns, 2**14), 16, near=16, warps=2, stages=1)
     if columns.dense:
-        return Tiles(launch.fitting_batches(4, shape, keys, 2**14), 16, near=32, warps=4, stages=2)
-    if columns.scaled:
-        return Tiles(1, 16, near=32, warps=1, stages=2)
-    if shape.padded_size > 64:
-        return Tiles(1, 32, near=32, warps=1, stages=2)
-    return Tiles(1, 16, near=32, warps=1, stages=2, registers=96 if shape.rows == 16 else None)
+        batches = launch.fitting_batches(4, shape, columns, 2**14)
+        registers = launch.registers(shape, 128 if columns.scaled else 96)
+        return Tiles(batches, 16, near=32, warps=4, stages=2, registers=registers)
+    return launch.column_tiles(shape, columns.scaled, launch.registers(shape, 128))
 
 
 def backward(
@@ -216,13 +213,12 @@ def query_grad_kernel(
         b_delta = tl.zeros([NB, ROWS], tl.float32)
     b_total = tl.zeros([NB, ROWS], tl.float32)
     b_weight = tl.zeros([NB, ROWS], tl.float32)
-    scale_scores = score_scale(scale, EXACT)
     b_dq = tl.zeros([NB, ROWS, BD], tl.float32)
     if DENSE:
         b_near, b_near_total, b_near_weight = dense_window_grad(
             *(p_q, p_k, p_v, p_do, p_positions),
             *(tl.reshape(b_lse, [BR]), tl.reshape(b_delta, [BR]), tl.reshape(b_lse_grad, [BR])),
-            *(scale_scores, tokens, keys, window, i_block, i_batch),
+            *(scale, tokens, keys, window, i_block, i_batch),
             *(stride_qt, stride_qh, stride_kt, stride_vt, stride_gt, stride_gh, stride_positions),
             *(GROUP, GP, SIZE, BD, BR, BM, BN, HAS_POSITIONS, EXACT, WIDE),
         )
@@ -242,7 +238,8 @@ def query_grad_kernel(
         b_s = row_products(b_q, b_k, EXACT)
         b_dp = row_products(b_do, b_v, EXACT)
         m_entry = column_mask(b_shift, b_bits, b_limit, o_key, ROWS, GP, HAS_POSITIONS)
-        b_p = tl.where(m_entry, softmax_weights(b_s * scale_scores, b_lse[:, :, None], EXACT), 0.0)
+        b_p = softmax_weights(scaled_scores(b_s, scale, EXACT), b_lse[:, :, None], EXACT)
+        b_p = tl.where(m_entry, b_p, 0.0)
         if DELTA == SUMMED:
             b_total += tl.sum(b_p * b_dp, 2)
             b_weight += tl.sum(b_p, 2)
@@ -273,7 +270,7 @@ def query_grad_kernel(
             b_dp_slope = row_products(b_do, b_v_far, EXACT) - b_dp
             b_s += b_fraction * b_s_slope
             b_dp += b_fraction * b_dp_slope
-            b_p = softmax_weights(b_s * scale_scores, b_lse[:, :, None], EXACT)
+            b_p = softmax_weights(scaled_scores(b_s, scale, EXACT), b_lse[:, :, None], EXACT)
             b_p = tl.where(rung_mask(m_key, ROWS, GP, BQ), b_p, 0.0)
             if DELTA == SUMMED:
                 b_total += tl.sum(b_p * b_dp, 2)

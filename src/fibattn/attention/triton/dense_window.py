@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from fibattn.attention.triton.rows import block_rows, load_rows, query_limit, query_rows
-from fibattn.attention.triton.scores import row_products, softmax_step, softmax_weights
+from fibattn.attention.triton.scores import row_products, scaled_scores, softmax_step, softmax_weights
 
 
 @triton.jit
@@ -16,7 +16,7 @@ def dense_window(
     p_k,
     p_v,
     p_positions,
-    scale_scores,
+    scale,
     tokens,
     keys,
     window,
@@ -51,7 +51,7 @@ def dense_window(
         o_key, m_key = window_keys(i_tile, first_own, keys, BM, BN)
         b_k = load_rows(p_k, o_key, stride_kt, m_key, SIZE, BD, WIDE)
         b_v = load_rows(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)
-        b_s = row_products(b_q, b_k, EXACT) * scale_scores
+        b_s = scaled_scores(row_products(b_q, b_k, EXACT), scale, EXACT)
         b_s = tl.where(near_mask(o_query + past, b_limit, o_key, window), b_s, -float("inf"))
         b_p, b_shrink, b_max, b_sum = softmax_step(b_s, b_max, b_sum, EXACT)
         b_acc = b_acc * b_shrink[:, None]
@@ -69,7 +69,7 @@ def dense_window_grad(
     b_lse,
     b_delta,
     b_lse_grad,
-    scale_scores,
+    scale,
     tokens,
     keys,
     window,
@@ -107,7 +107,7 @@ def dense_window_grad(
         o_key, m_key = window_keys(i_tile, first_own, keys, BM, BN)
         b_k = load_rows(p_k, o_key, stride_kt, m_key, SIZE, BD, WIDE)
         b_v = load_rows(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)
-        b_s = row_products(b_q, b_k, EXACT) * scale_scores
+        b_s = scaled_scores(row_products(b_q, b_k, EXACT), scale, EXACT)
         b_p = softmax_weights(b_s, b_lse[:, None], EXACT)
         b_p = tl.where(near_mask(o_query + past, b_limit, o_key, window), b_p, 0.0)
         b_dp = row_products(b_do, b_v, EXACT)

@@ -33,28 +33,18 @@ from fibattn.attention.triton.rows import (
     row_starts,
     store_batches,
 )
-from fibattn.attention.triton.scores import LN2, row_products, score_scale, softmax_step
+from fibattn.attention.triton.scores import LN2, row_products, scaled_scores, softmax_step
 from fibattn.attention.triton.shape import Shape, shape_of
 
 
 def tiles_for(shape: Shape, columns: Columns) -> Tiles:
     """Tile sizes, from a fixed table: nothing is tuned at run time. They take at most 99 KB of shared memory."""
-    small, keys = shape.padded_size <= 64, 32 if columns.scaled else 16
     if shape.exact:
-        return Tiles(launch.fitting_batches(4, shape, keys, 2**14), 16, near=16, warps=2, stages=1)
+        return Tiles(launch.fitting_batches(4, shape, columns, 2**14), 16, near=16, warps=2, stages=1)
     if columns.dense:
-        batches = launch.fitting_batches(4 if small else 8, shape, keys, 2**15)
-        return Tiles(
-            batches,
-            16,
-            near=32,
-            warps=4,
-            stages=2,
-            registers=96 if small and shape.rows == 16 and not columns.scaled else None,
-        )
-    # Programs of one warp: nothing waits for a barrier, and the next columns are copied while these are multiplied.
-    registers = (96 if columns.scaled else 80) if small and shape.rows == 16 else None
-    return Tiles(1 if small or columns.scaled else 2, 16, near=32, warps=1, stages=2, registers=registers)
+        batches = launch.fitting_batches(4 if shape.padded_size <= 64 else 8, shape, columns, 2**15)
+        return Tiles(batches, 16, near=32, warps=4, stages=2, registers=launch.registers(shape, 96))
+    return launch.column_tiles(shape, columns.scaled, launch.registers(shape, 96))
 
 
 def forward(
@@ -145,10 +135,9 @@ def forward_kernel(
 
     o_query, o_group, m_row = batch_rows(i_block, tokens, NB, BQ, ROWS, GP, GROUP)
     b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row, HAS_POSITIONS)
-    scale_scores = score_scale(scale, EXACT)
     if DENSE:
         b_max, b_sum, b_acc = dense_window(
-            *(p_q, p_k, p_v, p_positions, scale_scores, tokens, keys, window, i_block, i_batch),
+            *(p_q, p_k, p_v, p_positions, scale, tokens, keys, window, i_block, i_batch),
             *(stride_qt, stride_qh, stride_kt, stride_vt, stride_positions),
             *(GROUP, GP, SIZE, BD, NB * ROWS, BM, BN, HAS_POSITIONS, EXACT, WIDE),
         )
@@ -168,7 +157,7 @@ def forward_kernel(
         b_v = load_batches(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)
         b_s = row_products(b_q, b_k, EXACT)
         m_entry = column_mask(b_shift, b_bits, b_limit, o_key, ROWS, GP, HAS_POSITIONS)
-        b_s = tl.where(m_entry, b_s * scale_scores, -float("inf"))
+        b_s = tl.where(m_entry, scaled_scores(b_s, scale, EXACT), -float("inf"))
         b_p, b_shrink, b_max, b_sum = softmax_step(b_s, b_max, b_sum, EXACT)
         b_acc = b_acc * b_shrink[:, :, None]
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
@@ -186,7 +175,8 @@ def forward_kernel(
             b_s = row_products(b_q, b_k, EXACT)
             b_s_far = row_products(b_q, b_k_far, EXACT)
             b_s += b_fraction * (b_s_far - b_s)
-            b_s = tl.where(rung_mask(m_key, ROWS, GP, BQ), b_s * scale_scores, -float("inf"))
+            b_s = scaled_scores(b_s, scale, EXACT)
+            b_s = tl.where(rung_mask(m_key, ROWS, GP, BQ), b_s, -float("inf"))
             b_p, b_shrink, b_max, b_sum = softmax_step(b_s, b_max, b_sum, EXACT)
             b_acc = b_acc * b_shrink[:, :, None]
             b_p_far = b_p * b_fraction

@@ -27,7 +27,7 @@ from fibattn.attention.triton.rows import (
     row_starts,
     store_rows,
 )
-from fibattn.attention.triton.scores import NO_ROW, row_products, score_scale, softmax_weights
+from fibattn.attention.triton.scores import NO_ROW, row_products, scaled_scores, softmax_weights
 from fibattn.attention.triton.shape import Shape
 
 
@@ -56,10 +56,7 @@ def rung_tiles_for(shape: Shape, scaled: bool) -> RungTiles:
     part = min(shape.padded_size, 64)
     if shape.exact:
         return RungTiles(keys=32, part=part, unroll=1, warps=4)
-    if scaled:
-        keys = 64 if shape.padded_size <= 64 else 128
-        return RungTiles(keys, part, unroll=1, warps=keys // 8)
-    return RungTiles(keys=256, part=part, unroll=2, warps=16)
+    return RungTiles(keys=128 if scaled else 256, part=part, unroll=2, warps=16)
 
 
 def window_tiles_for(shape: Shape, window: int) -> WindowTiles:
@@ -321,7 +318,6 @@ def window_grad_kernel(
     SUMS: tl.constexpr = tl.float64 if EXACT else tl.float32
     b_dk = tl.zeros([BN, BD], SUMS)
     b_dv = tl.zeros([BN, BD], SUMS)
-    scale_scores = score_scale(scale, EXACT)
 
     begin = tl.maximum(i_block * BN - past, 0)
     end = tl.minimum(i_block * BN - past + BN + tl.minimum(window, keys), tokens)
@@ -335,7 +331,7 @@ def window_grad_kernel(
         b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row, HAS_POSITIONS)
         b_distance = (o_query + past)[None, :] - o_key[:, None]
         m_entry = (b_distance >= 0) & (b_distance <= window) & (b_distance <= b_limit[None, :])
-        b_s = row_products(b_k, b_q, EXACT) * scale_scores
+        b_s = scaled_scores(row_products(b_k, b_q, EXACT), scale, EXACT)
         b_p = tl.where(m_entry, softmax_weights(b_s, b_lse[None, :], EXACT), 0.0)
         b_dv = add_product(b_dv, b_p.to(b_do.dtype), b_do)
         b_dp = row_products(b_v, b_do, EXACT)

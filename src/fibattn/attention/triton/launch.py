@@ -23,7 +23,25 @@ class Tiles:
     warps: int
     stages: int
     registers: int | None = None
-    """At most so many a thread, where the compiler would take a few more than one more resident warp leaves it."""
+    """At most so many a thread, where the compiler would take a few more than leave room for another warp."""
+
+
+def registers(shape: Shape, small: int, large: int | None = None) -> int | None:
+    """How many suffice a thread for 16 rows and heads up to 64, or up to 128; None where there is more of either."""
+    if shape.rows > 16 or shape.padded_size > 128:
+        return None
+    return small if shape.padded_size <= 64 else large
+
+
+def column_tiles(shape: Shape, scaled: bool, scaled_registers: int | None) -> Tiles:
+    """Tiles of a row kernel that has columns alone.
+
+    Programs of one warp: nothing waits for a barrier, and the next columns are copied while these are multiplied.
+    """
+    if scaled:
+        return Tiles(1, 16, near=32, warps=1, stages=2, registers=scaled_registers)
+    columns = 32 if shape.padded_size <= 64 else 16
+    return Tiles(1, columns, near=32, warps=1, stages=2, registers=registers(shape, 128, 168))
 
 
 def row_options(shape: Shape, tiles: Tiles, columns: Columns, positions: Tensor | None, wide: bool) -> dict[str, Any]:
@@ -50,9 +68,11 @@ def row_options(shape: Shape, tiles: Tiles, columns: Columns, positions: Tensor 
     }
 
 
-def fitting_batches(wanted: int, shape: Shape, columns: int, limit: int) -> int:
-    """Batches a program, halved until the rows or columns of all of them take at most `limit` bytes."""
-    while wanted > 1 and wanted * max(shape.rows, columns) * shape.padded_size * shape.dtype.itemsize > limit:
+def fitting_batches(wanted: int, shape: Shape, columns: Columns, limit: int) -> int:
+    """Batches a program, halved until the rows, columns or keys of all of them take at most `limit` bytes."""
+    # A tile of columns has 16 keys, or near and far ones; a dense one all the queries' own, for k and for v.
+    keys = max(32 if columns.scaled else 16, 2 * shape.batch_queries if columns.dense else 0)
+    while wanted > 1 and wanted * max(shape.rows, keys) * shape.padded_size * shape.dtype.itemsize > limit:
         wanted //= 2
     return wanted
 

@@ -44,9 +44,13 @@ def in_pairs(b_x):
 
 
 @triton.jit
-def score_scale(scale, EXACT: tl.constexpr):
-    """What scores are multiplied by: 16-bit inputs take their exponentials' base 2 in, float32 cannot afford to."""
-    return scale if EXACT else scale * LOG2E
+def scaled_scores(b_s, scale, EXACT: tl.constexpr):
+    """Scores as softmax takes them: times the scale, and in 16 bits to base 2, which float32 cannot afford.
+
+    float32's are rounded by way of float64: multiplied in float32, the backward kernels would subtract the log-sum-exp
+    in the same instruction, without the rounding that is in it, and a weight of 1 would be off by the score's rounding.
+    """
+    return (b_s.to(tl.float64) * scale).to(tl.float32) if EXACT else b_s * (scale * LOG2E)
 
 
 @triton.jit
