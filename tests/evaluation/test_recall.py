@@ -1,5 +1,6 @@
 """Recall rows against a solver that reads them, and what the compared models can reach."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -160,6 +161,20 @@ def test_every_variant_runs_and_repeats_itself() -> None:
     ]
     assert all(list(row["accuracy"]) == ["20", "80"] for row in result["rows"])
     assert once("dense")["rows"] == result["rows"][-2:]
+
+
+def test_a_cut_probe_goes_on_with_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict = {"length": 128, "window": 4, "layers": 2, "distances": (20, 80), "steps": 1, "batch_tokens": 128}
+    kept: list[dict] = []
+    first = recall(**options, names=("window",), asked=8, keep=kept.append)
+    assert kept == [first]
+    both = recall(**options, names=("dense",), asked=8, earlier=json.loads(json.dumps(first)))
+    assert [row["variant"] for row in both["rows"]] == ["window", "window", "dense", "dense"]
+    assert both["rows"][:2] == first["rows"]
+    again = recall(**options, names=("dense",), asked=4, earlier=first)
+    assert [row["variant"] for row in again["rows"]] == ["dense", "dense"]
+    monkeypatch.setattr("fibattn.evaluation.recall.fit", None)
+    assert recall(**options, names=("window", "dense"), asked=8, earlier=both) == both
 
 
 def test_bad_input_is_refused() -> None:

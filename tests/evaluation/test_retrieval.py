@@ -1,5 +1,6 @@
 """The retrieval probe: its task against loops, its bands against the rungs they narrow to."""
 
+import json
 import math
 from itertools import pairwise
 
@@ -41,7 +42,7 @@ def test_starts_are_uniform_and_the_clipped_ramp() -> None:
 def test_band_weights_match_loops() -> None:
     band = build(2, "staggered", 0).model.layers[1].self_attn
     assert isinstance(band, BandAttention)
-    band.width = 7.0
+    set_width(band, 7.0)
     alpha = band.alpha.item()
     expected = [float(distance <= 8) for distance in range(300)]
     for rung in (rung for rung in band.config.base_rungs if round(alpha * rung) > 8):
@@ -55,7 +56,7 @@ def test_band_weights_match_loops() -> None:
 def test_narrow_band_is_the_rung() -> None:
     band = build(2, "uniform", 0).model.layers[0].self_attn
     assert isinstance(band, BandAttention)
-    band.width = 0.01
+    set_width(band, 0.01)
     hidden = torch.randn(1, 60, 256, generator=torch.Generator().manual_seed(0))
     still = torch.ones(1, 60, 1, 64), torch.zeros(1, 60, 1, 64)
     q, k, v = (project(hidden).view(1, 60, -1, 64) for project in (band.q_proj, band.k_proj, band.v_proj))
@@ -68,7 +69,7 @@ def test_wide_band_feels_a_rung_it_does_not_reach() -> None:
     """The gradient of the weight at distance 40 pulls the scale up, towards 34 · alpha = 40."""
     band = build(2, "uniform", 0).model.layers[0].self_attn
     assert isinstance(band, BandAttention)
-    band.width = 3.0
+    set_width(band, 3.0)
     band.bias(60)[40].backward()
     assert band.theta is not None
     assert band.theta.grad is not None
@@ -82,7 +83,7 @@ def test_width_is_annealed_over_four_fifths() -> None:
     assert all(before > after for before, after in pairwise(widths[:81]))
     model = build(2, "uniform", 0)
     set_width(model, 3.0)
-    assert {layer.self_attn.width for layer in model.model.layers} == {3.0}  # pyright: ignore
+    assert {layer.self_attn.width.item() for layer in model.model.layers} == {3.0}  # pyright: ignore
 
 
 def test_probe_repeats_itself_and_learns_on_easy_distances(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,3 +118,21 @@ def test_nothing_to_run_is_refused() -> None:
         retrieval.retrieval(depths=())
     with pytest.raises(InputError, match="0 seeds"):
         retrieval.retrieval(seeds=())
+
+
+def test_a_cut_probe_goes_on_with_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[dict] = []
+    options: dict = {"depths": (1, 2), "starts": ("linear",), "seeds": (0,), "steps": 1, "batch": 1, "sequences": 1}
+    result = retrieval.retrieval(**options, keep=kept.append)
+    assert [len(one["rows"]) for one in kept] == [1, 2]
+    assert kept[-1] == result
+
+    def only_depth_2(depth: int, *_: object) -> dict:
+        assert depth == 2
+        return result["rows"][1]["runs"][0]
+
+    monkeypatch.setattr(retrieval, "_run", only_depth_2)
+    earlier = json.loads(json.dumps(kept[0]))
+    assert retrieval.retrieval(**options, earlier=earlier) == result
+    with pytest.raises(AssertionError):
+        retrieval.retrieval(**options | {"batch": 2}, earlier=earlier)

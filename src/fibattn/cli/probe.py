@@ -3,6 +3,7 @@
 import importlib
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,8 @@ Out = Annotated[Path, tyro.conf.arg(help="Where the JSON goes.")]
 Model = Annotated[Path, tyro.conf.Positional]
 
 _VOCABULARY = 32_768  # the paper's
+_TRAINING = ("retrieval", "recall")
+"""Probes that train models; cut short, the same command goes on with what is left."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,9 @@ def _measure(name: str, chosen: Any) -> dict[str, Any]:
     """Call the function of the probe's name in the module of its name, with a trained model where it takes one."""
     probe = getattr(importlib.import_module(f"fibattn.evaluation.{name}"), name)
     given = {field: value for field, value in vars(chosen).items() if field not in ("out", "model")}
+    if name in _TRAINING:
+        earlier = files.read_json(chosen.out) if chosen.out.exists() else None
+        return probe(**given, earlier=earlier, keep=partial(files.write_json, chosen.out))
     if not hasattr(chosen, "model"):
         return probe(**given)
     from fibattn.data.tokenizer import load_tokenizer

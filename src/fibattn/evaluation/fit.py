@@ -1,11 +1,12 @@
 """Training for probes that bring their own synthetic data: the recipe's optimizer in a loop, no files.
 
-A run of the study goes through `fibattn.training`. Here a model lives for minutes and is measured at once, so
-there is nothing to resume.
+A run of the study goes through `fibattn.training`. Here a model lives for minutes and is measured at once: there is
+nothing to resume but a probe that was cut between two of its models.
 """
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +19,9 @@ from fibattn.training.trainer import parameter_groups, rate_factor
 
 _LOOK_EVERY = 25
 
+Keep = Callable[[dict[str, Any]], None]
+"""What a probe calls with its result so far, whenever another of its models is done."""
+
 
 def device() -> torch.device:
     """The GPU where there is one."""
@@ -27,6 +31,13 @@ def device() -> torch.device:
 def autocast(where: torch.device) -> torch.autocast:
     """bfloat16 products on a GPU, full precision on the CPU."""
     return torch.autocast(where.type, dtype=torch.bfloat16, enabled=where.type == "cuda")
+
+
+def rows_of(earlier: dict[str, Any] | None, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an earlier result with the same settings, which need not be made again."""
+    if not earlier or any(earlier.get(name) != value for name, value in settings.items()):
+        return []
+    return list(earlier["rows"])
 
 
 def fit(
@@ -57,6 +68,9 @@ def fit(
         InputError: when the loss stops being finite.
     """
     where = next(model.parameters()).device
+    torch._dynamo.reset()
+    # Such small models would wait for their launches; a CUDA graph has none.
+    compiled = torch.compile(model, mode="reduce-overhead") if where.type == "cuda" else model
     adam = torch.optim.AdamW(
         parameter_groups(model, optimizer.weight_decay),
         lr=optimizer.peak_rate,
@@ -76,7 +90,7 @@ def fit(
                 group["lr"] = optimizer.peak_rate * rate_factor(step + 1, optimizer, steps)
             with autocast(where):
                 inputs, targets = (items[name].to(where) for name in ("input_ids", "shift_labels"))
-                loss = model(input_ids=inputs, shift_labels=targets, use_cache=False).loss
+                loss = compiled(input_ids=inputs, shift_labels=targets, use_cache=False).loss
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), optimizer.clip_norm)
             adam.step()

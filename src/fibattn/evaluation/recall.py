@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fibattn.errors import InputError
-from fibattn.evaluation.fit import autocast, device, fit
+from fibattn.evaluation.fit import Keep, autocast, device, fit, rows_of
 from fibattn.model import FibAttnConfig, FibAttnForCausalLM
 from fibattn.model.loss import IGNORED
 from fibattn.training.recipe import OptimizerRecipe
@@ -35,8 +35,8 @@ VOCABULARY = NOISE + KEYS + VALUES
 
 NEAREST = 16
 """The nearest distance of training."""
-ASKED_AGAIN = 8
-"""How often a pair is asked in a training row, each time from another distance."""
+TOKENS_A_QUESTION = 64
+"""In a training row every pair is asked once for so many tokens, each time from another distance."""
 
 _EVALUATED = 1 << 40  # evaluation rows are numbered from here, out of reach of any training
 _ATTEMPTS = 200
@@ -95,17 +95,17 @@ class RecallRows(Dataset[dict[str, Tensor]]):
     def _places(self, rng: np.random.Generator, free: np.ndarray) -> list[int]:
         """Where one pair and its questions stand; two tokens each are taken out of `free`."""
         for _ in range(_ATTEMPTS):
-            taken: list[int] = []
+            left, taken = free.copy(), []
             planted = int(rng.integers(0, self.length - self.farthest - 1))
             logs = rng.uniform(np.log(self.nearest), np.log(self.farthest + 1), self.asked)
-            for place in (planted, *(planted + np.exp(logs).astype(np.int64))):
-                if free[place : place + 2].all() and all(abs(place - other) > 1 for other in taken):
-                    taken.append(int(place))
+            for place in (planted, *(planted + np.exp(logs).astype(np.int64)).tolist()):
+                if left[place : place + 2].all():
+                    left[place : place + 2] = False
+                    taken.append(place)
                 elif len(taken) < 2:
                     break
             if len(taken) > 1:
-                for place in taken:
-                    free[place : place + 2] = False
+                free[:] = left
                 return taken
         raise InputError(
             f"no room for the pairs in a row of {self.length} tokens with distances {self.nearest} to "
@@ -114,13 +114,13 @@ class RecallRows(Dataset[dict[str, Tensor]]):
 
 
 def training_rows(count: int, length: int, tasks: Sequence[Task], seed: int) -> RecallRows:
-    """Rows to learn from: distances from 16 to three quarters of the length, every pair asked several times."""
+    """Rows to learn from: distances from 16 to three quarters of the length, every pair asked many times."""
     return RecallRows(
         count,
         length,
         nearest=NEAREST,
         farthest=length * 3 // 4,
-        asked=ASKED_AGAIN,
+        asked=max(length // TOKENS_A_QUESTION, 1),
         tasks=tasks,
         seed=seed,
     )
@@ -229,6 +229,8 @@ def recall(
     peak_rate: float = 1e-3,
     asked: int = 512,
     seed: int = 0,
+    earlier: dict[str, Any] | None = None,
+    keep: Keep = lambda result: None,
 ) -> dict[str, Any]:
     """Train the variants on both tasks and ask them at every distance; the result is plain JSON values.
 
@@ -243,6 +245,8 @@ def recall(
         peak_rate: the learning rate after warm-up.
         asked: questions for each task and distance.
         seed: of weights and rows.
+        earlier: a result to go on with, where its settings are these.
+        keep: called with the result so far after every variant.
 
     Raises:
         InputError: for an unknown variant or a value that cannot run.
@@ -259,37 +263,39 @@ def recall(
     if unknown:
         raise InputError(f"unknown variant {unknown[0]!r}; the variants are {', '.join(known)}")
     optimizer = OptimizerRecipe(peak_rate=peak_rate, warmup_steps=min(200, steps // 10))
-    rows = []
-    for name in names or known:
-        torch.manual_seed(seed)
-        model = FibAttnForCausalLM(known[name]).to(device())  # pyright: ignore[reportArgumentType]
-        batch = max(1, batch_tokens // length)
-        loss = fit(
-            model,
-            training_rows(steps * batch, length, TASKS, seed),
-            steps=steps,
-            batch=batch,
-            optimizer=optimizer,
-            label=f"recall {name}",
-        )
-        about = {"variant": name, "keys": keys(known[name]), "loss": loss}
-        for task in TASKS:
-            found = {}
-            for distance in distances:
-                asking = questions(-(-asked // PAIRS[task]), distance, task, seed)
-                found[str(distance)] = accuracy(model, asking, max(1, batch_tokens // asking.length))[0]
-            rows.append({**about, "task": task, "accuracy": found})
-    return {
+    settings = {
         "probe": "recall",
         "trained_at": length,
         "layers": layers,
         "window": window,
         "pairs": dict(PAIRS),
         "values": VALUES,
+        "distances": list(distances),
+        "tokens_a_question": TOKENS_A_QUESTION,
         "steps": steps,
         "batch_tokens": batch_tokens,
         "peak_rate": peak_rate,
         "asked": asked,
         "seed": seed,
-        "rows": rows,
     }
+    rows = rows_of(earlier, settings)
+    for name in names or known:
+        if name not in {row["variant"] for row in rows}:
+            torch.manual_seed(seed)
+            model = FibAttnForCausalLM(known[name]).to(device())  # pyright: ignore[reportArgumentType]
+            batch = max(1, batch_tokens // length)
+            data = training_rows(steps * batch, length, TASKS, seed)
+            loss = fit(model, data, steps=steps, batch=batch, optimizer=optimizer, label=f"recall {name}")
+            about = {"variant": name, "keys": keys(known[name]), "loss": loss}
+            rows += [{**about, "task": task, "accuracy": _asked(model, task, settings)} for task in TASKS]
+            keep(settings | {"rows": rows})
+    return settings | {"rows": rows}
+
+
+def _asked(model: nn.Module, task: Task, settings: dict[str, Any]) -> dict[str, float]:
+    """Accuracy at every distance."""
+    found = {}
+    for distance in settings["distances"]:
+        rows = questions(-(-settings["asked"] // PAIRS[task]), distance, task, settings["seed"])
+        found[str(distance)] = accuracy(model, rows, max(1, settings["batch_tokens"] // rows.length))[0]
+    return found

@@ -9,6 +9,7 @@ rung gathers a Gaussian band of keys whose width shrinks while the model trains.
 plain dense attention; the other schedules go through the operator.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from fibattn.errors import InputError
-from fibattn.evaluation.fit import autocast, device, fit
+from fibattn.evaluation.fit import Keep, autocast, device, fit, rows_of
 from fibattn.model import FibAttnConfig, FibAttnForCausalLM
 from fibattn.model.loss import IGNORED
 from fibattn.model.modeling import FibAttnAttention, Rotation
@@ -71,7 +72,12 @@ class BandAttention(FibAttnAttention):
     however wide its band, and as the width goes to 0 this becomes the rung itself.
     """
 
-    width = WIDEST
+    width: Tensor
+
+    def __init__(self, config: FibAttnConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        # A tensor, or a compiled model would be compiled anew for every width.
+        self.register_buffer("width", torch.tensor(WIDEST), persistent=False)
 
     def bias(self, tokens: int) -> Tensor:
         """The log-weight of the keys at distances 0 … tokens - 1, float32 (tokens,)."""
@@ -145,7 +151,7 @@ def set_width(model: nn.Module, width: float) -> None:
     """Set the width of every band of `model`."""
     for module in model.modules():
         if isinstance(module, BandAttention):
-            module.width = width
+            module.width.fill_(width)
 
 
 @torch.inference_mode()
@@ -175,6 +181,8 @@ def retrieval(
     batch: int = 32,
     peak_rate: float = 1e-3,
     sequences: int = 128,
+    earlier: dict[str, Any] | None = None,
+    keep: Keep = lambda result: None,
 ) -> dict[str, Any]:
     """Run the probe for every depth, start and seed; the result is plain JSON values.
 
@@ -186,6 +194,8 @@ def retrieval(
         batch: sequences of a step.
         peak_rate: the learning rate after warm-up.
         sequences: fresh sequences that accuracy is measured on.
+        earlier: a result to go on with, where its settings are these.
+        keep: called with the result so far after every row.
 
     Raises:
         InputError: for a value that cannot run.
@@ -196,12 +206,7 @@ def retrieval(
             "each must be at least 1"
         )
     optimizer = OptimizerRecipe(peak_rate=peak_rate, warmup_steps=min(200, steps // 10))
-    rows = []
-    for depth in depths:
-        for start in starts:
-            runs = [_run(depth, start, seed, steps, batch, optimizer, sequences) for seed in seeds]
-            rows.append({"depth": depth, "start": start, **_mean(runs), "runs": runs})
-    return {
+    settings = {
         "probe": "retrieval",
         "task": {"distances": list(DISTANCES), "length": LENGTH, "vocabulary": VOCABULARY},
         "band": {"widest": WIDEST, "narrowest": NARROWEST, "annealed": ANNEALED},
@@ -210,8 +215,14 @@ def retrieval(
         "peak_rate": peak_rate,
         "sequences": sequences,
         "seeds": list(seeds),
-        "rows": rows,
     }
+    rows = {(row["depth"], row["start"]): row for row in rows_of(earlier, settings)}
+    for depth, start in itertools.product(depths, starts):
+        if (depth, start) not in rows:
+            runs = [_run(depth, start, seed, steps, batch, optimizer, sequences) for seed in seeds]
+            rows[depth, start] = {"depth": depth, "start": start, **_mean(runs), "runs": runs}
+            keep(settings | {"rows": list(rows.values())})
+    return settings | {"rows": list(rows.values())}
 
 
 def _run(
