@@ -19,7 +19,7 @@ from fibattn.data.stream import PreparedData
 from fibattn.evaluation.sweep import load_model, sweep
 from fibattn.study.cost import coverage, flops, mean_keys
 from fibattn.study.presets import RopeScaling
-from fibattn.study.processes import PROCESSES_A_GPU
+from fibattn.study.turns import processes_a_gpu
 
 _CURVE_POINTS = 60
 _PACKAGES = ("torch", "transformers", "accelerate", "triton", "numpy")
@@ -96,7 +96,7 @@ def machine() -> dict[str, Any]:
         "cuda": torch.version.cuda if on_gpu else None,
         "system": f"{platform.system()} {platform.machine()}",
         "cpus": os.cpu_count(),
-        "processes_a_gpu": int(os.environ.get(PROCESSES_A_GPU, "1")) if on_gpu else None,
+        "processes_a_gpu": processes_a_gpu(),
     }
 
 

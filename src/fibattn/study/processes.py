@@ -1,7 +1,7 @@
 """The same command several times side by side, spread over the GPUs.
 
-Two processes a GPU finish more runs than one: while one compiles or evaluates, the other trains. Each is slower
-for it, so results say how many shared a GPU (`PROCESSES_A_GPU`).
+Two processes a GPU finish more runs than one: while one compiles or evaluates, the other trains (`turns.py`). It is
+slower for it, so results say how many shared a GPU (`PROCESSES_A_GPU`).
 """
 
 import os

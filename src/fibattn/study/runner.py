@@ -26,6 +26,7 @@ from fibattn.progress import duration, quantity
 from fibattn.study import measure
 from fibattn.study.presets import Run, Study
 from fibattn.study.store import Store, key_of, recipe_of
+from fibattn.study.turns import turn
 from fibattn.training.recipe import Recipe
 from fibattn.training.run import train
 
@@ -146,7 +147,8 @@ def _measured(job: Job, task: _Task, data: PreparedData) -> dict[str, Any]:
     resumed = (task.recipe.out / "recipe.json").exists()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    model = train(task.recipe)
+    with turn(job.work) as callbacks:
+        model = train(task.recipe, callbacks)
     _forget()
     trained = time.monotonic()
     training = measure.training_summary(task.recipe.out)

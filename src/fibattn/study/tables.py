@@ -255,7 +255,7 @@ def cost_table(group: Group) -> Table:
         "Costs",
         "At the training length: keys that a query reads (mean), distinct distances that some layer attends to, "
         "forward operations of attention for a token, their share of the layers (the paper: about 16 %), speed "
-        "(shared: another run had the same GPU at the time).",
+        "(shared: another run used the same GPU at the time).",
         ("model", "parameters", "keys", "distances", "attention, MFLOP", "share", "tokens/s", "memory, GiB", "device"),
         tuple(rows),
     )

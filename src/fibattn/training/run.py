@@ -1,12 +1,13 @@
 """One training run from recipe to finished model; run again, it goes on where it was."""
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
 from fibattn import files
@@ -63,8 +64,10 @@ def build_model(recipe: Recipe, vocab_size: int, separator: int) -> FibAttnForCa
     return FibAttnForCausalLM(config)
 
 
-def train(recipe: Recipe) -> Path:
+def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     """Train, or go on training, and return the folder of the finished model.
+
+    `callbacks` are the Trainer's, for whoever wants to watch or hold a run.
 
     Raises:
         InputError: for a recipe that cannot train, data that does not match, another recipe's run in the
@@ -101,7 +104,8 @@ def train(recipe: Recipe) -> Path:
         _check_same(checkpoint, recipe, inputs)
         state.print(f"going on from {checkpoint}")
     with Meter("train", recipe.tokens, "tokens", quiet=not state.is_main_process) as meter:
-        trainer.add_callback(MetricsFile(recipe, meter))
+        for callback in (MetricsFile(recipe, meter), *callbacks):
+            trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     _finish(trainer, recipe, data, finished)
     return finished

@@ -1,0 +1,60 @@
+"""Turns on a shared GPU: one of its processes trains; the others load, compile, evaluate, or wait.
+
+Two that train at once would also take turns, but every few milliseconds, and together be a fifth slower than one
+alone (`docs/log.md`).
+"""
+
+import fcntl
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from fibattn.study.processes import PROCESSES_A_GPU
+
+_COMPILED = 3
+"""After so many steps everything is compiled, and a CUDA graph recorded."""
+
+
+def processes_a_gpu() -> int | None:
+    """How many processes share this one's GPU; None without a GPU."""
+    return int(os.environ.get(PROCESSES_A_GPU, "1")) if torch.cuda.is_available() else None
+
+
+class Turn(TrainerCallback):
+    """Waits for the GPU after the first steps of a training, and gives it up after the last.
+
+    The turn is a lock on a file, which the system gives back when a process ends, however it ends.
+    """
+
+    def __init__(self, lock: Path):
+        self.lock = lock.open("w")
+        self._steps = 0
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Wait, once this process has compiled."""
+        self._steps += 1
+        if self._steps == _COMPILED:
+            fcntl.flock(self.lock, fcntl.LOCK_EX)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Let the next one train."""
+        fcntl.flock(self.lock, fcntl.LOCK_UN)
+
+
+@contextmanager
+def turn(folder: Path) -> Iterator[list[TrainerCallback]]:
+    """What makes a training take turns with others that use `folder`: nothing where it has its GPU for itself."""
+    if (processes_a_gpu() or 1) == 1:
+        yield []
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    device = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    one = Turn(folder / f"turn-{platform.node()}-gpu{device}.lock")
+    with one.lock:
+        yield [one]

@@ -1,0 +1,83 @@
+"""Turns on a shared GPU: who trains, who waits, and that nobody waits for ever."""
+
+import fcntl
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import TrainerCallback
+
+from fibattn.study import turns
+from fibattn.study.runner import Job
+from fibattn.study.turns import Turn, turn
+from fibattn.training.run import train
+
+
+@pytest.fixture
+def two_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "processes_a_gpu", lambda: 2)
+
+
+def is_free(path: Path) -> bool:
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def lock_of(folder: Path) -> Path:
+    (path,) = folder.glob("turn-*.lock")
+    return path
+
+
+def compiled(one: TrainerCallback) -> None:
+    for _ in range(turns._COMPILED):
+        one.on_step_end(None, None, None)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.usefixtures("two_a_gpu")
+def test_the_second_waits_for_the_end_of_the_first(tmp_path: Path) -> None:
+    with turn(tmp_path) as (first,), turn(tmp_path) as (second,):
+        compiled(first)
+        its_turn = threading.Event()
+        waiting = threading.Thread(target=lambda: (compiled(second), its_turn.set()))
+        waiting.start()
+        assert not its_turn.wait(0.3)
+        first.on_train_end(None, None, None)  # pyright: ignore[reportArgumentType]
+        assert its_turn.wait(10)
+        waiting.join()
+
+
+@pytest.mark.usefixtures("two_a_gpu")
+def test_a_training_that_fails_gives_its_turn_up(tmp_path: Path) -> None:
+    def failing() -> None:
+        with turn(tmp_path) as (one,):
+            compiled(one)
+            assert not is_free(lock_of(tmp_path))
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        failing()
+    assert is_free(lock_of(tmp_path))
+
+
+def test_whoever_has_a_gpu_alone_does_not_wait(tmp_path: Path) -> None:
+    with turn(tmp_path) as callbacks:
+        assert callbacks == []
+
+
+def test_a_real_training_holds_its_turn_from_its_third_step_to_its_last(job: Job, tmp_path: Path) -> None:
+    lock = tmp_path / "turn"
+    free = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *_: object, **__: object) -> None:
+            free.append(is_free(lock))
+
+    recipe = job.study.resolved(job.study.runs[0], data=job.data, out=tmp_path / "run", tokens=None, compiled=False)
+    train(replace(recipe, steps=5), [Turn(lock), Watch()])
+    assert free == [True, True, False, False, False]
+    assert is_free(lock)
