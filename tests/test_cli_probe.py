@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fibattn import FibAttnConfig, FibAttnForCausalLM, files
@@ -39,6 +40,8 @@ def test_a_trained_model_is_probed(model: Path, tmp_path: Path, capsys: Output) 
     result = files.read_json(out)
     assert (result["probe"], result["model"]) == ("lego", str(model))
     assert [row["items"] for row in result["rows"]] == [4, 4, 4]
+    assert result["versions"]["torch"] == torch.__version__
+    assert result["hardware"]["device"]
     printed = capsys.readouterr().out
     for word in ("accuracy", "margin", "0.500", f"written to {out}"):
         assert word in printed
@@ -50,6 +53,11 @@ def test_small_models_are_trained_and_probed(tmp_path: Path, capsys: Output) -> 
     assert probe("recall", "--names", "window", "stagger", *shape, "--steps", 1, "--out", out) == 0
     assert [row["variant"] for row in files.read_json(out)["rows"]] == ["window", "window", "stagger", "stagger"]
     assert "passkey" in capsys.readouterr().out
+    before = files.read_json(out)["rows"]
+    assert probe("recall", "--names", "dense", *shape, "--steps", 1, "--out", out) == 0
+    rows = files.read_json(out)["rows"]
+    assert rows[:4] == before
+    assert [row["variant"] for row in rows[4:]] == ["dense", "dense"]
 
 
 def test_operations_of_every_model_of_a_study(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import importlib
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -149,8 +150,16 @@ def run(arguments: list[str]) -> None:
         raise InputError(f"there is no probe {name!r}: {hint}")
     chosen: Any = parse(PROBES[name], arguments[1:], f"fibattn probe {name}")
     result = _flops(chosen) if name == "flops" else _measure(name, chosen)
-    files.write_json(chosen.out, result)
+    _write(chosen.out, result)
     _print(result, chosen.out)
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    """The result, and what it was measured on."""
+    from fibattn.study.measure import machine, versions
+
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    files.write_json(path, result | {"hardware": machine(), "versions": versions(), "time": now})
 
 
 def _measure(name: str, chosen: Any) -> dict[str, Any]:
@@ -159,7 +168,7 @@ def _measure(name: str, chosen: Any) -> dict[str, Any]:
     given = {field: value for field, value in vars(chosen).items() if field not in ("out", "model")}
     if name in _TRAINING:
         earlier = files.read_json(chosen.out) if chosen.out.exists() else None
-        return probe(**given, earlier=earlier, keep=partial(files.write_json, chosen.out))
+        return probe(**given, earlier=earlier, keep=partial(_write, chosen.out))
     if not hasattr(chosen, "model"):
         return probe(**given)
     from fibattn.data.tokenizer import load_tokenizer

@@ -46,8 +46,10 @@ def _plain(name: str, probe: dict[str, Any]) -> Table:
     rows = [flat(row) for row in probe["rows"]]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     about = [f"{key.replace('_', ' ')} {value}" for key, value in probe.items() if isinstance(value, int | float | str)]
+    if "hardware" in probe and "device" not in probe:
+        about.append(f"on {probe['hardware']['device']}")
     published = paper()["auxiliary"].get(_PAPERS.get(name, name))
-    note = "; ".join(one for one in about if not one.startswith(("probe ", "model ")))
+    note = "; ".join(one for one in about if not one.startswith(("probe ", "model ", "time ")))
     title = _TITLES[name]
     if "model" in probe:
         folder = Path(probe["model"])

@@ -51,7 +51,7 @@ def query_tiles_for(shape: Shape, columns: Columns) -> Tiles:
         batches = launch.fitting_batches(4, shape, columns, 2**14)
         registers = launch.registers(shape, 128 if columns.scaled else 96)
         return Tiles(batches, 16, near=32, warps=4, stages=2, registers=registers)
-    return launch.column_tiles(shape, columns.scaled, launch.registers(shape, 128))
+    return launch.column_tiles(shape, columns, scaled_registers=128)
 
 
 def backward(

@@ -44,7 +44,7 @@ def tiles_for(shape: Shape, columns: Columns) -> Tiles:
     if columns.dense:
         batches = launch.fitting_batches(4 if shape.padded_size <= 64 else 8, shape, columns, 2**15)
         return Tiles(batches, 16, near=32, warps=4, stages=2, registers=launch.registers(shape, 96))
-    return launch.column_tiles(shape, columns.scaled, launch.registers(shape, 96))
+    return launch.column_tiles(shape, columns, scaled_registers=96)
 
 
 def forward(

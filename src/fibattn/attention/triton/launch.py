@@ -33,15 +33,15 @@ def registers(shape: Shape, small: int, large: int | None = None) -> int | None:
     return small if shape.padded_size <= 64 else large
 
 
-def column_tiles(shape: Shape, scaled: bool, scaled_registers: int | None) -> Tiles:
-    """Tiles of a row kernel that has columns alone.
+def column_tiles(shape: Shape, columns: Columns, *, scaled_registers: int) -> Tiles:
+    """Tiles of a row kernel that has columns alone; `scaled_registers` suffice where rungs are interpolated.
 
     Programs of one warp: nothing waits for a barrier, and the next columns are copied while these are multiplied.
     """
-    if scaled:
-        return Tiles(1, 16, near=32, warps=1, stages=2, registers=scaled_registers)
-    columns = 32 if shape.padded_size <= 64 else 16
-    return Tiles(1, columns, near=32, warps=1, stages=2, registers=registers(shape, 128, 168))
+    if columns.scaled:
+        return Tiles(1, 16, near=32, warps=1, stages=2, registers=registers(shape, scaled_registers))
+    width = 32 if shape.padded_size <= 64 else 16
+    return Tiles(1, width, near=32, warps=1, stages=2, registers=registers(shape, 128, 168))
 
 
 def row_options(shape: Shape, tiles: Tiles, columns: Columns, positions: Tensor | None, wide: bool) -> dict[str, Any]:
