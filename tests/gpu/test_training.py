@@ -11,6 +11,8 @@ from transformers import TrainerCallback
 from fibattn.data.shards import write_shard
 from fibattn.data.stream import TokenStream
 from fibattn.data.windows import TrainingWindows
+from fibattn.evaluation.recall import recall
+from fibattn.evaluation.retrieval import retrieval
 from fibattn.training.recipe import ModelRecipe, OptimizerRecipe, Recipe
 from fibattn.training.run import build_model
 from fibattn.training.trainer import FibTrainer
@@ -79,4 +81,19 @@ def test_compiled_steps_learn_what_plain_ones_do(changes: dict, micro_batch: int
     assert plain[-1] < plain[0] - 1
     np.testing.assert_allclose(compiled, plain, atol=0.03)
     assert (same - embedding).norm() < 0.1 * embedding.norm()
+    torch._dynamo.reset()
+
+
+def probes() -> list[float]:
+    """The losses of short probes: a stagger, a hybrid, and bands whose width shrinks from step to step."""
+    options = {"length": 256, "window": 8, "layers": 2, "distances": (32,), "batch_tokens": 2048, "asked": 8}
+    rows = recall(names=("stagger", "hybrid"), steps=30, **options)["rows"]
+    rows += retrieval(depths=(2,), starts=("staggered",), seeds=(0,), steps=30, batch=4, sequences=4)["rows"][0]["runs"]
+    return [row["loss"] for row in rows]
+
+
+def test_compiled_probes_learn_what_plain_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = probes()
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    np.testing.assert_allclose(compiled, probes(), rtol=0.01)
     torch._dynamo.reset()
