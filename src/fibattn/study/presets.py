@@ -129,6 +129,9 @@ DENSE = Run("dense", ModelRecipe(attention="full"), rope_scaling=("yarn", "linea
 HYBRID = Run("hybrid", PRESETS["hybrid"].model)
 """The project's default recipe: linear stagger, W = 128, two full-attention layers without RoPE."""
 
+HYBRID_HEADS = _hybrid("hybrid-heads", _stagger(128, heads=True), (7, 15))
+"""The same with a stagger over the KV heads of each layer too."""
+
 _KINDS: tuple[tuple[Schedule, Base], ...] = (
     ("linear", "fibonacci"),
     ("fixed", "fibonacci"),
@@ -174,9 +177,9 @@ STUDIES: dict[str, Study] = {
         (DENSE, _W12[0], HYBRID, *_W12[1:], _paper("fixed", 8, "power_of_two"), *_narrower),
     ),
     "seeds": Study(
-        "two more seeds of dense, the five models with W = 12 and the default recipe",
+        "two more seeds of dense, the five models with W = 12, the default recipe and its rival",
         _full,
-        tuple(run.repeated(seed) for seed in (SEED + 1, SEED + 2) for run in (DENSE, _W12[0], HYBRID, *_W12[1:])),
+        tuple(run.repeated(seed) for seed in (SEED + 1, SEED + 2) for run in (DENSE, HYBRID, HYBRID_HEADS, *_W12)),
     ),
     "beyond": Study(
         "past the paper: wider windows, staggered heads, plain windows of the same cost, hybrids, stretched RoPE",
@@ -187,10 +190,12 @@ STUDIES: dict[str, Study] = {
             _controls[0],
             _stagger(128),
             _stagger(128, heads=True),
-            _hybrid("hybrid-heads", _stagger(128, heads=True), (7, 15)),
+            HYBRID_HEADS,
             _hybrid("hybrid-window", _controls[0], (7, 15)),
             _hybrid("hybrid-4", _stagger(128), (3, 7, 11, 15)),
             _hybrid("hybrid-1", _stagger(128), (15,)),
+            _hybrid("hybrid-heads-w256", _stagger(256, heads=True), (7, 15)),
+            _hybrid("hybrid-heads-w64", _stagger(64, heads=True), (7, 15)),
             _stagger(12),
             _stagger(12, heads=True),
             _stagger(64),
