@@ -150,9 +150,11 @@ def frontier(group: Group, path: Path) -> Path:
                 axes.plot(*zip(*chosen, strict=True), "o", color=colour, markersize=6, label=names[kind])
         for model, keys, ratio in points:
             if model.name in ("dense", "hybrid", "linear-w12") or ratio == 1:
-                axes.annotate(
-                    model.label, (keys, ratio), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8
+                # The cheap models are at the left, and their names have room at the right; the best is the lowest.
+                place, side = (
+                    ((0, -15), "center") if ratio == 1 else ((8, -3), "left") if keys < 64 else ((-8, -3), "right")
                 )
+                axes.annotate(model.label, (keys, ratio), xytext=place, textcoords="offset points", ha=side, fontsize=8)
         axes.set_xscale("log", base=2)
         axes.margins(x=0.12, y=0.15)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))

@@ -251,13 +251,26 @@ def cost_table(group: Group) -> Table:
                 run["hardware"]["device"],
             )
         )
+    headings = (
+        "model",
+        "parameters",
+        "keys",
+        "distances",
+        "attention, MFLOP",
+        "share",
+        "tokens/s",
+        "memory, GiB",
+        "device",
+    )
+    devices = {row[-1] for row in rows}
+    alike = len(devices) == 1
     return Table(
         "Costs",
         "At the training length: keys that a query reads (mean), distinct distances that some layer attends to, "
         "forward operations of attention for a token, their share of the layers (the paper: about 16 %), speed "
-        "(shared: another run used the same GPU at the time).",
-        ("model", "parameters", "keys", "distances", "attention, MFLOP", "share", "tokens/s", "memory, GiB", "device"),
-        tuple(rows),
+        f"{f'on {devices.pop()} ' if alike else ''}(shared: another run used the same GPU at the time).",
+        headings[:-1] if alike else headings,
+        tuple(row[:-1] if alike else row for row in rows),
     )
 
 
