@@ -90,9 +90,11 @@ def test_packed_documents():
     agree(lambda q, k, v, **how: attend(q, k, v, pattern, positions=DOCUMENTS, **how), tensors(2, 39, 39, 4, 2, 16))
 
 
-def test_half_precision():
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (2, 2), (16, 1)])
+def test_half_precision(heads, kv_heads):
+    """Wider tiles of columns than float32 has; batches of 8, 16 and one query."""
     pattern = Pattern(5, (7, 13, 21))
-    inputs = tensors(1, 39, 39, 4, 2, 16, torch.float16)
+    inputs = tensors(1, 39, 39, heads, kv_heads, 16, torch.float16)
     agree(lambda q, k, v, **how: attend(q, k, v, pattern, **how), inputs, tolerance=2e-3)
 
 
