@@ -46,7 +46,7 @@ coarser."""
 def query_tiles_for(shape: Shape, columns: Columns) -> Tiles:
     """Tile sizes of the kernel for the gradient of q, at most 99 KB of shared memory."""
     if shape.exact:
-        return Tiles(launch.fitting_batches(2, shape, columns, 2**14), 16, near=16, warps=2, stages=1)
+        return Tiles(launch.fitting_batches(2, shape, columns, 2**14), 16, near=16, warps=4, stages=1)
     if columns.dense:
         batches = launch.fitting_batches(4, shape, columns, 2**14)
         registers = launch.registers(shape, 128 if columns.scaled else 96)

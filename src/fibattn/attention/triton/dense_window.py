@@ -44,7 +44,7 @@ def dense_window(
     o_query, o_group, m_row = block_rows(i_block * BM, tokens, BR, GP, GROUP)
     b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row, HAS_POSITIONS)
     b_q = query_rows(p_q, o_query, o_group, stride_qt, stride_qh, m_row, SIZE, BD, WIDE)
-    b_max = tl.full([BR], -float("inf"), tl.float32)
+    b_max = tl.full([BR], -float("inf"), tl.float64 if EXACT else tl.float32)
     b_sum = tl.zeros([BR], tl.float32)
     b_acc = tl.zeros([BR, BD], tl.float32)
     for i_tile in range(window_tiles(window, first_own, BM, BN)):

@@ -40,7 +40,7 @@ from fibattn.attention.triton.shape import Shape, shape_of
 def tiles_for(shape: Shape, columns: Columns) -> Tiles:
     """Tile sizes, from a fixed table: nothing is tuned at run time. They take at most 99 KB of shared memory."""
     if shape.exact:
-        return Tiles(launch.fitting_batches(4, shape, columns, 2**14), 16, near=16, warps=2, stages=1)
+        return Tiles(launch.fitting_batches(4, shape, columns, 2**14), 16, near=16, warps=4, stages=1)
     if columns.dense:
         batches = launch.fitting_batches(4 if shape.padded_size <= 64 else 8, shape, columns, 2**15)
         return Tiles(batches, 16, near=32, warps=4, stages=2, registers=launch.registers(shape, 96))
@@ -145,7 +145,7 @@ def forward_kernel(
         b_sum = tl.reshape(b_sum, [NB, ROWS])
         b_acc = tl.reshape(b_acc, [NB, ROWS, BD])
     else:
-        b_max = tl.full([NB, ROWS], -float("inf"), tl.float32)
+        b_max = tl.full([NB, ROWS], -float("inf"), tl.float64 if EXACT else tl.float32)
         b_sum = tl.zeros([NB, ROWS], tl.float32)
         b_acc = tl.zeros([NB, ROWS, BD], tl.float32)
 

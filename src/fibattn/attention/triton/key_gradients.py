@@ -63,7 +63,7 @@ def window_tiles_for(shape: Shape, window: int) -> WindowTiles:
     """Tile sizes of the kernel for the window: a wide one wants large tiles, a narrow one programs of one warp."""
     small = shape.padded_size <= 64
     if shape.exact:
-        return WindowTiles(keys=32 if small else 16, rows=32 if shape.padded_size <= 128 else 16, warps=4, stages=1)
+        return WindowTiles(keys=16, rows=16, warps=4 if shape.padded_size <= 128 else 8, stages=1)
     if shape.padded_size > 128:
         return WindowTiles(keys=16, rows=16, warps=4, stages=1)
     if not near_columns(window, shape.batch_queries):

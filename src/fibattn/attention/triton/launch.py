@@ -40,7 +40,7 @@ def column_tiles(shape: Shape, columns: Columns, *, scaled_registers: int) -> Ti
     """
     if columns.scaled:
         return Tiles(1, 16, near=32, warps=1, stages=2, registers=registers(shape, scaled_registers))
-    width = 32 if shape.padded_size <= 64 else 16
+    width = 32 if shape.padded_size <= 64 and shape.rows == 16 else 16
     return Tiles(1, width, near=32, warps=1, stages=2, registers=registers(shape, 128, 168))
 
 

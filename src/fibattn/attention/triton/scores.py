@@ -47,27 +47,23 @@ def in_pairs(b_x):
 def scaled_scores(b_s, scale, EXACT: tl.constexpr):
     """Scores as softmax takes them: times the scale, and in 16 bits to base 2, which float32 cannot afford.
 
-    float32's are rounded by way of float64: multiplied in float32, the backward kernels would subtract the log-sum-exp
-    in the same instruction, without the rounding that is in it, and a weight of 1 would be off by the score's rounding.
+    float32's become float64, where the product is exact: rounded to float32, it would be so in the forward alone, for
+    the backward kernels' compiler makes one instruction of it and the subtraction of the log-sum-exp, and a weight of 1
+    would be off by the rounding of a score.
     """
-    return (b_s.to(tl.float64) * scale).to(tl.float32) if EXACT else b_s * (scale * LOG2E)
+    return b_s.to(tl.float64) * scale if EXACT else b_s * (scale * LOG2E)
 
 
 @triton.jit
 def power(b_x, EXACT: tl.constexpr):
-    """The exponential of a difference of scaled scores."""
-    return tl.exp2(b_x * LOG2E) if EXACT else tl.exp2(b_x)
+    """The exponential of a difference of scaled scores. float32"""
+    return tl.exp2((b_x * LOG2E).to(tl.float32)) if EXACT else tl.exp2(b_x)
 
 
 @triton.jit
 def softmax_weights(b_s, b_lse, EXACT: tl.constexpr):
     """The exponential of scaled scores less the natural log-sum-exp, which is float64 where it must be exact."""
-    if EXACT:
-        b_high = b_lse.to(tl.float32)
-        b_s = (b_s - b_high) - (b_lse - b_high).to(tl.float32)
-    else:
-        b_s -= b_lse * LOG2E
-    return power(b_s, EXACT)
+    return power(b_s - (b_lse if EXACT else b_lse * LOG2E), EXACT)
 
 
 @triton.jit
