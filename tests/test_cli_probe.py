@@ -40,8 +40,7 @@ def test_a_trained_model_is_probed(model: Path, tmp_path: Path, capsys: Output) 
     result = files.read_json(out)
     assert (result["probe"], result["model"]) == ("lego", str(model))
     assert [row["items"] for row in result["rows"]] == [4, 4, 4]
-    assert result["versions"]["torch"] == torch.__version__
-    assert result["hardware"]["device"]
+    assert {row["made"]["torch"] for row in result["rows"]} == {torch.__version__}
     printed = capsys.readouterr().out
     for word in ("accuracy", "margin", "0.500", f"written to {out}"):
         assert word in printed
@@ -53,11 +52,19 @@ def test_small_models_are_trained_and_probed(tmp_path: Path, capsys: Output) -> 
     assert probe("recall", "--names", "window", "stagger", *shape, "--steps", 1, "--out", out) == 0
     assert [row["variant"] for row in files.read_json(out)["rows"]] == ["window", "window", "stagger", "stagger"]
     assert "passkey" in capsys.readouterr().out
-    before = files.read_json(out)["rows"]
+    result = files.read_json(out)
+    for row in result["rows"]:
+        row["made"]["device"] = "another"
+    files.write_json(out, result)
+    before = result["rows"]
     assert probe("recall", "--names", "dense", *shape, "--steps", 1, "--out", out) == 0
     rows = files.read_json(out)["rows"]
     assert rows[:4] == before
     assert [row["variant"] for row in rows[4:]] == ["dense", "dense"]
+    assert "another" not in {row["made"]["device"] for row in rows[4:]}
+    assert probe("recall", "--names", "dense", *shape, "--steps", 2, "--out", out) == 2
+    assert "steps was 1 and is now 2. Give a new --out" in capsys.readouterr().err
+    assert files.read_json(out)["rows"] == rows
 
 
 def test_operations_of_every_model_of_a_study(tmp_path: Path) -> None:

@@ -134,5 +134,5 @@ def test_a_cut_probe_goes_on_with_what_is_left(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(retrieval, "_run", only_depth_2)
     earlier = json.loads(json.dumps(kept[0]))
     assert retrieval.retrieval(**options, earlier=earlier) == result
-    with pytest.raises(AssertionError):
+    with pytest.raises(InputError, match=r"batch was 1 and is now 2\. Give a new --out"):
         retrieval.retrieval(**options | {"batch": 2}, earlier=earlier)

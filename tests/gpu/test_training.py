@@ -12,7 +12,7 @@ from fibattn.data.shards import write_shard
 from fibattn.data.stream import TokenStream
 from fibattn.data.windows import TrainingWindows
 from fibattn.evaluation.recall import recall
-from fibattn.evaluation.retrieval import retrieval
+from fibattn.evaluation.retrieval import build, retrieval, set_width
 from fibattn.training.recipe import ModelRecipe, OptimizerRecipe, Recipe
 from fibattn.training.run import build_model
 from fibattn.training.trainer import FibTrainer
@@ -96,4 +96,19 @@ def test_compiled_probes_learn_what_plain_ones_do(monkeypatch: pytest.MonkeyPatc
     compiled = probes()
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
     np.testing.assert_allclose(compiled, probes(), rtol=0.01)
+    torch._dynamo.reset()
+
+
+def test_a_replayed_probe_sees_the_width_change() -> None:
+    """A CUDA graph reads the width of the bands from where it was recorded."""
+    model = build(2, "staggered", 0).cuda()  # pyright: ignore[reportArgumentType]
+    compiled = torch.compile(model, mode="reduce-overhead")
+    ids = torch.randint(0, 512, (2, 512), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    losses = []
+    for width in (40.0, 40.0, 40.0, 0.5, 7.0):
+        set_width(model, width)
+        ours, right = (float(one(input_ids=ids, shift_labels=ids, use_cache=False).loss) for one in (compiled, model))
+        assert abs(ours - right) < 2e-4
+        losses.append(right)
+    assert min(abs(losses[2] - losses[3]), abs(losses[3] - losses[4])) > 1e-3
     torch._dynamo.reset()

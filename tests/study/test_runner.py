@@ -7,9 +7,13 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 from fibattn.data.stream import PreparedData
 from fibattn.evaluation.sweep import load_model, sweep
+from fibattn.study import runner
 from fibattn.study.presets import Study
 from fibattn.study.runner import Job, Outcome, run_study
 from fibattn.study.store import Store
@@ -148,6 +152,22 @@ def test_no_run_begins_that_would_end_too_late(job: Job, tmp_path: Path) -> None
     assert first.finished == ("fixed-w12",)
     late = run_study(replace(other, only=("dense",), deadline=time.monotonic() + took / 10))
     assert late == Outcome(finished=(), failed=(), left=("dense",))
+
+
+def test_whoever_shares_a_gpu_reckons_with_the_others_turns(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fits(processes: int | None, left: float) -> bool:
+        here = {"device": "a GPU", "processes_a_gpu": processes}
+        seconds = {"training": 60.0, "evaluation": 40.0, "all": 100.0}
+        alone = {"seconds": seconds, "tokens": 10, "resumed": False, "hardware": here}
+        other = alone | {"seconds": {"training": 600.0, "all": 1000.0}, "hardware": here | {"processes_a_gpu": 9}}
+        monkeypatch.setattr(runner.measure, "machine", lambda: here)
+        store = SimpleNamespace(finished=lambda: {"one": alone, "other": other})
+        task = SimpleNamespace(recipe=SimpleNamespace(tokens=10))
+        return runner._fits(replace(job, deadline=time.monotonic() + left), task, store)  # pyright: ignore
+
+    assert (fits(1, 110), fits(1, 90)) == (True, False)
+    assert (fits(None, 110), fits(None, 90)) == (True, False)
+    assert (fits(3, 230), fits(3, 210)) == (True, False)
 
 
 def test_command_runs_a_study_and_writes_its_report(prepared: Path, tmp_path: Path) -> None:

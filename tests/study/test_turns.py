@@ -1,6 +1,7 @@
 """Turns on a shared GPU: who trains, who waits, and that nobody waits for ever."""
 
 import fcntl
+import subprocess
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -43,25 +44,32 @@ def test_the_second_waits_for_the_end_of_the_first(tmp_path: Path) -> None:
     with turn(tmp_path) as (first,), turn(tmp_path) as (second,):
         compiled(first)
         its_turn = threading.Event()
-        waiting = threading.Thread(target=lambda: (compiled(second), its_turn.set()))
+        waiting = threading.Thread(target=lambda: (compiled(second), its_turn.set()), daemon=True)
         waiting.start()
         assert not its_turn.wait(0.3)
         first.on_train_end(None, None, None)  # pyright: ignore[reportArgumentType]
         assert its_turn.wait(10)
         waiting.join()
+        assert first.waited < 0.3 <= second.waited
 
 
 @pytest.mark.usefixtures("two_a_gpu")
 def test_a_training_that_fails_gives_its_turn_up(tmp_path: Path) -> None:
+    workers = []
+
     def failing() -> None:
         with turn(tmp_path) as (one,):
             compiled(one)
             assert not is_free(lock_of(tmp_path))
+            # The Trainer's workers are forked, and have the file open as long as they live.
+            workers.append(subprocess.Popen(["sleep", "60"], pass_fds=[one.lock.fileno()]))
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         failing()
     assert is_free(lock_of(tmp_path))
+    workers[0].kill()
+    workers[0].wait()
 
 
 def test_whoever_has_a_gpu_alone_does_not_wait(tmp_path: Path) -> None:

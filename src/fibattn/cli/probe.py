@@ -155,11 +155,13 @@ def run(arguments: list[str]) -> None:
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:
-    """The result, and what it was measured on."""
+    """The result, and in every new row on what and when it was made."""
     from fibattn.study.measure import machine, versions
 
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    files.write_json(path, result | {"hardware": machine(), "versions": versions(), "time": now})
+    made = {**machine(), **versions(), "time": datetime.now(UTC).isoformat(timespec="seconds")}
+    for row in result["rows"]:
+        row.setdefault("made", made)
+    files.write_json(path, result)
 
 
 def _measure(name: str, chosen: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Training for probes that bring their own synthetic data: the recipe's optimizer in a loop, no files.
 
 A run of the study goes through `fibattn.training`. Here a model lives for minutes and is measured at once: there is
-nothing to resume but a probe that was cut between two of its models.
+nothing to resume but a probe that was cut between two rows.
 """
 
 import math
@@ -20,7 +20,7 @@ from fibattn.training.trainer import parameter_groups, rate_factor
 _LOOK_EVERY = 25
 
 Keep = Callable[[dict[str, Any]], None]
-"""What a probe calls with its result so far, whenever another of its models is done."""
+"""What a probe calls with its result so far, whenever it has another row."""
 
 
 def device() -> torch.device:
@@ -34,9 +34,17 @@ def autocast(where: torch.device) -> torch.autocast:
 
 
 def rows_of(earlier: dict[str, Any] | None, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of an earlier result with the same settings, which need not be made again."""
-    if not earlier or any(earlier.get(name) != value for name, value in settings.items()):
+    """The rows of an earlier result, which need not be made again.
+
+    Raises:
+        InputError: when that was made with other settings.
+    """
+    if earlier is None:
         return []
+    changed = [name for name, value in settings.items() if earlier.get(name) != value]
+    if changed:
+        details = "; ".join(f"{name} was {earlier.get(name)} and is now {settings[name]}" for name in changed)
+        raise InputError(f"the earlier result was made differently: {details}. Give a new --out, or the old values")
     return list(earlier["rows"])
 
 

@@ -245,11 +245,11 @@ def recall(
         peak_rate: the learning rate after warm-up.
         asked: questions for each task and distance.
         seed: of weights and rows.
-        earlier: a result to go on with, where its settings are these.
+        earlier: a result to go on with.
         keep: called with the result so far after every variant.
 
     Raises:
-        InputError: for an unknown variant or a value that cannot run.
+        InputError: for an unknown variant, a value that cannot run or an earlier result with other settings.
     """
     if length < 128 or layers < 2 or min(distances, default=0) < NEAREST:
         raise InputError(
@@ -288,7 +288,7 @@ def recall(
             loss = fit(model, data, steps=steps, batch=batch, optimizer=optimizer, label=f"recall {name}")
             about = {"variant": name, "keys": keys(known[name]), "loss": loss}
             rows += [{**about, "task": task, "accuracy": _asked(model, task, settings)} for task in TASKS]
-            keep(settings | {"rows": rows})
+            keep(settings | {"rows": list(rows)})
     return settings | {"rows": rows}
 
 

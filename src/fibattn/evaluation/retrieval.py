@@ -73,17 +73,19 @@ class BandAttention(FibAttnAttention):
     """
 
     width: Tensor
+    rungs: Tensor
 
     def __init__(self, config: FibAttnConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         # A tensor, or a compiled model would be compiled anew for every width.
         self.register_buffer("width", torch.tensor(WIDEST), persistent=False)
+        self.register_buffer("rungs", torch.tensor(config.base_rungs, dtype=torch.float32), persistent=False)
 
     def bias(self, tokens: int) -> Tensor:
         """The log-weight of the keys at distances 0 … tokens - 1, float32 (tokens,)."""
         farthest = math.ceil(1.5 * self.config.base_rungs[-1] + 6 * WIDEST)
         distance = torch.arange(max(tokens, farthest), device=self.alpha.device, dtype=torch.float32)
-        centers = self.alpha * torch.tensor(self.config.base_rungs, device=distance.device, dtype=torch.float32)
+        centers = self.alpha * self.rungs
         logs = -((distance - centers[:, None]) ** 2) / (2 * self.width**2)
         inside = (centers.round() <= self.config.window)[:, None]
         bands = logs.log_softmax(dim=-1).masked_fill(inside, -math.inf).logsumexp(dim=0)
@@ -194,11 +196,11 @@ def retrieval(
         batch: sequences of a step.
         peak_rate: the learning rate after warm-up.
         sequences: fresh sequences that accuracy is measured on.
-        earlier: a result to go on with, where its settings are these.
+        earlier: a result to go on with.
         keep: called with the result so far after every row.
 
     Raises:
-        InputError: for a value that cannot run.
+        InputError: for a value that cannot run or an earlier result with other settings.
     """
     if min(min(depths, default=0), steps, batch, sequences) < 1 or not seeds:
         raise InputError(

@@ -46,10 +46,10 @@ def _plain(name: str, probe: dict[str, Any]) -> Table:
     rows = [flat(row) for row in probe["rows"]]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     about = [f"{key.replace('_', ' ')} {value}" for key, value in probe.items() if isinstance(value, int | float | str)]
-    if "hardware" in probe and "device" not in probe:
-        about.append(f"on {probe['hardware']['device']}")
+    devices = dict.fromkeys(row["made"]["device"] for row in probe["rows"] if "made" in row)
+    about += [f"on {device}" for device in devices if "device" not in probe]
     published = paper()["auxiliary"].get(_PAPERS.get(name, name))
-    note = "; ".join(one for one in about if not one.startswith(("probe ", "model ", "time ")))
+    note = "; ".join(one for one in about if not one.startswith(("probe ", "model ")))
     title = _TITLES[name]
     if "model" in probe:
         folder = Path(probe["model"])
@@ -63,9 +63,11 @@ def _plain(name: str, probe: dict[str, Any]) -> Table:
 
 
 def flat(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with a column for each distance or task; single runs are left to the JSON."""
+    """A row with a column for each distance or task; single runs, and how it was made, are left to the JSON."""
     flat: dict[str, Any] = {}
     for name, value in row.items():
+        if name == "made":
+            continue
         if isinstance(value, dict):
             flat |= value
         elif not isinstance(value, list):

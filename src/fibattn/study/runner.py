@@ -147,9 +147,10 @@ def _measured(job: Job, task: _Task, data: PreparedData) -> dict[str, Any]:
     resumed = (task.recipe.out / "recipe.json").exists()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    with turn(job.work) as callbacks:
-        model = train(task.recipe, callbacks)
+    with turn(job.work) as turns:
+        model = train(task.recipe, turns)
     _forget()
+    waited = sum(one.waited for one in turns)
     trained = time.monotonic()
     training = measure.training_summary(task.recipe.out)
     measured = measure.evaluate(model, data, study.factors, study.eval_tokens)
@@ -161,7 +162,8 @@ def _measured(job: Job, task: _Task, data: PreparedData) -> dict[str, Any]:
     losses = ", ".join(
         f"{which} {next(iter(lengths.values()))['perplexity']:.2f}" for which, lengths in measured["evaluation"].items()
     )
-    say(f"{name}: trained in {duration(trained - started)}, evaluated in {duration(ended - trained)}; {losses}")
+    seconds = {"training": trained - started - waited, "evaluation": ended - trained, "all": ended - started - waited}
+    say(f"{name}: trained in {duration(seconds['training'])}, evaluated in {duration(ended - trained)}; {losses}")
     return {
         "tokens": task.recipe.tokens,
         "trained_at": task.recipe.length,
@@ -171,7 +173,7 @@ def _measured(job: Job, task: _Task, data: PreparedData) -> dict[str, Any]:
         "hardware": measure.machine(),
         "versions": measure.versions(),
         "training": training,
-        "seconds": {"training": trained - started, "evaluation": ended - trained, "all": ended - started},
+        "seconds": seconds | {"waiting": waited},
         "resumed": resumed,
         **measured,
         "rope_scaling": stretched,
@@ -179,17 +181,20 @@ def _measured(job: Job, task: _Task, data: PreparedData) -> dict[str, Any]:
 
 
 def _fits(job: Job, task: _Task, store: Store) -> bool:
-    """Whether the run would end in time, judged by the slowest finished one on such a device, token for token."""
+    """Whether the run would end in time, judged by the slowest finished one on such a device, token for token.
+
+    On a shared GPU every other process may train first.
+    """
     if job.deadline is None:
         return True
-    device = measure.machine()["device"]
+    here = measure.machine()
+    others = (here["processes_a_gpu"] or 1) - 1
     paces = [
-        one["seconds"]["all"] / one["tokens"]
+        (one["seconds"]["all"] + others * one["seconds"]["training"]) / one["tokens"]
         for one in store.finished().values()
-        if one["hardware"]["device"] == device and not one["resumed"]
+        if not one["resumed"] and all(one["hardware"].get(what) == here[what] for what in ("device", "processes_a_gpu"))
     ]
-    left = job.deadline - time.monotonic()
-    return left > (max(paces) * task.recipe.tokens if paces else 0.0)
+    return job.deadline - time.monotonic() > max(paces, default=0.0) * task.recipe.tokens
 
 
 def _say_progress(job: Job, tasks: list[_Task], store: Store) -> None:
@@ -215,6 +220,8 @@ def _claimed(folder: Path) -> Iterator[bool]:
         else:
             yield True
     finally:
+        # Workers of a training that failed may still hold the folder open.
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 

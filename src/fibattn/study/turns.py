@@ -7,6 +7,7 @@ alone (`docs/log.md`).
 import fcntl
 import os
 import platform
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,18 +30,22 @@ def processes_a_gpu() -> int | None:
 class Turn(TrainerCallback):
     """Waits for the GPU after the first steps of a training, and gives it up after the last.
 
-    The turn is a lock on a file, which the system gives back when a process ends, however it ends.
+    The turn is a lock on a file, which the system gives back when a process and those it forked have ended.
     """
 
     def __init__(self, lock: Path):
         self.lock = lock.open("w")
+        self.waited = 0.0
+        """Seconds."""
         self._steps = 0
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Wait, once this process has compiled."""
         self._steps += 1
         if self._steps == _COMPILED:
+            began = time.monotonic()
             fcntl.flock(self.lock, fcntl.LOCK_EX)
+            self.waited = time.monotonic() - began
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Let the next one train."""
@@ -48,13 +53,17 @@ class Turn(TrainerCallback):
 
 
 @contextmanager
-def turn(folder: Path) -> Iterator[list[TrainerCallback]]:
+def turn(folder: Path) -> Iterator[list[Turn]]:
     """What makes a training take turns with others that use `folder`: nothing where it has its GPU for itself."""
     if (processes_a_gpu() or 1) == 1:
         yield []
         return
     folder.mkdir(parents=True, exist_ok=True)
-    device = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    device = os.environ.get("CUDA_VISIBLE_DEVICES", "0").replace("/", "-")
     one = Turn(folder / f"turn-{platform.node()}-gpu{device}.lock")
     with one.lock:
-        yield [one]
+        try:
+            yield [one]
+        finally:
+            # Workers of a training that failed may still hold the file open.
+            one.on_train_end()

@@ -23,7 +23,8 @@ class Tiles:
     warps: int
     stages: int
     registers: int | None = None
-    """At most so many a thread, where the compiler would take a few more than leave room for another warp."""
+    """At most so many a thread: more warps are resident then, even where a few bytes spill. What the compiler likes if
+    None."""
 
 
 def registers(shape: Shape, small: int, large: int | None = None) -> int | None:
