@@ -90,7 +90,7 @@ def recipe_of(model: ModelRecipe, length: int, timed: int) -> Recipe:
     return replace(PRESETS["paper"], model=model, steps=WARM + timed + PROFILED, save_every=10**6, **size)
 
 
-def run(recipe: Recipe, folder: Path, timed: int) -> Clock:
+def run(recipe: Recipe, folder: Path) -> Clock:
     """Train a little."""
     recipe = replace(recipe, out=folder)
     rng = np.random.default_rng(0)
@@ -98,7 +98,7 @@ def run(recipe: Recipe, folder: Path, timed: int) -> Clock:
     write_shard(folder / "train.bin", [tokens], np.ones(32_768, np.uint16), np.dtype(np.uint16), 2**20, None)
     starts = rng.integers(0, 2**20 - recipe.length - 1, recipe.steps * recipe.windows_per_step)
     windows = TrainingWindows(TokenStream([folder / "train.bin"]), starts, recipe.length)
-    clock = Clock(timed)
+    clock = Clock(recipe.steps - WARM - PROFILED)
     trainer = FibTrainer(build_model(recipe, 32_768, 0), recipe, windows, 1)
     trainer.args.save_strategy = "no"
     trainer.add_callback(clock)
@@ -126,7 +126,7 @@ def main() -> None:
     for name in arguments.models:
         recipe = recipe_of(MODELS[name], arguments.length, arguments.timed)
         with tempfile.TemporaryDirectory() as folder:
-            clock = run(recipe, Path(folder), arguments.timed)
+            clock = run(recipe, Path(folder))
         step, tokens = statistics.median(clock.times), recipe.windows_per_step * recipe.length
         groups: Counter[str] = Counter()
         for kernel, milliseconds in clock.kernels.items():

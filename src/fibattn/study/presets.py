@@ -129,7 +129,7 @@ DENSE = Run("dense", ModelRecipe(attention="full"), rope_scaling=("yarn", "linea
 HYBRID = Run("hybrid", PRESETS["hybrid"].model)
 """The project's default recipe: linear stagger, W = 128, two full-attention layers without RoPE."""
 
-HYBRID_HEADS = _hybrid("hybrid-heads", _stagger(128, heads=True), (7, 15))
+HYBRID_HEADS = Run("hybrid-heads", replace(HYBRID.model, stagger_heads=True))
 """The same with a stagger over the KV heads of each layer too."""
 
 _KINDS: tuple[tuple[Schedule, Base], ...] = (
@@ -191,11 +191,10 @@ STUDIES: dict[str, Study] = {
             _stagger(128),
             _stagger(128, heads=True),
             HYBRID_HEADS,
-            _hybrid("hybrid-window", _controls[0], (7, 15)),
+            _hybrid("hybrid-window", _controls[0], HYBRID.model.full_layers),
             _hybrid("hybrid-4", _stagger(128), (3, 7, 11, 15)),
             _hybrid("hybrid-1", _stagger(128), (15,)),
-            _hybrid("hybrid-heads-w256", _stagger(256, heads=True), (7, 15)),
-            _hybrid("hybrid-heads-w64", _stagger(64, heads=True), (7, 15)),
+            *(Run(f"hybrid-heads-w{window}", replace(HYBRID_HEADS.model, window=window)) for window in (256, 64)),
             _stagger(12),
             _stagger(12, heads=True),
             _stagger(64),
