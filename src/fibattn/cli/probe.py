@@ -19,7 +19,7 @@ Model = Annotated[Path, tyro.conf.Positional]
 
 _VOCABULARY = 32_768  # the paper's
 _TRAINING = ("retrieval", "recall")
-"""Probes that train models; cut short, the same command goes on with what is left."""
+"""Probes that train models, and write every row as it comes: cut short, the same command goes on with what is left."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,8 @@ def run(arguments: list[str]) -> None:
         raise InputError(f"there is no probe {name!r}: {hint}")
     chosen: Any = parse(PROBES[name], arguments[1:], f"fibattn probe {name}")
     result = _flops(chosen) if name == "flops" else _measure(name, chosen)
-    _write(chosen.out, result)
+    if name not in _TRAINING:
+        _write(chosen.out, result)
     _print(result, chosen.out)
 
 
