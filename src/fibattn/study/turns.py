@@ -1,7 +1,7 @@
 """Turns on a shared GPU: one of its processes trains; the others load, compile, evaluate, or wait.
 
-Two that train at once would also take turns, but every few milliseconds, and together be a fifth slower than one
-alone (`docs/log.md`).
+Two that train at once would also take turns, but every few milliseconds, and together they are a fifth slower than
+one alone (`docs/log.md`).
 """
 
 import fcntl
