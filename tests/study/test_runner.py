@@ -158,10 +158,12 @@ def test_whoever_shares_a_gpu_reckons_with_the_others_turns(job: Job, monkeypatc
     def fits(processes: int | None, left: float) -> bool:
         here = {"device": "a GPU", "processes_a_gpu": processes}
         seconds = {"training": 60.0, "evaluation": 40.0, "all": 100.0}
-        alone = {"seconds": seconds, "tokens": 10, "resumed": False, "hardware": here}
+        alone = {"seconds": seconds, "tokens": 10, "resumed": False, "hardware": here, "time": "2"}
+        slower = alone | {"seconds": {"training": 600.0, "all": 1000.0}, "time": "1"}
         other = alone | {"seconds": {"training": 600.0, "all": 1000.0}, "hardware": here | {"processes_a_gpu": 9}}
         monkeypatch.setattr(runner.measure, "machine", lambda: here)
-        store = SimpleNamespace(finished=lambda: {"one": alone, "other": other})
+        runs = {"other": other, **{f"run {n}": alone for n in range(3)}, "an old one": slower}
+        store = SimpleNamespace(finished=lambda: runs)
         task = SimpleNamespace(recipe=SimpleNamespace(tokens=10))
         return runner._fits(replace(job, deadline=time.monotonic() + left), task, store)  # pyright: ignore
 

@@ -181,9 +181,9 @@ def _measured(job: Job, task: _Task, data: PreparedData) -> dict[str, Any]:
 
 
 def _fits(job: Job, task: _Task, store: Store) -> bool:
-    """Whether the run would end in time, judged by the slowest finished one on such a device, token for token.
+    """Whether the run would end in time, judged by the slowest of the last three on such a device, token for token.
 
-    On a shared GPU every other process may train first.
+    Older ones may have had slower code or a busier machine. On a shared GPU every other process may train first.
     """
     if job.deadline is None:
         return True
@@ -191,10 +191,10 @@ def _fits(job: Job, task: _Task, store: Store) -> bool:
     others = (here["processes_a_gpu"] or 1) - 1
     paces = [
         (one["seconds"]["all"] + others * one["seconds"]["training"]) / one["tokens"]
-        for one in store.finished().values()
+        for one in sorted(store.finished().values(), key=lambda one: one["time"])
         if not one["resumed"] and all(one["hardware"].get(what) == here[what] for what in ("device", "processes_a_gpu"))
     ]
-    return job.deadline - time.monotonic() > max(paces, default=0.0) * task.recipe.tokens
+    return job.deadline - time.monotonic() > max(paces[-3:], default=0.0) * task.recipe.tokens
 
 
 def _say_progress(job: Job, tasks: list[_Task], store: Store) -> None:
