@@ -19,6 +19,7 @@ from fibattn.evaluation.recall import (
     Task,
     accuracy,
     keys,
+    lessons,
     questions,
     recall,
     training_rows,
@@ -70,6 +71,19 @@ def test_training_rows_alternate_and_spread_over_distances() -> None:
     assert min(near, middle, far) > 0.7 * max(near, middle, far)
     passkeys = rows[1]["input_ids"].tolist()
     assert set(pairs(passkeys)) == {NOISE}
+
+
+@pytest.mark.parametrize(("length", "lengths"), [(4096, [256, 1024, 4096]), (512, [128, 128, 512]), (128, [128] * 3)])
+def test_lessons_go_from_short_rows_to_long_ones(length: int, lengths: list[int]) -> None:
+    stages = lessons(length, steps=100, batch_tokens=8192, seed=0)
+    assert [stage.data[0]["input_ids"].shape[0] for stage in stages] == lengths
+    assert [stage.steps for stage in stages] == [33, 33, 34]
+    assert all(stage.batch * tokens == 8192 for stage, tokens in zip(stages, lengths, strict=True))
+    assert max(distances(stages[0].data[0])) < lengths[0]
+
+
+def test_lessons_of_few_steps_end_with_the_longest() -> None:
+    assert [stage.steps for stage in lessons(4096, steps=1, batch_tokens=1, seed=0)] == [0, 0, 1]
 
 
 def test_rows_depend_on_seed_and_number_alone() -> None:

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from fibattn import attend_scaled
+from fibattn import FibAttnForCausalLM, attend_scaled
 from fibattn.errors import InputError
 from fibattn.evaluation import retrieval
 from fibattn.evaluation.retrieval import BandAttention, MarkedCopies, band_width, build, set_width
@@ -74,6 +74,27 @@ def test_wide_band_feels_a_rung_it_does_not_reach() -> None:
     assert band.theta is not None
     assert band.theta.grad is not None
     assert band.theta.grad.item() > 0
+
+
+def test_a_finished_model_is_asked_through_its_rungs_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With bands that stay wide, what they see differs from what the rungs read."""
+    seen: list[tuple[bool, list[float]]] = []
+
+    def look(model: FibAttnForCausalLM, data: MarkedCopies, batch: int) -> tuple[float, float]:
+        layers = [layer.self_attn for layer in model.model.layers]
+        learned = [layer.alpha.item() for layer in layers if layer.theta is not None]  # pyright: ignore
+        seen.append((isinstance(layers[0], BandAttention), learned))
+        return len(seen) / 8, 0.0
+
+    monkeypatch.setattr(retrieval, "accuracy", look)
+    options: dict = {"depths": (2,), "seeds": (0,), "steps": 1, "batch": 1, "sequences": 1}
+    (row,) = retrieval.retrieval(starts=("staggered",), **options)["rows"]
+    assert [bands for bands, _ in seen] == [True, False]
+    assert seen[0][1] == seen[1][1] == row["runs"][0]["alphas"]
+    assert (row["acc200"], row["rungs200"]) == (0.125, 0.25)
+    (row,) = retrieval.retrieval(starts=("linear",), **options)["rows"]
+    assert len(seen) == 3
+    assert row["acc200"] == row["rungs200"]
 
 
 def test_width_is_annealed_over_four_fifths() -> None:

@@ -4,8 +4,10 @@ A run of the study goes through `fibattn.training`. Here a model lives for minut
 nothing to resume but a probe that was cut between two rows.
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,23 +50,30 @@ def rows_of(earlier: dict[str, Any] | None, settings: dict[str, Any]) -> list[di
     return list(earlier["rows"])
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A part of a training: its first `steps * batch` items, in order."""
+
+    data: Dataset[dict[str, torch.Tensor]]
+    """Items of `input_ids` and `shift_labels`, int64 (tokens,), all of one length."""
+    steps: int
+    batch: int
+    """Items of a step."""
+
+
 def fit(
     model: nn.Module,
-    data: Dataset[dict[str, torch.Tensor]],
+    stages: Sequence[Stage],
     *,
-    steps: int,
-    batch: int,
     optimizer: OptimizerRecipe,
     label: str,
     before_step: Callable[[int], None] | None = None,
 ) -> float:
-    """Train `model` on the first `steps * batch` items of `data`, in order.
+    """Train `model` on one stage after another, with one schedule of the rate over all of them.
 
     Args:
         model: a Transformers causal language model, on its device.
-        data: items of `input_ids` and `shift_labels`, int64 (tokens,), all of one length.
-        steps: optimizer steps.
-        batch: items of a step.
+        stages: what it is trained on; they may differ in length.
         optimizer: rate, decay and clipping, as in a recipe.
         label: what the progress line is called.
         before_step: called with the number of the step (from 0) before it, to anneal something.
@@ -77,8 +86,11 @@ def fit(
     """
     where = next(model.parameters()).device
     torch._dynamo.reset()
-    # Such small models would wait for their launches; a CUDA graph has none.
-    compiled = torch.compile(model, mode="reduce-overhead") if where.type == "cuda" else model
+    # Such small models would wait for their launches; a CUDA graph has none. Compiled once for all lengths.
+    lengths_differ = True if len(stages) > 1 else None
+    compiled: nn.Module = model
+    if where.type == "cuda":
+        compiled = torch.compile(model, mode="reduce-overhead", dynamic=lengths_differ)  # pyright: ignore
     adam = torch.optim.AdamW(
         parameter_groups(model, optimizer.weight_decay),
         lr=optimizer.peak_rate,
@@ -86,12 +98,12 @@ def fit(
         eps=optimizer.epsilon,
         fused=True,
     )
-    loader = DataLoader(data, batch_size=batch, num_workers=4 if where.type == "cuda" else 0)
+    steps = sum(stage.steps for stage in stages)
     last = torch.zeros((), device=where)
     counted = max(1, steps // 10)
     model.train()
     with Meter(label, steps, "steps") as meter:
-        for step, items in zip(range(steps), loader, strict=False):
+        for step, items in enumerate(_batches(stages, workers=4 if where.type == "cuda" else 0)):
             if before_step is not None:
                 before_step(step)
             for group in adam.param_groups:
@@ -107,6 +119,12 @@ def fit(
             looked = step % _LOOK_EVERY == 0
             meter.update(1, _checked(loss, step, label, optimizer) if looked else meter.note)
     return float(last) / counted
+
+
+def _batches(stages: Sequence[Stage], workers: int) -> Iterator[dict[str, torch.Tensor]]:
+    for stage in stages:
+        loader = DataLoader(stage.data, batch_size=stage.batch, num_workers=workers)
+        yield from itertools.islice(loader, stage.steps)
 
 
 def _checked(loss: torch.Tensor, step: int, label: str, optimizer: OptimizerRecipe) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fibattn.errors import InputError
-from fibattn.evaluation.fit import Keep, autocast, device, fit, rows_of
+from fibattn.evaluation.fit import Keep, Stage, autocast, device, fit, rows_of
 from fibattn.model import FibAttnConfig, FibAttnForCausalLM
 from fibattn.model.loss import IGNORED
 from fibattn.training.recipe import OptimizerRecipe
@@ -124,6 +124,22 @@ def training_rows(count: int, length: int, tasks: Sequence[Task], seed: int) -> 
         tasks=tasks,
         seed=seed,
     )
+
+
+def lesson_lengths(length: int) -> list[int]:
+    """Of the rows, one stage of training after another: a sixteenth of the length, a quarter, all of it."""
+    return [max(length // part, 128) for part in (16, 4)] + [length]
+
+
+def lessons(length: int, steps: int, batch_tokens: int, seed: int) -> list[Stage]:
+    """From short rows to those of `length`, a third of the steps each: what is far is learnt from what is near."""
+    lengths = lesson_lengths(length)
+    ends = [steps * (done + 1) // len(lengths) for done in range(len(lengths))]
+    stages = []
+    for tokens, first, end in zip(lengths, [0, *ends], ends, strict=False):
+        count, batch = end - first, max(1, batch_tokens // tokens)
+        stages.append(Stage(training_rows(count * batch, tokens, TASKS, seed), count, batch))
+    return stages
 
 
 def questions(count: int, distance: int, task: Task, seed: int) -> RecallRows:
@@ -272,6 +288,7 @@ def recall(
         "values": VALUES,
         "distances": list(distances),
         "tokens_a_question": TOKENS_A_QUESTION,
+        "lessons": lesson_lengths(length),
         "steps": steps,
         "batch_tokens": batch_tokens,
         "peak_rate": peak_rate,
@@ -283,9 +300,7 @@ def recall(
         if name not in {row["variant"] for row in rows}:
             torch.manual_seed(seed)
             model = FibAttnForCausalLM(known[name]).to(device())  # pyright: ignore[reportArgumentType]
-            batch = max(1, batch_tokens // length)
-            data = training_rows(steps * batch, length, TASKS, seed)
-            loss = fit(model, data, steps=steps, batch=batch, optimizer=optimizer, label=f"recall {name}")
+            loss = fit(model, lessons(length, steps, batch_tokens, seed), optimizer=optimizer, label=f"recall {name}")
             about = {"variant": name, "keys": keys(known[name]), "loss": loss}
             rows += [{**about, "task": task, "accuracy": _asked(model, task, settings)} for task in TASKS]
             keep(settings | {"rows": list(rows)})

@@ -7,6 +7,10 @@ scales find them.
 A rung that reads one key feels no gradient towards a key it does not read. So, as in the author's probe, each
 rung gathers a Gaussian band of keys whose width shrinks while the model trains. The band lives here alone, as
 plain dense attention; the other schedules go through the operator.
+
+Even the narrowest band leaves a key that is far from all rungs a tiny weight, which queries and keys that grow large
+can bring back: models then answer through the band what no rung reaches. So a finished model is asked twice, through
+its bands, as the paper does, and through the operator with the rungs where its scales put them.
 """
 
 import itertools
@@ -21,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from fibattn.errors import InputError
-from fibattn.evaluation.fit import Keep, autocast, device, fit, rows_of
+from fibattn.evaluation.fit import Keep, Stage, autocast, device, fit, rows_of
 from fibattn.model import FibAttnConfig, FibAttnForCausalLM
 from fibattn.model.loss import IGNORED
 from fibattn.model.modeling import FibAttnAttention, Rotation
@@ -35,6 +39,9 @@ WIDEST, NARROWEST, ANNEALED = 40.0, 0.5, 0.8
 """The band's width in tokens at the start and the end, and the part of the steps in which it shrinks."""
 EXTREMES = (0.55, 1.45)
 """The staggered start is the linear ramp clipped to these: a scale of 0.5 or 1.5 is infinitely far for a sigmoid."""
+
+_MEASURES = tuple(f"{how}{distance}" for how in ("acc", "rungs") for distance in DISTANCES)
+"""Accuracy for each distance through the bands, and through the rungs themselves."""
 
 _EVALUATED = 1 << 40  # evaluation sequences are numbered from here, out of reach of any training
 
@@ -143,6 +150,15 @@ def _blur(model: FibAttnForCausalLM, alphas: Sequence[float]) -> None:
         layer.self_attn = band
 
 
+def _sharpen(model: FibAttnForCausalLM) -> None:
+    """Put the operator's layers back in place of the bands, weights and scales kept."""
+    for index, layer in enumerate(model.model.layers):
+        band = layer.self_attn
+        sharp = FibAttnAttention(model.config, index).to(band.q_proj.weight.device)  # pyright: ignore
+        sharp.load_state_dict(band.state_dict())  # pyright: ignore[reportAttributeAccessIssue]
+        layer.self_attn = sharp
+
+
 def band_width(step: int, steps: int) -> float:
     """The band's width at `step` of `steps`: geometric from 40 to 0.5 over the first four fifths, then level."""
     done = min(step / max(ANNEALED * steps, 1), 1.0)
@@ -233,26 +249,30 @@ def _run(
     model = build(depth, start, seed).to(device())  # pyright: ignore[reportArgumentType]
     loss = fit(
         model,
-        MarkedCopies(steps * batch, seed),
-        steps=steps,
-        batch=batch,
+        [Stage(MarkedCopies(steps * batch, seed), steps, batch)],
         optimizer=optimizer,
         label=f"retrieval depth {depth} {start} seed {seed}",
         before_step=lambda step: set_width(model, band_width(step, steps)),
     )
     set_width(model, NARROWEST)
-    near, far = accuracy(model, MarkedCopies(sequences, seed, first=_EVALUATED), batch)
+    asked = MarkedCopies(sequences, seed, first=_EVALUATED)
+    through_bands = accuracy(model, asked, batch)
     layers = [layer.self_attn for layer in model.model.layers]
     learned = [layer.alpha.item() for layer in layers if isinstance(layer, BandAttention)]  # pyright: ignore
-    alphas = learned or list(layer_alphas(start, layers=depth))  # pyright: ignore[reportArgumentType]
-    return {"seed": seed, "loss": loss, "alphas": alphas, f"acc{DISTANCES[0]}": near, f"acc{DISTANCES[1]}": far}
+    if learned:
+        _sharpen(model)
+    through_rungs = accuracy(model, asked, batch) if learned else through_bands
+    return {
+        "seed": seed,
+        "loss": loss,
+        "alphas": learned or list(layer_alphas(start, layers=depth)),  # pyright: ignore[reportArgumentType]
+        **dict(zip(_MEASURES, (*through_bands, *through_rungs), strict=True)),
+    }
 
 
 def _mean(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over seeds, with the lowest and the highest scale of a run averaged as the paper does."""
-    means: dict[str, Any] = {
-        name: sum(run[name] for run in runs) / len(runs) for name in (f"acc{distance}" for distance in DISTANCES)
-    }
+    means: dict[str, Any] = {name: sum(run[name] for run in runs) / len(runs) for name in _MEASURES}
     means["alpha_min"] = sum(min(run["alphas"]) for run in runs) / len(runs)
     means["alpha_max"] = sum(max(run["alphas"]) for run in runs) / len(runs)
     return means
