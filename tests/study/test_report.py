@@ -12,13 +12,13 @@ import pytest
 from browser import Browser
 
 from fibattn import InputError, files
-from fibattn.study.findings import own_goals, papers_findings
+from fibattn.study.findings import Finding, own_goals, papers_findings
 from fibattn.study.probe_tables import other_probes, retrieval_table
 from fibattn.study.report import insert_tables, write_report
 from fibattn.study.results import Group, Model, Results, paper
 from fibattn.study.runner import Job
 from fibattn.study.store import Store
-from fibattn.study.tables import cost_table, papers_tables
+from fibattn.study.tables import copying_table, cost_table, papers_tables
 
 SETS = ("fineweb_edu", "wikipedia")
 PLAIN = {"clip_offsets": False, "full_layers": [], "stagger_heads": False}
@@ -109,9 +109,41 @@ def test_what_was_not_run_is_said() -> None:
 
 def test_published_seed_spread_is_the_papers() -> None:
     spreads = [statistics.stdev(values) / 42 for values in paper()["seeds_w12_fineweb_edu"].values() if len(values) > 2]
-    sigma = group(published()).sigma
+    models = published()
+    sigma = group(models).sigma(*models.values())
     assert sigma is not None
     assert min(spreads) < sigma < max(spreads)
+    assert group(models).sigma(models["dense"]) is None
+
+
+def test_the_default_recipe_must_win_with_every_seed() -> None:
+    dense, ahead = published()["dense"], 0.99
+    second = {**published_run("dense"), "seed": 43}
+
+    def goal(*factors: float) -> Finding:
+        runs = tuple({**published_run("dense", factor), "seed": 42 + n} for n, factor in enumerate(factors))
+        models = {"dense": Model("dense", (dense.first, second)), "hybrid": Model("hybrid", runs)}
+        return own_goals(group(models))[0]
+
+    assert goal(ahead).verdict == goal(ahead, ahead).verdict == "holds"
+    assert goal(ahead).evidence == "fineweb_edu −1.0 %, wikipedia −1.0 %, together −1.0 %"
+    both = goal(ahead, 1.03)
+    assert both.verdict == "partly"
+    assert "seed 43: fineweb_edu +3.0 %" in both.evidence
+    assert both.evidence.endswith("over all seeds +1.0 %")
+    assert goal(1.01, 1.01).verdict == "does not hold"
+
+
+def test_deviations_are_those_of_the_compared() -> None:
+    models = published()
+    loud = Model("loud", tuple(published_run("dense", factor, 42 + n) for n, factor in enumerate((1.0, 1.2, 0.8))))
+    with_loud = group({**models, "loud": loud})
+    pair = models["linear-w12"], models["coprime-w12"]
+    assert with_loud.sigma(*pair) == group(models).sigma(*pair)
+    quiet, all_of_it = with_loud.sigma(*pair), with_loud.sigma(*pair, loud)
+    assert quiet is not None
+    assert all_of_it is not None
+    assert all_of_it > 3 * quiet
 
 
 def test_tables_have_every_row_of_the_paper(job: Job) -> None:
@@ -145,6 +177,20 @@ def test_page_stands_alone_and_has_its_numbers_beside_it(job: Job) -> None:
     assert Results.load(job.out).groups[0].data_fingerprint in text
 
 
+def test_copying_is_shown_for_the_runs_that_have_it(job: Job, tmp_path: Path) -> None:
+    for one in Store(job.out).records():
+        assert set(one["copying"]) == {"2", "8", "16"}
+        Store(tmp_path).append({**one, "copying": None} if one["run"].startswith("dense") else one)
+    table = copying_table(Results.load(tmp_path).groups[0])
+    assert table is not None
+    assert table.heading == ("model", "seed", "2 tokens", "8 tokens", "16 tokens")
+    runs = [run for model in Results.load(tmp_path).groups[0].models for run in model.runs if run["copying"]]
+    assert len(table.rows) == len(runs)
+    assert "dense" not in {row[0] for row in table.rows}
+    write_report(tmp_path)
+    assert "### Copying" in (tmp_path / "report" / "tables.md").read_text()
+
+
 def test_other_budgets_and_failures_are_shown(job: Job, tmp_path: Path) -> None:
     store = Store(tmp_path)
     for one in Store(job.out).records():
@@ -163,7 +209,8 @@ def test_other_budgets_and_failures_are_shown(job: Job, tmp_path: Path) -> None:
 def test_probes_are_shown(job: Job, tmp_path: Path) -> None:
     for one in Store(job.out).records():
         Store(tmp_path).append(one)
-    rows = [{"depth": 4, "start": "staggered", "acc200": 0.5, "acc350": 0.25, "alpha_min": 0.6, "alpha_max": 1.4}]
+    accuracies = {"acc200": 0.5, "acc350": 0.25, "rungs200": 0.125}
+    rows = [{"depth": 4, "start": "staggered", **accuracies, "alpha_min": 0.6, "alpha_max": 1.4}]
     found = [
         {"variant": "stagger", "keys": 23, "task": task, "accuracy": {"64": 1.0, "256": 0.5}} for task in ("a", "b")
     ]
@@ -176,7 +223,7 @@ def test_probes_are_shown(job: Job, tmp_path: Path) -> None:
         files.write_json(tmp_path / "probes" / f"{probe['probe']}.json", probe)
     loaded = Results.load(tmp_path).probes
     row = next(row for row in retrieval_table(loaded).rows if row[0] == "depth 4, staggered")
-    assert row[1:4] == ("0.50", "0.25", "0.60 … 1.40")
+    assert row[1:6] == ("0.50", "0.25", "0.12", "–", "0.60 … 1.40")
     recall, lego = other_probes(loaded)
     assert recall.heading == ("variant", "keys", "task", "64", "256")
     assert recall.rows[0] == ("stagger", "23", "a", "1.000", "0.500")

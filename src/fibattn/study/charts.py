@@ -12,14 +12,17 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from fibattn.pattern import layer_alphas, layer_patterns, union_coverage
 from fibattn.plotting import COLOURS, STYLE, save
 from fibattn.study.findings import position_gain
-from fibattn.study.results import PLAIN, Group, Model, paper
+from fibattn.study.results import PLAIN, Group, Model, mean_loss, paper
 
 _QUIET = "#a8a29e"
 _LEADS = ("dense", "linear-w12", "hybrid", "fixed-w12", "window-w132", "window-w24")
 
 
 def extrapolation(group: Group, path: Path) -> Path:
-    """Perplexity over evaluation length, relative to dense at the training length."""
+    """Perplexity over evaluation length, relative to dense of the same seed at the training length.
+
+    The first seed in full colour with its label, the others thin.
+    """
     dense = group.get("dense")
     leads = [model for name in _LEADS if (model := group.get(name))] or list(group.models[:5])
     base = (dense or leads[0]).loss(group.trained_at)
@@ -30,8 +33,19 @@ def extrapolation(group: Group, path: Path) -> Path:
             name = {"yarn": "YaRN", "linear": "linear scaling"}[rope]
             losses = [model.loss(n, PLAIN if n == group.trained_at else rope) - base for n in group.lengths]
             curves.append((f"{model.label}, {name}", losses, colour, style))
+    others = [
+        (
+            f"{model.label}, seed {run['seed']}",
+            [mean_loss(run, n) - mean_loss(own, group.trained_at) for n in group.lengths],
+            colour,
+        )
+        for model, colour in zip(leads, COLOURS, strict=False)
+        for run, own in (model.beside(dense)[1:] if dense else ())
+    ]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.4, 4.4), layout="constrained")
+        for _, losses, colour in others:
+            axes.plot(group.lengths, [math.exp(x) for x in losses], "-", color=colour, linewidth=1, alpha=0.6)
         for _, losses, colour, style in curves:
             axes.plot(
                 group.lengths, [math.exp(x) for x in losses], f"o{style}", color=colour, linewidth=2, markersize=4
@@ -44,7 +58,8 @@ def extrapolation(group: Group, path: Path) -> Path:
         axes.set_xlabel("evaluation length (tokens, times the training length)")
         axes.set_ylabel("perplexity ÷ dense at the training length")
         _name_ends(axes, [(label, math.exp(losses[-1]), colour) for label, losses, colour, _ in curves], group.lengths)
-        rows = [(label, n, math.exp(x)) for label, xs, *_ in curves for n, x in zip(group.lengths, xs, strict=True)]
+        drawn = [(label, losses) for label, losses, *_ in (*curves, *others)]
+        rows = [(label, n, math.exp(x)) for label, xs in drawn for n, x in zip(group.lengths, xs, strict=True)]
         return save(figure, path, ("model", "length", "ratio"), rows)
 
 

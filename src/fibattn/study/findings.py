@@ -4,9 +4,9 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from fibattn.study.results import Group, Model
+from fibattn.study.results import Group, Model, losses, mean_loss
 
 Verdict = Literal["holds", "partly", "does not hold", "not run"]
 
@@ -69,10 +69,11 @@ def _order(group: Group) -> Finding:
     seen, right, wrong = [], [], []
     for window in _WINDOWS:
         four = [group.get(f"{schedule}-w{window}") for schedule in ("linear", "coprime", "learned", "fixed")]
-        if None in four:
+        models = [model for model in four if model]
+        if len(models) < len(four):
             continue
-        linear, coprime, learned, fixed = (model.loss(group.trained_at) for model in four if model)
-        fits = abs(linear - coprime) < group.tie and max(linear, coprime) < learned < fixed
+        linear, coprime, learned, fixed = (model.loss(group.trained_at) for model in models)
+        fits = abs(linear - coprime) < group.tie(*models) and max(linear, coprime) < learned < fixed
         (right if fits else wrong).append(window)
         seen.append(
             f"W = {window}: coprime {percent(coprime - linear)}, learned {percent(learned - linear)}, "
@@ -128,9 +129,8 @@ def _dense_ahead(group: Group) -> Finding:
     if not (dense and linear):
         return _missing(claim, group, "dense", "linear-w12")
     gap = linear.loss(group.trained_at) - dense.loss(group.trained_at)
-    return _judged(
-        claim, gap > group.tie, f"linear, W = 12 is {percent(gap)} against dense here (other text, fewer tokens)"
-    )
+    evidence = f"linear, W = 12 is {percent(gap)} against dense here (other text, fewer tokens)"
+    return _judged(claim, gap > group.tie(dense, linear), evidence)
 
 
 def _at_four(group: Group, name: str) -> float | None:
@@ -195,12 +195,20 @@ def _gain_is_flat(group: Group) -> Finding:
 
 
 def _seeds(group: Group) -> Finding:
-    claim = "Seeds differ little: 0.06 to 0.18 of a perplexity of 42, that is 0.1 to 0.4 %"
-    if group.sigma is None:
+    claim = "Seeds differ little: at W = 12 by 0.06 to 0.18 of a perplexity of 42, that is 0.1 to 0.4 %"
+    sigma = group.sigma(*(model for model in group.models if model.is_papers and model.recipe["window"] == 12))
+    if sigma is None:
         return Finding(claim, "not run", "needs the study `seeds`")
-    return _judged(
-        claim, group.sigma < math.log(1.006), f"{100 * math.expm1(group.sigma):.2f} % pooled (below 0.6 % counts)"
-    )
+    return _judged(claim, sigma < math.log(1.006), f"{100 * math.expm1(sigma):.2f} % pooled (below 0.6 % counts)")
+
+
+def _verdict(good: Sequence[bool]) -> Verdict:
+    return "holds" if all(good) else "partly" if any(good) else "does not hold"
+
+
+def _by_seed(evidence: dict[int, str]) -> str:
+    """What each seed says; the seeds are named where there are several."""
+    return "; ".join(f"seed {seed}: {words}" if len(evidence) > 1 else words for seed, words in evidence.items())
 
 
 def _better_everywhere(group: Group) -> Finding:
@@ -208,15 +216,18 @@ def _better_everywhere(group: Group) -> Finding:
     dense, ours = group.get("dense"), group.get("hybrid")
     if not (dense and ours):
         return _missing(claim, group, "dense", "hybrid")
-    theirs, own = dense.losses(group.trained_at), ours.losses(group.trained_at)
-    gaps = {name: own[name] - theirs[name] for name in own}
-    better = sum(gap < 0 for gap in gaps.values())
-    verdict: Verdict = "holds" if better == len(gaps) else "partly" if better else "does not hold"
-    overall = statistics.mean(gaps.values())
-    evidence = ", ".join([f"{name} {percent(gap)}" for name, gap in gaps.items()] + [f"together {percent(overall)}"])
-    if group.sigma:
-        evidence += f", {overall / group.sigma:+.1f} σ of seeds"
-    return Finding(claim, verdict, evidence)
+    evidence, good, overall = {}, [], []
+    for own, theirs in ours.beside(dense):
+        other = losses(theirs, group.trained_at)
+        gaps = {name: loss - other[name] for name, loss in losses(own, group.trained_at).items()}
+        good += [gap < 0 for gap in gaps.values()]
+        overall.append(statistics.mean(gaps.values()))
+        words = [f"{name} {percent(gap)}" for name, gap in gaps.items()]
+        evidence[own["seed"]] = ", ".join([*words, f"together {percent(overall[-1])}"])
+    words = _by_seed(evidence)
+    if len(overall) > 1:
+        words += f"; over all seeds {percent(statistics.mean(overall))}"
+    return Finding(claim, _verdict(good), words)
 
 
 def _no_worse_when_long(group: Group) -> Finding:
@@ -225,11 +236,13 @@ def _no_worse_when_long(group: Group) -> Finding:
     claim = f"The default recipe gets no worse at {factor} times the training length"
     if ours is None:
         return _missing(claim, group, "hybrid")
-    near, far = ours.losses(group.trained_at), ours.losses(longest)
-    changes = {name: far[name] - near[name] for name in near}
-    good = sum(change <= 0 for change in changes.values())
-    verdict: Verdict = "holds" if good == len(changes) else "partly" if good else "does not hold"
-    return Finding(claim, verdict, ", ".join(f"{name} {percent(change)}" for name, change in changes.items()))
+    evidence, good = {}, []
+    for run in ours.runs:
+        near = losses(run, group.trained_at)
+        changes = {name: loss - near[name] for name, loss in losses(run, longest).items()}
+        good += [change <= 0 for change in changes.values()]
+        evidence[run["seed"]] = ", ".join(f"{name} {percent(change)}" for name, change in changes.items())
+    return Finding(claim, _verdict(good), _by_seed(evidence))
 
 
 def control_pairs(group: Group) -> list[tuple[Model, Model]]:
@@ -251,11 +264,8 @@ def _rungs_against_window(group: Group) -> Finding:
     if not pairs:
         return Finding(claim, "not run", "needs stagger-w128 and window-w132, or another such pair")
     gaps = [(one, other, one.loss(group.trained_at) - other.loss(group.trained_at)) for one, other in pairs]
-    better = sum(gap < 0 for *_, gap in gaps)
-    verdict: Verdict = "holds" if better == len(gaps) else "partly" if better else "does not hold"
-    return Finding(
-        claim, verdict, "; ".join(f"{one.label} {percent(gap)} against {other.label}" for one, other, gap in gaps)
-    )
+    evidence = "; ".join(f"{one.label} {percent(gap)} against {other.label}" for one, other, gap in gaps)
+    return Finding(claim, _verdict([gap < 0 for *_, gap in gaps]), evidence)
 
 
 def _stretched_dense(group: Group) -> Finding:
@@ -264,12 +274,13 @@ def _stretched_dense(group: Group) -> Finding:
     if not (dense and ours and dense.first["rope_scaling"]):
         return _missing(claim, group, "dense", "hybrid")
     lengths = [length for length in group.lengths if length > group.trained_at]
-    best = {length: _best_stretched(dense, length) for length in lengths}
-    gaps = {length: ours.loss(length) - loss for length, loss in best.items()}
-    evidence = ", ".join(f"{length // group.trained_at}×: {percent(gap)}" for length, gap in gaps.items())
-    return _judged(claim, all(gap < 0 for gap in gaps.values()), f"against the better of the two at {evidence}")
+    evidence, good = {}, []
+    for own, theirs in ours.beside(dense):
+        gaps = {length: mean_loss(own, length) - _best_stretched(theirs, length) for length in lengths}
+        good += [gap < 0 for gap in gaps.values()]
+        evidence[own["seed"]] = ", ".join(f"{n // group.trained_at}×: {percent(gap)}" for n, gap in gaps.items())
+    return Finding(claim, _verdict(good), f"against the better of the two: {_by_seed(evidence)}")
 
 
-def _best_stretched(dense: Model, length: int) -> float:
-    ropes: Sequence[str] = list(dense.first["rope_scaling"])
-    return min(dense.loss(length, rope) for rope in ropes)
+def _best_stretched(dense: dict[str, Any], length: int) -> float:
+    return min(mean_loss(dense, length, rope) for rope in dense["rope_scaling"])

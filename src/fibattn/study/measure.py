@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from fibattn import files
 from fibattn._version import __version__
 from fibattn.data.stream import PreparedData
+from fibattn.evaluation.copying import copying, distances
 from fibattn.evaluation.sweep import load_model, sweep
 from fibattn.study.cost import coverage, flops, mean_keys
 from fibattn.study.presets import RopeScaling
@@ -26,7 +27,7 @@ _PACKAGES = ("torch", "transformers", "accelerate", "triton", "numpy")
 
 
 def evaluate(folder: Path, data: PreparedData, factors: tuple[int, ...], tokens: int) -> dict[str, Any]:
-    """The length sweep of a finished model on every held-out set, and what it is and costs, as JSON values."""
+    """The length sweep of a finished model on every held-out set, its copying, what it is and costs, as JSON values."""
     model = load_model(folder)
     config: Any = model.config
     trained_at = config.max_position_embeddings
@@ -49,6 +50,7 @@ def evaluate(folder: Path, data: PreparedData, factors: tuple[int, ...], tokens:
         },
         "convention": result["convention"],
         "evaluation": result["sets"],
+        "copying": copying(model, distances(trained_at)),
     }
 
 

@@ -194,6 +194,7 @@ STUDIES: dict[str, Study] = {
             _hybrid("hybrid-window", _controls[0], HYBRID.model.full_layers),
             _hybrid("hybrid-4", _stagger(128), (3, 7, 11, 15)),
             _hybrid("hybrid-1", _stagger(128), (15,)),
+            _hybrid("hybrid-early", _stagger(128), (3, 11)),
             *(Run(f"hybrid-heads-w{window}", replace(HYBRID_HEADS.model, window=window)) for window in (256, 64)),
             _stagger(12),
             _stagger(12, heads=True),

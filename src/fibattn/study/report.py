@@ -16,6 +16,7 @@ from fibattn.study.store import Store
 from fibattn.study.tables import (
     Table,
     beyond_table,
+    copying_table,
     cost_table,
     failures_table,
     other_budget,
@@ -50,11 +51,12 @@ def write_report(folder: Path) -> Path:
     figures = _figures(results, out)
     checked, goals = papers_findings(group), own_goals(group)
     papers = [*papers_tables(group), retrieval_table(results.probes), cost_table(group)]
-    beyond, probes = beyond_table(group), other_probes(results.probes)
+    beyond = [table for table in (beyond_table(group), copying_table(group)) if table]
+    probes = other_probes(results.probes)
     others = [other_budget(one) for one in results.groups[1:]]
     failed = failures_table(results)
     about = provenance(group)
-    files.write_text(out / "tables.md", _markdown(checked, goals, [*papers, beyond, *probes, *others], about))
+    files.write_text(out / "tables.md", _markdown(checked, goals, [*papers, *beyond, *probes, *others], about))
     return write_page(
         out / "index.html",
         "report.html.j2",

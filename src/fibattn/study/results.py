@@ -30,6 +30,17 @@ def paper() -> dict[str, Any]:
     return json.loads(package_files("fibattn.study").joinpath("paper.json").read_text(encoding="utf-8"))
 
 
+def losses(run: dict[str, Any], length: int, rope: str = PLAIN) -> dict[str, float]:
+    """The loss of a run on each held-out set at `length`."""
+    sets = run["evaluation"] if rope == PLAIN else run["rope_scaling"][rope]
+    return {name: rows[str(length)]["nll"] for name, rows in sets.items()}
+
+
+def mean_loss(run: dict[str, Any], length: int, rope: str = PLAIN) -> float:
+    """The mean loss of a run over the held-out sets at `length`."""
+    return statistics.mean(losses(run, length, rope).values())
+
+
 @dataclass(frozen=True)
 class Model:
     """One model of a study at one budget: its runs, lowest seed first."""
@@ -86,16 +97,20 @@ class Model:
 
     def losses(self, length: int, rope: str = PLAIN) -> dict[str, float]:
         """The loss on each held-out set at `length`."""
-        sets = self.first["evaluation"] if rope == PLAIN else self.first["rope_scaling"][rope]
-        return {name: rows[str(length)]["nll"] for name, rows in sets.items()}
+        return losses(self.first, length, rope)
 
     def loss(self, length: int, rope: str = PLAIN) -> float:
         """The mean loss over the held-out sets at `length`."""
-        return statistics.mean(self.losses(length, rope).values())
+        return mean_loss(self.first, length, rope)
 
     def seed_losses(self, length: int) -> list[float]:
         """The mean loss of every seed at `length`."""
-        return [statistics.mean(rows[str(length)]["nll"] for rows in run["evaluation"].values()) for run in self.runs]
+        return [mean_loss(run, length) for run in self.runs]
+
+    def beside(self, other: "Model") -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """This model's runs and the other's, by the seeds that both have."""
+        theirs = {run["seed"]: run for run in other.runs}
+        return [(run, theirs[run["seed"]]) for run in self.runs if run["seed"] in theirs]
 
     def bins(self, length: int) -> list[float]:
         """The loss in equal parts of windows of `length`, the mean over the sets."""
@@ -126,21 +141,24 @@ class Group:
         """The evaluation lengths that all models have."""
         return sorted(set.intersection(*(set(model.lengths()) for model in self.models)))
 
-    @property
-    def sigma(self) -> float | None:
-        """Standard deviation of the loss over seeds at the training length, pooled over the models; None without."""
+    def sigma(self, *models: Model) -> float | None:
+        """Standard deviation of the loss over seeds at the training length, pooled over `models`; None without seeds.
+
+        Over those that are compared and no others: a model that is about to learn to copy has many times the
+        deviation of one that cannot.
+        """
         squares, degrees = 0.0, 0
-        for model in self.models:
-            losses = model.seed_losses(self.trained_at)
-            if len(losses) > 1:
-                squares += (len(losses) - 1) * statistics.variance(losses)
-                degrees += len(losses) - 1
+        for model in models:
+            found = model.seed_losses(self.trained_at)
+            if len(found) > 1:
+                squares += (len(found) - 1) * statistics.variance(found)
+                degrees += len(found) - 1
         return math.sqrt(squares / degrees) if degrees else None
 
-    @property
-    def tie(self) -> float:
-        """Two losses closer than this count as equal: twice the deviation of a difference, 0.5 % without seeds."""
-        return math.log(1.005) if self.sigma is None else 2 * math.sqrt(2) * self.sigma
+    def tie(self, *models: Model) -> float:
+        """Losses of these closer than this count as equal: twice the deviation of a difference, 0.5 % without seeds."""
+        sigma = self.sigma(*models)
+        return math.log(1.005) if sigma is None else 2 * math.sqrt(2) * sigma
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from fibattn.progress import duration, quantity
 from fibattn.study.findings import percent, position_gain
-from fibattn.study.results import PLAIN, Group, Model, Results, paper
+from fibattn.study.results import PLAIN, Group, Model, Results, mean_loss, paper
 
 ABSENT = "not run"
 _PAPER_SETS = ("fineweb_edu", "wikipedia")
@@ -43,7 +43,10 @@ def beyond_table(group: Group) -> Table:
         if model.is_papers and model.name != "linear-w12":
             continue
         near, far = model.loss(group.trained_at), model.loss(longest)
-        against = percent(near - dense.loss(group.trained_at)) if dense and model is not dense else "–"
+        against = away = "–"
+        if dense and model is not dense:
+            gap = _gap(model, dense, group)
+            against, away = percent(gap), _in_sigmas(gap, group.sigma(model, dense))
         losses = model.losses(group.trained_at)
         rows.append(
             (
@@ -51,16 +54,36 @@ def beyond_table(group: Group) -> Table:
                 f"{model.first['model']['keys']:.0f}",
                 *(f"{math.exp(losses[name]):.2f}" for name in group.sets),
                 against,
-                _in_sigmas(near - dense.loss(group.trained_at), group) if dense and model is not dense else "–",
+                away,
                 percent(far - near),
             )
         )
     factor = longest // group.trained_at
     return Table(
         "Models past the paper",
-        f"Perplexity at {group.trained_at:,} tokens on each held-out set, best first. Keys: what a query reads at that "
-        "length, the mean over positions and layers.",
-        ("model", "keys", *group.sets, "against dense", "in seed σ", f"change at {factor}×"),
+        f"Perplexity at {group.trained_at:,} tokens on each held-out set, first seed, best first. Keys: what a query "
+        "reads at that length, the mean over positions and layers. σ: the distance to dense in standard deviations "
+        "over the seeds that the two have.",
+        ("model", "keys", *group.sets, "against dense", "σ", f"change at {factor}×"),
+        tuple(rows),
+    )
+
+
+def copying_table(group: Group) -> Table | None:
+    """How well every run copies; None where none was asked."""
+    runs = [(model.label, run) for model in group.models for run in model.runs if run.get("copying")]
+    if not runs:
+        return None
+    distances = list(runs[0][1]["copying"])
+    rows = [
+        (label, str(run["seed"]), *(f"{run['copying'][distance]:.2f}" for distance in distances))
+        for label, run in sorted(runs, key=lambda one: -sum(one[1]["copying"].values()))
+    ]
+    return Table(
+        "Copying",
+        "The part of random tokens, read a second time so many tokens after the first, that a model names. Runs from "
+        "before this was measured are left out.",
+        ("model", "seed", *(f"{distance} tokens" for distance in distances)),
         tuple(rows),
     )
 
@@ -194,7 +217,7 @@ def _positions(group: Group) -> Table:
 
 def _seeds(group: Group) -> Table:
     published = {_words(f"{key}/w12"): values for key, values in paper()["seeds_w12_fineweb_edu"].items()}
-    linear = group.get("linear-w12")
+    linear, dense = group.get("linear-w12"), group.get("dense")
     rows, seen = [], set()
     for model in group.models:
         losses = model.seed_losses(group.trained_at)
@@ -203,22 +226,28 @@ def _seeds(group: Group) -> Table:
         if len(losses) < 2 and theirs is None:
             continue
         spread = f"{100 * statistics.stdev(losses):.2f} %" if len(losses) > 1 else ABSENT
-        away = (
-            _in_sigmas(statistics.mean(losses) - statistics.mean(linear.seed_losses(group.trained_at)), group)
-            if linear
-            else "–"
-        )
+        gap, away = _mean_gap(model, dense, group), _mean_gap(model, linear, group)
         rows.append(
-            (model.label, " ".join(f"{math.exp(loss):.2f}" for loss in losses), spread, away, *_papers_spread(theirs))
+            (
+                model.label,
+                " ".join(f"{math.exp(loss):.2f}" for loss in losses),
+                spread,
+                "–" if gap is None else percent(gap),
+                "–" if away is None or linear is None else _in_sigmas(away, group.sigma(model, linear)),
+                *_papers_spread(theirs),
+            )
         )
     rows += [
-        (words, ABSENT, "–", "–", *_papers_spread(values)) for words, values in published.items() if words not in seen
+        (words, ABSENT, "–", "–", "–", *_papers_spread(values))
+        for words, values in published.items()
+        if words not in seen
     ]
     return Table(
         "Table 4. Seeds",
         "Perplexity (geometric mean over the sets) at the training length for each seed; here a seed sets the weights "
-        "and the order of data, in the paper the order alone. To linear: between the means, in pooled σ.",
-        ("model", "perplexities", "σ", "to linear, σ", "paper: FineWeb-Edu", "σ"),
+        "and the order of data, in the paper the order alone. Against dense and to linear, W = 12: the mean over the "
+        "seeds that both have, the latter in σ pooled over the two.",
+        ("model", "perplexities", "σ", "against dense", "to linear, σ", "paper: FineWeb-Edu", "σ"),
         tuple(rows),
     )
 
@@ -316,11 +345,20 @@ def _against_linear(model: Model, group: Group) -> str:
     linear = group.get(f"linear-w{model.recipe['window']}")
     if linear is None or linear is model or model.recipe["base"] != "fibonacci":
         return "–"
-    return _in_sigmas(_gap(model, linear, group), group)
+    return _in_sigmas(_gap(model, linear, group), group.sigma(model, linear))
 
 
-def _in_sigmas(gap: float, group: Group) -> str:
-    return "–" if not group.sigma else f"{gap / group.sigma:+.1f}".replace("-", "−")
+def _mean_gap(model: Model, other: Model | None, group: Group) -> float | None:
+    """The mean difference of two models over the seeds that both have; None without, or for a model and itself."""
+    if other is None or other is model:
+        return None
+    pairs = model.beside(other)
+    gaps = [mean_loss(own, group.trained_at) - mean_loss(theirs, group.trained_at) for own, theirs in pairs]
+    return statistics.mean(gaps) if gaps else None
+
+
+def _in_sigmas(gap: float, sigma: float | None) -> str:
+    return "–" if not sigma else f"{gap / sigma:+.1f}".replace("-", "−")
 
 
 def _ranks(losses: dict[Any, float]) -> dict[Any, int]:

@@ -171,8 +171,9 @@ PRESETS: dict[str, Recipe] = {
         save_every=100,
     ),
 }
-"""`paper` is the paper's linear stagger, `dense` its baseline, `hybrid` the project's own, better than both in the
-study: a wider window and two layers of full attention without rotary positions. `small` trains on a laptop."""
+"""`paper` is the paper's linear stagger, `dense` its baseline, `hybrid` the project's own: a wider window and two
+layers of full attention without rotary positions, in the study ahead of both in the mean of three seeds. `small` trains
+on a laptop."""
 
 
 def load_recipe(name: str) -> Recipe:
