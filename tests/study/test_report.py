@@ -132,6 +132,8 @@ def test_the_default_recipe_must_win_with_every_seed() -> None:
     assert "seed 43: fineweb_edu +3.0 %" in both.evidence
     assert both.evidence.endswith("over all seeds +1.0 %")
     assert goal(1.01, 1.01).verdict == "does not hold"
+    alone = {"dense": Model("dense", (dense.first,)), "hybrid": Model("hybrid", (second,))}
+    assert own_goals(group(alone))[0].verdict == "not run"
 
 
 def test_deviations_are_those_of_the_compared() -> None:

@@ -214,7 +214,7 @@ def _by_seed(evidence: dict[int, str]) -> str:
 def _better_everywhere(group: Group) -> Finding:
     claim = "The default recipe is better than dense at the training length on every domain"
     dense, ours = group.get("dense"), group.get("hybrid")
-    if not (dense and ours):
+    if not (dense and ours and ours.beside(dense)):
         return _missing(claim, group, "dense", "hybrid")
     evidence, good, overall = {}, [], []
     for own, theirs in ours.beside(dense):
@@ -271,7 +271,7 @@ def _rungs_against_window(group: Group) -> Finding:
 def _stretched_dense(group: Group) -> Finding:
     claim = "The default recipe is ahead of dense with YaRN or linear scaling past the training length"
     dense, ours = group.get("dense"), group.get("hybrid")
-    if not (dense and ours and dense.first["rope_scaling"]):
+    if not (dense and ours and ours.beside(dense) and dense.first["rope_scaling"]):
         return _missing(claim, group, "dense", "hybrid")
     lengths = [length for length in group.lengths if length > group.trained_at]
     evidence, good = {}, []
