@@ -198,7 +198,7 @@ def _seeds(group: Group) -> Finding:
     claim = "Seeds differ little: at W = 12 by 0.06 to 0.18 of a perplexity of 42, that is 0.1 to 0.4 %"
     sigma = group.sigma(*(model for model in group.models if model.is_papers and model.recipe["window"] == 12))
     if sigma is None:
-        return Finding(claim, "not run", "needs the study `seeds`")
+        return Finding(claim, "not run", "needs the study seeds")
     return _judged(claim, sigma < math.log(1.006), f"{100 * math.expm1(sigma):.2f} % pooled (below 0.6 % counts)")
 
 

@@ -28,8 +28,8 @@ MARK = "<!-- written by fibattn report --into -->"
 """Stands in a document before the tables."""
 
 _CAPTIONS = {
-    "extrapolation": "Perplexity in longer and longer windows of the same text, against dense at the training length. "
-    "Lower is better; both axes are logarithmic.",
+    "extrapolation": "Perplexity in longer and longer windows of the same text, against dense of the same seed at the "
+    "training length; thin lines are further seeds. Lower is better; both axes are logarithmic.",
     "positions": "Loss over the training window, and what the stagger gains over fixed distances in each part of it.",
     "alphas": "Where learned scales end, beside the ramp that the stagger sets.",
     "coverage": "The distances that some layer attends to (16 layers, W = 8, context 1,024): what staggering is for. "
@@ -115,7 +115,7 @@ def _headline(group: Group, goals: list[Finding]) -> str:
     factor = group.lengths[-1] // group.trained_at
     if "not run" in (better.verdict, longer.verdict):
         return f"{len(group.models)} models, {quantity(group.tokens)} training tokens each"
-    at_length = {"holds": "ahead of dense on every domain", "partly": "ahead of dense on some domains"}
+    at_length = {"holds": "ahead of dense on every domain", "partly": "partly ahead of dense"}
     past = {
         "holds": f"no worse at {factor} times the length",
         "partly": f"no worse on some at {factor} times the length",
