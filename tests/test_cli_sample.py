@@ -77,7 +77,14 @@ def test_seeds(folder, capsys):
 
 def test_an_endless_stream_ends_cleanly_when_interrupted(folder):
     command = [sys.executable, "-m", "fibattn", "sample", str(folder), TEXT, "--max-new-tokens", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ))
+    # A shell starts what runs in its background with interrupts ignored, and children inherit that.
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=dict(os.environ),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stdout is not None
     assert len(process.stdout.read(3000)) == 3000
     process.send_signal(signal.SIGINT)
