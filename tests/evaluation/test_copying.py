@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fibattn import FibAttnConfig, FibAttnForCausalLM
+from fibattn import FibAttnForCausalLM
 from fibattn.evaluation.copying import copying, distances
 
 VOCABULARY = 50
@@ -43,20 +43,7 @@ def test_a_copier_copies_from_its_distance_alone() -> None:
     assert model.longest <= 4096
 
 
-def test_an_untrained_model_does_not() -> None:
-    config = FibAttnConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        window=4,
-        rungs=6,
-    )
-    torch.manual_seed(0)
-    model = FibAttnForCausalLM(config).train()
+def test_an_untrained_model_does_not(model: FibAttnForCausalLM) -> None:
     found = copying(model, distances(64))
     assert found == copying(model, distances(64))
     assert found != copying(model, distances(64), seed=1)
