@@ -26,13 +26,26 @@ def test_lines_are_appended_and_read_back(tmp_path: Path) -> None:
     assert store.records() == [written[1], written[0], written[2]]
 
 
-def test_a_line_cut_by_a_kill_is_passed_over_and_not_built_upon(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "tail", ['{"kind": "run", "stu', '{"kind": "run", "recipe": {"model": {}}', json.dumps(record("x"))]
+)
+def test_a_line_cut_by_a_kill_is_passed_over_and_not_built_upon(tmp_path: Path, tail: str) -> None:
     store = Store(tmp_path)
     path = store.append(record())
-    path.write_bytes(path.read_bytes() + b'{"kind": "run", "stu')
+    path.write_text(path.read_text() + tail)
     assert store.records() == [record()]
     store.append(record(time="2026-02-01"))
     assert store.records() == [record(), record(time="2026-02-01")]
+    assert path.read_text().count("\n") == 2
+
+
+def test_a_first_line_cut_by_a_kill_is_replaced(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    path = store.append(record())
+    path.write_bytes(path.read_bytes()[:-1])
+    assert store.records() == []
+    store.append(record())
+    assert store.records() == [record()]
 
 
 @pytest.mark.parametrize("line", ['{"a": 1}', "[]", "{nonsense}"])

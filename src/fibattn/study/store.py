@@ -53,21 +53,19 @@ class Store:
     folder: Path
 
     def append(self, record: dict[str, Any]) -> Path:
-        """Add one line to the file of `record["study"]` and `record["run"]`."""
+        """Add one line to the file of `record["study"]` and `record["run"]`, in place of one that a kill cut short."""
         path = self.folder / record["study"] / f"{record['run']}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # a killed process was writing
-                    file.write(b"\n")
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
             file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
         return path
 
     def records(self) -> list[dict[str, Any]]:
-        """All lines of all files, oldest first; a line that a killed process cut short is passed over.
+        """All lines of all files, oldest first; a last line without its end is one that a kill cut short, and no result.
 
         Raises:
             InputError: when the folder does not exist, or a whole line is not a result.
@@ -119,14 +117,12 @@ create table failures (key text, study text, run text, time text, error text);
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:
-    lines = path.read_bytes().splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
+    *whole, _cut = path.read_bytes().split(b"\n")
+    for number, line in enumerate(whole, start=1):
         try:
             record = json.loads(line)
             _ = record["kind"], record["key"], record["time"]
         except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, ValueError) and not line.rstrip().endswith(b"}"):
-                continue
             raise InputError(f"{path}, line {number} is not a result ({error!r}); restore the file") from None
         yield record
 
