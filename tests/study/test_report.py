@@ -41,6 +41,7 @@ def published_run(key: str, factor: float = 1.0, seed: int = 42) -> dict[str, An
         "recipe": {"model": {"attention": "full", **PLAIN} if key == "dense" else shape(key)},
         "model": {"learned_alphas": [0.97, 1.04] if "learned" in key else None},
         "rope_scaling": {},
+        "hardware": {"processes_a_gpu": 2},
     }
 
 
@@ -104,7 +105,7 @@ def test_what_was_not_run_is_said() -> None:
     assert [claim for claim, verdict in found.items() if verdict != "not run"] == [
         "Dense degrades past its training length: +201 % at four times"
     ]
-    assert {goal.verdict for goal in own_goals(group(dense))} == {"not run"}
+    assert {goal.verdict for goal in own_goals(group(dense), {})} == {"not run"}
 
 
 def test_published_seed_spread_is_the_papers() -> None:
@@ -123,17 +124,52 @@ def test_the_default_recipe_must_win_with_every_seed() -> None:
     def goal(*factors: float) -> Finding:
         runs = tuple({**published_run("dense", factor), "seed": 42 + n} for n, factor in enumerate(factors))
         models = {"dense": Model("dense", (dense.first, second)), "hybrid": Model("hybrid", runs)}
-        return own_goals(group(models))[0]
+        return own_goals(group(models), {})[0]
 
     assert goal(ahead).verdict == goal(ahead, ahead).verdict == "holds"
-    assert goal(ahead).evidence == "fineweb_edu −1.0 %, wikipedia −1.0 %, together −1.0 %"
+    assert goal(ahead).evidence == "seed 42: fineweb_edu −1.0 %, wikipedia −1.0 %, together −1.0 % (one seed)"
     both = goal(ahead, 1.03)
     assert both.verdict == "partly"
     assert "seed 43: fineweb_edu +3.0 %" in both.evidence
     assert both.evidence.endswith("over all seeds +1.0 %")
     assert goal(1.01, 1.01).verdict == "does not hold"
     alone = {"dense": Model("dense", (dense.first,)), "hybrid": Model("hybrid", (second,))}
-    assert own_goals(group(alone))[0].verdict == "not run"
+    assert own_goals(group(alone), {})[0].verdict == "not run"
+
+
+def test_models_are_compared_by_the_seeds_that_they_share() -> None:
+    models = published()
+    later = {**published_run("fibonacci/linear/w12", 0.5), "seed": 43}
+    models["linear-w12"] = Model("linear-w12", (*models["linear-w12"].runs[:1], later))
+    models["coprime-w12"] = Model("coprime-w12", models["coprime-w12"].runs[:1])
+    linear, coprime = models["linear-w12"], models["coprime-w12"]
+    apart = math.log(42.09 * 37.75 / 42.02 / 37.59) / 2
+    assert coprime.gap(linear, 1024) == pytest.approx(apart, abs=1e-3)
+    assert coprime.gap(Model("late", (later,)), 1024) is None
+    everything = group(models)
+    assert list(everything.compared([coprime, linear])) == ["linear-w12", "coprime-w12"]
+    assert everything.compared([coprime, Model("late", (later,))]) == {}
+    table = next(one for one in papers_tables(everything) if one.title.startswith("Table 4"))
+    row = next(row for row in table.rows if row[0] == "coprime, W = 12")
+    assert row[3] == "+32.1 %"
+
+
+def test_a_claim_about_all_of_the_papers_models_holds_at_most_in_part_for_some() -> None:
+    models = {name: model for name, model in published().items() if name.endswith("w12") or name == "dense"}
+    found = verdicts(models)
+    assert found["The best of the 21 is linear, W = 12"] == "partly"
+    assert found["At every window: linear ≈ coprime < learned < fixed"] == "partly"
+
+
+def test_recall_is_judged_by_the_distance_that_is_reached() -> None:
+    def goal(stagger: float) -> Finding:
+        found = {"window": {"64": 1.0, "256": 0.2}, "stagger": {"64": 1.0, "256": stagger}}
+        rows = [{"variant": name, "task": "passkey", "accuracy": one} for name, one in found.items()]
+        return own_goals(group({"dense": published()["dense"]}), {"recall": [{"rows": rows}]})[-1]
+
+    assert goal(0.95).verdict == "holds"
+    assert goal(0.95).evidence.endswith("window 64, stagger 256 tokens")
+    assert goal(0.5).verdict == "does not hold"
 
 
 def test_deviations_are_those_of_the_compared() -> None:
@@ -150,7 +186,7 @@ def test_deviations_are_those_of_the_compared() -> None:
 
 def test_tables_have_every_row_of_the_paper(job: Job) -> None:
     results = Results.load(job.out)
-    made = [*papers_tables(results.groups[0]), retrieval_table(results.probes), cost_table(results.groups[0])]
+    made = [*papers_tables(results.groups[0]), retrieval_table(results.probes), cost_table(results.groups)]
     tables = {table.title.split(".")[0]: table for table in made}
     assert len(tables["Table 1"].rows) == 22
     assert len(tables["Table 5"].rows) == len(paper()["retrieval_probe"])
@@ -183,9 +219,9 @@ def test_copying_is_shown_for_the_runs_that_have_it(job: Job, tmp_path: Path) ->
     for one in Store(job.out).records():
         assert set(one["copying"]) == {"2", "8", "16"}
         Store(tmp_path).append({**one, "copying": None} if one["run"].startswith("dense") else one)
-    table = copying_table(Results.load(tmp_path).groups[0])
+    table = copying_table(Results.load(tmp_path).groups)
     assert table is not None
-    assert table.heading == ("model", "seed", "2 tokens", "8 tokens", "16 tokens")
+    assert table.heading == ("model", "training tokens", "seed", "2 tokens", "8 tokens", "16 tokens")
     runs = [run for model in Results.load(tmp_path).groups[0].models for run in model.runs if run["copying"]]
     assert len(table.rows) == len(runs)
     assert "dense" not in {row[0] for row in table.rows}
@@ -193,24 +229,81 @@ def test_copying_is_shown_for_the_runs_that_have_it(job: Job, tmp_path: Path) ->
     assert "### Copying" in (tmp_path / "report" / "tables.md").read_text()
 
 
+def copied(job: Job, to: Path) -> list[dict[str, Any]]:
+    """The study's records, put into another folder too."""
+    records = Store(job.out).records()
+    for one in records:
+        Store(to).append(one)
+    return records
+
+
+def changed(record: dict[str, Any], **values: Any) -> dict[str, Any]:
+    return {**json.loads(json.dumps(record)), "time": "2099-01-01T00:00:00", "key": "other", **values}
+
+
+def test_of_two_recipes_with_one_name_the_newest_has_it(job: Job, tmp_path: Path) -> None:
+    record = next(one for one in copied(job, tmp_path) if one["run"] == "coprime-w12")
+    recipe = json.loads(json.dumps(record["recipe"]))
+    recipe["optimizer"]["peak_rate"] *= 2
+    Store(tmp_path).append(changed(record, recipe=recipe))
+    models = Results.load(tmp_path).groups[0].models
+    newest, older = (
+        next(one for one in models if one.name.startswith(name)) for name in ("coprime-w12", "coprime-w12@")
+    )
+    assert len(newest.runs) == len(older.runs) == 1
+    assert newest.first["recipe"] == recipe
+    assert "earlier recipe" in older.label
+    again = changed(
+        record,
+        time="2100-01-01T00:00:00",
+        key="again",
+        recipe={**record["recipe"], "init_seed": 7, "data_seed": 7},
+        seed=7,
+    )
+    Store(tmp_path).append(again)
+    assert [len(one.runs) for one in Results.load(tmp_path).groups[0].models if one.name == "coprime-w12"] == [2]
+
+
+def test_runs_evaluated_on_less_stand_apart(job: Job, tmp_path: Path) -> None:
+    record = changed(copied(job, tmp_path)[0])
+    for lengths in record["evaluation"].values():
+        for row in lengths.values():
+            row["targets"] //= 2
+    Store(tmp_path).append(record)
+    assert [len(one.models) for one in Results.load(tmp_path).groups][1:] == [1]
+
+
+def test_the_longest_training_windows_lead_and_the_largest_budget_has_the_headline(job: Job, tmp_path: Path) -> None:
+    records = copied(job, tmp_path)
+    recipe = next(one["recipe"] for one in records if one["run"] == "hybrid")
+    for name in ("dense", "hybrid"):
+        record = changed(next(one for one in records if one["run"] == name), key=name, tokens=10**9)
+        for lengths in record["evaluation"].values():
+            for row in lengths.values():
+                row["nll"] = 1.0 if name == "hybrid" else 2.0
+        Store(tmp_path).append(record)
+    text = write_report(tmp_path).read_text()
+    assert "After 1G tokens the default recipe is ahead of dense on every domain, and no worse" in text
+    assert recipe["length"] == Results.load(tmp_path).groups[0].trained_at
+    Store(tmp_path).append(changed(records[0], key="longer", trained_at=4 * recipe["length"]))
+    groups = Results.load(tmp_path).groups
+    assert [one.trained_at for one in groups] == [4 * recipe["length"], recipe["length"], recipe["length"]]
+    assert len(groups[0].models) < len(groups[1].models)
+
+
 def test_other_budgets_and_failures_are_shown(job: Job, tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    for one in Store(job.out).records():
-        store.append(one)
-    fewer = json.loads(json.dumps(one))
-    fewer["tokens"], fewer["recipe"]["steps"] = 256, 2
-    store.append(fewer)
+    record, store = copied(job, tmp_path)[-1], Store(tmp_path)
+    store.append(changed(record, tokens=256))
     store.append(
         {"kind": "failure", "study": "smoke", "run": "linear-w6", "key": "x", "time": "2026", "error": "boom <b>"}
     )
     text = write_report(tmp_path).read_text()
-    assert "At 256 training tokens" in text
+    assert "Models at 256 training tokens" in text
     assert "boom &lt;b&gt;" in text
 
 
 def test_probes_are_shown(job: Job, tmp_path: Path) -> None:
-    for one in Store(job.out).records():
-        Store(tmp_path).append(one)
+    copied(job, tmp_path)
     accuracies = {"acc200": 0.5, "acc350": 0.25, "rungs200": 0.125}
     rows = [{"depth": 4, "start": "staggered", **accuracies, "alpha_min": 0.6, "alpha_max": 1.4}]
     found = [

@@ -11,7 +11,6 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from fibattn.pattern import layer_alphas, layer_patterns, union_coverage
 from fibattn.plotting import COLOURS, STYLE, save
-from fibattn.study.findings import position_gain
 from fibattn.study.results import PLAIN, Group, Model, mean_loss, paper
 
 _QUIET = "#a8a29e"
@@ -77,7 +76,7 @@ def positions(group: Group, path: Path) -> Path | None:
             strict=True,
         )
     ]
-    ours = position_gain(fixed, linear, group.trained_at)
+    ours = fixed.gaps_by_part(linear, group.trained_at)
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 3.9), layout="constrained")
         parts = range(1, len(ours) + 1)

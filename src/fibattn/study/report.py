@@ -1,6 +1,7 @@
 """The report: one self-contained page, the same tables in Markdown, and the figures with their numbers."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fibattn.study.results import Group, Results
 from fibattn.study.store import Store
 from fibattn.study.tables import (
     Table,
-    beyond_table,
+    beyond_tables,
     copying_table,
     cost_table,
     failures_table,
@@ -49,18 +50,19 @@ def write_report(folder: Path) -> Path:
     Store(folder).index()
     group, out = results.groups[0], folder / "report"
     figures = _figures(results, out)
-    checked, goals = papers_findings(group), own_goals(group)
-    papers = [*papers_tables(group), retrieval_table(results.probes), cost_table(group)]
-    beyond = [table for table in (beyond_table(group), copying_table(group)) if table]
+    checked, goals = papers_findings(group), _goals(results)
+    papers = [*papers_tables(group), retrieval_table(results.probes), cost_table(results.groups)]
+    copying = copying_table(results.groups)
+    beyond = [*beyond_tables(group), *([copying] if copying else [])]
     probes = other_probes(results.probes)
-    others = [other_budget(one) for one in results.groups[1:]]
+    others = [table for one in results.groups[1:] for table in other_budget(one)]
     failed = failures_table(results)
-    about = provenance(group)
+    about = provenance(results.groups)
     files.write_text(out / "tables.md", _markdown(checked, goals, [*papers, *beyond, *probes, *others], about))
     return write_page(
         out / "index.html",
         "report.html.j2",
-        headline=_headline(group, goals),
+        headline=_headline(results),
         group=group,
         tokens=quantity(group.tokens),
         figures=figures,
@@ -109,19 +111,43 @@ def _figures(results: Results, out: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _headline(group: Group, goals: list[Finding]) -> str:
-    """What the numbers say of the default recipe, whichever way they come out."""
-    better, longer = goals[0], goals[1]
-    factor = group.lengths[-1] // group.trained_at
-    if "not run" in (better.verdict, longer.verdict):
+def _by_budget(results: Results) -> list[Group]:
+    """The groups that tell of the default recipe, most training first: those trained at the main group's length."""
+    length = results.groups[0].trained_at
+    return sorted((one for one in results.groups if one.trained_at == length), key=lambda one: -one.tokens)
+
+
+def _goals(results: Results) -> list[Finding]:
+    """The project's goals at every budget, most training first; what one budget leaves out is said once."""
+    groups, found = _by_budget(results), []
+    checked = [own_goals(group, results.probes) for group in groups]
+    for same in zip(*checked, strict=True):
+        told = [(group, goal) for group, goal in zip(groups, same, strict=True) if goal.verdict != "not run"]
+        if len({goal.evidence for _, goal in told}) < 2:
+            found.append(told[0][1] if told else same[0])
+        else:
+            found += [replace(goal, claim=f"{goal.claim} ({quantity(group.tokens)} tokens)") for group, goal in told]
+    return found
+
+
+def _headline(results: Results) -> str:
+    """What the numbers of the largest budget say of the default recipe, whichever way they come out."""
+    for group in _by_budget(results):
+        better, longer, *_ = own_goals(group, results.probes)
+        if "not run" not in (better.verdict, longer.verdict):
+            break
+    else:
+        group = results.groups[0]
         return f"{len(group.models)} models, {quantity(group.tokens)} training tokens each"
+    factor = group.lengths[-1] // group.trained_at
     at_length = {"holds": "ahead of dense on every domain", "partly": "partly ahead of dense"}
     past = {
         "holds": f"no worse at {factor} times the length",
         "partly": f"no worse on some at {factor} times the length",
     }
     return (
-        f"The default recipe is {at_length.get(better.verdict, 'behind dense at the training length')}, "
+        f"After {quantity(group.tokens)} tokens the default recipe is "
+        f"{at_length.get(better.verdict, 'behind dense at the training length')}, "
         f"and {past.get(longer.verdict, f'worse at {factor} times the length')}"
     )
 

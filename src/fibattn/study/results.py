@@ -4,12 +4,13 @@ Losses are in nats, the mean over the held-out sets, so a perplexity here is the
 and a difference of two losses is the logarithm of a ratio of perplexities.
 """
 
+import hashlib
 import json
 import math
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 from fibattn import files
 from fibattn.errors import InputError
 from fibattn.study.store import Store
+from fibattn.training.recipe import Recipe, to_json
 
 PLAIN = "plain"
 
@@ -41,12 +43,20 @@ def mean_loss(run: dict[str, Any], length: int, rope: str = PLAIN) -> float:
     return statistics.mean(losses(run, length, rope).values())
 
 
+def bins(run: dict[str, Any], length: int) -> list[float]:
+    """The loss of a run in equal parts of windows of `length`, the mean over the held-out sets."""
+    sets = [rows[str(length)]["bins"] for rows in run["evaluation"].values()]
+    return [statistics.mean(values) for values in zip(*sets, strict=True)]
+
+
 @dataclass(frozen=True)
 class Model:
     """One model of a study at one budget: its runs, lowest seed first."""
 
     name: str
     runs: tuple[dict[str, Any], ...]
+    note: str = ""
+    """What sets it apart from a newer model of the same name."""
 
     @property
     def first(self) -> dict[str, Any]:
@@ -75,6 +85,9 @@ class Model:
     @property
     def label(self) -> str:
         """What it is, in words."""
+        return self._words() + self.note
+
+    def _words(self) -> str:
         own = self.recipe
         if own["attention"] == "full":
             return "dense"
@@ -103,6 +116,10 @@ class Model:
         """The mean loss over the held-out sets at `length`."""
         return mean_loss(self.first, length, rope)
 
+    def alone(self) -> list[dict[str, Any]]:
+        """The runs that had a GPU for themselves: only their speeds may be compared."""
+        return [run for run in self.runs if (run["hardware"].get("processes_a_gpu") or 1) == 1]
+
     def seed_losses(self, length: int) -> list[float]:
         """The mean loss of every seed at `length`."""
         return [mean_loss(run, length) for run in self.runs]
@@ -112,10 +129,20 @@ class Model:
         theirs = {run["seed"]: run for run in other.runs}
         return [(run, theirs[run["seed"]]) for run in self.runs if run["seed"] in theirs]
 
+    def gap(self, other: "Model", length: int) -> float | None:
+        """By how much the mean loss is above the other's, over the seeds that both have; None where they share none."""
+        gaps = [mean_loss(own, length) - mean_loss(theirs, length) for own, theirs in self.beside(other)]
+        return statistics.mean(gaps) if gaps else None
+
     def bins(self, length: int) -> list[float]:
         """The loss in equal parts of windows of `length`, the mean over the sets."""
-        sets = [rows[str(length)]["bins"] for rows in self.first["evaluation"].values()]
-        return [statistics.mean(values) for values in zip(*sets, strict=True)]
+        return bins(self.first, length)
+
+    def gaps_by_part(self, other: "Model", length: int) -> list[float]:
+        """As `gap`, in each equal part of windows of `length`; empty where the two share no seed."""
+        pairs = [(bins(own, length), bins(theirs, length)) for own, theirs in self.beside(other)]
+        gaps = [[one - two for one, two in zip(own, theirs, strict=True)] for own, theirs in pairs]
+        return [statistics.mean(part) for part in zip(*gaps, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -141,6 +168,20 @@ class Group:
         """The evaluation lengths that all models have."""
         return sorted(set.intersection(*(set(model.lengths()) for model in self.models)))
 
+    def compared(self, models: Sequence[Model]) -> dict[str, float]:
+        """The mean loss of each at the training length, by name, best first, over the seeds that all of them have.
+
+        Empty where no seed is common to all.
+        """
+        seeds = set.intersection(*({run["seed"] for run in model.runs} for model in models)) if models else set()
+        if not seeds:
+            return {}
+        means = {
+            model.name: statistics.mean(mean_loss(run, self.trained_at) for run in model.runs if run["seed"] in seeds)
+            for model in models
+        }
+        return dict(sorted(means.items(), key=lambda one: one[1]))
+
     def sigma(self, *models: Model) -> float | None:
         """Standard deviation of the loss over seeds at the training length, pooled over `models`; None without seeds.
 
@@ -163,7 +204,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that a results folder holds; the group with the most models first."""
+    """Everything that a results folder holds; of the longest training windows the group with the most models first."""
 
     groups: tuple[Group, ...]
     failures: tuple[dict[str, Any], ...]
@@ -188,16 +229,40 @@ class Results:
         return cls(_grouped(finished.values()), failures, dict(probes))
 
 
-def _grouped(records: Any) -> tuple[Group, ...]:
-    parts: dict[tuple[int, int, str], list[dict[str, Any]]] = defaultdict(list)
+def _grouped(records: Iterable[dict[str, Any]]) -> tuple[Group, ...]:
+    parts: dict[tuple[int, int, str, int], list[dict[str, Any]]] = defaultdict(list)
     for record in records:
-        parts[record["tokens"], record["trained_at"], record["inputs"]["data_fingerprint"]].append(record)
-    groups = [Group(*about, _models(runs)) for about, runs in parts.items()]
-    return tuple(sorted(groups, key=lambda group: (-len(group.models), -group.tokens)))
+        data = record["inputs"]["data_fingerprint"]
+        parts[record["tokens"], record["trained_at"], data, _targets(record)].append(record)
+    groups = [Group(tokens, length, data, _models(runs)) for (tokens, length, data, _), runs in parts.items()]
+    return tuple(sorted(groups, key=lambda group: (-group.trained_at, -len(group.models), -group.tokens)))
+
+
+def _targets(record: dict[str, Any]) -> int:
+    """How many targets of a set it was evaluated on: what was evaluated on fewer is not comparable."""
+    return max(row["targets"] for rows in record["evaluation"].values() for row in rows.values())
 
 
 def _models(records: Sequence[dict[str, Any]]) -> tuple[Model, ...]:
-    named: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for record in sorted(records, key=lambda record: record["seed"]):
-        named[re.sub(r"-seed\d+$", "", record["run"])].append(record)
-    return tuple(Model(name, tuple(runs)) for name, runs in named.items())
+    """One model for each recipe; where two recipes have one name, the newest has it alone."""
+    named: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for record in sorted(records, key=lambda record: record["time"]):
+        named[re.sub(r"-seed\d+$", "", record["run"])][_digest(record["recipe"])].append(record)
+    models = []
+    for name, recipes in named.items():
+        *older, newest = sorted(recipes, key=lambda digest: recipes[digest][-1]["time"])
+        models.append(Model(name, _by_seed(recipes[newest])))
+        models += [Model(f"{name}@{one}", _by_seed(recipes[one]), f", earlier recipe {one}") for one in older]
+    return tuple(models)
+
+
+def _by_seed(runs: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    return tuple(sorted(runs, key=lambda run: run["seed"]))
+
+
+def _digest(recipe: dict[str, Any]) -> str:
+    """What a recipe says but for its seeds, in six letters; what it does not say yet has its default."""
+    defaults = to_json(Recipe())
+    whole = {name: defaults[name] | value if isinstance(value, dict) else value for name, value in recipe.items()}
+    text = json.dumps({**defaults, **whole, "init_seed": 0, "data_seed": 0}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:6]

@@ -2,13 +2,14 @@
 
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fibattn.progress import duration, quantity
-from fibattn.study.findings import percent, position_gain
-from fibattn.study.results import PLAIN, Group, Model, Results, mean_loss, paper
+from fibattn.study.findings import percent
+from fibattn.study.results import PLAIN, Group, Model, Results, paper
 
 ABSENT = "not run"
 _PAPER_SETS = ("fineweb_edu", "wikipedia")
@@ -35,78 +36,104 @@ def papers_tables(group: Group) -> list[Table]:
     return [_matrix(group), _extrapolation(group), _positions(group), _seeds(group)]
 
 
-def beyond_table(group: Group) -> Table:
-    """Every model that the paper does not have, against dense."""
+def beyond_tables(group: Group) -> list[Table]:
+    """What the paper does not have: its models past the paper's, and what context past the training length is worth."""
+    chosen = [model for model in group.models if not model.is_papers or model.name == "linear-w12"]
+    tables = (_models(group, chosen, "Models past the paper"), _far_context(group))
+    return [table for table in tables if table]
+
+
+def other_budget(group: Group) -> list[Table]:
+    """Tables for a group of runs that the main tables are not about."""
+    at = f"at {quantity(group.tokens)} training tokens"
+    extrapolation = _extrapolation(group)
+    return [
+        _models(group, group.models, f"Models {at}"),
+        replace(extrapolation, title=f"Past the training length, {at}"),
+    ]
+
+
+def _models(group: Group, models: Sequence[Model], title: str) -> Table:
     dense, longest = group.get("dense"), group.lengths[-1]
     rows = []
-    for model in sorted(group.models, key=lambda one: one.loss(group.trained_at)):
-        if model.is_papers and model.name != "linear-w12":
-            continue
-        near, far = model.loss(group.trained_at), model.loss(longest)
-        against = away = "–"
-        if dense and model is not dense:
-            gap = _gap(model, dense, group)
-            against, away = percent(gap), _in_sigmas(gap, group.sigma(model, dense))
+    for model in sorted(models, key=lambda one: one.loss(group.trained_at)):
         losses = model.losses(group.trained_at)
+        gap = None if dense is None or model is dense else model.gap(dense, group.trained_at)
         rows.append(
             (
                 model.label,
                 f"{model.first['model']['keys']:.0f}",
                 *(f"{math.exp(losses[name]):.2f}" for name in group.sets),
-                against,
-                away,
-                percent(far - near),
+                "–" if gap is None else percent(gap),
+                "–" if gap is None or dense is None else _in_sigmas(gap, group.sigma(model, dense)),
+                "–" if dense is None or model is dense else str(len(model.beside(dense))),
+                percent(model.loss(longest) - model.loss(group.trained_at)),
             )
         )
-    factor = longest // group.trained_at
     return Table(
-        "Models past the paper",
-        f"Perplexity at {group.trained_at:,} tokens on each held-out set, first seed, best first. Keys: what a query "
-        "reads at that length, the mean over positions and layers. σ: the distance to dense in standard deviations "
-        "over the seeds that the two have.",
-        ("model", "keys", *group.sets, "against dense", "σ", f"change at {factor}×"),
+        title,
+        f"Perplexity at {group.trained_at:,} tokens on each held-out set, first seed, best first; data "
+        f"{group.data_fingerprint[:12]}. Keys: what a query reads at that length, the mean over positions and layers. "
+        "Against dense: the mean over the seeds that both have, so many. σ: the same in standard deviations over the "
+        "seeds of one model, pooled over the two; a difference of two runs has √2 of that.",
+        (
+            "model",
+            "keys",
+            *group.sets,
+            "against dense",
+            "σ",
+            "seeds",
+            f"change at {longest // group.trained_at}×",
+        ),
         tuple(rows),
     )
 
 
-def copying_table(group: Group) -> Table | None:
+def _far_context(group: Group) -> Table | None:
+    """What the text past the training length is worth, against a model that does not see it; None without one."""
+    windows = [one for one in group.models if one.recipe["attention"] == "sliding" and not one.recipe["full_layers"]]
+    if not windows:
+        return None
+    control, longest = max(windows, key=lambda one: one.recipe["window"]), group.lengths[-1]
+    rows = []
+    for model in group.models:
+        near, far = (model.gaps_by_part(control, length) for length in (group.trained_at, longest))
+        if model is not control and not model.is_papers and near:
+            cells = (f"{gap:+.3f}".replace("-", "−") for gap in (near[-1], *far))
+            rows.append((far[-1], (model.label, *cells)))
+    factor = longest // group.trained_at
+    return Table(
+        f"Far context: against {control.label}, by part of a window of {longest:,}",
+        f"Nats, the mean over the sets, less than zero is better. A longer window has fewer first tokens without "
+        f"context, which helps every model, so a change at {factor}× says little of what far text is worth. Beside a "
+        f"model that looks no farther than its window at the same tokens, it shows. First the last part of a window of "
+        f"{group.trained_at:,}.",
+        ("model", f"last at {group.trained_at:,}", *(f"{part}/8" for part in range(1, 9))),
+        tuple(row for _, row in sorted(rows)),
+    )
+
+
+def copying_table(groups: Sequence[Group]) -> Table | None:
     """How well every run copies; None where none was asked."""
-    runs = [(model.label, run) for model in group.models for run in model.runs if run.get("copying")]
+    runs = [
+        (model.label, group.tokens, run)
+        for group in groups
+        for model in group.models
+        for run in model.runs
+        if run.get("copying")
+    ]
     if not runs:
         return None
-    distances = list(runs[0][1]["copying"])
+    distances = list(runs[0][2]["copying"])
     rows = [
-        (label, str(run["seed"]), *(f"{run['copying'][distance]:.2f}" for distance in distances))
-        for label, run in sorted(runs, key=lambda one: -sum(one[1]["copying"].values()))
+        (label, quantity(tokens), str(run["seed"]), *(f"{run['copying'][distance]:.2f}" for distance in distances))
+        for label, tokens, run in sorted(runs, key=lambda one: -sum(one[2]["copying"].values()))
     ]
     return Table(
         "Copying",
         "The part of random tokens, read a second time so many tokens after the first, that a model names. Runs from "
         "before this was measured are left out.",
-        ("model", "seed", *(f"{distance} tokens" for distance in distances)),
-        tuple(rows),
-    )
-
-
-def other_budget(group: Group) -> Table:
-    """A short table for a group of runs that the main tables are not about."""
-    dense, longest = group.get("dense"), group.lengths[-1]
-    rows = []
-    for model in sorted(group.models, key=lambda one: one.loss(group.trained_at)):
-        near, far = model.loss(group.trained_at), model.loss(longest)
-        losses = model.losses(group.trained_at)
-        rows.append(
-            (
-                model.label,
-                *(f"{math.exp(losses[name]):.2f}" for name in group.sets),
-                percent(near - dense.loss(group.trained_at)) if dense and model is not dense else "–",
-                percent(far - near),
-            )
-        )
-    return Table(
-        f"At {quantity(group.tokens)} training tokens",
-        f"Perplexity at {group.trained_at:,} tokens, best first; data {group.data_fingerprint[:12]}.",
-        ("model", *group.sets, "against dense", f"change at {longest // group.trained_at}×"),
+        ("model", "training tokens", "seed", *(f"{distance} tokens" for distance in distances)),
         tuple(rows),
     )
 
@@ -124,7 +151,7 @@ def _matrix(group: Group) -> Table:
         ratio = math.exp(_log_mean(row) - _log_mean(papers_dense))
         cells = (ABSENT, *("–" for _ in group.sets[1:]), "–", "–", "–")
         if model is not None:
-            losses, gap = model.losses(group.trained_at), None if dense is None else _gap(model, dense, group)
+            losses, gap = model.losses(group.trained_at), None if dense is None else model.gap(dense, group.trained_at)
             cells = (
                 *(f"{math.exp(losses[name]):.2f}" for name in group.sets),
                 "–" if gap is None else f"{math.exp(gap):.3f}",
@@ -201,10 +228,8 @@ def _positions(group: Group) -> Table:
     rows: list[tuple[str, ...]] = [
         (model.label, *(f"{loss:.3f}" for loss in model.bins(group.trained_at))) for model in (fixed, linear) if model
     ]
-    if fixed and linear:
-        rows.append(("gain", *(f"{gain:.3f}" for gain in position_gain(fixed, linear, group.trained_at))))
-    else:
-        rows.append(("gain", ABSENT, *("–" for _ in range(7))))
+    ours = fixed.gaps_by_part(linear, group.trained_at) if fixed and linear else []
+    rows.append(("gain", *(f"{gain:.3f}" for gain in ours)) if ours else ("gain", ABSENT, *("–" for _ in range(7))))
     gains = [one - other for one, other in zip(theirs["fixed-w12"], theirs["linear-w12"], strict=True)]
     rows.append(("paper: gain", *(f"{gain:.3f}" for gain in gains)))
     return Table(
@@ -226,7 +251,9 @@ def _seeds(group: Group) -> Table:
         if len(losses) < 2 and theirs is None:
             continue
         spread = f"{100 * statistics.stdev(losses):.2f} %" if len(losses) > 1 else ABSENT
-        gap, away = _mean_gap(model, dense, group), _mean_gap(model, linear, group)
+        gap, away = (
+            None if other is None or other is model else model.gap(other, group.trained_at) for other in (dense, linear)
+        )
         rows.append(
             (
                 model.label,
@@ -260,46 +287,44 @@ def _papers_spread(values: Sequence[float] | None) -> tuple[str, str]:
     ), f"{100 * statistics.stdev(values) / statistics.mean(values):.2f} %"
 
 
-def cost_table(group: Group) -> Table:
-    """What every model costs at the training length."""
+def cost_table(groups: Sequence[Group]) -> Table:
+    """What every model of the first group costs at the training length; a run of any budget tells its speed."""
     rows = []
-    for model in sorted(group.models, key=lambda one: one.first["flops_per_token"]["attention"]):
-        run = model.first
+    for model in sorted(groups[0].models, key=lambda one: one.first["flops_per_token"]["attention"]):
+        run, own = model.first, model.recipe
+        alone = [run for group in groups for same in group.models if same.recipe == own for run in same.alone()]
+        speeds = [one["training"] for one in alone if one["hardware"]["device"] == run["hardware"]["device"]]
         memory = run["training"]["peak_memory_gib"]
-        shared = (run["hardware"].get("processes_a_gpu") or 1) > 1
         rows.append(
             (
                 model.label,
                 f"{run['model']['parameters']:,}",
                 f"{run['model']['keys']:.0f}",
-                str(run["model"]["coverage"]),
+                "all" if own["attention"] == "full" or own["full_layers"] else str(run["model"]["coverage"]),
                 f"{run['flops_per_token']['attention'] / 1e6:.2f}",
                 f"{100 * run['flops_per_token']['attention_share']:.1f} %",
-                quantity(run["training"]["tokens_per_second"]) + (" (shared)" if shared else ""),
+                quantity(max(one["tokens_per_second"] for one in speeds)) if speeds else "–",
                 "–" if memory is None else f"{memory:.1f}",
                 run["hardware"]["device"],
             )
         )
-    headings = (
-        "model",
-        "parameters",
-        "keys",
-        "distances",
-        "attention, MFLOP",
-        "share",
-        "tokens/s",
-        "memory, GiB",
-        "device",
-    )
-    devices = {row[-1] for row in rows}
-    alike = len(devices) == 1
     return Table(
         "Costs",
         "At the training length: keys that a query reads (mean), distinct distances that some layer attends to, "
-        "forward operations of attention for a token, their share of the layers (the paper: about 16 %), speed "
-        f"{f'on {devices.pop()} ' if alike else ''}(shared: another run used the same GPU at the time).",
-        headings[:-1] if alike else headings,
-        tuple(row[:-1] if alike else row for row in rows),
+        "forward operations of attention for a token, their share of the layers (the paper: about 16 %), and the speed "
+        "of training, the best run of any budget that had its GPU for itself (machines differ by some per cent).",
+        (
+            "model",
+            "parameters",
+            "keys",
+            "distances",
+            "attention, MFLOP",
+            "share",
+            "tokens/s",
+            "memory, GiB",
+            "device",
+        ),
+        tuple(rows),
     )
 
 
@@ -311,25 +336,35 @@ def failures_table(results: Results) -> Table | None:
     return Table("Failed runs", "Not finished since.", ("run", "study", "time", "error"), rows)
 
 
-def provenance(group: Group) -> dict[str, str]:
-    """Where the numbers of a group come from, in words."""
-    runs = [run for model in group.models for run in model.runs]
+def provenance(groups: Sequence[Group]) -> dict[str, str]:
+    """Where the numbers of the groups come from, in words."""
+    runs = [run for group in groups for model in group.models for run in model.runs]
     recipe, training = runs[0]["recipe"], sum(run["seconds"]["training"] for run in runs)
     rates = sorted({f"{run['recipe']['optimizer']['peak_rate']:g}" for run in runs})
+    budgets = (
+        f"{sum(len(model.runs) for model in group.models)} of {quantity(group.tokens)} tokens" for group in groups
+    )
     return {
-        "runs": f"{len(runs)}, {quantity(group.tokens)} tokens each: {recipe['steps']:,} steps of "
-        f"{recipe['windows_per_step']} windows of {recipe['length']:,}; {duration(training)} of training in all",
+        "runs": f"{', '.join(budgets)}; {recipe['windows_per_step']} windows of {recipe['length']:,} a step; "
+        f"{duration(training)} of training in all",
         "recipe": f"AdamW, peak rate {', '.join(rates)}, {recipe['optimizer']['warmup_steps']} warm-up steps, the same "
         "order of windows for all runs of a seed",
         "seeds": ", ".join(str(seed) for seed in sorted({run["seed"] for run in runs})),
         "evaluation": f"{runs[0]['convention']}; {_targets(runs)} targets a set",
-        "data fingerprint": group.data_fingerprint,
+        "data fingerprint": ", ".join(dict.fromkeys(group.data_fingerprint for group in groups)),
         "devices": ", ".join(sorted({run["hardware"]["device"] for run in runs})),
-        "versions": "; ".join(
-            sorted({", ".join(f"{name} {value}" for name, value in run["versions"].items()) for run in runs})
-        ),
+        "versions": _versions(runs),
         "from": f"{min(run['time'] for run in runs)[:16]} to {max(run['time'] for run in runs)[:16]} UTC",
     }
+
+
+def _versions(runs: Sequence[dict[str, Any]]) -> str:
+    """Every package with all versions that were used."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for run in runs:
+        for name, version in run["versions"].items():
+            found[name].add(version)
+    return ", ".join(f"{name} {' and '.join(sorted(versions))}" for name, versions in found.items())
 
 
 def _targets(runs: Sequence[dict[str, Any]]) -> str:
@@ -337,24 +372,12 @@ def _targets(runs: Sequence[dict[str, Any]]) -> str:
     return " or ".join(f"{count:,}" for count in sorted(counts))
 
 
-def _gap(model: Model, other: Model, group: Group) -> float:
-    return model.loss(group.trained_at) - other.loss(group.trained_at)
-
-
 def _against_linear(model: Model, group: Group) -> str:
     linear = group.get(f"linear-w{model.recipe['window']}")
     if linear is None or linear is model or model.recipe["base"] != "fibonacci":
         return "–"
-    return _in_sigmas(_gap(model, linear, group), group.sigma(model, linear))
-
-
-def _mean_gap(model: Model, other: Model | None, group: Group) -> float | None:
-    """The mean difference of two models over the seeds that both have; None without, or for a model and itself."""
-    if other is None or other is model:
-        return None
-    pairs = model.beside(other)
-    gaps = [mean_loss(own, group.trained_at) - mean_loss(theirs, group.trained_at) for own, theirs in pairs]
-    return statistics.mean(gaps) if gaps else None
+    gap = model.gap(linear, group.trained_at)
+    return "–" if gap is None else _in_sigmas(gap, group.sigma(model, linear))
 
 
 def _in_sigmas(gap: float, sigma: float | None) -> str:
