@@ -1,16 +1,20 @@
 """Studies of tiny models, really run: finished, repeated, cut, failed, shared between processes."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from fibattn import InputError
 from fibattn.data.stream import PreparedData
 from fibattn.evaluation.sweep import load_model, sweep
 from fibattn.study import runner
@@ -170,6 +174,48 @@ def test_whoever_shares_a_gpu_reckons_with_the_others_turns(job: Job, monkeypatc
     assert (fits(1, 110), fits(1, 90)) == (True, False)
     assert (fits(None, 110), fits(None, 90)) == (True, False)
     assert (fits(3, 230), fits(3, 210)) == (True, False)
+
+
+@pytest.mark.parametrize("tokens", [127, 0, -1])
+def test_a_held_out_set_too_short_is_noticed_before_any_training(job: Job, tmp_path: Path, tokens: int) -> None:
+    with pytest.raises(InputError, match=rf"\(limit {tokens}\), fewer than one window of 128; evaluate shorter"):
+        again(job, tmp_path, study=replace(job.study, eval_tokens=tokens))
+    assert not list(tmp_path.iterdir())
+
+
+def test_who_has_a_run_is_said(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = runner._claimed
+
+    @contextmanager
+    def held_by_another(folder: Path) -> Iterator[bool]:
+        with held(folder), held(folder) as mine:
+            yield mine
+
+    @contextmanager
+    def finished_meanwhile(folder: Path) -> Iterator[bool]:
+        shutil.copytree(job.out / "smoke", tmp_path / "smoke")
+        with held(folder) as mine:
+            yield mine
+
+    for claimed, said in ((held_by_another, "dense: another process has it"), (finished_meanwhile, "has finished it")):
+        monkeypatch.setattr(runner, "_claimed", claimed)
+        again(job, tmp_path, only=("dense",))
+        assert f"{said}\n" in capsys.readouterr().err
+
+
+def test_work_left_is_reckoned_by_runs_that_were_not_resumed(capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*finished: tuple[float, bool]) -> str:
+        runs = {
+            str(key): {"seconds": {"all": took}, "resumed": resumed} for key, (took, resumed) in enumerate(finished)
+        }
+        tasks = [SimpleNamespace(key=str(key)) for key in range(5)]
+        runner._say_progress(tasks, SimpleNamespace(finished=lambda: runs))  # pyright: ignore[reportArgumentType]
+        return capsys.readouterr().err.strip()
+
+    assert said((100, False), (1, True), (50, False)).endswith("3 of 5 runs finished, about 2m30s of work left")
+    assert said((1, True)).endswith("1 of 5 runs finished")
 
 
 def test_command_runs_a_study_and_writes_its_report(prepared: Path, tmp_path: Path) -> None:

@@ -87,21 +87,13 @@ def sweep(
         raise InputError(
             f"the model has {vocabulary} token ids and the data {data.vocab_size}; use the data it was trained on"
         )
-    _check_sets(sets, data)
     results: dict[str, Any] = {}
-    for name in sets or list(data.validation):
-        stream, longest = data.validation[name], max(lengths)
-        limit = min(tokens, len(stream) - 1) // longest * longest
-        if limit == 0:
-            raise InputError(
-                f"the held-out set {name!r} has {len(stream)} tokens (limit {tokens}), fewer than one window of "
-                f"{longest}; evaluate shorter lengths, or hold out more text"
-            )
+    for name, limit in shared_targets(data, longest=max(lengths), sets=sets, tokens=tokens).items():
         results[name] = {}
         for length in lengths:
             loss = position_loss(
                 model,
-                stream,
+                data.validation[name],
                 length,
                 data.token_bytes,
                 limit_tokens=limit,
@@ -123,6 +115,24 @@ def sweep(
         "data_fingerprint": data.fingerprint,
         "sets": results,
     }
+
+
+def shared_targets(data: PreparedData, *, longest: int, sets: list[str], tokens: int) -> dict[str, int]:
+    """How many targets of each held-out set windows of every length can have in common: whole windows of the longest.
+
+    `sets` and `tokens` as in `sweep`, which raises the same.
+    """
+    _check_sets(sets, data)
+    shared = {}
+    for name in sets or data.validation:
+        held_out = len(data.validation[name])
+        shared[name] = min(tokens, held_out - 1) // longest * longest
+        if shared[name] < 1:
+            raise InputError(
+                f"the held-out set {name!r} has {held_out} tokens (limit {tokens}), fewer than one window of "
+                f"{longest}; evaluate shorter lengths, raise the limit, or hold out more text"
+            )
+    return shared
 
 
 def _check_sets(sets: list[str], data: PreparedData) -> None:

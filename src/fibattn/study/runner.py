@@ -8,6 +8,7 @@ import fcntl
 import gc
 import os
 import shutil
+import statistics
 import sys
 import time
 import traceback
@@ -22,6 +23,7 @@ import torch
 
 from fibattn import files
 from fibattn.data.stream import PreparedData
+from fibattn.evaluation.sweep import shared_targets
 from fibattn.progress import duration, quantity
 from fibattn.study import measure
 from fibattn.study.presets import Run, Study
@@ -72,10 +74,12 @@ def run_study(job: Job) -> Outcome:
     Runs that failed before come last.
 
     Raises:
-        InputError: for data that are not whole, a pattern that names no run or too small a budget.
+        InputError: for data that are not whole, a held-out set too short for the longest windows, a pattern that
+            names no run or too small a budget.
     """
-    store, data = Store(job.out), PreparedData.open(job.data)
+    store, data, study = Store(job.out), PreparedData.open(job.data), job.study
     tasks = _tasks(job, data)
+    shared_targets(data, longest=max(study.factors) * study.recipe.length, sets=[], tokens=study.eval_tokens)
     known = store.finished()
     say(f"study {job.name}: {len(tasks)} runs, {sum(task.key in known for task in tasks)} finished already")
     failed: list[str] = []
@@ -88,14 +92,14 @@ def run_study(job: Job) -> Outcome:
             break
         with _claimed(task.recipe.out) as mine:
             if not mine or task.key in store.finished():
-                say(f"{task.run.name}: another process has it")
+                say(f"{task.run.name}: another process has {'finished it' if mine else 'it'}")
                 continue
             if not _attempt(job, task, data, store):
                 failed.append(task.run.name)
                 if not _device_works():
                     say("the GPU does not answer any more; the same command in a new process goes on from here")
                     break
-        _say_progress(job, tasks, store)
+        _say_progress(tasks, store)
     done = store.finished()
     if done:
         store.index()
@@ -197,13 +201,13 @@ def _fits(job: Job, task: _Task, store: Store) -> bool:
     return job.deadline - time.monotonic() > max(paces[-3:], default=0.0) * task.recipe.tokens
 
 
-def _say_progress(job: Job, tasks: list[_Task], store: Store) -> None:
+def _say_progress(tasks: list[_Task], store: Store) -> None:
     done = store.finished()
     finished = [done[task.key] for task in tasks if task.key in done]
-    text = f"{len(finished)} of {len(tasks)} runs finished"
-    if finished and len(finished) < len(tasks):
-        mean = sum(one["seconds"]["all"] for one in finished) / len(finished)
-        text += f", about {duration(mean * (len(tasks) - len(finished)))} of work left"
+    text, left = f"{len(finished)} of {len(tasks)} runs finished", len(tasks) - len(finished)
+    whole = [one["seconds"]["all"] for one in finished if not one["resumed"]]  # others count from where they went on
+    if whole and left:
+        text += f", about {duration(statistics.mean(whole) * left)} of work left"
     say(text)
 
 

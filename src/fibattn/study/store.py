@@ -65,7 +65,7 @@ class Store:
         return path
 
     def records(self) -> list[dict[str, Any]]:
-        """All lines of all files, oldest first; a last line without its end is one that a kill cut short, and no result.
+        """All lines of all files, oldest first; a last line without its end was cut short by a kill, and is none.
 
         Raises:
             InputError: when the folder does not exist, or a whole line is not a result.
