@@ -27,7 +27,7 @@ from fibattn.errors import InputError
 from fibattn.evaluation.sweep import change, load_model, sweep
 from fibattn.pattern import Pattern
 from fibattn.progress import quantity
-from fibattn.study.figures import Curve, distances, extrapolation
+from fibattn.study.demo_figures import Curve, distances, extrapolation
 from fibattn.study.page import inline_svg, write_page
 from fibattn.training.recipe import ModelRecipe, OptimizerRecipe, Recipe
 from fibattn.training.run import train

@@ -2,7 +2,7 @@ import csv
 from pathlib import Path
 
 from fibattn.pattern import Pattern, layer_patterns
-from fibattn.study.figures import Curve, distances, extrapolation
+from fibattn.study.demo_figures import Curve, distances, extrapolation
 from fibattn.study.page import inline_svg
 
 

@@ -1,4 +1,4 @@
-"""Figures, each with the CSV of what it shows beside it."""
+"""The demonstration's figures, each with the CSV of what it shows beside it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
