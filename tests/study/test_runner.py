@@ -16,6 +16,9 @@ import pytest
 
 from fibattn import InputError
 from fibattn.data.stream import PreparedData
+from fibattn.data.tokenizer import load_tokenizer
+from fibattn.evaluation.lego import lego
+from fibattn.evaluation.ruler import ruler
 from fibattn.evaluation.sweep import load_model, sweep
 from fibattn.study import runner
 from fibattn.study.presets import Study
@@ -67,6 +70,15 @@ def test_a_result_is_that_of_the_model_it_names(job: Job, tmp_path: Path) -> Non
     assert found["tokens"] == 4 * 4 * 32
     assert found["recipe"]["model"] == json.loads(json.dumps(to_json(recipe.model)))
     assert (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_chains_are_asked_as_by_the_probes(job: Job) -> None:
+    (folder,) = (job.work).glob("linear-w12-seed43-*/model")
+    (found,) = lines(job.out, "linear-w12-seed43")
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    for name, probe in (("ruler", ruler), ("lego", lego)):
+        assert found[name] == probe(model, tokenizer, items=job.study.items)["rows"]
+        assert [row["items"] for row in found[name]] == [job.study.items] * 3
 
 
 def test_stretched_rope_is_looked_at_past_the_training_length_on_the_same_tokens(job: Job) -> None:

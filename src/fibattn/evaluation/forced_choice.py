@@ -31,7 +31,13 @@ class Item:
 
 
 def judge(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], *, label: str, batch: int = 4
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Item],
+    *,
+    label: str,
+    batch: int = 4,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """How a model does on the items.
 
@@ -41,6 +47,7 @@ def judge(
         items: what is asked.
         label: what the progress line is called.
         batch: items of a forward pass.
+        quiet: show no progress.
 
     Returns:
         `accuracy` (a tie is wrong), `margin` in nats and its standard error, `chance` and `items`.
@@ -51,7 +58,7 @@ def judge(
     if not items:
         raise InputError("there is nothing to judge: the number of items is 0; ask for at least 1")
     margins = []
-    with Meter(label, len(items), "items") as meter:
+    with Meter(label, len(items), "items", quiet=quiet) as meter:
         for start in range(0, len(items), batch):
             some = items[start : start + batch]
             for item, scores in zip(some, _scores(model, tokenizer, some), strict=True):

@@ -44,14 +44,20 @@ def _item(rng: random.Random, length: int, answer: int) -> Item:
 
 
 def lego(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, items: int = ITEMS, seed: int = 0, batch: int = 16
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    items: int = ITEMS,
+    seed: int = 0,
+    batch: int = 16,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Chains of two, three and four variables; the result is plain JSON values.
 
     `judge` says what is measured and raised.
     """
     rows = [
-        {"length": length, **judge(model, tokenizer, asked, label=f"lego length {length}", batch=batch)}
+        {"length": length, **judge(model, tokenizer, asked, label=f"lego length {length}", batch=batch, quiet=quiet)}
         for length in LENGTHS
         for asked in [chains(length, items, seed)]
     ]

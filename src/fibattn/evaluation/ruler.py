@@ -57,14 +57,20 @@ def _names(rng: random.Random, count: int) -> list[str]:
 
 
 def ruler(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, items: int = ITEMS, seed: int = 0, batch: int = 4
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    items: int = ITEMS,
+    seed: int = 0,
+    batch: int = 4,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Variable tracking over two, three and four hops; the result is plain JSON values.
 
     `judge` says what is measured and raised.
     """
     rows = [
-        {"hops": hops, **judge(model, tokenizer, asked, label=f"ruler {hops} hops", batch=batch)}
+        {"hops": hops, **judge(model, tokenizer, asked, label=f"ruler {hops} hops", batch=batch, quiet=quiet)}
         for hops in HOPS
         for asked in [variable_tracking(hops, items, seed)]
     ]

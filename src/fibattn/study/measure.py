@@ -16,22 +16,31 @@ from transformers import PreTrainedModel
 from fibattn import files
 from fibattn._version import __version__
 from fibattn.data.stream import PreparedData
+from fibattn.data.tokenizer import load_tokenizer
 from fibattn.evaluation.copying import copying, distances
+from fibattn.evaluation.lego import lego
+from fibattn.evaluation.ruler import ruler
 from fibattn.evaluation.sweep import load_model, sweep
 from fibattn.study.cost import coverage, flops, mean_keys
-from fibattn.study.presets import RopeScaling
+from fibattn.study.presets import RopeScaling, Study
 from fibattn.study.turns import processes_a_gpu
 
 _CURVE_POINTS = 60
 _PACKAGES = ("torch", "transformers", "accelerate", "triton", "numpy")
 
 
-def evaluate(folder: Path, data: PreparedData, factors: tuple[int, ...], tokens: int) -> dict[str, Any]:
-    """The length sweep of a finished model on every held-out set, its copying, what it is and costs, as JSON values."""
-    model = load_model(folder)
+def evaluate(folder: Path, data: PreparedData, study: Study) -> dict[str, Any]:
+    """What a finished model is, costs and does, as JSON values.
+
+    `evaluation` is the length sweep on every held-out set, `copying` the accuracy by distance. `ruler` and `lego` are
+    the rows of the probes of these names, one for each length of the chain: `hops` or `length`, `accuracy`, `margin`
+    and `margin_error` (nats), `chance` and `items`. Results of earlier versions lack these two.
+    """
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
     config: Any = model.config
     trained_at = config.max_position_embeddings
-    result = sweep(model, data, lengths=[factor * trained_at for factor in factors], sets=[], tokens=tokens, quiet=True)
+    lengths = [factor * trained_at for factor in study.factors]
+    result = sweep(model, data, lengths=lengths, sets=[], tokens=study.eval_tokens, quiet=True)
     cost = flops(config, trained_at)
     return {
         "model": {
@@ -51,6 +60,8 @@ def evaluate(folder: Path, data: PreparedData, factors: tuple[int, ...], tokens:
         "convention": result["convention"],
         "evaluation": result["sets"],
         "copying": copying(model, distances(trained_at)),
+        "ruler": ruler(model, tokenizer, items=study.items, quiet=True)["rows"],
+        "lego": lego(model, tokenizer, items=study.items, quiet=True)["rows"],
     }
 
 

@@ -48,6 +48,8 @@ class Study:
     """Evaluation lengths, in training lengths."""
     eval_tokens: int = 1_048_576
     """Targets of each held-out set."""
+    items: int = 120
+    """Questions of RULER and of LEGO, for each length of their chains; the paper's number."""
 
     def chosen(self, patterns: Iterable[str]) -> tuple[Run, ...]:
         """The runs whose names match one of the shell-style `patterns`, all without any.
@@ -170,6 +172,7 @@ STUDIES: dict[str, Study] = {
             _smoke(replace(_controls[0], name="window-w24"), window=24),
         ),
         eval_tokens=32_768,
+        items=6,
     ),
     "paper": Study(
         "the paper's 21 sparse models and its dense baseline, and the default recipe beside them",

@@ -157,7 +157,7 @@ def _measured(job: Job, task: _Task, data: PreparedData) -> dict[str, Any]:
     waited = sum(one.waited for one in turns)
     trained = time.monotonic()
     training = measure.training_summary(task.recipe.out)
-    measured = measure.evaluate(model, data, study.factors, study.eval_tokens)
+    measured = measure.evaluate(model, data, study)
     stretched = {
         kind: measure.evaluate_stretched(model, data, kind, measured["evaluation"]) for kind in task.run.rope_scaling
     }
