@@ -242,3 +242,20 @@ def test_command_runs_a_study_and_writes_its_report(prepared: Path, tmp_path: Pa
     bad = subprocess.run([*command, "--shard", "2/2"], capture_output=True, text=True, check=False)
     assert bad.returncode == 2
     assert "--shard is '2/2'; expected I/N" in bad.stderr
+
+
+def test_a_terminated_command_leaves_no_process_behind(prepared: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fibattn", "study", "smoke", "--data", str(prepared), "--out", str(tmp_path)]
+    parent = subprocess.Popen([*command, "--processes", "2"], stderr=subprocess.PIPE, text=True)
+    assert parent.stderr is not None
+    said = iter(parent.stderr.readline, "")
+    for _ in range(2):
+        assert any(line.endswith("k tokens\n") for line in said), "no run began"
+    parent.terminate()
+    assert parent.wait(60) == 130
+    assert "interrupted; what was finished is kept" in parent.stderr.read()
+    runs = list(tmp_path.glob("work/*"))
+    assert len(runs) == 2
+    for run in runs:
+        with runner._claimed(run) as free:
+            assert free
