@@ -1,5 +1,6 @@
 """The verb `probe`: tables, JSON files, mistakes."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,25 @@ def test_a_trained_model_is_probed(model: Path, tmp_path: Path, capsys: Output) 
     printed = capsys.readouterr().out
     for word in ("accuracy", "margin", "0.500", f"written to {out}"):
         assert word in printed
+
+
+@pytest.mark.parametrize("name", ["lego", "ruler"])
+def test_every_model_has_a_file_of_its_own(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for run in ("one", "two"):
+        shutil.copytree(model, tmp_path / run / "model")
+        assert probe(name, run, "--items", 1) == 0
+    shutil.copytree(model, tmp_path / "three")
+    monkeypatch.chdir(tmp_path / "three")
+    assert probe(name, ".", "--items", 1) == 0
+    written = sorted(path.relative_to(tmp_path) for path in tmp_path.glob("**/probes/*"))
+    names = [f"{name}-{run}.json" for run in ("one", "two")]
+    assert written == [
+        *(Path("results/probes") / one for one in names),
+        Path(f"three/results/probes/{name}-three.json"),
+    ]
 
 
 def test_small_models_are_trained_and_probed(tmp_path: Path, capsys: Output) -> None:

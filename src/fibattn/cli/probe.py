@@ -14,7 +14,11 @@ from fibattn import files
 from fibattn.cli.flags import parse
 from fibattn.errors import InputError
 
+FOLDER = Path("results/probes")
 Out = Annotated[Path, tyro.conf.arg(help="Where the JSON goes.")]
+OutOfModel = Annotated[
+    Path | None, tyro.conf.arg(help=f"Where the JSON goes; {FOLDER}/PROBE-MODEL.json when left out.")
+]
 Model = Annotated[Path, tyro.conf.Positional]
 
 _VOCABULARY = 32_768  # the paper's
@@ -37,7 +41,7 @@ class Retrieval:
     peak_rate: float = 1e-3
     sequences: int = 128
     """Fresh sequences for the accuracy."""
-    out: Out = Path("results/probes/retrieval.json")
+    out: Out = FOLDER / "retrieval.json"
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Recall:
     asked: int = 512
     """Questions for each task and distance."""
     seed: int = 0
-    out: Out = Path("results/probes/recall.json")
+    out: Out = FOLDER / "recall.json"
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Ruler:
     seed: int = 0
     batch: int = 4
     """Items of a forward pass; fewer need less memory."""
-    out: Out = Path("results/probes/ruler.json")
+    out: OutOfModel = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class Lego:
     seed: int = 0
     batch: int = 16
     """Items of a forward pass; fewer need less memory."""
-    out: Out = Path("results/probes/lego.json")
+    out: OutOfModel = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ class Harness:
     length: int | None = None
     """The longest input; the training length when left out."""
     batch: int = 16
-    out: Out = Path("results/probes/harness.json")
+    out: OutOfModel = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ class Latency:
     """Passes that are timed."""
     compiled: bool = False
     """Through torch.compile."""
-    out: Out = Path("results/probes/latency.json")
+    out: Out = FOLDER / "latency.json"
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ class Flops:
     """Whose models."""
     length: int | None = None
     """Tokens of a sequence; the training length when left out."""
-    out: Out = Path("results/probes/flops.json")
+    out: Out = FOLDER / "flops.json"
 
 
 PROBES = {kind.__name__.lower(): kind for kind in (Retrieval, Recall, Ruler, Lego, Harness, Latency, Flops)}
@@ -150,9 +154,17 @@ def run(arguments: list[str]) -> None:
         raise InputError(f"there is no probe {name!r}: {hint}")
     chosen: Any = parse(PROBES[name], arguments[1:], f"fibattn probe {name}")
     result = _flops(chosen) if name == "flops" else _measure(name, chosen)
+    out = chosen.out or _out_of_model(result)
     if name not in _TRAINING:
-        _write(chosen.out, result)
-    _print(result, chosen.out)
+        _write(out, result)
+    _print(result, out)
+
+
+def _out_of_model(result: dict[str, Any]) -> Path:
+    """A file for each model, so that the report has them all."""
+    from fibattn.evaluation.sweep import model_name
+
+    return FOLDER / f"{result['probe']}-{model_name(Path(result['model']).resolve())}.json"
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:

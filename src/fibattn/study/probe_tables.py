@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from fibattn.evaluation.sweep import model_name
 from fibattn.study.results import Probes, paper
 from fibattn.study.tables import ABSENT, Table
 
@@ -54,8 +55,7 @@ def _plain(name: str, probe: dict[str, Any]) -> Table:
     note = "; ".join(one for one in about if not one.startswith(("probe ", "model ")))
     title = _TITLES[name]
     if "model" in probe:
-        folder = Path(probe["model"])
-        title += f": {(folder.parent if folder.name == 'model' else folder).name}"
+        title += f": {model_name(Path(probe['model']))}"
     return Table(
         title,
         note + (f". The paper: {published}" if published is not None else "") + ".",
