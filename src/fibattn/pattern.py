@@ -7,6 +7,7 @@ sequence (arXiv 2606.28560, section 3). Offsets are resolved here, once, in floa
 """
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -185,6 +186,11 @@ def scaled_reach(rungs: Sequence[int], alpha: float, window: int, max_offset: in
 def _check_alpha(alpha: float, rungs: Sequence[int]) -> None:
     if not (alpha > 0 and math.isfinite(alpha * max(rungs, default=1))):
         raise InputError(f"alpha is {alpha}; it must be a finite number above 0, and so must alpha times a rung")
+
+
+def key_count(patterns: Sequence[Pattern]) -> float:
+    """How many keys a query attends to, the mean over the patterns, where the beginning of the text cuts none off."""
+    return statistics.mean(len(pattern.distances) for pattern in patterns)
 
 
 def union_coverage(patterns: Sequence[Pattern], context: int) -> int:

@@ -9,7 +9,6 @@ A sparse model must pass a value on from layer to layer, so rows hold few pairs:
 on the way is not what is measured.
 """
 
-import statistics
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -22,6 +21,7 @@ from fibattn.errors import InputError
 from fibattn.evaluation.fit import Keep, Stage, autocast, device, fit, rows_of
 from fibattn.model import FibAttnConfig, FibAttnForCausalLM
 from fibattn.model.loss import IGNORED
+from fibattn.pattern import key_count
 from fibattn.training.recipe import OptimizerRecipe
 
 Task = Literal["associative", "passkey"]
@@ -211,10 +211,8 @@ def _rungs(length: int) -> int:
 
 def keys(config: FibAttnConfig) -> float:
     """How many keys a query of a sparse layer attends to, the mean over those layers; the length where none is."""
-    sparse = [patterns for layer in range(config.num_hidden_layers) if (patterns := config.layer_patterns(layer))]
-    if not sparse:
-        return float(config.max_position_embeddings)
-    return statistics.mean(len(pattern.distances) for patterns in sparse for pattern in patterns)
+    sparse = [one for layer in range(config.num_hidden_layers) for one in config.layer_patterns(layer) or ()]
+    return key_count(sparse) if sparse else float(config.max_position_embeddings)
 
 
 @torch.inference_mode()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from fibattn.errors import InputError
-from fibattn.pattern import Base, Schedule, layer_patterns
+from fibattn.pattern import Base, Schedule, key_count, layer_patterns
 from fibattn.training.recipe import PRESETS, ModelRecipe, OptimizerRecipe, Recipe
 
 RopeScaling = Literal["linear", "yarn"]
@@ -91,20 +91,6 @@ class Study:
         )
 
 
-def keys_of(model: ModelRecipe, length: int) -> float:
-    """How many keys a sparse layer of `model` attends to, the mean over the layers, where none is cut off."""
-    layers = layer_patterns(
-        model.base,
-        model.schedule,
-        layers=model.num_hidden_layers,
-        window=model.window,
-        rungs=model.rungs,
-        reach=length - 1,
-        max_offset=length - 1 if model.clip_offsets else None,
-    )
-    return sum(len(pattern.distances) for pattern in layers) / len(layers)
-
-
 def _paper(schedule: Schedule, window: int, base: Base = "fibonacci") -> Run:
     model = ModelRecipe(base=base, schedule=schedule, window=window, clip_offsets=False)
     return Run(f"{SHORT[base]}{schedule}-w{window}", model)
@@ -117,7 +103,16 @@ def _stagger(window: int, heads: bool = False) -> Run:
 
 def _control(stagger: Run) -> Run:
     """A plain window with as many keys as `stagger` attends to."""
-    window = round(keys_of(stagger.model, _full.length)) - 1
+    own = stagger.model
+    patterns = layer_patterns(
+        own.base,
+        own.schedule,
+        layers=own.num_hidden_layers,
+        window=own.window,
+        rungs=own.rungs,
+        max_offset=_full.length - 1,
+    )
+    window = round(key_count(patterns)) - 1
     return Run(f"window-w{window}", ModelRecipe(attention="sliding", window=window))
 
 
