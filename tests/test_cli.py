@@ -113,7 +113,13 @@ def test_recipe_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     (tmp_path / "cut.json").write_text('{"length":')
     assert "is not valid JSON" in says(capsys, "train", tmp_path / "cut.json")
     assert "did you mean 'small'?" in says(capsys, "train", "smal")
-    assert "which recipe?" in says(capsys, "train")
+
+
+def test_the_default_recipe_is_the_hybrid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--help"])
+    assert "The defaults below are those of hybrid" in capsys.readouterr().out
+    assert "nowhere" in says(capsys, "train", "--data", tmp_path / "nowhere")
 
 
 def test_altered_shard_is_named(

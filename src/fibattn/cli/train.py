@@ -1,18 +1,18 @@
-"""`fibattn train RECIPE`: train a model, or go on where the run was."""
+"""`fibattn train [RECIPE]`: train a model, or go on where the run was."""
 
 from fibattn.cli.flags import parse
-from fibattn.errors import InputError
-from fibattn.training.recipe import PRESETS, Recipe, load_recipe
+from fibattn.training.recipe import DEFAULT, PRESETS, Recipe, load_recipe
 
 
 def run(arguments: list[str]) -> None:
     """Train the recipe (a preset or a recipe.json), with its fields overridden by flags."""
-    if not arguments or arguments[0].startswith("-"):
-        if arguments and arguments[0] in ("-h", "--help"):
-            print(f"usage: fibattn train RECIPE [flags]\n\nRECIPE is one of {', '.join(PRESETS)}, or a recipe.json.\n")
-            parse(Recipe, ["--help"], "fibattn train RECIPE", default=PRESETS["paper"])
-        raise InputError(f"which recipe? One of {', '.join(PRESETS)}, or a recipe.json: fibattn train small --data …")
-    recipe = parse(Recipe, arguments[1:], f"fibattn train {arguments[0]}", default=load_recipe(arguments[0]))
+    name, flags = (
+        (arguments[0], arguments[1:]) if arguments and not arguments[0].startswith("-") else (DEFAULT, arguments)
+    )
+    if flags and flags[0] in ("-h", "--help"):
+        print(f"usage: fibattn train [RECIPE] [flags]\n\nRECIPE is one of {', '.join(PRESETS)}, or a recipe.json;")
+        print(f"{DEFAULT} when left out. The defaults below are those of {name}.\n")
+    recipe = parse(Recipe, flags, f"fibattn train {name}", default=load_recipe(name))
     from accelerate import PartialState  # these take seconds to import
 
     from fibattn.training.run import train

@@ -19,7 +19,6 @@ from typing import Any
 from fibattn import files
 from fibattn.errors import InputError
 from fibattn.study.store import Store
-from fibattn.training.recipe import Recipe, to_json
 
 PLAIN = "plain"
 
@@ -133,6 +132,11 @@ class Model:
         """By how much the mean loss is above the other's, over the seeds that both have; None where they share none."""
         gaps = [mean_loss(own, length) - mean_loss(theirs, length) for own, theirs in self.beside(other)]
         return statistics.mean(gaps) if gaps else None
+
+    def last(self, length: int) -> float:
+        """The mean loss over the held-out sets of the last 256 positions of windows of `length`."""
+        sets = self.first["evaluation"].values()
+        return statistics.mean(math.log(rows[str(length)]["last_256_perplexity"]) for rows in sets)
 
     def bins(self, length: int) -> list[float]:
         """The loss in equal parts of windows of `length`, the mean over the sets."""
@@ -261,8 +265,6 @@ def _by_seed(runs: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
 
 
 def _digest(recipe: dict[str, Any]) -> str:
-    """What a recipe says but for its seeds, in six letters; what it does not say yet has its default."""
-    defaults = to_json(Recipe())
-    whole = {name: defaults[name] | value if isinstance(value, dict) else value for name, value in recipe.items()}
-    text = json.dumps({**defaults, **whole, "init_seed": 0, "data_seed": 0}, sort_keys=True)
+    """What a recipe says but for its seeds, in six letters."""
+    text = json.dumps({**recipe, "init_seed": None, "data_seed": None}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:6]

@@ -172,8 +172,10 @@ PRESETS: dict[str, Recipe] = {
     ),
 }
 """`paper` is the paper's linear stagger, `dense` its baseline, `hybrid` the project's own: a wider window and two
-layers of full attention without rotary positions, in the study ahead of both in the mean of three seeds. `small` trains
-on a laptop."""
+layers of full attention without rotary positions, in the study ahead of both. `small` trains on a laptop."""
+
+DEFAULT = "hybrid"
+"""The recipe of who names none."""
 
 
 def load_recipe(name: str) -> Recipe:
