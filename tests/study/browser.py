@@ -30,6 +30,25 @@ _PATIENCE = 120
 _LAUNCH = "import os, sys; a = sys.argv; os.dup2(int(a[1]), 3); os.dup2(int(a[2]), 4); os.execv(a[3], a[3:])"
 _NOISE = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
 
+_UNREADABLE = """[...document.querySelectorAll('figure')].flatMap(figure => {
+  const drawings = [...figure.querySelectorAll('svg')].filter(one => one.getClientRects().length)
+  if (drawings.length != 1) return [`${figure.id}: ${drawings.length} drawings`]
+  const frames = [figure, drawings[0]].map(one => one.getBoundingClientRect())
+  const texts = [...drawings[0].querySelectorAll('text')].map(text => {
+    const matrix = text.getScreenCTM(), size = parseFloat(getComputedStyle(text).fontSize)
+    return {words: text.textContent, box: text.getBoundingClientRect(), size: size * Math.hypot(matrix.a, matrix.b)}
+  })
+  const inside = (box, frame) => box.left >= frame.left - 1 && box.right <= frame.right + 1 &&
+    box.top >= frame.top - 1 && box.bottom <= frame.bottom + 1
+  const meet = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 2 &&
+    Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 4
+  return texts.flatMap((one, index) => [
+    ...(frames.every(frame => inside(one.box, frame)) ? [] : [`${figure.id}: ${one.words} is cut off`]),
+    ...(one.size >= 9 ? [] : [`${figure.id}: ${one.words} has ${one.size} px`]),
+    ...texts.slice(index + 1).filter(other => meet(one.box, other.box))
+      .map(other => `${figure.id}: ${one.words} is on ${other.words}`)])
+})"""
+
 
 class Browser:
     """One page at a time; a context manager. `profile` is a new, empty folder."""
@@ -86,6 +105,10 @@ class Browser:
             "(e.getBoundingClientRect().right > innerWidth + 0.5 || (e.matches('body') && e.scrollWidth > innerWidth)))"
             ".map(e => e.outerHTML.slice(0, 80))"
         )
+
+    def unreadable(self) -> list[str]:
+        """What of the figures cannot be read without scrolling: words cut off, on top of each other or below 9 px."""
+        return self.evaluate(_UNREADABLE)
 
     def screenshot(self, path: Path) -> None:
         """The whole page as PNG."""

@@ -1,9 +1,10 @@
 import csv
+import re
 from pathlib import Path
 
 from fibattn.pattern import Pattern, layer_patterns
 from fibattn.study.demo_figures import Curve, distances, extrapolation
-from fibattn.study.page import inline_svg
+from fibattn.study.page import inline_svg, narrow
 
 
 def rows(path: Path) -> list[list[str]]:
@@ -43,6 +44,16 @@ def test_distances_lists_every_layer(tmp_path: Path) -> None:
 def test_distances_without_window_or_rungs(tmp_path: Path) -> None:
     path = distances([Pattern(0)], 4, tmp_path / "figure.svg")
     assert rows(path)[1:] == [["1", "0"]]
+
+
+def test_a_figure_with_a_narrow_drawing_is_inlined_with_both(tmp_path: Path) -> None:
+    path = distances([Pattern(4)], 16, tmp_path / "figure.svg")
+    narrow(path).write_bytes(path.read_bytes())
+    text = str(inline_svg(path))
+    assert re.findall(r'<svg [^>]*class="(\w+)"', text) == ["wide", "narrow"]
+    names = re.findall(r'\bid="([^"]+)"', text)
+    assert len(set(names)) == len(names)
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', text)) <= set(names)
 
 
 def test_inlined_figure_scales_with_its_page(tmp_path: Path) -> None:

@@ -1,65 +1,124 @@
 """The report's figures. Each function draws one, saves it with its numbers beside it, and returns its path."""
 
+import itertools
 import math
+import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from matplotlib import pyplot as plt
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from fibattn.pattern import layer_alphas, layer_patterns, union_coverage
-from fibattn.plotting import COLOURS, STYLE, save
+from fibattn.pattern import Schedule, layer_alphas, layer_patterns, union_coverage
+from fibattn.study.cost import mean_keys
+from fibattn.study.drawing import LOOKS, QUIET, Page, drawn, kind, look_of, powers_of_two
 from fibattn.study.results import PLAIN, Group, Model, mean_loss, paper
+from fibattn.training.recipe import ModelRecipe, Recipe
+from fibattn.training.run import model_config
 
-_QUIET = "#a8a29e"
-_LEADS = ("dense", "linear-w12", "hybrid", "fixed-w12", "window-w132", "window-w24")
+_ROPE_NAMES = {"yarn": "YaRN", "linear": "linear scaling"}
 
 
 def extrapolation(group: Group, path: Path) -> Path:
-    """Perplexity over evaluation length, relative to dense of the same seed at the training length.
+    """Perplexity over evaluation length, relative to dense of the same seed at the training length: all, and enlarged.
 
-    The first seed in full colour with its label, the others thin.
+    Enlarged is what lies between the lowest of all and the highest at the training length.
     """
-    dense = group.get("dense")
-    leads = [model for name in _LEADS if (model := group.get(name))] or list(group.models[:5])
-    base = (dense or leads[0]).loss(group.trained_at)
-    curves: list[tuple[str, list[float], str, str]] = []
-    for model, colour in zip(leads, COLOURS, strict=False):
-        curves.append((model.label, [model.loss(n) - base for n in group.lengths], colour, "-"))
+    curves = _curves(group)
+    lowest, highest = min(min(curve.ratios) for curve in curves), max(curve.ratios[0] for curve in curves)
+    margin = 0.1 * (highest - lowest)
+    low, high = lowest - margin, highest + margin
+
+    def draw(page: Page) -> Figure:
+        figure, (everything, enlarged) = page.panels(2, 3.6)
+        for axes in (everything, enlarged):
+            _over_length(axes, group, curves)
+        everything.set_yscale("log")
+        _plain_log(everything)
+        everything.axhspan(low, high, color=QUIET, alpha=0.3, linewidth=0)
+        everything.set_title("everything, logarithmic", fontsize=page.font, loc="left")
+        enlarged.set_ylim(low, high)
+        enlarged.set_title("the grey part, enlarged", fontsize=page.font, loc="left")
+        words = f"perplexity ÷ {_reference(group).label} at {group.trained_at:,}"
+        page.name_axes((everything, enlarged), "evaluation length (tokens, times the training length)", words)
+        page.legend(figure, _legend(curves))
+        return figure
+
+    rows = [(curve.label, n, x) for curve in curves for n, x in zip(group.lengths, curve.ratios, strict=True)]
+    return drawn(draw, path, ("model", "length", "ratio"), rows)
+
+
+def _over_length(axes: Axes, group: Group, curves: Sequence["_Curve"]) -> None:
+    for curve in curves:
+        axes.plot(group.lengths, curve.ratios, **curve.look)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(group.lengths, [f"{n:,}\n{n // group.trained_at}×" for n in group.lengths])
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _legend(curves: Sequence["_Curve"]) -> list[Artist]:
+    """The curves in the order of their right ends, highest first; what thin ones are is said once."""
+    named = sorted((curve for curve in curves if not curve.further), key=lambda curve: -curve.ratios[-1])
+    handles: list[Artist] = [Line2D([], [], **curve.look, label=curve.label) for curve in named]
+    if len(named) < len(curves):
+        handles.append(Line2D([], [], color=QUIET, linewidth=1, label="thin: a further seed"))
+    return handles
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """One run over the evaluation lengths."""
+
+    label: str
+    ratios: list[float]
+    """Perplexity at each length, over that of dense with the same seed at the training length."""
+    look: dict[str, Any]
+    further: bool = False
+    """Whether another seed of the same model is drawn in full."""
+
+
+def _curves(group: Group) -> list[_Curve]:
+    """The first run of each leading model, also with RoPE scaled, and thin every other whose seed dense has."""
+    reference = _reference(group)
+    seeds = {run["seed"]: run for run in reference.runs}
+
+    def ratios(run: dict[str, Any], rope: str = PLAIN) -> list[float]:
+        near = mean_loss(seeds.get(run["seed"], reference.first), group.trained_at)
+        ropes = {n: PLAIN if n == group.trained_at else rope for n in group.lengths}
+        return [math.exp(mean_loss(run, n, one) - near) for n, one in ropes.items()]
+
+    curves = []
+    for model in _leading(group):
+        look = look_of(model) | {"linewidth": 2, "markersize": 5}
+        curves.append(_Curve(model.label, ratios(model.first), look))
         for rope, style in zip(model.first["rope_scaling"], ("--", ":"), strict=False):
-            name = {"yarn": "YaRN", "linear": "linear scaling"}[rope]
-            losses = [model.loss(n, PLAIN if n == group.trained_at else rope) - base for n in group.lengths]
-            curves.append((f"{model.label}, {name}", losses, colour, style))
-    others = [
-        (
-            f"{model.label}, seed {run['seed']}",
-            [mean_loss(run, n) - mean_loss(own, group.trained_at) for n in group.lengths],
-            colour,
-        )
-        for model, colour in zip(leads, COLOURS, strict=False)
-        for run, own in (model.beside(dense)[1:] if dense else ())
-    ]
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7.4, 4.4), layout="constrained")
-        for _, losses, colour in others:
-            axes.plot(group.lengths, [math.exp(x) for x in losses], "-", color=colour, linewidth=1, alpha=0.6)
-        for _, losses, colour, style in curves:
-            axes.plot(
-                group.lengths, [math.exp(x) for x in losses], f"o{style}", color=colour, linewidth=2, markersize=4
-            )
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xticks(group.lengths, [f"{n:,}\n{n // group.trained_at}×" for n in group.lengths])
-        axes.xaxis.set_minor_locator(NullLocator())
-        _plain_log(axes)
-        axes.set_xlabel("evaluation length (tokens, times the training length)")
-        axes.set_ylabel("perplexity ÷ dense at the training length")
-        _name_ends(axes, [(label, math.exp(losses[-1]), colour) for label, losses, colour, _ in curves], group.lengths)
-        drawn = [(label, losses) for label, losses, *_ in (*curves, *others)]
-        rows = [(label, n, math.exp(x)) for label, xs in drawn for n, x in zip(group.lengths, xs, strict=True)]
-        return save(figure, path, ("model", "length", "ratio"), rows)
+            label = f"{model.label}, {_ROPE_NAMES[rope]}"
+            curves.append(_Curve(label, ratios(model.first, rope), look | {"linestyle": style}))
+        thin = look | {"linewidth": 1, "marker": "", "alpha": 0.7}
+        others = [run for run in model.runs[1:] if run["seed"] in seeds]
+        curves += [_Curve(f"{model.label}, seed {run['seed']}", ratios(run), thin, further=True) for run in others]
+    return curves
+
+
+def _reference(group: Group) -> Model:
+    """What perplexities are divided by: dense, or what stands first without it."""
+    return group.get("dense") or group.models[0]
+
+
+def _leading(group: Group) -> list[Model]:
+    """The models to draw where there is no room for all; the plain window is that nearest to the hybrid's."""
+    dense, linear, hybrid, fixed = (group.get(name) for name in ("dense", "linear-w12", "hybrid", "fixed-w12"))
+    windows = [model for model in group.models if kind(model) == "window"]
+    near = hybrid.recipe["window"] if hybrid else 0
+    windows.sort(key=lambda model: abs(model.recipe["window"] - near))
+    found = [model for model in (dense, linear, fixed, *windows[:1], hybrid) if model]
+    return found or list(group.models[:5])
 
 
 def positions(group: Group, path: Path) -> Path | None:
@@ -68,159 +127,200 @@ def positions(group: Group, path: Path) -> Path | None:
     if not (fixed and linear):
         return None
     published = paper()["position_nll_8_bins"]
-    papers = [
-        sum(one - other for one, other in zip(ones, others, strict=True)) / len(ones)
-        for ones, others in zip(
-            zip(*published["fibonacci/fixed/w12"].values(), strict=True),
-            zip(*published["fibonacci/linear/w12"].values(), strict=True),
-            strict=True,
-        )
-    ]
+    theirs, papers_linear = (
+        [statistics.mean(values) for values in zip(*published[f"fibonacci/{name}/w12"].values(), strict=True)]
+        for name in ("fixed", "linear")
+    )
+    papers = [one - other for one, other in zip(theirs, papers_linear, strict=True)]
     ours = fixed.gaps_by_part(linear, group.trained_at)
-    with plt.rc_context(STYLE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 3.9), layout="constrained")
-        parts = range(1, len(ours) + 1)
-        for name, colour in zip(_LEADS, COLOURS, strict=True):
-            if model := group.get(name):
-                left.plot(parts, model.bins(group.trained_at), "o-", color=colour, markersize=4, label=model.label)
-        left.set_ylabel("loss (nats)")
-        figure.legend(*left.get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower left", ncols=2)
-        right.plot(parts, ours, "o-", color=COLOURS[1], label="here")
-        right.plot(parts, papers, "o--", color=_QUIET, label="paper")
-        right.axhline(0, color="#78716c", linewidth=1)
-        right.set_ylabel("fixed − linear (nats)")
-        right.legend(fontsize=9, frameon=False)
-        for axes in (left, right):
-            axes.set_xlabel("eighth of the training window")
-        rows = [(part, one, other) for part, one, other in zip(parts, ours, papers, strict=True)]
-        return save(figure, path, ("part", "gain", "paper's gain"), rows)
+    parts, models = range(1, len(ours) + 1), _leading(group)
+
+    def draw(page: Page) -> Figure:
+        figure, (losses, gains) = page.panels(2, 3.2)
+        handles: list[Artist] = []
+        for model in models:
+            handles += losses.plot(
+                parts, model.bins(group.trained_at), **look_of(model), markersize=5, label=model.label
+            )
+        gains.plot(parts, ours, **LOOKS["linear"], markersize=5)
+        handles += gains.plot(parts, papers, "o--", color=QUIET, markersize=5, label="the paper's gain")
+        gains.axhline(0, color="#78716c", linewidth=1)
+        losses.set_title("loss", fontsize=page.font, loc="left")
+        gains.set_title("what linear gains over fixed", fontsize=page.font, loc="left")
+        page.name_axes((losses, gains), "eighth of the training window", "nats")
+        page.legend(figure, handles)
+        return figure
+
+    rows = list(zip(parts, ours, papers, strict=True))
+    return drawn(draw, path, ("part", "gain", "paper's gain"), rows)
 
 
 def alphas(group: Group, path: Path) -> Path | None:
     """Learned scales over depth beside those of the stagger; None when no model learnt any."""
-    learned = [model for model in group.models if model.first["model"]["learned_alphas"]]
+    learned = {model.label: one for model in group.models if (one := model.first["model"]["learned_alphas"])}
     if not learned:
         return None
-    layers = learned[0].recipe["num_hidden_layers"]
-    ramp = layer_alphas("linear", layers=layers)
-    curves = [(model.label, model.first["model"]["learned_alphas"]) for model in learned]
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
-        axes.plot(ramp, "o--", color=_QUIET, markersize=4, label="linear stagger")
-        for (label, values), colour in zip(curves, COLOURS, strict=False):
-            axes.plot(values, "o-", color=colour, markersize=4, label=label)
-        axes.axhspan(0.95, 1.05, color=COLOURS[1], alpha=0.12, linewidth=0)
-        axes.annotate("0.95 … 1.05", (layers - 1, 1.06), ha="right", fontsize=9, color=COLOURS[1])
+    layers = len(next(iter(learned.values())))
+
+    def draw(page: Page) -> Figure:
+        figure, (axes,) = page.panels(1, 3.2)
+        ramp = layer_alphas("linear", layers=layers)
+        handles: list[Artist] = []
+        handles += axes.plot(ramp, "--", **LOOKS["linear"], markersize=5, label="linear stagger")
+        for (label, values), marker in zip(learned.items(), itertools.cycle("p^vX"), strict=False):
+            handles += axes.plot(values, **{**LOOKS["learned"], "marker": marker}, markersize=5, label=label)
+        axes.axhspan(0.95, 1.05, color=QUIET, alpha=0.3, linewidth=0)
+        axes.annotate("0.95 … 1.05", (layers - 1, 1.06), ha="right", color="#57534e")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("layer")
         axes.set_ylabel("scale α of the rungs")
-        axes.legend(fontsize=9, frameon=False)
-        rows = [(label, layer, value) for label, values in curves for layer, value in enumerate(values)]
-        return save(figure, path, ("model", "layer", "alpha"), rows)
+        page.legend(figure, handles)
+        return figure
+
+    rows = [(label, layer, value) for label, values in learned.items() for layer, value in enumerate(values)]
+    return drawn(draw, path, ("model", "layer", "alpha"), rows)
 
 
 def coverage(path: Path, *, layers: int = 16, window: int = 8, context: int = 1024) -> Path:
     """Which distances some layer attends to, for three schedules at the paper's shape; the count beside each."""
-    with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(3, 1, figsize=(7.4, 5.2), layout="constrained", sharex=True)
-        rows = []
-        for axes, schedule, colour in zip(panels, ("fixed", "linear", "coprime"), COLOURS, strict=False):
-            patterns = layer_patterns("fibonacci", schedule, layers=layers, window=window)
-            dots = [(d, layer) for layer, one in enumerate(patterns) for d in one.offsets if d < context]
-            rows += [(schedule, layer, d) for d, layer in dots]
-            axes.axvspan(0.8, window, color=_QUIET, alpha=0.4, linewidth=0)
-            axes.plot(*zip(*dots, strict=True), "o", color=colour, markersize=3)
-            axes.set_title(
-                f"{schedule}: {union_coverage(patterns, context)} distances, the window's {window + 1} included",
-                fontsize=10,
-                loc="left",
-                color=colour,
-            )
+    schedules: tuple[Schedule, ...] = ("fixed", "linear", "coprime")
+    stacks = {one: layer_patterns("fibonacci", one, layers=layers, window=window) for one in schedules}
+    rows = [
+        (schedule, layer, d)
+        for schedule, patterns in stacks.items()
+        for layer, one in enumerate(patterns)
+        for d in one.offsets
+        if d < context
+    ]
+
+    def draw(page: Page) -> Figure:
+        figure, panels = plt.subplots(3, 1, figsize=(page.width, 5.2), layout="constrained", sharex=True)
+        for axes, (schedule, patterns) in zip(panels, stacks.items(), strict=True):
+            colour = LOOKS[schedule]["color"]
+            dots = [(d, layer) for name, layer, d in rows if name == schedule]
+            axes.axvspan(0.8, window, color=QUIET, alpha=0.3, linewidth=0)
+            axes.plot(*zip(*dots, strict=True), "o", color=colour, markersize=page.font / 4)
+            words = f"{schedule}: {union_coverage(patterns, context)} distances, the window's {window + 1} included"
+            axes.set_title(words, fontsize=page.font, loc="left", color=colour)
             axes.set_ylabel("layer")
-            axes.set_xscale("log", base=2)
+            powers_of_two(axes)
             axes.set_xlim(0.8, context)
-        panels[-1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         panels[-1].set_xlabel("distance (grey: the window)")
-        return save(figure, path, ("schedule", "layer", "distance"), rows)
+        return figure
+
+    return drawn(draw, path, ("schedule", "layer", "distance"), rows)
 
 
 def frontier(group: Group, path: Path) -> Path:
-    """Quality against cost: perplexity relative to the best, over the keys that a query reads."""
-    best = min(model.loss(group.trained_at) for model in group.models)
-    points = [(m, m.first["model"]["keys"], math.exp(m.loss(group.trained_at) - best)) for m in group.models]
-    kinds = {"full": COLOURS[0], "sliding": COLOURS[3], "hybrid": COLOURS[2], "paper": COLOURS[1], "other": COLOURS[4]}
-    names = {
-        "full": "dense",
-        "sliding": "window only",
-        "hybrid": "hybrid",
-        "paper": "the paper's",
-        "other": "stagger, clipped",
-    }
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7.4, 4.4), layout="constrained")
-        for kind, colour in kinds.items():
-            chosen = [(keys, ratio) for model, keys, ratio in points if _kind(model) == kind]
-            if chosen:
-                axes.plot(*zip(*chosen, strict=True), "o", color=colour, markersize=6, label=names[kind])
-        for model, keys, ratio in points:
-            if model.name in ("dense", "hybrid", "linear-w12") or ratio == 1:
-                # The cheap models are at the left, and their names have room at the right; the best is the lowest.
-                place, side = (
-                    ((0, -15), "center") if ratio == 1 else ((8, -3), "left") if keys < 64 else ((-8, -3), "right")
-                )
-                axes.annotate(model.label, (keys, ratio), xytext=place, textcoords="offset points", ha=side, fontsize=8)
-        axes.set_xscale("log", base=2)
-        axes.margins(x=0.12, y=0.15)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        axes.set_xlabel("keys that a query reads, the mean over layers and positions")
-        axes.set_ylabel("perplexity ÷ the best")
-        axes.legend(fontsize=9, frameon=False)
-        rows = [(model.label, keys, ratio) for model, keys, ratio in points]
-        return save(figure, path, ("model", "keys", "ratio"), rows)
+    """Quality against cost: perplexity at the training length over the keys that a query reads, there and at the end.
+
+    The line joins the models that no other beats in both; a number names those, dense and the default recipe.
+    """
+    base, ends = _reference(group).loss(group.trained_at), (group.trained_at, group.lengths[-1])
+    ratios = {model.name: math.exp(model.loss(group.trained_at) - base) for model in group.models}
+    points = {n: {model.name: (_keys(model, n), ratios[model.name]) for model in group.models} for n in ends}
+    best = {n: _unbeaten(points[n]) for n in ends}
+    wanted = {"dense", "hybrid"}.union(*best.values())
+    named = sorted((one for one in group.models if one.name in wanted), key=lambda model: ratios[model.name])
+
+    def draw(page: Page) -> Figure:
+        figure, panels = page.panels(2, 3.6, sharey=True)
+        for axes, n in zip(panels, ends, strict=True):
+            axes.step(*zip(*(points[n][name] for name in best[n]), strict=True), where="post", color=QUIET, linewidth=1)
+            for model in group.models:
+                fill = {} if model.name in wanted else {"markerfacecolor": "white"}
+                axes.plot(*points[n][model.name], linestyle="", markersize=7, **{**look_of(model), **fill})
+            powers_of_two(axes)
+            axes.margins(x=0.1, y=0.15)
+            axes.set_title(f"in windows of {n:,} tokens", fontsize=page.font, loc="left")
+        words = f"perplexity ÷ {_reference(group).label}, at {group.trained_at:,}"
+        page.name_axes(panels, "keys that a query reads (mean)", words)
+        labels = [f"{number}  {model.label}" for number, model in enumerate(named, start=1)]
+        handles = [
+            Line2D([], [], linestyle="", **look_of(one), label=label) for one, label in zip(named, labels, strict=True)
+        ]
+        page.legend(figure, handles)
+        figure.draw_without_rendering()
+        for axes, n in zip(panels, ends, strict=True):
+            _number(axes, list(points[n].values()), [points[n][model.name] for model in named])
+        return figure
+
+    rows = [(model.label, *(points[n][model.name][0] for n in ends), ratios[model.name]) for model in group.models]
+    return drawn(draw, path, ("model", *(f"keys at {n}" for n in ends), "ratio"), rows)
+
+
+def _keys(model: Model, length: int) -> float:
+    """How many keys a query of the model reads in windows of `length`, the mean over layers and positions."""
+    shape = ModelRecipe(**model.recipe)
+    # How many ids the tokenizer has does not matter here.
+    config = model_config(Recipe(model=shape, length=model.first["trained_at"]), vocab_size=1, separator=0)
+    return statistics.mean(mean_keys(config, length))
+
+
+def _unbeaten(points: dict[str, tuple[float, float]]) -> list[str]:
+    """The names of the points that no other is below in one value without being above in the other, by the first."""
+    found: list[str] = []
+    for name in sorted(points, key=lambda name: points[name]):
+        if not found or points[name][1] < points[found[-1]][1]:
+            found.append(name)
+    return found
+
+
+def _number(axes: Axes, points: Sequence[tuple[float, float]], named: Sequence[tuple[float, float]]) -> None:
+    """Write 1, 2, … beside the named points, each at the first free place that is nearest to its own."""
+    scale = 72 / axes.figure.dpi
+    dots = [tuple(dot) for dot in axes.transData.transform(points) * scale]
+    steps = [
+        (radius * math.cos(math.radians(angle)), radius * math.sin(math.radians(angle)))
+        for radius in (11, 15, 20, 26, 33)
+        for angle in range(0, 360, 15)
+    ]
+    taken: list[tuple[float, float]] = []
+    for number, (point, (x, y)) in enumerate(zip(named, axes.transData.transform(named) * scale, strict=True), start=1):
+        places = [(x + across, y + up) for across, up in steps]
+        free = (
+            place
+            for place in places
+            if min(math.dist(place, one) for one in (*dots, *taken)) > 10
+            and math.dist(place, (x, y)) < min(math.dist(place, dot) for dot in dots) + 1
+        )
+        taken.append(next(free, places[-1]))
+        axes.annotate(
+            str(number),
+            point,
+            xytext=(taken[-1][0] - x, taken[-1][1] - y),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            arrowprops={"arrowstyle": "-", "linewidth": 0.5, "shrinkA": 5, "shrinkB": 3},
+        )
 
 
 def recall(probe: dict[str, Any], path: Path) -> Path:
     """Accuracy of recall over distance, one panel a task, one line a model."""
     tasks = list(dict.fromkeys(row["task"] for row in probe["rows"]))
-    names = list(dict.fromkeys(row["variant"] for row in probe["rows"]))
-    with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(
-            1, len(tasks), figsize=(7.4, 3.9), layout="constrained", sharey=True, squeeze=False
-        )
-        for axes, task in zip(panels[0], tasks, strict=True):
+
+    def draw(page: Page) -> Figure:
+        figure, panels = page.panels(len(tasks), 3.2, sharey=True)
+        for axes, task in zip(panels, tasks, strict=True):
             for row in (row for row in probe["rows"] if row["task"] == task):
-                colour = COLOURS[names.index(row["variant"]) % len(COLOURS)]
                 distances = [int(distance) for distance in row["accuracy"]]
-                axes.plot(
-                    distances, list(row["accuracy"].values()), "o-", color=colour, markersize=4, label=row["variant"]
-                )
-            axes.axvline(probe["trained_at"], color=_QUIET, linestyle="--", linewidth=1)
-            axes.axhline(1 / probe["values"], color=_QUIET, linestyle=":", linewidth=1)
-            axes.set_xscale("log", base=2)
+                axes.plot(distances, list(row["accuracy"].values()), **LOOKS[row["variant"]], label=row["variant"])
+            axes.axvline(probe["trained_at"], color=QUIET, linestyle="--", linewidth=1)
+            axes.axhline(1 / probe["values"], color=QUIET, linestyle=":", linewidth=1)
             axes.set_ylim(-0.03, 1.03)
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-            axes.tick_params(axis="x", labelsize=9)
-            axes.set_title(task, fontsize=10, loc="left")
-            axes.set_xlabel("distance (dashed: training length)")
-        panels[0][0].set_ylabel("accuracy (dotted: chance)")
-        figure.legend(
-            *panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9, frameon=False
-        )
-        rows = [
-            (row["variant"], row["task"], distance, value)
-            for row in probe["rows"]
-            for distance, value in row["accuracy"].items()
-        ]
-        return save(figure, path, ("model", "task", "distance", "accuracy"), rows)
+            powers_of_two(axes)
+            axes.set_title(task, fontsize=page.font, loc="left")
+        page.name_axes(panels, "distance (dashed: training length)", "accuracy (dotted: chance)")
+        page.legend(figure, panels[0].get_legend_handles_labels()[0])
+        return figure
 
-
-def _kind(model: Model) -> str:
-    own = model.recipe
-    if own["attention"] == "full":
-        return "full"
-    if own["full_layers"]:
-        return "hybrid"
-    return "sliding" if own["attention"] == "sliding" else "paper" if model.is_papers else "other"
+    rows = [
+        (row["variant"], row["task"], distance, value)
+        for row in probe["rows"]
+        for distance, value in row["accuracy"].items()
+    ]
+    return drawn(draw, path, ("model", "task", "distance", "accuracy"), rows)
 
 
 def _plain_log(axes: Axes) -> None:
@@ -228,21 +328,3 @@ def _plain_log(axes: Axes) -> None:
     plain = FuncFormatter(lambda value, _: f"{value:.3g}")
     axes.yaxis.set_major_formatter(plain)
     axes.yaxis.set_minor_formatter(plain if high < 6 * low else FuncFormatter(lambda *_: ""))
-
-
-def _name_ends(axes: Axes, ends: Sequence[tuple[str, float, str]], lengths: Sequence[int]) -> None:
-    """Write each curve's name at its right end, moved apart where they would overlap."""
-    low, high = (math.log(value) for value in axes.get_ylim())
-    gap, placed = (high - low) / 20, -math.inf
-    for label, value, colour in sorted(ends, key=lambda end: end[1]):
-        placed = max(math.log(value), placed + gap)
-        axes.annotate(
-            label,
-            (lengths[-1], value),
-            xytext=(1.02, (placed - low) / (high - low)),
-            textcoords="axes fraction",
-            color=colour,
-            fontsize=9,
-            va="center",
-            annotation_clip=False,
-        )

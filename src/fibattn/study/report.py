@@ -30,13 +30,15 @@ MARK = "<!-- written by fibattn report --into -->"
 
 _CAPTIONS = {
     "extrapolation": "Perplexity in longer and longer windows of the same text, against dense of the same seed at the "
-    "training length; thin lines are further seeds. Lower is better; both axes are logarithmic.",
+    "training length, and the grey part of it again, enlarged; thin lines are further seeds. Lower is better.",
     "positions": "Loss over the training window, and what the stagger gains over fixed distances in each part of it.",
     "alphas": "Where learned scales end, beside the ramp that the stagger sets.",
     "coverage": "The distances that some layer attends to (16 layers, W = 8, context 1,024): what staggering is for. "
     "The paper counts 19 and about 75; 74 is what 8 layers give.",
     "recall": "How often a value is found again that stands so far back; small models, trained for it.",
-    "frontier": "Quality against cost: each point is a model; down and to the left is better.",
+    "frontier": "Quality at the training length, against cost there and in the longest windows; each point is the "
+    "first seed of a model; down and to the left is better. The line joins those that no other beats in both; numbers "
+    "name these, dense and the default recipe.",
 }
 
 
