@@ -86,11 +86,7 @@ def fit(
     """
     where = next(model.parameters()).device
     torch._dynamo.reset()
-    # Such small models would wait for their launches; a CUDA graph has none. Compiled once for all lengths.
-    lengths_differ = True if len(stages) > 1 else None
-    compiled: nn.Module = model
-    if where.type == "cuda":
-        compiled = torch.compile(model, mode="reduce-overhead", dynamic=lengths_differ)  # pyright: ignore
+    compiled = _compiled(model, where, lengths_differ=len(stages) > 1)
     adam = torch.optim.AdamW(
         parameter_groups(model, optimizer.weight_decay),
         lr=optimizer.peak_rate,
@@ -102,7 +98,9 @@ def fit(
     last = torch.zeros((), device=where)
     counted = max(1, steps // 10)
     model.train()
-    with Meter(label, steps, "steps") as meter:
+    # Where lengths differ, plain numbers would be symbols too, and the operator's check of its scale would then break
+    # the graph in every layer.
+    with Meter(label, steps, "steps") as meter, torch._dynamo.config.patch(specialize_float=True):
         for step, items in enumerate(_batches(stages, workers=4 if where.type == "cuda" else 0)):
             if before_step is not None:
                 before_step(step)
@@ -119,6 +117,13 @@ def fit(
             looked = step % _LOOK_EVERY == 0
             meter.update(1, _checked(loss, step, label, optimizer) if looked else meter.note)
     return float(last) / counted
+
+
+def _compiled(model: nn.Module, where: torch.device, *, lengths_differ: bool) -> nn.Module:
+    """On a GPU, once for all lengths: so small a model would wait for its launches, and a CUDA graph has none."""
+    if where.type != "cuda":
+        return model
+    return torch.compile(model, mode="reduce-overhead", dynamic=lengths_differ or None)  # pyright: ignore
 
 
 def _batches(stages: Sequence[Stage], workers: int) -> Iterator[dict[str, torch.Tensor]]:
