@@ -383,5 +383,8 @@ def test_page_in_a_browser(job: Job, browser: Browser, width: int) -> None:
     names = ["extrapolation", "frontier", "coverage", "positions", "alphas"]
     assert browser.evaluate("[...document.querySelectorAll('figure')].map(e => e.id)") == names
     assert browser.unreadable() == []
+    scrolling = "[...document.querySelectorAll('main *')].filter(e => e.scrollWidth > e.clientWidth && e.clientWidth)"
+    scrolling += ".filter(e => getComputedStyle(e).overflowX != 'visible')"
+    assert browser.evaluate(f"{scrolling}.every(e => e.matches('[tabindex=\"0\"][role=region][aria-label]'))")
     assert browser.overflowing() == []
     assert browser.console() == []

@@ -36,7 +36,7 @@ def extrapolation(group: Group, path: Path) -> Path:
     low, high = lowest - margin, highest + margin
 
     def draw(page: Page) -> Figure:
-        figure, (everything, enlarged) = page.panels(2, 3.6)
+        figure, (everything, enlarged) = page.panels(2, 3.8)
         for axes in (everything, enlarged):
             _over_length(axes, group, curves)
         everything.set_yscale("log")
@@ -224,7 +224,7 @@ def frontier(group: Group, path: Path) -> Path:
     named = sorted((one for one in group.models if one.name in wanted), key=lambda model: ratios[model.name])
 
     def draw(page: Page) -> Figure:
-        figure, panels = page.panels(2, 3.6, sharey=True)
+        figure, panels = page.panels(2, 3.8, sharey=True)
         for axes, n in zip(panels, ends, strict=True):
             axes.step(*zip(*(points[n][name] for name in best[n]), strict=True), where="post", color=QUIET, linewidth=1)
             for model in group.models:
@@ -281,8 +281,8 @@ def _number(axes: Axes, points: Sequence[tuple[float, float]], named: Sequence[t
         free = (
             place
             for place in places
-            if min(math.dist(place, one) for one in (*dots, *taken)) > 10
-            and math.dist(place, (x, y)) < min(math.dist(place, dot) for dot in dots) + 1
+            if all(math.dist(place, other) > 1.3 * plt.rcParams["font.size"] for other in taken)
+            and 10 < math.dist(place, (x, y)) < min(math.dist(place, dot) for dot in dots) + 1
         )
         taken.append(next(free, places[-1]))
         axes.annotate(

@@ -49,6 +49,8 @@ class Page:
         rows, columns = (1, count) if self.across else (count, 1)
         size = (self.width, rows * height)
         figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **kwargs)
+        # A wide one also stands alone, white on a page that may be dark.
+        figure.set_layout_engine("constrained", w_pad=self.width / 90, h_pad=self.width / 150)
         return figure, list(axes.flat)
 
     def name_axes(self, panels: Sequence[Axes], across: str, up: str) -> None:

@@ -41,5 +41,16 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters |= {"clauses": _clauses, "unbroken": _unbroken}
     files.write_text(path, environment.get_template(template).render(**values))
     return path
+
+
+def _clauses(text: str) -> list[str]:
+    """The parts of a sentence between semicolons, those in brackets left alone."""
+    return re.split(r"; (?![^(]*\))", text)
+
+
+def _unbroken(text: str) -> str:
+    """Numbers on one line with their units and names."""
+    return re.sub(r" (?=%)|(?<=\bW) (?==)|(?<=\bW =) (?=\d)", "\N{NO-BREAK SPACE}", text)
