@@ -70,7 +70,7 @@ class Page:
 
 
 _WIDE = Page(width=10.4, font=11, across=True)
-_NARROW = Page(width=4.5, font=9.5, across=False)
+_NARROW = Page(width=4.1, font=9.5, across=False)
 
 
 def drawn(draw: Callable[[Page], Figure], path: Path, heading: Sequence[str], rows: Sequence[Sequence[object]]) -> Path:
