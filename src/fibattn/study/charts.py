@@ -267,24 +267,24 @@ def _unbeaten(points: dict[str, tuple[float, float]]) -> list[str]:
 
 
 def _number(axes: Axes, points: Sequence[tuple[float, float]], named: Sequence[tuple[float, float]]) -> None:
-    """Write 1, 2, … beside the named points, each at the first free place that is nearest to its own."""
+    """Write 1, 2, … beside the named points, each at a free place, one nearest to its own point if there is."""
     scale = 72 / axes.figure.dpi
     dots = [tuple(dot) for dot in axes.transData.transform(points) * scale]
     steps = [
         (radius * math.cos(math.radians(angle)), radius * math.sin(math.radians(angle)))
-        for radius in (11, 15, 20, 26, 33)
+        for radius in range(11, 99, 4)
         for angle in range(0, 360, 15)
     ]
     taken: list[tuple[float, float]] = []
     for number, (point, (x, y)) in enumerate(zip(named, axes.transData.transform(named) * scale, strict=True), start=1):
-        places = [(x + across, y + up) for across, up in steps]
-        free = (
+        free = [
             place
-            for place in places
-            if all(math.dist(place, other) > 1.3 * plt.rcParams["font.size"] for other in taken)
-            and 10 < math.dist(place, (x, y)) < min(math.dist(place, dot) for dot in dots) + 1
-        )
-        taken.append(next(free, places[-1]))
+            for place in ((x + across, y + up) for across, up in steps)
+            if all(math.dist(place, dot) > 10 for dot in dots)
+            and all(math.dist(place, other) > 1.3 * plt.rcParams["font.size"] for other in taken)
+        ]
+        near = (place for place in free if math.dist(place, (x, y)) < min(math.dist(place, dot) for dot in dots) + 1)
+        taken.append(next(near, free[0]))
         axes.annotate(
             str(number),
             point,
