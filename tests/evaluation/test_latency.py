@@ -6,18 +6,22 @@ import torch
 from fibattn import FibAttnConfig
 from fibattn.errors import InputError
 from fibattn.evaluation.latency import latency, models, time_calls
+from fibattn.training.recipe import DEFAULT, PRESETS
+from fibattn.training.run import model_config
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 
 
 def test_models_differ_in_their_attention_alone() -> None:
-    static, learned, dense = models(**SHAPE).values()
+    static, learned, hybrid, dense = models(**SHAPE).values()
     assert (static.schedule, learned.schedule) == ("linear", "learned")
     assert dense.layer_types == ["full_attention"] * 2
     ignored = {"schedule", "layer_types", "layer_offsets"}
     plain = [{k: v for k, v in one.to_dict().items() if k not in ignored} for one in (static, learned, dense)]
     assert plain[0] == plain[1] == plain[2]
     assert models()["static"] == FibAttnConfig()
+    assert hybrid.layer_types == ["full_attention"] * 2
+    assert models()["hybrid"] == model_config(PRESETS[DEFAULT], FibAttnConfig.vocab_size, separator=0)
 
 
 def test_warmup_is_not_counted() -> None:
@@ -31,7 +35,9 @@ def test_warmup_is_not_counted() -> None:
 def test_every_model_and_length_has_its_row() -> None:
     result = latency(models(**SHAPE, vocab_size=64), lengths=(16, 40), tokens=64, warmup=1, repeats=3)
     assert [(row["model"], row["batch"], row["length"]) for row in result["rows"]] == [
-        (name, batch, length) for name in ("static", "learned", "dense") for batch, length in ((4, 16), (1, 40))
+        (name, batch, length)
+        for name in ("static", "learned", "hybrid", "dense")
+        for batch, length in ((4, 16), (1, 40))
     ]
     for row in result["rows"]:
         assert row["quartile_low_ms"] <= row["median_ms"] <= row["quartile_high_ms"]

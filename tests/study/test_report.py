@@ -19,7 +19,7 @@ from fibattn.study.report import insert_tables, write_report
 from fibattn.study.results import Group, Model, Results, paper
 from fibattn.study.runner import Job
 from fibattn.study.store import Store
-from fibattn.study.tables import copying_table, cost_table, papers_tables
+from fibattn.study.tables import asked_tables, copying_table, cost_table, papers_tables
 
 SETS = ("fineweb_edu", "wikipedia")
 PLAIN = {"clip_offsets": False, "full_layers": [], "stagger_heads": False}
@@ -228,6 +228,9 @@ def test_copying_is_shown_for_the_runs_that_have_it(job: Job, tmp_path: Path) ->
     runs = [run for model in Results.load(tmp_path).groups[0].models for run in model.runs if run["copying"]]
     assert len(table.rows) == len(runs)
     assert "dense" not in {row[0] for row in table.rows}
+    ruler, lego = asked_tables(Results.load(tmp_path).groups)[1:]
+    assert (ruler.title, lego.title) == ("RULER, variable tracking", "LEGO over Z/2")
+    assert len(ruler.rows) == len(Store(tmp_path).finished())
     write_report(tmp_path)
     assert "### Copying" in (tmp_path / "report" / "tables.md").read_text()
 

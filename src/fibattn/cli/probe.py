@@ -116,7 +116,7 @@ class Harness:
 class Latency:
     """The time of a forward pass at the paper's shape: static offsets, learned scales, dense."""
 
-    lengths: tuple[int, ...] = (1024, 4096, 16_384, 65_536)
+    lengths: tuple[int, ...] = (1024, 4096, 16_384, 65_536, 131_072)
     tokens: int = 8192
     """Of a pass, as batches of shorter sequences: 8 x 1024 at first."""
     warmup: int = 5

@@ -1,4 +1,4 @@
-"""How long a forward pass takes: static offsets, learned scales and dense attention, the rest of the model equal.
+"""How long a forward pass takes: static offsets, learned scales, the hybrid and dense attention, the rest equal.
 
 The paper's learned models cost five times the inference time because their gather is not fused; here they go
 through the same kernels as the static ones.
@@ -18,11 +18,22 @@ from fibattn.progress import Meter
 
 
 def models(**shape: Any) -> dict[str, FibAttnConfig]:
-    """What is compared, at the paper's shape unless `shape` changes fields of the configuration."""
+    """What is compared, at the paper's shape unless `shape` changes fields of the configuration.
+
+    `static` and `learned` have a window of 12; the hybrid's is 128, its layers in the middle and at the end are full.
+    """
     layers = shape.get("num_hidden_layers", FibAttnConfig.num_hidden_layers)
+    full = [layer in (layers // 2 - 1, layers - 1) for layer in range(layers)]
     return {
         "static": FibAttnConfig(schedule="linear", **shape),
         "learned": FibAttnConfig(schedule="learned", **shape),
+        "hybrid": FibAttnConfig(
+            window=128,
+            max_offset=FibAttnConfig.max_position_embeddings - 1,
+            layer_types=["full_attention" if one else "fibonacci_attention" for one in full],
+            no_rope_layers=[int(not one) for one in full],
+            **shape,
+        ),
         "dense": FibAttnConfig(layer_types=["full_attention"] * layers, **shape),
     }
 
@@ -46,7 +57,7 @@ def time_calls(call: Callable[[], Any], *, warmup: int, repeats: int) -> list[fl
 def latency(
     configs: dict[str, FibAttnConfig] | None = None,
     *,
-    lengths: Sequence[int] = (1024, 4096, 16_384, 65_536),
+    lengths: Sequence[int] = (1024, 4096, 16_384, 65_536, 131_072),
     tokens: int = 8192,
     warmup: int = 5,
     repeats: int = 20,

@@ -18,11 +18,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from fibattn.pattern import Schedule, layer_alphas, layer_patterns, union_coverage
 from fibattn.study.cost import mean_keys
 from fibattn.study.drawing import LOOKS, QUIET, Page, drawn, kind, look_of, powers_of_two
-from fibattn.study.results import PLAIN, Group, Model, mean_loss, paper
+from fibattn.study.results import PLAIN, ROPE_NAMES, Group, Model, mean_loss, paper
 from fibattn.training.recipe import ModelRecipe, Recipe
 from fibattn.training.run import model_config
-
-_ROPE_NAMES = {"yarn": "YaRN", "linear": "linear scaling"}
 
 
 def extrapolation(group: Group, path: Path) -> Path:
@@ -98,7 +96,7 @@ def _curves(group: Group) -> list[_Curve]:
         look = look_of(model) | {"linewidth": 2, "markersize": 5}
         curves.append(_Curve(model.label, ratios(model.first), look))
         for rope, style in zip(model.first["rope_scaling"], ("--", ":"), strict=False):
-            label = f"{model.label}, {_ROPE_NAMES[rope]}"
+            label = f"{model.label}, {ROPE_NAMES[rope]}"
             curves.append(_Curve(label, ratios(model.first, rope), look | {"linestyle": style}))
         thin = look | {"linewidth": 1, "marker": "", "alpha": 0.7}
         others = [run for run in model.runs[1:] if run["seed"] in seeds]

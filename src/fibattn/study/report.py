@@ -16,8 +16,8 @@ from fibattn.study.results import Group, Results
 from fibattn.study.store import Store
 from fibattn.study.tables import (
     Table,
+    asked_tables,
     beyond_tables,
-    copying_table,
     cost_table,
     failures_table,
     other_budget,
@@ -54,8 +54,7 @@ def write_report(folder: Path) -> Path:
     figures = _figures(results, out)
     checked, goals = papers_findings(group), _goals(results)
     papers = [*papers_tables(group), retrieval_table(results.probes), cost_table(results.groups)]
-    copying = copying_table(results.groups)
-    beyond = [*beyond_tables(group), *([copying] if copying else [])]
+    beyond = [*beyond_tables(group), *asked_tables(results.groups)]
     probes = other_probes(results.probes)
     others = [table for one in results.groups[1:] for table in other_budget(one)]
     failed = failures_table(results)

@@ -21,6 +21,8 @@ from fibattn.errors import InputError
 from fibattn.study.store import Store
 
 PLAIN = "plain"
+ROPE_NAMES = {"yarn": "YaRN", "linear": "linear scaling"}
+"""Ways to stretch RoPE, in words."""
 
 Probes = dict[str, list[dict[str, Any]]]
 """What `fibattn probe` wrote into `probes/*.json`, by the probe's name."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from fibattn.progress import duration, quantity
 from fibattn.study.findings import percent
-from fibattn.study.results import PLAIN, Group, Model, Results, paper
+from fibattn.study.results import PLAIN, ROPE_NAMES, Group, Model, Results, paper
 
 ABSENT = "not run"
 _PAPER_SETS = ("fineweb_edu", "wikipedia")
@@ -113,6 +113,48 @@ def _far_context(group: Group) -> Table | None:
     )
 
 
+def asked_tables(groups: Sequence[Group]) -> list[Table]:
+    """What every run was asked besides text; what no run was asked is left out."""
+    tables = (
+        copying_table(groups),
+        _forced_choice(groups, "ruler", "hops", "RULER, variable tracking", "ruler_vt"),
+        _forced_choice(groups, "lego", "length", "LEGO over Z/2", "lego"),
+    )
+    return [table for table in tables if table]
+
+
+def _forced_choice(groups: Sequence[Group], task: str, sizes: str, title: str, published: str) -> Table | None:
+    """How often, and by how much, every run prefers the right answer; None where none was asked."""
+    runs = [
+        (model.label, group.tokens, run)
+        for group in groups
+        for model in group.models
+        for run in model.runs
+        if run.get(task)
+    ]
+    if not runs:
+        return None
+    asked = runs[0][2][task]
+    rows = [
+        (
+            label,
+            quantity(tokens),
+            str(run["seed"]),
+            *(f"{row['accuracy']:.2f}, {row['margin']:+.2f} ± {row['margin_error'] or 0:.2f}" for row in run[task]),
+        )
+        for label, tokens, run in runs
+    ]
+    chances = " and ".join(dict.fromkeys(f"{row['chance']:.2f}" for row in asked))
+    return Table(
+        title,
+        f"Forced choice among the values in the text, {asked[0]['items']} items: accuracy (chance {chances}), and by "
+        "how many nats the right answer is ahead of the best wrong one, with its standard error. "
+        f"The paper: {paper()['auxiliary'][published]}. Runs from before this was measured are left out.",
+        ("model", "training tokens", "seed", *(f"{sizes} {row[sizes]}" for row in asked)),
+        tuple(rows),
+    )
+
+
 def copying_table(groups: Sequence[Group]) -> Table | None:
     """How well every run copies; None where none was asked."""
     runs = [
@@ -196,9 +238,10 @@ def _extrapolation(group: Group) -> Table:
         rows.append(
             (*_lengths(model.label, model, group), *(percent(change[n]) if change else "–" for n in (2048, 4096)))
         )
-        for rope in model.first["rope_scaling"]:
-            name = {"yarn": "YaRN", "linear": "linear scaling"}[rope]
-            rows.append((*_lengths(f"{model.label}, {name}", model, group, rope), "–", "–"))
+        rows += [
+            (*_lengths(f"{model.label}, {ROPE_NAMES[rope]}", model, group, rope), "–", "–")
+            for rope in model.first["rope_scaling"]
+        ]
     factors = [length // group.trained_at for length in group.lengths]
     return Table(
         "Table 2. Past the training length",
