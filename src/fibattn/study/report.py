@@ -65,7 +65,7 @@ def write_report(folder: Path) -> Path:
         "report.html.j2",
         headline=_headline(results),
         group=group,
-        tokens=quantity(group.tokens),
+        budgets=_budgets(results),
         figures=figures,
         findings=checked,
         goals=goals,
@@ -129,6 +129,13 @@ def _goals(results: Results) -> list[Finding]:
         else:
             found += [replace(goal, claim=f"{goal.claim} ({quantity(group.tokens)} tokens)") for group, goal in told]
     return found
+
+
+def _budgets(results: Results) -> str:
+    """How long the main group was trained, and how many models also otherwise."""
+    main, *others = results.groups
+    also = [f"{len(one.models)} of {quantity(one.tokens)}" for one in others if one.trained_at == main.trained_at]
+    return f"{quantity(main.tokens)} training tokens" + (f" (and {', '.join(also)})" if also else "")
 
 
 def _headline(results: Results) -> str:
