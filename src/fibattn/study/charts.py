@@ -122,7 +122,8 @@ def _leading(group: Group) -> list[Model]:
 def positions(group: Group, path: Path) -> Path | None:
     """The stagger's gain over fixed in each part of the window, beside the paper's; None without the runs."""
     fixed, linear = group.get("fixed-w12"), group.get("linear-w12")
-    if not (fixed and linear):
+    ours = fixed.gaps_by_part(linear, group.trained_at) if fixed and linear else []
+    if not ours:
         return None
     published = paper()["position_nll_8_bins"]
     theirs, papers_linear = (
@@ -130,7 +131,6 @@ def positions(group: Group, path: Path) -> Path | None:
         for name in ("fixed", "linear")
     )
     papers = [one - other for one, other in zip(theirs, papers_linear, strict=True)]
-    ours = fixed.gaps_by_part(linear, group.trained_at)
     parts, models = range(1, len(ours) + 1), _leading(group)
 
     def draw(page: Page) -> Figure:
