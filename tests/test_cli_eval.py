@@ -75,7 +75,10 @@ def test_chosen_sets_lengths_and_tokens(
         (["--lengths", "0"], "each must be at least 1"),
         (["--tokens", "0"], "each must be at least 1"),
         (["--batch-tokens", "0"], "each must be at least 1"),
-        (["--lengths", "9999999"], "fewer than one window of 9999999; evaluate shorter lengths, or hold out more text"),
+        (
+            ["--lengths", "9999999"],
+            "fewer than one window of 9999999; evaluate shorter lengths, raise the limit, or hold out more text",
+        ),
     ],
 )
 def test_bad_flags_give_one_line_and_no_file(
