@@ -68,6 +68,28 @@ def test_chosen_sets_lengths_and_tokens(
     assert {length: row["targets"] for length, row in rows["docs"].items()} == {"16": 96, "48": 96}
 
 
+def test_full_layers_can_be_bounded(data: Path, tmp_path: Path) -> None:
+    vocab_size = PreparedData.open(data).vocab_size
+    shape = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+    kinds = {"layer_types": ["full_attention"] * 2, "no_rope_layers": [0, 0]}
+    torch.manual_seed(0)
+    made = FibAttnForCausalLM(
+        FibAttnConfig(vocab_size=vocab_size, max_position_embeddings=16, initializer_range=0.3, **shape, **kinds)
+    )
+    made.save_pretrained(tmp_path / "full")
+
+    def losses(*flags: str) -> list[float]:
+        common = ["--data", str(data), "--sets", "docs", "--lengths", "16", "64", "--tokens", "128"]
+        out = tmp_path / "result.json"
+        assert main(["eval", str(tmp_path / "full"), *common, "--out", str(out), *flags]) == 0
+        return [row["nll"] for row in json.loads(out.read_text())["sets"]["docs"].values()]
+
+    whole, bounded = losses(), losses("--full-reach", "15")
+    assert bounded[0] == pytest.approx(whole[0], abs=1e-5)
+    assert abs(bounded[1] - whole[1]) > 1e-3
+    assert main(["eval", str(tmp_path / "full"), "--data", str(data), "--full-reach", "0"]) == 2
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -54,6 +54,24 @@ def test_prompts_from_everywhere_give_the_same_text(folder, tmp_path, capsys, mo
         assert sample(capsys, folder, "-", "--max-new-tokens", 40)[0] == argument
 
 
+def test_a_bound_makes_a_model_with_full_layers_go_on_for_ever(folder, tmp_path, capsys):
+    import json
+    import shutil
+
+    from fibattn.evaluation.sweep import load_bounded
+    from fibattn.model.stream import growing_layers
+
+    full = shutil.copytree(folder, tmp_path / "full")
+    settings = json.loads((full / "config.json").read_text())
+    settings |= {"layer_types": ["fibonacci_attention", "full_attention"], "layer_offsets": None}
+    (full / "config.json").write_text(json.dumps(settings))
+    assert growing_layers(load_bounded(full, None)) == 1
+    assert growing_layers(load_bounded(full, 12)) == 0
+    whole, _ = sample(capsys, full, TEXT, "--max-new-tokens", 60, "--temperature", 0)
+    enough, _ = sample(capsys, full, TEXT, "--max-new-tokens", 60, "--temperature", 0, "--full-reach", 200)
+    assert enough == whole
+
+
 def test_the_text_is_that_of_generate(folder, capsys):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

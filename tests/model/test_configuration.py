@@ -62,6 +62,18 @@ def test_sliding_window_is_transformers_count_of_keys() -> None:
     assert config(window=4).sliding_window == 5
 
 
+def test_full_reach_bounds_the_full_layers_of_a_saved_model(tmp_path):
+    config("mixture").save_pretrained(tmp_path)
+    whole = FibAttnConfig.from_pretrained(tmp_path)
+    assert whole.layer_reach(1) is None
+    bounded = FibAttnConfig.from_pretrained(tmp_path, full_reach=9)
+    assert [bounded.layer_reach(layer) for layer in (0, 1, 2, 3)] == [whole.layer_reach(0), 9, 4, whole.layer_reach(3)]
+    bounded.save_pretrained(tmp_path / "again")
+    assert FibAttnConfig.from_pretrained(tmp_path / "again").layer_reach(1) == 9
+    with pytest.raises(InputError, match="full_reach is 0; it must be at least 1"):
+        config("mixture", full_reach=0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_configurations_come_back_equal(kind: str, tmp_path: Path) -> None:
     made = config(kind)

@@ -37,6 +37,12 @@ KINDS: dict[str, dict[str, Any]] = {
         "layer_types": ["fibonacci_attention", "full_attention", "fibonacci_attention", "sliding_attention"],
         "no_rope_layers": [0, 1, 1, 1],
     },
+    "bounded mixture": {
+        "layer_types": ["fibonacci_attention", "full_attention", "sliding_attention", "full_attention"],
+        "no_rope_layers": [1, 0, 1, 1],
+        "full_reach": 17,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0},
+    },
     "untied": {"tie_word_embeddings": False},
 }
 

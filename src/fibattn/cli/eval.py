@@ -26,6 +26,8 @@ class Arguments:
     """Targets of each set at most."""
     batch_tokens: int = 32_768
     """Tokens of a forward pass; fewer need less memory."""
+    full_reach: int | None = None
+    """Let full-attention layers look back only so far."""
     out: Path | None = None
     """Where the JSON goes; beside the model, and into its card, when left out."""
 
@@ -37,22 +39,24 @@ def run(arguments: list[str]) -> None:
 
     from fibattn.data.stream import PreparedData
     from fibattn.errors import InputError
-    from fibattn.evaluation.sweep import default_output, find_model, load_model, sweep, tables
+    from fibattn.evaluation.sweep import default_output, find_model, load_bounded, sweep, tables
     from fibattn.training.card import add_results
 
     if any(length < 1 for length in chosen.lengths) or chosen.tokens < 1 or chosen.batch_tokens < 1:
         raise InputError(f"lengths {chosen.lengths}, tokens {chosen.tokens}: each must be at least 1")
     folder, data = find_model(chosen.model), PreparedData.open(chosen.data)
-    model = load_model(folder)
+    model = load_bounded(folder, chosen.full_reach)
     trained_at = model.config.get_text_config().max_position_embeddings
     lengths = sorted(set(chosen.lengths)) or [trained_at * factor for factor in (1, 2, 4, 8)]
     result = sweep(
         model, data, lengths=lengths, sets=list(chosen.sets), tokens=chosen.tokens, batch_tokens=chosen.batch_tokens
     )
     result["model"] = str(folder)
+    if chosen.full_reach is not None:
+        result["full_reach"] = chosen.full_reach
     out = chosen.out or default_output(folder)
     files.write_json(out, result)
-    if chosen.out is None:
+    if chosen.out is None and chosen.full_reach is None:
         add_results(folder, result)
     console = Console()
     for table in tables(result):

@@ -31,6 +31,9 @@ class Arguments:
     """Draw from the fewest tokens that together have this probability."""
     seed: int = 0
     """Of the draws: the same seed, the same text on the same machine."""
+    full_reach: int | None = None
+    """Let full-attention layers look back only so far: constant memory, and often better text past the training
+    length."""
     compile: bool = False
     """Compile the step: takes a while to begin, then runs faster."""
 
@@ -40,14 +43,17 @@ def run(arguments: list[str]) -> None:
     chosen = parse(Arguments, arguments, "fibattn sample")
     limit, prompt = _limit(chosen.max_new_tokens), _prompt(chosen)
     from fibattn.data.tokenizer import load_tokenizer, separator
-    from fibattn.evaluation.sweep import find_model, load_model
+    from fibattn.evaluation.sweep import find_model, load_bounded
     from fibattn.model.stream import growing_layers, stream
 
     folder = find_model(chosen.model)
-    model, tokenizer = load_model(folder).eval(), load_tokenizer(folder)
+    model, tokenizer = load_bounded(folder, chosen.full_reach).eval(), load_tokenizer(folder)
     growing = growing_layers(model)
     if growing and limit is None:
-        print(f"{growing} layers attend to everything: memory grows with every token", file=sys.stderr)
+        print(
+            f"{growing} layers attend to everything: memory grows with every token (--full-reach bounds it)",
+            file=sys.stderr,
+        )
     ids = tokenizer.encode(prompt, add_special_tokens=False)
     if not ids:
         raise InputError("the prompt has no tokens; give some text")

@@ -10,10 +10,11 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-import fibattn.model  # noqa: F401 - makes the model known to the Auto classes
+from fibattn import files
 from fibattn.data.stream import PreparedData
 from fibattn.errors import InputError
 from fibattn.evaluation.loss import LAST, position_loss
+from fibattn.model import FibAttnConfig  # makes the model known to the Auto classes, too
 from fibattn.model.conversion import STORED_PATTERN, convert
 from fibattn.training import checkpoints
 
@@ -61,6 +62,20 @@ def load_model(folder: Path, **changes: Any) -> PreTrainedModel:
     if hasattr(model.config, STORED_PATTERN):
         convert(model)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_bounded(folder: Path, full_reach: int | None) -> PreTrainedModel:
+    """The model in `folder`, its full-attention layers looking back `full_reach` tokens at most.
+
+    Raises:
+        InputError: as `load_model`, and for a bound on a model that is not this project's.
+    """
+    if full_reach is None:
+        return load_model(folder)
+    kind = files.read_json(folder / "config.json").get("model_type")
+    if kind != FibAttnConfig.model_type:
+        raise InputError(f"{folder} is a {kind} model; only fibattn models take a full reach, leave it out")
+    return load_model(folder, full_reach=full_reach)
 
 
 def sweep(

@@ -45,6 +45,9 @@ class FibAttnConfig(PreTrainedConfig):
         layer_types: for each layer `fibonacci_attention`, `sliding_attention` (window only) or
             `full_attention`; all Fibonacci when None.
         no_rope_layers: for each layer 1 with RoPE or 0 without, as in Transformers' SmolLM3; all 1 when None.
+        full_reach: how far back the full-attention layers look; None: to the beginning. A trained model may be loaded
+            with it (`from_pretrained(…, full_reach=1023)`): then it runs for ever at constant cost, and far context
+            cannot spread the attention of those layers thin.
         layer_offsets: for each layer the resolved integer offsets, one list for each set of KV heads that
             shares one; None for full attention and learned rungs. Derived when None, checked when given.
 
@@ -82,6 +85,7 @@ class FibAttnConfig(PreTrainedConfig):
     max_offset: int | None = None
     layer_types: list[str] | None = None
     no_rope_layers: list[int] | None = None
+    full_reach: int | None = None
     layer_offsets: list[list[list[int]] | None] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -131,12 +135,14 @@ class FibAttnConfig(PreTrainedConfig):
         return base_rungs(self.base, count=self.rungs, reach=1 if self.rung_reach is None else self.rung_reach)  # pyright: ignore[reportArgumentType]
 
     def layer_patterns(self, layer: int) -> tuple[Pattern, ...] | None:
-        """The patterns of a layer's KV heads (one when they share it); None for full attention and learned rungs."""
+        """The patterns of a layer's KV heads (one when they share it); None for boundless attention, learned rungs."""
+        if self.full_reach is not None and (self.layer_types or [])[layer] == "full_attention":
+            return (Pattern(self.full_reach, ()),)
         sets = (self.layer_offsets or [])[layer]
         return None if sets is None else tuple(Pattern(self.window, tuple(offsets)) for offsets in sets)
 
     def layer_reach(self, layer: int) -> int | None:
-        """The farthest distance a layer looks back; None for full attention. A learned scale stays below 1.5."""
+        """The farthest distance a layer looks back; None for boundless attention. A learned scale stays below 1.5."""
         if self.learns_alpha(layer):
             return scaled_reach(self.base_rungs, 1.5, self.window, self.max_offset)
         patterns = self.layer_patterns(layer)
@@ -156,6 +162,8 @@ class FibAttnConfig(PreTrainedConfig):
                 f"{self.num_attention_heads} attention heads do not divide into {self.num_key_value_heads} KV heads; "
                 "use a multiple of them"
             )
+        if self.full_reach is not None and self.full_reach < 1:
+            raise InputError(f"full_reach is {self.full_reach}; it must be at least 1, or None for no bound")
         if (self.head_dim or 0) % 2:
             raise InputError(f"head_dim is {self.head_dim}; RoPE needs an even head size")
         for name, allowed in (("base", get_args(Base)), ("schedule", get_args(Schedule))):

@@ -26,7 +26,7 @@ from fibattn.model.rotary import FibAttnRotaryEmbedding, Rotation, rotate
 
 
 class FibAttnAttention(nn.Module):
-    """Grouped-query attention of one layer: sparse through `fibattn.attend`, full through Transformers."""
+    """Grouped-query attention of one layer: with a pattern through `fibattn.attend`, full through Transformers."""
 
     def __init__(self, config: FibAttnConfig, layer: int):
         super().__init__()
@@ -73,7 +73,7 @@ class FibAttnAttention(nn.Module):
         q, k, v = (project(hidden).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.rotated:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        if self.full:
+        if self.full and self.patterns is None:
             out = self._attend_fully(q, k, v, attention_mask, cache, **kwargs)
         else:
             out = self._attend_sparsely(q, k, v, positions, cache, cache_positions)
@@ -283,7 +283,7 @@ class FibAttnModel(FibAttnPreTrainedModel):
         """
         past = cache.get_seq_length() if cache is not None else 0
         masks: dict[str, Any] = {"positions": document_positions(hidden, attention_mask, position_ids, past)}
-        if "full_attention" in (config.layer_types or []):
+        if config.full_reach is None and "full_attention" in (config.layer_types or []):
             masks["full_attention"] = full_mask(config, hidden, attention_mask, position_ids, cache)
         return masks
 

@@ -1,7 +1,8 @@
 """Text without end: one token after another, in the memory of the model and its bounded cache.
 
 `generate()` keeps every token and a mask as long as the text, which is right for an answer and wrong for a
-stream. Here nothing is kept but the cache, so a purely sparse model goes on for ever at constant cost.
+stream. Here nothing is kept but the cache, so a model none of whose layers looks back to the beginning goes on for
+ever at constant cost.
 """
 
 import math
@@ -80,6 +81,8 @@ def stream(
 def growing_layers(model: PreTrainedModel) -> int:
     """How many layers attend to everything, so that their cache grows with the text; converted ones do not."""
     config: Any = model.config
+    if getattr(config, "full_reach", None) is not None:
+        return 0
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         sliding = getattr(config, "sliding_window", None) is not None

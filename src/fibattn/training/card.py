@@ -67,7 +67,8 @@ def _layers(config: FibAttnConfig) -> Iterator[dict[str, str]]:
         if config.learns_alpha(layer):
             distances = f"{', '.join(map(str, config.base_rungs))}, times a learned scale"
         rotated = "yes" if (config.no_rope_layers or [])[layer] else "no"
-        rows.append({"attention": _ATTENTION[kind], "rope": rotated, "distances": distances or "none"})
+        bound = f", the last {config.full_reach + 1:,}" if config.full_reach and kind == "full_attention" else ""
+        rows.append({"attention": _ATTENTION[kind] + bound, "rope": rotated, "distances": distances or "none"})
     for row, run in groupby(enumerate(rows), key=lambda item: item[1]):
         numbers = [number for number, _ in run]
         yield {"layers": f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]}–{numbers[-1]}", **row}
