@@ -88,7 +88,7 @@ def test_index_has_what_the_files_have(job: Job, tmp_path: Path) -> None:
     for _ in range(2):  # rebuilding changes nothing
         with closing(sqlite3.connect(store.index())) as database:
             rows = database.execute(
-                "select run, \"set\", length, perplexity from runs join evaluations using (key) where rope = 'plain'"
+                "select run, \"set\", length, perplexity from runs join evaluations using (key) where way = 'plain'"
             ).fetchall()
             assert database.execute("select run, error from failures").fetchall() == [("dense", "e")]
         expected = {

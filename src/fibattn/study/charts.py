@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from fibattn.pattern import Schedule, layer_alphas, layer_patterns, union_coverage
 from fibattn.study.cost import mean_keys
 from fibattn.study.drawing import LOOKS, QUIET, Page, drawn, kind, look_of, powers_of_two
-from fibattn.study.results import PLAIN, ROPE_NAMES, Group, Model, mean_loss, paper
+from fibattn.study.results import PLAIN, Group, Model, in_words, mean_loss, paper, ways
 from fibattn.training.recipe import ModelRecipe, Recipe
 from fibattn.training.run import model_config
 
@@ -82,22 +82,21 @@ class _Curve:
 
 
 def _curves(group: Group) -> list[_Curve]:
-    """The first run of each leading model, also with RoPE scaled, and thin every other whose seed dense has."""
+    """The first run of each leading model, also in its other ways, and thin every other whose seed dense has."""
     reference = _reference(group)
     seeds = {run["seed"]: run for run in reference.runs}
 
-    def ratios(run: dict[str, Any], rope: str = PLAIN) -> list[float]:
+    def ratios(run: dict[str, Any], way: str = PLAIN) -> list[float]:
         near = mean_loss(seeds.get(run["seed"], reference.first), group.trained_at)
-        ropes = {n: PLAIN if n == group.trained_at else rope for n in group.lengths}
-        return [math.exp(mean_loss(run, n, one) - near) for n, one in ropes.items()]
+        return [math.exp(mean_loss(run, n, way) - near) for n in group.lengths]
 
     curves = []
     for model in _leading(group):
         look = look_of(model) | {"linewidth": 2, "markersize": 5}
         curves.append(_Curve(model.label, ratios(model.first), look))
-        for rope, style in zip(model.first["rope_scaling"], ("--", ":"), strict=False):
-            label = f"{model.label}, {ROPE_NAMES[rope]}"
-            curves.append(_Curve(label, ratios(model.first, rope), look | {"linestyle": style}))
+        for way, style in zip(ways(model.first), ("--", ":"), strict=False):
+            label = f"{model.label}, {in_words(way)}"
+            curves.append(_Curve(label, ratios(model.first, way), look | {"linestyle": style}))
         thin = look | {"linewidth": 1, "marker": "", "alpha": 0.7}
         others = [run for run in model.runs[1:] if run["seed"] in seeds]
         curves += [_Curve(f"{model.label}, seed {run['seed']}", ratios(run), thin, further=True) for run in others]

@@ -52,6 +52,7 @@ def own_goals(group: Group, probes: Probes) -> list[Finding]:
         _better_everywhere(group),
         _no_worse_when_long(group),
         _stretched_dense(group),
+        _bounded(group),
         _trains_as_fast(group),
         _rungs_against_window(group),
         _recalls_farther(probes),
@@ -310,6 +311,20 @@ def _stretched_dense(group: Group) -> Finding:
         good += [gap < 0 for gap in gaps.values()]
         evidence[own["seed"]] = ", ".join(f"{n // group.trained_at}×: {percent(gap)}" for n, gap in gaps.items())
     return Finding(claim, _verdict(good), f"against the better of the two: {_by_seed(evidence)}")
+
+
+def _bounded(group: Group) -> Finding:
+    claim = "With bounded full layers, at constant cost, the default recipe is no worse in the longest windows"
+    ours, longest = group.get("hybrid"), group.lengths[-1]
+    runs = [run for run in ours.runs if run.get("bounded")] if ours else []
+    if not runs:
+        return Finding(claim, "not run", "needs a run of hybrid that was evaluated so")
+    evidence, good = {}, []
+    for run in runs:
+        gaps = {int(n): mean_loss(run, longest, n) - mean_loss(run, longest) for n in run["bounded"]}
+        good.append(min(gaps.values()) <= 0)
+        evidence[run["seed"]] = ", ".join(f"{n:,} tokens: {percent(gap)}" for n, gap in gaps.items())
+    return Finding(claim, _verdict(good), f"against no bound, in windows of {longest:,}: {_by_seed(evidence)}")
 
 
 def _best_stretched(dense: dict[str, Any], length: int) -> float:

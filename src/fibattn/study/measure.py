@@ -87,6 +87,17 @@ def evaluate_stretched(
     return sets
 
 
+def evaluate_bounded(folder: Path, data: PreparedData, tokens: int, plain: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The sweep `plain` again, in windows longer than `tokens`, with full layers that see the last `tokens` alone."""
+    model = load_model(folder, full_reach=tokens - 1)
+    sets: dict[str, dict[str, Any]] = {}
+    for name, rows in plain.items():
+        lengths = [int(length) for length in rows if int(length) > tokens]
+        targets = next(iter(rows.values()))["targets"]
+        sets |= sweep(model, data, lengths=lengths, sets=[name], tokens=targets, quiet=True)["sets"]
+    return sets
+
+
 def training_summary(run: Path) -> dict[str, Any]:
     """The loss over training and its speed, from a run's `metrics.jsonl`."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

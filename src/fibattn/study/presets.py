@@ -31,6 +31,8 @@ class Run:
     """Of the weights and of the order of windows."""
     rope_scaling: tuple[RopeScaling, ...] = ()
     """Ways to stretch RoPE past the training length, tried on the finished model."""
+    full_windows: tuple[int, ...] = ()
+    """Bounds of the full layers, tried on the finished model: so many training lengths are seen, the last ones."""
 
     def repeated(self, seed: int) -> "Run":
         """The same model from another seed."""
@@ -123,7 +125,7 @@ def _hybrid(name: str, run: Run, layers: tuple[int, ...]) -> Run:
 _full = replace(PRESETS["paper"], save_every=2000, keep_checkpoints=1)
 
 DENSE = Run("dense", ModelRecipe(attention="full"), rope_scaling=("yarn", "linear"))
-HYBRID = Run("hybrid", PRESETS["hybrid"].model)
+HYBRID = Run("hybrid", PRESETS["hybrid"].model, full_windows=(1, 4))
 """The project's default recipe: linear stagger, W = 128, two full-attention layers without RoPE."""
 
 HYBRID_HEADS = Run("hybrid-heads", replace(HYBRID.model, stagger_heads=True))

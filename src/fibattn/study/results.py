@@ -33,15 +33,25 @@ def paper() -> dict[str, Any]:
     return json.loads(package_files("fibattn.study").joinpath("paper.json").read_text(encoding="utf-8"))
 
 
-def losses(run: dict[str, Any], length: int, rope: str = PLAIN) -> dict[str, float]:
-    """The loss of a run on each held-out set at `length`."""
-    sets = run["evaluation"] if rope == PLAIN else run["rope_scaling"][rope]
-    return {name: rows[str(length)]["nll"] for name, rows in sets.items()}
+def ways(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The other evaluations of a finished model, by name: RoPE stretched, or full layers bounded to so many tokens."""
+    return run["rope_scaling"] | run.get("bounded", {})
 
 
-def mean_loss(run: dict[str, Any], length: int, rope: str = PLAIN) -> float:
+def in_words(way: str) -> str:
+    """What is different in one of the `ways`."""
+    return ROPE_NAMES.get(way) or f"bounded to {int(way):,}"
+
+
+def losses(run: dict[str, Any], length: int, way: str = PLAIN) -> dict[str, float]:
+    """The loss of a run on each held-out set at `length`; the plain one where a way changes nothing at that length."""
+    plain, other = run["evaluation"], {} if way == PLAIN else ways(run)[way]
+    return {name: (other.get(name, {}).get(str(length)) or rows[str(length)])["nll"] for name, rows in plain.items()}
+
+
+def mean_loss(run: dict[str, Any], length: int, way: str = PLAIN) -> float:
     """The mean loss of a run over the held-out sets at `length`."""
-    return statistics.mean(losses(run, length, rope).values())
+    return statistics.mean(losses(run, length, way).values())
 
 
 def bins(run: dict[str, Any], length: int) -> list[float]:
@@ -109,13 +119,13 @@ class Model:
         """The evaluation lengths."""
         return sorted(int(length) for length in next(iter(self.first["evaluation"].values())))
 
-    def losses(self, length: int, rope: str = PLAIN) -> dict[str, float]:
+    def losses(self, length: int, way: str = PLAIN) -> dict[str, float]:
         """The loss on each held-out set at `length`."""
-        return losses(self.first, length, rope)
+        return losses(self.first, length, way)
 
-    def loss(self, length: int, rope: str = PLAIN) -> float:
+    def loss(self, length: int, way: str = PLAIN) -> float:
         """The mean loss over the held-out sets at `length`."""
-        return mean_loss(self.first, length, rope)
+        return mean_loss(self.first, length, way)
 
     def alone(self) -> list[dict[str, Any]]:
         """The runs that had a GPU for themselves: only their speeds may be compared."""

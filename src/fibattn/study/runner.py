@@ -161,6 +161,8 @@ def _measured(job: Job, task: _Task, data: PreparedData) -> dict[str, Any]:
     stretched = {
         kind: measure.evaluate_stretched(model, data, kind, measured["evaluation"]) for kind in task.run.rope_scaling
     }
+    windows = [n * task.recipe.length for n in task.run.full_windows if n < max(study.factors)]
+    bounded = {str(n): measure.evaluate_bounded(model, data, n, measured["evaluation"]) for n in windows}
     ended = time.monotonic()
     name = task.run.name
     losses = ", ".join(
@@ -181,6 +183,7 @@ def _measured(job: Job, task: _Task, data: PreparedData) -> dict[str, Any]:
         "resumed": resumed,
         **measured,
         "rope_scaling": stretched,
+        "bounded": bounded,
     }
 
 

@@ -110,7 +110,7 @@ class Store:
 _SCHEMA = """
 create table runs (key text primary key, study text, run text, seed integer, tokens integer, time text,
     parameters integer, keys real, final_loss real, tokens_per_second real, seconds real, record text);
-create table evaluations (key text references runs, rope text, "set" text, length integer, perplexity real,
+create table evaluations (key text references runs, way text, "set" text, length integer, perplexity real,
     nll real, bits_per_byte real, last_256_perplexity real);
 create table failures (key text, study text, run text, time text, error text);
 """
@@ -137,8 +137,9 @@ def _run_row(record: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _evaluation_rows(record: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
-    for rope, sets in {"plain": record["evaluation"], **record["rope_scaling"]}.items():
+    others = record["rope_scaling"] | record.get("bounded", {})
+    for way, sets in {"plain": record["evaluation"], **others}.items():
         for name, lengths in sets.items():
             for length, row in lengths.items():
                 values = (row[column] for column in ("perplexity", "nll", "bits_per_byte", "last_256_perplexity"))
-                yield (record["key"], rope, name, int(length), *values)
+                yield (record["key"], way, name, int(length), *values)

@@ -9,7 +9,7 @@ from typing import Any
 
 from fibattn.progress import duration, quantity
 from fibattn.study.findings import percent
-from fibattn.study.results import PLAIN, ROPE_NAMES, Group, Model, Results, paper
+from fibattn.study.results import PLAIN, Group, Model, Results, in_words, paper, ways
 
 ABSENT = "not run"
 _PAPER_SETS = ("fineweb_edu", "wikipedia")
@@ -239,16 +239,15 @@ def _extrapolation(group: Group) -> Table:
             (*_lengths(model.label, model, group), *(percent(change[n]) if change else "–" for n in (2048, 4096)))
         )
         rows += [
-            (*_lengths(f"{model.label}, {ROPE_NAMES[rope]}", model, group, rope), "–", "–")
-            for rope in model.first["rope_scaling"]
+            (*_lengths(f"{model.label}, {in_words(way)}", model, group, way), "–", "–") for way in ways(model.first)
         ]
     factors = [length // group.trained_at for length in group.lengths]
     return Table(
         "Table 2. Past the training length",
         f"Perplexity (geometric mean over the sets) at {group.trained_at:,} tokens, and its change in longer windows "
         "of the same text; best at the longest first. RoPE is plain unless a scaling is named, which is set for each "
-        "length anew. The last two columns are the paper's changes (its power-of-two rungs grew with the evaluation "
-        "length; ours stay those of training).",
+        "length anew. Bounded: full layers see the last so many tokens alone. The last two columns are the paper's "
+        "changes (its power-of-two rungs grew with the evaluation length; ours stay those of training).",
         ("model", *(f"{factor}×" for factor in factors), "paper: 2×", "4×"),
         tuple(rows),
     )
@@ -265,9 +264,9 @@ def _last_positions(group: Group) -> Table:
     )
 
 
-def _lengths(label: str, model: Model, group: Group, rope: str = PLAIN) -> tuple[str, ...]:
+def _lengths(label: str, model: Model, group: Group, way: str = PLAIN) -> tuple[str, ...]:
     first = model.loss(group.trained_at)
-    changes = [percent(model.loss(length, rope) - first) for length in group.lengths if length > group.trained_at]
+    changes = [percent(model.loss(length, way) - first) for length in group.lengths if length > group.trained_at]
     return (label, f"{math.exp(first):.2f}", *changes)
 
 
