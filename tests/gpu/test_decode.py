@@ -59,7 +59,7 @@ def test_shapes(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[::2])
-@pytest.mark.parametrize("window", [0, 1, 31, 32, 63, 64, 128, 500])
+@pytest.mark.parametrize("window", [0, 1, 31, 32, 63, 64, 128, 500, 1023])
 def test_windows(window, dtype):
     pattern = Pattern.fibonacci(window=window)
     at = torch.tensor([[70], [5000]], device="cuda")
@@ -141,6 +141,10 @@ KINDS = {
     "sparse": {},
     "learned": {"schedule": "learned"},
     "hybrid": {"layer_types": ["fibonacci_attention", "full_attention", "sliding_attention", "fibonacci_attention"]},
+    "bounded hybrid": {
+        "layer_types": ["fibonacci_attention", "full_attention", "sliding_attention", "full_attention"],
+        "full_reach": 100,
+    },
 }
 
 

@@ -30,8 +30,8 @@ MARK = "<!-- written by fibattn report --into -->"
 
 _CAPTIONS = {
     "extrapolation": "Perplexity in longer and longer windows of the same text, against dense of the same seed at the "
-    "training length, and the grey part of it again, enlarged; thin lines are further seeds; bounded: full layers see the "
-    "last so many tokens alone. Lower is better.",
+    "training length, and the grey part of it again, enlarged; thin lines are further seeds; bounded: full layers "
+    "see the last so many tokens alone. Lower is better.",
     "positions": "Loss over the training window, and what the stagger gains over fixed distances in each part of it.",
     "alphas": "Where learned scales end, beside the ramp that the stagger sets.",
     "coverage": "The distances that some layer attends to (16 layers, W = 8, context 1,024): what staggering is for. "
