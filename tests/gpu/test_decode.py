@@ -59,7 +59,7 @@ def test_shapes(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[::2])
-@pytest.mark.parametrize("window", [0, 1, 31, 32, 63, 64, 128, 500, 1023])
+@pytest.mark.parametrize("window", [0, 1, 31, 32, 63, 64, 128, 500, 990])
 def test_windows(window, dtype):
     pattern = Pattern.fibonacci(window=window)
     at = torch.tensor([[70], [5000]], device="cuda")
