@@ -14,12 +14,13 @@ from browser import Browser
 
 from fibattn import InputError, files
 from fibattn.study.findings import Finding, own_goals, papers_findings
+from fibattn.study.own_tables import asked_tables, copying_table, cost_table
+from fibattn.study.paper_tables import papers_tables
 from fibattn.study.probe_tables import other_probes, retrieval_table
 from fibattn.study.report import insert_tables, write_report
 from fibattn.study.results import Group, Model, Results, paper
 from fibattn.study.runner import Job
 from fibattn.study.store import Store
-from fibattn.study.tables import asked_tables, copying_table, cost_table, papers_tables
 
 SETS = ("fineweb_edu", "wikipedia")
 PLAIN = {"clip_offsets": False, "full_layers": [], "stagger_heads": False}

@@ -10,20 +10,14 @@ from fibattn.errors import InputError
 from fibattn.progress import quantity
 from fibattn.study import charts
 from fibattn.study.findings import Finding, own_goals, papers_findings
+from fibattn.study.own_tables import asked_tables, beyond_tables, cost_table, failures_table, other_budget
 from fibattn.study.page import inline_svg, write_page
+from fibattn.study.paper_tables import papers_tables
 from fibattn.study.probe_tables import other_probes, retrieval_table
+from fibattn.study.provenance import provenance
 from fibattn.study.results import Group, Results
 from fibattn.study.store import Store
-from fibattn.study.tables import (
-    Table,
-    asked_tables,
-    beyond_tables,
-    cost_table,
-    failures_table,
-    other_budget,
-    papers_tables,
-    provenance,
-)
+from fibattn.study.tables import Table
 
 MARK = "<!-- written by fibattn report --into -->"
 """Stands in a document before the tables."""
