@@ -74,13 +74,9 @@ def logits(model: FibAttnForCausalLM, ids: Tensor) -> Tensor:
             out = interpolated(q, k, v, layer.self_attn, scale)
         else:
             patterns = config.layer_patterns(number)
-            window = (
-                config.window
-                if kind != "full_attention"
-                else length
-                if config.full_reach is None
-                else config.full_reach
-            )
+            window = config.window
+            if kind == "full_attention":
+                window = length if config.full_reach is None else config.full_reach
             distances = (*range(window + 1), *(patterns[0].offsets if patterns else ()))
             out = weights_over_keys(distances, q @ k.transpose(1, 2) * scale) @ v
         x = x + out.transpose(0, 1).reshape(length, -1) @ weights[f"model.{at}.self_attn.o_proj.weight"].T

@@ -18,7 +18,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from fibattn.pattern import Schedule, layer_alphas, layer_patterns, union_coverage
 from fibattn.study.cost import mean_keys
 from fibattn.study.drawing import LOOKS, QUIET, Page, drawn, kind, look_of, powers_of_two
-from fibattn.study.results import PLAIN, Group, Model, in_words, mean_loss, paper, ways
+from fibattn.study.results import PLAIN, Group, Model, in_words, mean_loss, papers_gain
+from fibattn.study.store import ways
 from fibattn.training.recipe import ModelRecipe, Recipe
 from fibattn.training.run import model_config
 
@@ -124,12 +125,7 @@ def positions(group: Group, path: Path) -> Path | None:
     ours = fixed.gaps_by_part(linear, group.trained_at) if fixed and linear else []
     if not ours:
         return None
-    published = paper()["position_nll_8_bins"]
-    theirs, papers_linear = (
-        [statistics.mean(values) for values in zip(*published[f"fibonacci/{name}/w12"].values(), strict=True)]
-        for name in ("fixed", "linear")
-    )
-    papers = [one - other for one, other in zip(theirs, papers_linear, strict=True)]
+    papers = papers_gain()
     parts, models = range(1, len(ours) + 1), _leading(group)
 
     def draw(page: Page) -> Figure:

@@ -81,18 +81,21 @@ def evaluate_stretched(
         if kind == "yarn":
             parameters["original_max_position_embeddings"] = trained_at
         model = load_model(folder, rope_parameters=parameters)
-        for name, lengths in plain.items():
-            targets = lengths[str(length)]["targets"]
-            sets[name] |= sweep(model, data, lengths=[length], sets=[name], tokens=targets, quiet=True)["sets"][name]
+        for name, row in _again(model, data, plain, [length]).items():
+            sets[name] |= row
     return sets
 
 
 def evaluate_bounded(folder: Path, data: PreparedData, tokens: int, plain: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The sweep `plain` again, in windows longer than `tokens`, with full layers that see the last `tokens` alone."""
     model = load_model(folder, full_reach=tokens - 1)
-    sets: dict[str, dict[str, Any]] = {}
+    return _again(model, data, plain, [int(n) for n in next(iter(plain.values())) if int(n) > tokens])
+
+
+def _again(model: PreTrainedModel, data: PreparedData, plain: dict[str, Any], lengths: list[int]) -> dict[str, Any]:
+    """The sweep `plain` at some of its lengths with another model, over the same targets."""
+    sets: dict[str, Any] = {}
     for name, rows in plain.items():
-        lengths = [int(length) for length in rows if int(length) > tokens]
         targets = next(iter(rows.values()))["targets"]
         sets |= sweep(model, data, lengths=lengths, sets=[name], tokens=targets, quiet=True)["sets"]
     return sets

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from fibattn.progress import quantity
 from fibattn.study.findings import percent
 from fibattn.study.paper_tables import extrapolation
 from fibattn.study.results import Group, Model, Results, paper
-from fibattn.study.tables import Table, in_sigmas
+from fibattn.study.tables import Table, against
 
 
 def beyond_tables(group: Group) -> list[Table]:
@@ -32,14 +33,14 @@ def _models(group: Group, models: Sequence[Model], title: str) -> Table:
     rows = []
     for model in sorted(models, key=lambda one: one.loss(group.trained_at)):
         losses = model.losses(group.trained_at)
-        gap = None if dense is None or model is dense else model.gap(dense, group.trained_at)
+        gap, away = against(model, dense, group)
         rows.append(
             (
                 model.label,
                 f"{model.first['model']['keys']:.0f}",
                 *(f"{math.exp(losses[name]):.2f}" for name in group.sets),
-                "–" if gap is None else percent(gap),
-                "–" if gap is None or dense is None else in_sigmas(gap, group.sigma(model, dense)),
+                gap,
+                away,
                 "–" if dense is None or model is dense else str(len(model.beside(dense))),
                 percent(model.loss(longest) - model.loss(group.trained_at)),
             )
@@ -99,13 +100,7 @@ def asked_tables(groups: Sequence[Group]) -> list[Table]:
 
 def _forced_choice(groups: Sequence[Group], task: str, sizes: str, title: str, published: str) -> Table | None:
     """How often, and by how much, every run prefers the right answer; None where none was asked."""
-    runs = [
-        (model.label, group.tokens, run)
-        for group in groups
-        for model in group.models
-        for run in model.runs
-        if run.get(task)
-    ]
+    runs = _runs_with(task, groups)
     if not runs:
         return None
     asked = runs[0][2][task]
@@ -129,15 +124,20 @@ def _forced_choice(groups: Sequence[Group], task: str, sizes: str, title: str, p
     )
 
 
-def copying_table(groups: Sequence[Group]) -> Table | None:
-    """How well every run copies; None where none was asked."""
-    runs = [
+def _runs_with(measure: str, groups: Sequence[Group]) -> list[tuple[str, int, dict[str, Any]]]:
+    """The runs that have `measure`, each with its model's label and its budget."""
+    return [
         (model.label, group.tokens, run)
         for group in groups
         for model in group.models
         for run in model.runs
-        if run.get("copying")
+        if run.get(measure)
     ]
+
+
+def copying_table(groups: Sequence[Group]) -> Table | None:
+    """How well every run copies; None where none was asked."""
+    runs = _runs_with("copying", groups)
     if not runs:
         return None
     distances = list(runs[0][2]["copying"])
@@ -159,7 +159,7 @@ def cost_table(groups: Sequence[Group]) -> Table:
     rows = []
     for model in sorted(groups[0].models, key=lambda one: one.first["flops_per_token"]["attention"]):
         run, own = model.first, model.recipe
-        alone = [run for group in groups for same in group.models if same.recipe == own for run in same.alone()]
+        alone = [one for group in groups for same in group.models if same.recipe == own for one in same.alone()]
         speeds = [one["training"] for one in alone if one["hardware"]["device"] == run["hardware"]["device"]]
         memory = run["training"]["peak_memory_gib"]
         rows.append(

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from fibattn.study.findings import percent
-from fibattn.study.results import PLAIN, Group, Model, in_words, paper, ways
-from fibattn.study.tables import ABSENT, Table, in_sigmas
+from fibattn.study.results import PLAIN, Group, Model, in_words, paper, papers_gain
+from fibattn.study.store import ways
+from fibattn.study.tables import ABSENT, Table, against
 
 _PAPER_SETS = ("fineweb_edu", "wikipedia")
 
@@ -109,20 +110,13 @@ def _lengths(label: str, model: Model, group: Group, way: str = PLAIN) -> tuple[
 
 
 def _positions(group: Group) -> Table:
-    published = paper()["position_nll_8_bins"]
-    keys = {name: f"fibonacci/{name.removesuffix('-w12')}/w12" for name in ("fixed-w12", "linear-w12")}
-    theirs = {
-        name: [statistics.mean(values) for values in zip(*published[key].values(), strict=True)]
-        for name, key in keys.items()
-    }
     fixed, linear = group.get("fixed-w12"), group.get("linear-w12")
     rows: list[tuple[str, ...]] = [
         (model.label, *(f"{loss:.3f}" for loss in model.bins(group.trained_at))) for model in (fixed, linear) if model
     ]
     ours = fixed.gaps_by_part(linear, group.trained_at) if fixed and linear else []
     rows.append(("gain", *(f"{gain:.3f}" for gain in ours)) if ours else ("gain", ABSENT, *("–" for _ in range(7))))
-    gains = [one - other for one, other in zip(theirs["fixed-w12"], theirs["linear-w12"], strict=True)]
-    rows.append(("paper: gain", *(f"{gain:.3f}" for gain in gains)))
+    rows.append(("paper: gain", *(f"{gain:.3f}" for gain in papers_gain())))
     return Table(
         "Table 3. Loss by position",
         "Nats, the mean over the sets, in eight equal parts of the training window; gain: fixed minus linear, W = 12.",
@@ -142,16 +136,13 @@ def _seeds(group: Group) -> Table:
         if len(losses) < 2 and theirs is None:
             continue
         spread = f"{100 * statistics.stdev(losses):.2f} %" if len(losses) > 1 else ABSENT
-        gap, away = (
-            None if other is None or other is model else model.gap(other, group.trained_at) for other in (dense, linear)
-        )
         rows.append(
             (
                 model.label,
                 " ".join(f"{math.exp(loss):.2f}" for loss in losses),
                 spread,
-                "–" if gap is None else percent(gap),
-                "–" if away is None or linear is None else in_sigmas(away, group.sigma(model, linear)),
+                against(model, dense, group)[0],
+                against(model, linear, group)[1],
                 *_papers_spread(theirs),
             )
         )
@@ -179,11 +170,9 @@ def _papers_spread(values: Sequence[float] | None) -> tuple[str, str]:
 
 
 def _against_linear(model: Model, group: Group) -> str:
-    linear = group.get(f"linear-w{model.recipe['window']}")
-    if linear is None or linear is model or model.recipe["base"] != "fibonacci":
+    if model.recipe["base"] != "fibonacci":
         return "–"
-    gap = model.gap(linear, group.trained_at)
-    return "–" if gap is None else in_sigmas(gap, group.sigma(model, linear))
+    return against(model, group.get(f"linear-w{model.recipe['window']}"), group)[1]
 
 
 def _ranks(losses: dict[Any, float]) -> dict[Any, int]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from fibattn import files
 from fibattn.errors import InputError
-from fibattn.study.store import Store
+from fibattn.study.store import Store, ways
 
 PLAIN = "plain"
 ROPE_NAMES = {"yarn": "YaRN", "linear": "linear scaling"}
@@ -33,9 +33,11 @@ def paper() -> dict[str, Any]:
     return json.loads(package_files("fibattn.study").joinpath("paper.json").read_text(encoding="utf-8"))
 
 
-def ways(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The other evaluations of a finished model, by name: RoPE stretched, or full layers bounded to so many tokens."""
-    return run["rope_scaling"] | run.get("bounded", {})
+def papers_gain() -> list[float]:
+    """By how many nats the paper's linear stagger is ahead of fixed, W = 12, in each part of a window."""
+    published = paper()["position_nll_8_bins"]
+    fixed, linear = (_by_part(published[f"fibonacci/{name}/w12"].values()) for name in ("fixed", "linear"))
+    return [one - other for one, other in zip(fixed, linear, strict=True)]
 
 
 def in_words(way: str) -> str:
@@ -56,8 +58,12 @@ def mean_loss(run: dict[str, Any], length: int, way: str = PLAIN) -> float:
 
 def bins(run: dict[str, Any], length: int) -> list[float]:
     """The loss of a run in equal parts of windows of `length`, the mean over the held-out sets."""
-    sets = [rows[str(length)]["bins"] for rows in run["evaluation"].values()]
-    return [statistics.mean(values) for values in zip(*sets, strict=True)]
+    return _by_part(rows[str(length)]["bins"] for rows in run["evaluation"].values())
+
+
+def _by_part(several: Iterable[Sequence[float]]) -> list[float]:
+    """The mean of several curves, part by part."""
+    return [statistics.mean(values) for values in zip(*several, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,7 @@ class Model:
         """As `gap`, in each equal part of windows of `length`; empty where the two share no seed."""
         pairs = [(bins(own, length), bins(theirs, length)) for own, theirs in self.beside(other)]
         gaps = [[one - two for one, two in zip(own, theirs, strict=True)] for own, theirs in pairs]
-        return [statistics.mean(part) for part in zip(*gaps, strict=True)]
+        return _by_part(gaps)
 
 
 @dataclass(frozen=True)

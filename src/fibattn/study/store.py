@@ -116,6 +116,11 @@ create table failures (key text, study text, run text, time text, error text);
 """
 
 
+def ways(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The other evaluations of a finished model, by name: RoPE stretched, or full layers bounded to so many tokens."""
+    return record["rope_scaling"] | record.get("bounded", {})
+
+
 def _read(path: Path) -> Iterator[dict[str, Any]]:
     *whole, _cut = path.read_bytes().split(b"\n")
     for number, line in enumerate(whole, start=1):
@@ -137,8 +142,7 @@ def _run_row(record: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _evaluation_rows(record: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
-    others = record["rope_scaling"] | record.get("bounded", {})
-    for way, sets in {"plain": record["evaluation"], **others}.items():
+    for way, sets in {"plain": record["evaluation"], **ways(record)}.items():
         for name, lengths in sets.items():
             for length, row in lengths.items():
                 values = (row[column] for column in ("perplexity", "nll", "bits_per_byte", "last_256_perplexity"))

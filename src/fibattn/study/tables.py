@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from fibattn.study.findings import percent
+from fibattn.study.results import Group, Model
+
 ABSENT = "not run"
 
 
@@ -21,6 +24,13 @@ class Table:
         return "\n".join([f"### {self.title}", "", self.note, "", lines[0], rule, *lines[1:], ""])
 
 
-def in_sigmas(gap: float, sigma: float | None) -> str:
-    """A difference of losses in standard deviations."""
-    return "–" if not sigma else f"{gap / sigma:+.1f}".replace("-", "−")
+def against(model: Model, other: Model | None, group: Group) -> tuple[str, str]:
+    """The difference of two models at the training length over the seeds that both have: in per cent, and in σ.
+
+    Dashes for what there is none of: another model, a common seed, a second seed.
+    """
+    gap = None if other is None or other is model else model.gap(other, group.trained_at)
+    if other is None or gap is None:
+        return "–", "–"
+    sigma = group.sigma(model, other)
+    return percent(gap), f"{gap / sigma:+.1f}".replace("-", "−") if sigma else "–"
