@@ -47,7 +47,8 @@ def write_report(folder: Path) -> Path:
     Store(folder).index()
     group, out = results.groups[0], folder / "report"
     figures = _figures(results, out)
-    checked, goals = papers_findings(group), _goals(results)
+    checked, judged = papers_findings(group), _judged(results)
+    goals = _goals(judged)
     papers = [*papers_tables(group), retrieval_table(results.probes), cost_table(results.groups)]
     beyond = [*beyond_tables(group), *asked_tables(results.groups)]
     probes = other_probes(results.probes)
@@ -58,7 +59,7 @@ def write_report(folder: Path) -> Path:
     return write_page(
         out / "index.html",
         "report.html.j2",
-        headline=_headline(results),
+        headline=_headline(judged),
         group=group,
         budgets=_budgets(results),
         figures=figures,
@@ -107,17 +108,18 @@ def _figures(results: Results, out: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _by_budget(results: Results) -> list[Group]:
-    """The groups that tell of the default recipe, most training first: those trained at the main group's length."""
+def _judged(results: Results) -> list[tuple[Group, list[Finding]]]:
+    """The groups trained at the main group's length, most training first, each with the project's goals."""
     length = results.groups[0].trained_at
-    return sorted((one for one in results.groups if one.trained_at == length), key=lambda one: -one.tokens)
+    groups = sorted((one for one in results.groups if one.trained_at == length), key=lambda one: -one.tokens)
+    return [(group, own_goals(group, results.probes)) for group in groups]
 
 
-def _goals(results: Results) -> list[Finding]:
-    """The project's goals at every budget, most training first; what one budget leaves out is said once."""
-    groups, found = _by_budget(results), []
-    checked = [own_goals(group, results.probes) for group in groups]
-    for same in zip(*checked, strict=True):
+def _goals(judged: list[tuple[Group, list[Finding]]]) -> list[Finding]:
+    """The project's goals at every budget; what one budget leaves out is said once."""
+    found: list[Finding] = []
+    groups = [group for group, _ in judged]
+    for same in zip(*(goals for _, goals in judged), strict=True):
         told = [(group, goal) for group, goal in zip(groups, same, strict=True) if goal.verdict != "not run"]
         if len({goal.evidence for _, goal in told}) < 2:
             found.append(told[0][1] if told else same[0])
@@ -133,15 +135,13 @@ def _budgets(results: Results) -> str:
     return f"{quantity(main.tokens)} training tokens" + (f" (and {', '.join(also)})" if also else "")
 
 
-def _headline(results: Results) -> str:
+def _headline(judged: list[tuple[Group, list[Finding]]]) -> str:
     """What the numbers of the largest budget say of the default recipe, whichever way they come out."""
-    for group in _by_budget(results):
-        better, longer, *_ = own_goals(group, results.probes)
-        if "not run" not in (better.verdict, longer.verdict):
-            break
-    else:
-        group = results.groups[0]
-        return f"{len(group.models)} models, {quantity(group.tokens)} training tokens each"
+    whole = [(group, goals) for group, goals in judged if "not run" not in {goal.verdict for goal in goals[:2]}]
+    if not whole:
+        main = max((group for group, _ in judged), key=lambda one: len(one.models))
+        return f"{len(main.models)} models, {quantity(main.tokens)} training tokens each"
+    group, (better, longer, *_) = whole[0]
     factor = group.lengths[-1] // group.trained_at
     at_length = {"holds": "ahead of dense on every domain", "partly": "partly ahead of dense"}
     past = {
