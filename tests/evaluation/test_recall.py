@@ -63,27 +63,33 @@ def test_training_rows_alternate_and_spread_over_distances() -> None:
     found = [distances(rows[index]) for index in range(60)]
     assert [len(pairs(rows[index]["input_ids"].tolist())) for index in (0, 1, 2)] == [4, 1, 4]
     everything = [one for row in found for one in row]
-    assert min(everything) >= 16
-    assert max(everything) <= 384
-    near, middle, far = (
-        sum(low <= one < high for one in everything) for low, high in ((16, 40), (40, 100), (100, 250))
-    )
+    assert min(everything) >= 4
+    assert 384 < max(everything) <= 510
+    near, middle, far = (sum(low <= one < high for one in everything) for low, high in ((8, 20), (20, 50), (50, 125)))
     assert min(near, middle, far) > 0.7 * max(near, middle, far)
     passkeys = rows[1]["input_ids"].tolist()
     assert set(pairs(passkeys)) == {NOISE}
 
 
-@pytest.mark.parametrize(("length", "lengths"), [(4096, [256, 1024, 4096]), (512, [128, 128, 512]), (128, [128] * 3)])
+@pytest.mark.parametrize(
+    ("length", "lengths"), [(4096, [32, 128, 512, 2048, 4096]), (512, [32, 128, 512]), (128, [32, 128])]
+)
 def test_lessons_go_from_short_rows_to_long_ones(length: int, lengths: list[int]) -> None:
-    stages = lessons(length, steps=100, batch_tokens=8192, seed=0)
+    stages = lessons(length, steps=101, batch_tokens=8192, seed=0)
     assert [stage.data[0]["input_ids"].shape[0] for stage in stages] == lengths
-    assert [stage.steps for stage in stages] == [33, 33, 34]
+    assert sum(stage.steps for stage in stages) == 101
+    assert max(stage.steps for stage in stages) - min(stage.steps for stage in stages) <= 1
     assert all(stage.batch * tokens == 8192 for stage, tokens in zip(stages, lengths, strict=True))
     assert max(distances(stages[0].data[0])) < lengths[0]
 
 
+def test_short_rows_are_full_of_pairs_and_no_row_is_refused() -> None:
+    rows = lessons(4096, steps=5, batch_tokens=65_536, seed=0)[0].data
+    assert [len(distances(rows[index])) for index in range(512)] == [4, 1] * 256
+
+
 def test_lessons_of_few_steps_end_with_the_longest() -> None:
-    assert [stage.steps for stage in lessons(4096, steps=1, batch_tokens=1, seed=0)] == [0, 0, 1]
+    assert [stage.steps for stage in lessons(4096, steps=1, batch_tokens=1, seed=0)] == [0, 0, 0, 0, 1]
 
 
 def test_rows_depend_on_seed_and_number_alone() -> None:
@@ -96,7 +102,7 @@ def test_rows_depend_on_seed_and_number_alone() -> None:
 
 
 def test_no_room_is_refused() -> None:
-    rows = RecallRows(1, 70, nearest=60, farthest=66, asked=1, tasks=("associative",), seed=0)
+    rows = RecallRows(1, 70, planted=3, nearest=60, farthest=66, asked=1, tasks=("associative",), seed=0)
     with pytest.raises(InputError, match=r"no room for the pairs in a row of 70 tokens"):
         rows[0]
 

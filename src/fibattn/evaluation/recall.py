@@ -33,13 +33,18 @@ NOISE, KEYS, VALUES = 64, 64, 64
 VOCABULARY = NOISE + KEYS + VALUES
 """Ids of noise, then the keys (the first is the passkey's), then the values."""
 
-NEAREST = 16
+NEAREST = 4
 """The nearest distance of training."""
-TOKENS_A_QUESTION = 64
+TOKENS_A_QUESTION = 32
 """In a training row every pair is asked once for so many tokens, each time from another distance."""
+SHORTEST = 32
+"""Tokens of a row of the first lesson. Whose value is asked is learnt from the key before each value. A layer that does
+not know yet where to look spreads over the whole row; in a long one it hardly sees that key, and nothing is learnt for
+thousands of steps (`docs/log.md`)."""
 
+_MOST_ROWS = 512  # of a step: rows are made one by one, and a GPU would wait for short ones
 _EVALUATED = 1 << 40  # evaluation rows are numbered from here, out of reach of any training
-_ATTEMPTS = 200
+_ATTEMPTS = 20
 
 
 class RecallRows(Dataset[dict[str, Tensor]]):
@@ -52,8 +57,9 @@ class RecallRows(Dataset[dict[str, Tensor]]):
     Args:
         count: how many items there are.
         length: tokens of a row.
-        nearest, farthest: distances are drawn from this range, evenly in their logarithm.
-        asked: questions for each pair.
+        planted: pairs stand among so many first tokens.
+        nearest, farthest: distances are drawn from this range as far as the row goes, evenly in their logarithm.
+        asked: questions for each pair; those that meet others are left out, all but one.
         tasks: item i has the task at i modulo their number.
         seed: of all items.
         first: the number of the first item.
@@ -64,6 +70,7 @@ class RecallRows(Dataset[dict[str, Tensor]]):
         count: int,
         length: int,
         *,
+        planted: int,
         nearest: int,
         farthest: int,
         asked: int,
@@ -71,7 +78,7 @@ class RecallRows(Dataset[dict[str, Tensor]]):
         seed: int,
         first: int = 0,
     ):
-        self.count, self.length, self.nearest, self.farthest = count, length, nearest, farthest
+        self.count, self.length, self.planted, self.nearest, self.farthest = count, length, planted, nearest, farthest
         self.asked, self.tasks, self.seed, self.first = asked, tuple(tasks), seed, first
 
     def __len__(self) -> int:
@@ -83,61 +90,74 @@ class RecallRows(Dataset[dict[str, Tensor]]):
         ids = rng.integers(0, NOISE, self.length)
         targets = np.full(self.length, IGNORED)
         keys = [0] if task == "passkey" else 1 + rng.choice(KEYS - 1, PAIRS[task], replace=False)
-        free = np.ones(self.length, dtype=bool)
-        for key in keys:
+        for key, (planted, *asked) in zip(keys, self._places(rng, len(keys)), strict=True):
             value = NOISE + KEYS + rng.integers(VALUES)
-            planted, *asked = self._places(rng, free)
             ids[planted], ids[planted + 1] = NOISE + key, value
-            for place in asked:
-                ids[place], targets[place] = NOISE + key, value
+            ids[asked], targets[asked] = NOISE + key, value
         return {"input_ids": torch.from_numpy(ids), "shift_labels": torch.from_numpy(targets)}
 
-    def _places(self, rng: np.random.Generator, free: np.ndarray) -> list[int]:
-        """Where one pair and its questions stand; two tokens each are taken out of `free`."""
+    def _places(self, rng: np.random.Generator, pairs: int) -> list[list[int]]:
+        """Where each pair and its questions stand."""
         for _ in range(_ATTEMPTS):
-            left, taken = free.copy(), []
-            planted = int(rng.integers(0, self.length - self.farthest - 1))
-            logs = rng.uniform(np.log(self.nearest), np.log(self.farthest + 1), self.asked)
-            for place in (planted, *(planted + np.exp(logs).astype(np.int64)).tolist()):
-                if left[place : place + 2].all():
-                    left[place : place + 2] = False
-                    taken.append(place)
-                elif len(taken) < 2:
-                    break
-            if len(taken) > 1:
-                free[:] = left
-                return taken
+            free, places = [True] * self.length, []
+            while len(places) < pairs and (one := self._place(rng, free)):
+                places.append(one)
+            if len(places) == pairs:
+                return places
         raise InputError(
             f"no room for the pairs in a row of {self.length} tokens with distances {self.nearest} to "
             f"{self.farthest}; make the rows longer"
         )
 
+    def _place(self, rng: np.random.Generator, free: list[bool]) -> list[int] | None:
+        """Where one pair and its questions stand, two tokens each, taken out of `free`; None where there is no room."""
+        for _ in range(_ATTEMPTS):
+            planted = int(rng.integers(self.planted))
+            farthest = min(self.farthest, self.length - 2 - planted)
+            logs = rng.uniform(np.log(self.nearest), np.log(farthest + 1), self.asked)
+            taken: list[int] = []
+            for place in (planted, *(planted + np.exp(logs).astype(np.int64)).tolist()):
+                if all(free[place : place + 2]):
+                    free[place : place + 2] = False, False
+                    taken.append(place)
+                elif not taken:
+                    break
+            if len(taken) > 1:
+                return taken
+            for place in taken:
+                free[place : place + 2] = True, True
+        return None
+
 
 def training_rows(count: int, length: int, tasks: Sequence[Task], seed: int) -> RecallRows:
-    """Rows to learn from: distances from 16 to three quarters of the length, every pair asked many times."""
+    """Rows to learn from: pairs in their first half, each asked many times, from a distance of 4 on."""
     return RecallRows(
         count,
         length,
+        planted=length // 2,
         nearest=NEAREST,
-        farthest=length * 3 // 4,
-        asked=max(length // TOKENS_A_QUESTION, 1),
+        farthest=length,
+        asked=length // TOKENS_A_QUESTION,
         tasks=tasks,
         seed=seed,
     )
 
 
 def lesson_lengths(length: int) -> list[int]:
-    """Of the rows, one stage of training after another: a sixteenth of the length, a quarter, all of it."""
-    return [max(length // part, 128) for part in (16, 4)] + [length]
+    """Of the rows, one stage of training after another: short ones, four times as long each time, at last `length`."""
+    lengths = [SHORTEST]
+    while 4 * lengths[-1] < length:
+        lengths.append(4 * lengths[-1])
+    return [*lengths, length]
 
 
 def lessons(length: int, steps: int, batch_tokens: int, seed: int) -> list[Stage]:
-    """From short rows to those of `length`, a third of the steps each: what is far is learnt from what is near."""
+    """From short rows to those of `length`, as many steps each: what is far is learnt from what is near."""
     lengths = lesson_lengths(length)
     ends = [steps * (done + 1) // len(lengths) for done in range(len(lengths))]
     stages = []
     for tokens, first, end in zip(lengths, [0, *ends], ends, strict=False):
-        count, batch = end - first, max(1, batch_tokens // tokens)
+        count, batch = end - first, min(max(1, batch_tokens // tokens), _MOST_ROWS)
         stages.append(Stage(training_rows(count * batch, tokens, TASKS, seed), count, batch))
     return stages
 
@@ -147,9 +167,11 @@ def questions(count: int, distance: int, task: Task, seed: int) -> RecallRows:
 
     A range, not one number, so that no pattern is lucky or unlucky with it.
     """
+    length = distance + max(distance // 4, 32)
     return RecallRows(
         count,
-        distance + max(distance // 4, 32),
+        length,
+        planted=length - distance - 1,
         nearest=max(distance * 4 // 5, 1),
         farthest=distance,
         asked=1,

@@ -348,11 +348,22 @@ def _trains_as_fast(group: Group) -> Finding:
 def _recalls_farther(probes: Probes) -> Finding:
     claim = "With rungs a small model recalls from farther back than with a window of as many keys"
     rows = probes["recall"][-1]["rows"] if probes.get("recall") else []
-    found = {row["variant"]: row["accuracy"] for row in rows if row["task"] == "passkey"}
-    if not {"window", "stagger"} <= set(found):
+    farther, seen = [], []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        reach = {row["variant"]: _reach(row["accuracy"]) for row in rows if row["task"] == task}
+        if {"window", "stagger"} <= set(reach):
+            farther.append(reach["stagger"] > reach["window"])
+            seen.append(f"{task}: " + ", ".join(f"{name} {distance:,}" for name, distance in reach.items()))
+    if not farther:
         return Finding(claim, "not run", "needs fibattn probe recall")
-    reach = {
-        name: max((int(n) for n, right in one.items() if right >= _FOUND), default=0) for name, one in found.items()
-    }
-    words = ", ".join(f"{name} {distance:,}" for name, distance in reach.items())
-    return _judged(claim, reach["stagger"] > reach["window"], f"a passkey is found by 9 in 10 up to: {words} tokens")
+    return Finding(claim, _verdict(farther), f"tokens up to which 9 in 10 are found; {'; '.join(seen)}")
+
+
+def _reach(accuracy: dict[str, float]) -> int:
+    """The farthest of the distances up to which a value is found."""
+    reached = 0
+    for distance, right in accuracy.items():
+        if right < _FOUND:
+            break
+        reached = int(distance)
+    return reached

@@ -52,10 +52,19 @@ def _matrix(group: Group) -> Table:
         "Table 1. Perplexity at the training length",
         "In the paper's order, best first. Text and tokenizer differ from the paper's, so compare ratios to dense "
         "(geometric means over the sets; the paper gives dense on two) and ranks (among the models run here), not "
-        "perplexities. The column σ gives the distance to linear at the same window in standard deviations over seeds.",
+        "perplexities. The column σ gives the distance to linear at the same window in standard deviations over seeds."
+        + _agreement(ranks, theirs),
         ("model", *group.sets, "÷ dense", "to linear, σ", "rank", "paper: FineWeb-Edu", "Wikipedia", "÷ dense", "rank"),
         tuple(rows),
     )
+
+
+def _agreement(ranks: dict[str, int], theirs: dict[str, int]) -> str:
+    """How well two orders of the same models agree; nothing for fewer than five."""
+    if len(ranks) < 5:
+        return ""
+    agreement = statistics.correlation([ranks[key] for key in ranks], [theirs[key] for key in ranks])
+    return f" Rank correlation of our order with the paper's over these {len(ranks)} models: {agreement:.2f}.".replace("-", "−")
 
 
 def _dense_row(group: Group, dense: Model | None, published: dict[str, float]) -> tuple[str, ...]:
