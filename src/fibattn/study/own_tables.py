@@ -109,7 +109,7 @@ def _forced_choice(groups: Sequence[Group], task: str, sizes: str, title: str, p
             label,
             quantity(tokens),
             str(run["seed"]),
-            *(f"{row['accuracy']:.2f}, {row['margin']:+.2f} ± {row['margin_error'] or 0:.2f}" for row in run[task]),
+            *(_choice(row) for row in run[task]),
         )
         for label, tokens, run in runs
     ]
@@ -124,12 +124,16 @@ def _forced_choice(groups: Sequence[Group], task: str, sizes: str, title: str, p
     )
 
 
+def _choice(row: dict[str, Any]) -> str:
+    return f"{row['accuracy']:.2f}, {row['margin']:+.2f} ± {row['margin_error'] or 0:.2f}".replace("-", "−")
+
+
 def _runs_with(measure: str, groups: Sequence[Group]) -> list[tuple[str, int, dict[str, Any]]]:
-    """The runs that have `measure`, each with its model's label and its budget."""
+    """The runs that have `measure`, each with its model's label and its budget; a budget's in the order of labels."""
     return [
         (model.label, group.tokens, run)
         for group in groups
-        for model in group.models
+        for model in sorted(group.models, key=lambda model: model.label)
         for run in model.runs
         if run.get(measure)
     ]
