@@ -28,38 +28,36 @@ Task = Literal["associative", "passkey"]
 TASKS: tuple[Task, ...] = get_args(Task)
 PAIRS: dict[Task, int] = {"associative": 4, "passkey": 1}
 """Pairs of key and value in a row."""
+_BLOCK = 2 * max(PAIRS.values())
 
 NOISE, KEYS, VALUES = 64, 64, 64
 VOCABULARY = NOISE + KEYS + VALUES
 """Ids of noise, then the keys (the first is the passkey's), then the values."""
 
-NEAREST = 4
-"""The nearest distance of training."""
-TOKENS_A_QUESTION = 32
+TOKENS_A_QUESTION = 16
 """In a training row every pair is asked once for so many tokens, each time from another distance."""
-SHORTEST = 32
-"""Tokens of a row of the first lesson. Whose value is asked is learnt from the key before each value. A layer that does
-not know yet where to look spreads over the whole row; in a long one it hardly sees that key, and nothing is learnt for
-thousands of steps (`docs/log.md`)."""
+SHORTEST = 16
+"""Tokens of a row of the first lesson: the pairs, and questions. Whose value is asked is learnt from the key before
+each value. A layer that does not know yet where to look spreads over the whole row; in a longer one it hardly sees
+that key, and nothing is learnt for thousands of steps (`docs/log.md`)."""
 
 _MOST_ROWS = 512  # of a step: rows are made one by one, and a GPU would wait for short ones
 _EVALUATED = 1 << 40  # evaluation rows are numbered from here, out of reach of any training
-_ATTEMPTS = 20
 
 
 class RecallRows(Dataset[dict[str, Tensor]]):
     """Item i is a row of noise with pairs in it, and the values asked of it: `input_ids` and `shift_labels`.
 
-    A pair is a key with its value right after it. Each pair is asked by its key, `distance` after the key of the
-    pair; noise follows, never the answer. Both arrays are int64 (length,); the same seed and number give the
+    The pairs stand in a block, each a key with its value right after it. A pair is asked by its key, `distance` after
+    the key in the block; the answer never follows. Both arrays are int64 (length,); the same seed and number give the
     same row.
 
     Args:
         count: how many items there are.
         length: tokens of a row.
-        planted: pairs stand among so many first tokens.
-        nearest, farthest: distances are drawn from this range as far as the row goes, evenly in their logarithm.
-        asked: questions for each pair; those that meet others are left out, all but one.
+        starts: the block begins at one of so many first tokens.
+        nearest, farthest: distances are drawn from this range, evenly in their logarithm, as far as the row allows.
+        asked: questions for each pair; one that meets another is left out.
         tasks: item i has the task at i modulo their number.
         seed: of all items.
         first: the number of the first item.
@@ -70,7 +68,7 @@ class RecallRows(Dataset[dict[str, Tensor]]):
         count: int,
         length: int,
         *,
-        planted: int,
+        starts: int,
         nearest: int,
         farthest: int,
         asked: int,
@@ -78,7 +76,7 @@ class RecallRows(Dataset[dict[str, Tensor]]):
         seed: int,
         first: int = 0,
     ):
-        self.count, self.length, self.planted, self.nearest, self.farthest = count, length, planted, nearest, farthest
+        self.count, self.length, self.starts, self.nearest, self.farthest = count, length, starts, nearest, farthest
         self.asked, self.tasks, self.seed, self.first = asked, tuple(tasks), seed, first
 
     def __len__(self) -> int:
@@ -87,55 +85,28 @@ class RecallRows(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         rng = np.random.default_rng((self.seed, self.first + index))
         task = self.tasks[index % len(self.tasks)]
-        ids = rng.integers(0, NOISE, self.length)
-        targets = np.full(self.length, IGNORED)
-        keys = [0] if task == "passkey" else 1 + rng.choice(KEYS - 1, PAIRS[task], replace=False)
-        for key, (planted, *asked) in zip(keys, self._places(rng, len(keys)), strict=True):
-            value = NOISE + KEYS + rng.integers(VALUES)
-            ids[planted], ids[planted + 1] = NOISE + key, value
-            ids[asked], targets[asked] = NOISE + key, value
+        count = PAIRS[task]
+        keys = NOISE + (np.zeros(1, int) if task == "passkey" else 1 + rng.choice(KEYS - 1, count, replace=False))
+        values = NOISE + KEYS + rng.integers(0, VALUES, count)
+        ids, targets = rng.integers(0, NOISE, self.length), np.full(self.length, IGNORED)
+        planted = rng.integers(self.starts) + 2 * np.arange(count)
+        ids[planted], ids[planted + 1] = keys, values
+        low = np.maximum(self.nearest, planted[-1] + 2 - planted)
+        high = np.minimum(self.farthest, self.length - 1 - planted)
+        logs = rng.uniform(np.log(low), np.log(high + 1), (self.asked, count))
+        distances = np.exp(logs).astype(np.int64).clip(low, high)
+        places, chosen = np.unique(planted + distances, return_index=True)
+        ids[places], targets[places] = keys[chosen % count], values[chosen % count]
         return {"input_ids": torch.from_numpy(ids), "shift_labels": torch.from_numpy(targets)}
-
-    def _places(self, rng: np.random.Generator, pairs: int) -> list[list[int]]:
-        """Where each pair and its questions stand."""
-        for _ in range(_ATTEMPTS):
-            free, places = [True] * self.length, []
-            while len(places) < pairs and (one := self._place(rng, free)):
-                places.append(one)
-            if len(places) == pairs:
-                return places
-        raise InputError(
-            f"no room for the pairs in a row of {self.length} tokens with distances {self.nearest} to "
-            f"{self.farthest}; make the rows longer"
-        )
-
-    def _place(self, rng: np.random.Generator, free: list[bool]) -> list[int] | None:
-        """Where one pair and its questions stand, two tokens each, taken out of `free`; None where there is no room."""
-        for _ in range(_ATTEMPTS):
-            planted = int(rng.integers(self.planted))
-            farthest = min(self.farthest, self.length - 2 - planted)
-            logs = rng.uniform(np.log(self.nearest), np.log(farthest + 1), self.asked)
-            taken: list[int] = []
-            for place in (planted, *(planted + np.exp(logs).astype(np.int64)).tolist()):
-                if all(free[place : place + 2]):
-                    free[place : place + 2] = False, False
-                    taken.append(place)
-                elif not taken:
-                    break
-            if len(taken) > 1:
-                return taken
-            for place in taken:
-                free[place : place + 2] = True, True
-        return None
 
 
 def training_rows(count: int, length: int, tasks: Sequence[Task], seed: int) -> RecallRows:
-    """Rows to learn from: pairs in their first half, each asked many times, from a distance of 4 on."""
+    """Rows to learn from: the block in their first half, each pair asked many times, from the end of the block on."""
     return RecallRows(
         count,
         length,
-        planted=length // 2,
-        nearest=NEAREST,
+        starts=length // 2 - _BLOCK + 1,
+        nearest=1,
         farthest=length,
         asked=length // TOKENS_A_QUESTION,
         tasks=tasks,
@@ -171,7 +142,7 @@ def questions(count: int, distance: int, task: Task, seed: int) -> RecallRows:
     return RecallRows(
         count,
         length,
-        planted=length - distance - 1,
+        starts=length - distance - _BLOCK + 2,
         nearest=max(distance * 4 // 5, 1),
         farthest=distance,
         asked=1,
@@ -287,10 +258,10 @@ def recall(
     Raises:
         InputError: for an unknown variant, a value that cannot run or an earlier result with other settings.
     """
-    if length < 128 or layers < 2 or min(distances, default=0) < NEAREST:
+    if length < 128 or layers < 2 or min(distances, default=0) < SHORTEST:
         raise InputError(
             f"length is {length} (at least 128), layers {layers} (at least 2), distances {list(distances)} "
-            f"(each at least {NEAREST}); change what is too small"
+            f"(each at least {SHORTEST}); change what is too small"
         )
     if min(steps, batch_tokens, asked) < 1:
         raise InputError(f"steps {steps}, batch_tokens {batch_tokens}, asked {asked}: each must be at least 1")
