@@ -8,6 +8,7 @@ from operator_inputs import FIBONACCI, Shape, fixed, learned, random_inputs, run
 from torch import Tensor
 
 from fibattn import Pattern, attend, attend_scaled
+from fibattn.errors import InputError
 
 NO_LIMIT = 2**31 - 1
 OPS = torch.ops.fibattn
@@ -112,6 +113,24 @@ def test_compiled_gradients_have_the_bits_of_eager_ones(learns: bool) -> None:
         inputs = random_inputs(Shape(tokens, batch=2, kv_heads=2, group=2))
         found, expected = run(compiled, inputs, alpha), run(call, inputs, alpha)
         assert all(torch.equal(found.all()[name], x) for name, x in expected.all().items())
+
+
+def test_a_scale_does_not_break_the_graph() -> None:
+    """Under `dynamic=True` a number is a symbol from the start."""
+    torch._dynamo.reset()
+    counter = Counter()
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return attend(q, k, v, Pattern(3, (5, 9)), scale=scale)
+
+    compiled = torch.compile(forward, fullgraph=True, dynamic=True, backend=counter)
+    for tokens in (20, 33, 50):
+        inputs = random_inputs(Shape(tokens))
+        assert torch.equal(compiled(*inputs, 0.5), forward(*inputs, 0.5))
+    assert counter.graphs == 1
+    for scale in (float("nan"), float("inf")):
+        with pytest.raises(InputError, match=f"scale is {scale}"):
+            forward(*random_inputs(Shape(20)), scale)
 
 
 def test_boundaries_of_documents_compile_too() -> None:

@@ -297,7 +297,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> floa
         raise InputError(
             f"{tokens} query tokens and {k.shape[1]} key tokens; queries are the last of the keys, at least 1"
         )
-    if scale is not None and not math.isfinite(scale):
+    # Not math.isfinite: under torch.compile(dynamic=True) a number is a symbol, and only a comparison can be traced.
+    if scale is not None and not -math.inf < scale < math.inf:
         raise InputError(f"scale is {scale}; it must be finite, or None for head size ** -0.5")
     return size**-0.5 if scale is None else scale
 

@@ -57,8 +57,8 @@ class Recall:
     layers: int = 8
     distances: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
     """Where recall is asked for."""
-    steps: int = 2000
-    batch_tokens: int = 65_536
+    steps: int = 4000
+    batch_tokens: int = 16_384
     peak_rate: float = 1e-3
     asked: int = 512
     """Questions for each task and distance."""

@@ -6,6 +6,7 @@ nothing to resume but a probe that was cut between two rows.
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from fibattn.training.recipe import OptimizerRecipe
 from fibattn.training.trainer import parameter_groups, rate_factor
 
 _LOOK_EVERY = 25
+_WORKERS = min(8, os.cpu_count() or 1)  # rows are made one by one, and a GPU would wait for short ones
 
 Keep = Callable[[dict[str, Any]], None]
 """What a probe calls with its result so far, whenever it has another row."""
@@ -98,10 +100,9 @@ def fit(
     last = torch.zeros((), device=where)
     counted = max(1, steps // 10)
     model.train()
-    # Where lengths differ, plain numbers would be symbols too, and the operator's check of its scale would then break
-    # the graph in every layer.
+    # Where lengths differ, plain numbers would be symbols too; but they never change.
     with Meter(label, steps, "steps") as meter, torch._dynamo.config.patch(specialize_float=True):
-        for step, items in enumerate(_batches(stages, workers=4 if where.type == "cuda" else 0)):
+        for step, items in enumerate(_batches(stages, _WORKERS if where.type == "cuda" else 0)):
             if before_step is not None:
                 before_step(step)
             for group in adam.param_groups:

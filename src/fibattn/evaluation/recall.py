@@ -41,7 +41,6 @@ SHORTEST = 16
 each value. A layer that does not know yet where to look spreads over the whole row; in a longer one it hardly sees
 that key, and nothing is learnt for thousands of steps (`docs/log.md`)."""
 
-_MOST_ROWS = 512  # of a step: rows are made one by one, and a GPU would wait for short ones
 _EVALUATED = 1 << 40  # evaluation rows are numbered from here, out of reach of any training
 
 
@@ -128,7 +127,7 @@ def lessons(length: int, steps: int, batch_tokens: int, seed: int) -> list[Stage
     ends = [steps * (done + 1) // len(lengths) for done in range(len(lengths))]
     stages = []
     for tokens, first, end in zip(lengths, [0, *ends], ends, strict=False):
-        count, batch = end - first, min(max(1, batch_tokens // tokens), _MOST_ROWS)
+        count, batch = end - first, max(1, batch_tokens // tokens)
         stages.append(Stage(training_rows(count * batch, tokens, TASKS, seed), count, batch))
     return stages
 
@@ -231,8 +230,8 @@ def recall(
     window: int = 128,
     layers: int = 8,
     distances: Sequence[int] = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384),
-    steps: int = 2000,
-    batch_tokens: int = 65_536,
+    steps: int = 4000,
+    batch_tokens: int = 16_384,
     peak_rate: float = 1e-3,
     asked: int = 512,
     seed: int = 0,
