@@ -1,9 +1,10 @@
 """Recall over distance: does a far token arrive, where a plain window of the same cost cannot reach?
 
-Two tasks share every row of noise. Associative recall: several pairs of a key and its value lie somewhere; when
-a key comes again, its value is asked. Passkey: one pair whose key is always the same. Small models learn both at
-one length, with distances spread evenly over the orders of magnitude, and are asked at distances up to and past
-that length. Perplexity hardly shows such reach; here it is all that counts.
+A row is noise with pairs of a key and a value somewhere in it; when a key comes again, its value is asked.
+Associative recall has several pairs, so a model must tell whose value is asked; the passkey is one pair whose key
+is always the same. Small models learn both, from short rows to long ones, with distances spread evenly over the
+orders of magnitude, and are asked at distances up to and past the longest row. Perplexity hardly shows such reach;
+here it is all that counts.
 
 A sparse model must pass a value on from layer to layer, so rows hold few pairs: what fits into the hidden state
 on the way is not what is measured.
@@ -47,7 +48,7 @@ _EVALUATED = 1 << 40  # evaluation rows are numbered from here, out of reach of 
 class RecallRows(Dataset[dict[str, Tensor]]):
     """Item i is a row of noise with pairs in it, and the values asked of it: `input_ids` and `shift_labels`.
 
-    The pairs stand in a block, each a key with its value right after it. A pair is asked by its key, `distance` after
+    The pairs stand in one block, each a key with its value right after it. A pair is asked by its key, `distance` after
     the key in the block; the answer never follows. Both arrays are int64 (length,); the same seed and number give the
     same row.
 
