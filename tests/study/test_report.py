@@ -182,6 +182,13 @@ def test_recall_is_judged_by_how_far_it_works(passkey: float, associative: float
     assert f"passkey: window 64, stagger {reached}" in goal.evidence
 
 
+def test_speeds_are_compared_of_runs_that_trained_alone() -> None:
+    had = [{"processes_a_gpu": 1}, {"processes_a_gpu": None}, {"processes_a_gpu": 2}, {"processes_a_gpu": 2}]
+    had[3]["trains_alone"] = True
+    model = Model("dense", tuple(published_run("dense", seed=n) | {"hardware": one} for n, one in enumerate(had)))
+    assert [run["seed"] for run in model.alone()] == [0, 1, 3]
+
+
 def test_deviations_are_those_of_the_compared() -> None:
     models = published()
     loud = Model("loud", tuple(published_run("dense", factor, 42 + n) for n, factor in enumerate((1.0, 1.2, 0.8))))

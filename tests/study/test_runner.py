@@ -196,7 +196,7 @@ def test_whoever_shares_a_gpu_reckons_with_the_others_turns(job: Job, monkeypatc
 
     assert (fits(1, 110), fits(1, 90)) == (True, False)
     assert (fits(None, 110), fits(None, 90)) == (True, False)
-    assert (fits(3, 230), fits(3, 210)) == (True, False)
+    assert (fits(3, 310), fits(3, 290)) == (True, False)
 
 
 @pytest.mark.parametrize("tokens", [127, 0, -1])

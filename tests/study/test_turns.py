@@ -41,13 +41,13 @@ def compiled(one: TrainerCallback) -> None:
 
 @pytest.mark.usefixtures("two_a_gpu")
 def test_the_second_waits_for_the_end_of_the_first(tmp_path: Path) -> None:
-    with turn(tmp_path) as (first,), turn(tmp_path) as (second,):
-        compiled(first)
-        its_turn = threading.Event()
-        waiting = threading.Thread(target=lambda: (compiled(second), its_turn.set()), daemon=True)
-        waiting.start()
-        assert not its_turn.wait(0.3)
-        first.on_train_end(None, None, None)  # pyright: ignore[reportArgumentType]
+    with turn(tmp_path) as (second,):
+        with turn(tmp_path) as (first,):
+            compiled(first)
+            its_turn = threading.Event()
+            waiting = threading.Thread(target=lambda: (compiled(second), its_turn.set()), daemon=True)
+            waiting.start()
+            assert not its_turn.wait(0.3)
         assert its_turn.wait(10)
         waiting.join()
         assert first.waited < 0.3 <= second.waited
@@ -77,7 +77,7 @@ def test_whoever_has_a_gpu_alone_does_not_wait(tmp_path: Path) -> None:
         assert callbacks == []
 
 
-def test_a_real_training_holds_its_turn_from_its_third_step_to_its_last(job: Job, tmp_path: Path) -> None:
+def test_a_real_training_holds_its_turn_from_its_third_step_on(job: Job, tmp_path: Path) -> None:
     lock = tmp_path / "turn"
     free = []
 
@@ -86,6 +86,9 @@ def test_a_real_training_holds_its_turn_from_its_third_step_to_its_last(job: Job
             free.append(is_free(lock))
 
     recipe = job.study.resolved(job.study.runs[0], data=job.data, out=tmp_path / "run", tokens=None, compiled=False)
-    train(replace(recipe, steps=5), [Turn(lock), Watch()])
+    one = Turn(lock)
+    train(replace(recipe, steps=5), [one, Watch()])
     assert free == [True, True, False, False, False]
+    assert not is_free(lock)  # what follows belongs to the turn
+    one.end()
     assert is_free(lock)

@@ -116,7 +116,11 @@ def training_summary(run: Path) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """The hardware of this process."""
+    """The hardware of this process, and how it has the GPU.
+
+    `trains_alone`: with the GPU for itself, or for its turn. Results of earlier versions lack it; where processes
+    shared a GPU, those were disturbed by evaluations.
+    """
     on_gpu = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
@@ -124,6 +128,7 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cpus": os.cpu_count(),
         "processes_a_gpu": processes_a_gpu(),
+        "trains_alone": True,
     }
 
 

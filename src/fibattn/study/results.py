@@ -134,8 +134,12 @@ class Model:
         return mean_loss(self.first, length, way)
 
     def alone(self) -> list[dict[str, Any]]:
-        """The runs that had a GPU for themselves: only their speeds may be compared."""
-        return [run for run in self.runs if (run["hardware"].get("processes_a_gpu") or 1) == 1]
+        """The runs that had a GPU for themselves while they trained: only their speeds may be compared."""
+        return [
+            run
+            for run in self.runs
+            if run["hardware"].get("trains_alone") or (run["hardware"].get("processes_a_gpu") or 1) == 1
+        ]
 
     def seed_losses(self, length: int) -> list[float]:
         """The mean loss of every seed at `length`."""

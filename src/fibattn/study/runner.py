@@ -147,57 +147,62 @@ def _attempt(job: Job, task: _Task, data: PreparedData, store: Store) -> bool:
 
 
 def _measured(job: Job, task: _Task, data: PreparedData) -> dict[str, Any]:
-    started, study = time.monotonic(), job.study
-    resumed = (task.recipe.out / "recipe.json").exists()
+    started, folder = time.monotonic(), task.recipe.out
+    resumed = (folder / "recipe.json").exists()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with turn(job.work) as turns:
         model = train(task.recipe, turns)
-    _forget()
-    waited = sum(one.waited for one in turns)
-    trained = time.monotonic()
-    training = measure.training_summary(task.recipe.out)
-    measured = measure.evaluate(model, data, study)
-    stretched = {
-        kind: measure.evaluate_stretched(model, data, kind, measured["evaluation"]) for kind in task.run.rope_scaling
-    }
-    windows = [n * task.recipe.length for n in task.run.full_windows if n < max(study.factors)]
-    bounded = {str(n): measure.evaluate_bounded(model, data, n, measured["evaluation"]) for n in windows}
+        _forget()
+        waited = sum(one.waited for one in turns)
+        trained = time.monotonic()
+        training = measure.training_summary(folder)
+        evaluated = _evaluated(job.study, task.run, model, data)
     ended = time.monotonic()
-    name = task.run.name
     losses = ", ".join(
-        f"{which} {next(iter(lengths.values()))['perplexity']:.2f}" for which, lengths in measured["evaluation"].items()
+        f"{which} {next(iter(lengths.values()))['perplexity']:.2f}"
+        for which, lengths in evaluated["evaluation"].items()
     )
     seconds = {"training": trained - started - waited, "evaluation": ended - trained, "all": ended - started - waited}
-    say(f"{name}: trained in {duration(seconds['training'])}, evaluated in {duration(ended - trained)}; {losses}")
+    took = f"trained in {duration(seconds['training'])}, evaluated in {duration(seconds['evaluation'])}"
+    say(f"{task.run.name}: {took}; {losses}")
     return {
         "tokens": task.recipe.tokens,
         "trained_at": task.recipe.length,
         "recipe": recipe_of(task.recipe),
         "compiled": task.recipe.compile,
-        "inputs": files.read_json(task.recipe.out / "inputs.json"),
+        "inputs": files.read_json(folder / "inputs.json"),
         "hardware": measure.machine(),
         "versions": measure.versions(),
         "training": training,
         "seconds": seconds | {"waiting": waited},
         "resumed": resumed,
+        **evaluated,
+    }
+
+
+def _evaluated(study: Study, run: Run, model: Path, data: PreparedData) -> dict[str, Any]:
+    measured = measure.evaluate(model, data, study)
+    plain, trained_at = measured["evaluation"], study.recipe.length
+    bounds = [n * trained_at for n in run.full_windows if n < max(study.factors)]
+    return {
         **measured,
-        "rope_scaling": stretched,
-        "bounded": bounded,
+        "rope_scaling": {kind: measure.evaluate_stretched(model, data, kind, plain) for kind in run.rope_scaling},
+        "bounded": {str(n): measure.evaluate_bounded(model, data, n, plain) for n in bounds},
     }
 
 
 def _fits(job: Job, task: _Task, store: Store) -> bool:
     """Whether the run would end in time, judged by the slowest of the last three on such a device, token for token.
 
-    Older ones may have had slower code or a busier machine. On a shared GPU every other process may train first.
+    Older ones may have had slower code or a busier machine. On a shared GPU every other process may be first.
     """
     if job.deadline is None:
         return True
     here = measure.machine()
     others = (here["processes_a_gpu"] or 1) - 1
     paces = [
-        (one["seconds"]["all"] + others * one["seconds"]["training"]) / one["tokens"]
+        (1 + others) * one["seconds"]["all"] / one["tokens"]
         for one in sorted(store.finished().values(), key=lambda one: one["time"])
         if not one["resumed"] and all(one["hardware"].get(what) == here[what] for what in ("device", "processes_a_gpu"))
     ]

@@ -1,6 +1,6 @@
-"""Turns on a shared GPU: one of its processes trains; the others load, compile, evaluate, or wait.
+"""Turns on a shared GPU: one of its processes trains and evaluates; the others load, compile, or wait.
 
-Two that train at once would also take turns, but every few milliseconds, and together they are a fifth slower than
+Two that work at once would also take turns, but every few milliseconds, and together they are a fifth slower than
 one alone (`docs/log.md`).
 """
 
@@ -28,7 +28,7 @@ def processes_a_gpu() -> int | None:
 
 
 class Turn(TrainerCallback):
-    """Waits for the GPU after the first steps of a training, and gives it up after the last.
+    """Waits for the GPU after the first steps of a training; `end` gives it up.
 
     The turn is a lock on a file, which the system gives back when a process and those it forked have ended.
     """
@@ -47,23 +47,25 @@ class Turn(TrainerCallback):
             fcntl.flock(self.lock, fcntl.LOCK_EX)
             self.waited = time.monotonic() - began
 
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Let the next one train."""
+    def end(self) -> None:
+        """Let the next one have the GPU, also when workers of a training that failed still hold the file open."""
         fcntl.flock(self.lock, fcntl.LOCK_UN)
+        self.lock.close()
 
 
 @contextmanager
 def turn(folder: Path) -> Iterator[list[Turn]]:
-    """What makes a training take turns with others that use `folder`: nothing where it has its GPU for itself."""
+    """What makes a training take turns with others that use `folder`: nothing where it has its GPU for itself.
+
+    The turn lasts until this context ends, so that what follows the training belongs to it.
+    """
     if (processes_a_gpu() or 1) == 1:
         yield []
         return
     folder.mkdir(parents=True, exist_ok=True)
     device = os.environ.get("CUDA_VISIBLE_DEVICES", "0").replace("/", "-")
     one = Turn(folder / f"turn-{platform.node()}-gpu{device}.lock")
-    with one.lock:
-        try:
-            yield [one]
-        finally:
-            # Workers of a training that failed may still hold the file open.
-            one.on_train_end()
+    try:
+        yield [one]
+    finally:
+        one.end()
