@@ -123,13 +123,16 @@ def lesson_lengths(length: int) -> list[int]:
 
 
 def lessons(length: int, steps: int, batch_tokens: int, seed: int) -> list[Stage]:
-    """From short rows to those of `length`, as many steps each: what is far is learnt from what is near."""
+    """From short rows to those of `length`, as many steps each: what is far is learnt from what is near.
+
+    The first has no passkeys: they teach to fetch whatever value there is, and that is hard to unlearn.
+    """
     lengths = lesson_lengths(length)
     ends = [steps * (done + 1) // len(lengths) for done in range(len(lengths))]
     stages = []
     for tokens, first, end in zip(lengths, [0, *ends], ends, strict=False):
-        count, batch = end - first, max(1, batch_tokens // tokens)
-        stages.append(Stage(training_rows(count * batch, tokens, TASKS, seed), count, batch))
+        count, batch, tasks = end - first, max(1, batch_tokens // tokens), TASKS if stages else TASKS[:1]
+        stages.append(Stage(training_rows(count * batch, tokens, tasks, seed), count, batch))
     return stages
 
 
