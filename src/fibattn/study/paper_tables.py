@@ -64,9 +64,8 @@ def _agreement(ranks: dict[str, int], theirs: dict[str, int]) -> str:
     if len(ranks) < 5:
         return ""
     agreement = statistics.correlation([ranks[key] for key in ranks], [theirs[key] for key in ranks])
-    return f" Rank correlation of our order with the paper's over these {len(ranks)} models: {agreement:.2f}.".replace(
-        "-", "−"
-    )
+    words = f"{agreement:.2f}".replace("-", "−")
+    return f" Rank correlation of our order with the paper's over these {len(ranks)} models: {words}."
 
 
 def _dense_row(group: Group, dense: Model | None, published: dict[str, float]) -> tuple[str, ...]:
