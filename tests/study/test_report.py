@@ -46,6 +46,7 @@ def published_run(key: str, factor: float = 1.0, seed: int = 42) -> dict[str, An
         "model": {"learned_alphas": [0.97, 1.04] if "learned" in key else None},
         "rope_scaling": {},
         "hardware": {"processes_a_gpu": 2},
+        "training": {},
     }
 
 
@@ -184,8 +185,11 @@ def test_recall_is_judged_by_how_far_it_works(passkey: float, associative: float
 
 def test_speeds_are_compared_of_runs_that_trained_alone() -> None:
     had = [{"processes_a_gpu": 1}, {"processes_a_gpu": None}, {"processes_a_gpu": 2}, {"processes_a_gpu": 2}]
-    had[3]["trains_alone"] = True
-    model = Model("dense", tuple(published_run("dense", seed=n) | {"hardware": one} for n, one in enumerate(had)))
+    training = [{}, {}, {}, {"alone": True}]
+    runs = (
+        published_run("dense", seed=n) | {"hardware": had[n], "training": training[n]} for n in range(len(training))
+    )
+    model = Model("dense", tuple(runs))
     assert [run["seed"] for run in model.alone()] == [0, 1, 3]
 
 

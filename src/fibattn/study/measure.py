@@ -102,7 +102,11 @@ def _again(model: PreTrainedModel, data: PreparedData, plain: dict[str, Any], le
 
 
 def training_summary(run: Path) -> dict[str, Any]:
-    """The loss over training and its speed, from a run's `metrics.jsonl`."""
+    """The loss over training and its speed, from a run's `metrics.jsonl`.
+
+    `alone`: with the GPU for itself, at least for its turn. Results of earlier versions lack it; where processes shared
+    a GPU, those were disturbed by evaluations.
+    """
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     last = lines[-max(len(lines) // 20, 1) :]
     step = max(len(lines) // _CURVE_POINTS, 1)
@@ -111,16 +115,13 @@ def training_summary(run: Path) -> dict[str, Any]:
         "final_loss": statistics.mean(line["loss"] for line in last),
         "curve": [[line["tokens"], round(line["loss"], 4)] for line in lines[step - 1 :: step]],
         "tokens_per_second": statistics.median(speeds),
+        "alone": True,
         "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
     }
 
 
 def machine() -> dict[str, Any]:
-    """The hardware of this process, and how it has the GPU.
-
-    `trains_alone`: with the GPU for itself, or for its turn. Results of earlier versions lack it; where processes
-    shared a GPU, those were disturbed by evaluations.
-    """
+    """The hardware of this process."""
     on_gpu = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
@@ -128,7 +129,6 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cpus": os.cpu_count(),
         "processes_a_gpu": processes_a_gpu(),
-        "trains_alone": True,
     }
 
 

@@ -138,7 +138,7 @@ class Model:
         return [
             run
             for run in self.runs
-            if run["hardware"].get("trains_alone") or (run["hardware"].get("processes_a_gpu") or 1) == 1
+            if run["training"].get("alone") or (run["hardware"].get("processes_a_gpu") or 1) == 1
         ]
 
     def seed_losses(self, length: int) -> list[float]:

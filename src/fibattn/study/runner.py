@@ -200,9 +200,9 @@ def _fits(job: Job, task: _Task, store: Store) -> bool:
     if job.deadline is None:
         return True
     here = measure.machine()
-    others = (here["processes_a_gpu"] or 1) - 1
+    sharing = here["processes_a_gpu"] or 1
     paces = [
-        (1 + others) * one["seconds"]["all"] / one["tokens"]
+        sharing * one["seconds"]["all"] / one["tokens"]
         for one in sorted(store.finished().values(), key=lambda one: one["time"])
         if not one["resumed"] and all(one["hardware"].get(what) == here[what] for what in ("device", "processes_a_gpu"))
     ]
