@@ -1,5 +1,6 @@
 """The paper's findings and the project's own goals, each held against the results: holds, does not, or not run."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -61,7 +62,12 @@ def own_goals(group: Group, probes: Probes) -> list[Finding]:
 
 def percent(difference: float, digits: int = 1) -> str:
     """A difference of losses as a difference of perplexities, in per cent."""
-    return f"{100 * math.expm1(difference):+.{digits}f} %".replace("-", "−")
+    return real_minus(f"{100 * math.expm1(difference):+.{digits}f} %")
+
+
+def real_minus(numbers: str) -> str:
+    """Numbers as people set them, with a minus sign in place of each hyphen."""
+    return numbers.replace("-", "−")
 
 
 def _missing(claim: str, group: Group, *names: str) -> Finding:
@@ -361,9 +367,6 @@ def _recalls_farther(probes: Probes) -> Finding:
 
 def _reach(accuracy: dict[str, float]) -> int:
     """The farthest of the distances up to which a value is found."""
-    reached = 0
-    for distance, right in accuracy.items():
-        if right < _FOUND:
-            break
-        reached = int(distance)
-    return reached
+    known = sorted((int(distance), right) for distance, right in accuracy.items())
+    found = itertools.takewhile(lambda one: one[1] >= _FOUND, known)
+    return max((distance for distance, _ in found), default=0)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from fibattn.progress import quantity
-from fibattn.study.findings import percent
+from fibattn.study.findings import percent, real_minus
 from fibattn.study.paper_tables import extrapolation
 from fibattn.study.results import Group, Model, Results, paper
 from fibattn.study.tables import Table, against
@@ -74,7 +74,7 @@ def _far_context(group: Group) -> Table | None:
     for model in group.models:
         near, far = (model.gaps_by_part(control, length) for length in (group.trained_at, longest))
         if model is not control and not model.is_papers and near:
-            cells = (f"{gap:+.3f}".replace("-", "−") for gap in (near[-1], *far))
+            cells = (real_minus(f"{gap:+.3f}") for gap in (near[-1], *far))
             rows.append((far[-1], (model.label, *cells)))
     factor = longest // group.trained_at
     return Table(
@@ -125,7 +125,7 @@ def _forced_choice(groups: Sequence[Group], task: str, sizes: str, title: str, p
 
 
 def _choice(row: dict[str, Any]) -> str:
-    return f"{row['accuracy']:.2f}, {row['margin']:+.2f} ± {row['margin_error'] or 0:.2f}".replace("-", "−")
+    return real_minus(f"{row['accuracy']:.2f}, {row['margin']:+.2f} ± {row['margin_error'] or 0:.2f}")
 
 
 def _runs_with(measure: str, groups: Sequence[Group]) -> list[tuple[str, int, dict[str, Any]]]:

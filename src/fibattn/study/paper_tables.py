@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from fibattn.study.findings import percent
+from fibattn.study.findings import percent, real_minus
 from fibattn.study.results import PLAIN, Group, Model, in_words, paper, papers_gain
 from fibattn.study.store import ways
 from fibattn.study.tables import ABSENT, Table, against
@@ -64,7 +64,7 @@ def _agreement(ranks: dict[str, int], theirs: dict[str, int]) -> str:
     if len(ranks) < 5:
         return ""
     agreement = statistics.correlation([ranks[key] for key in ranks], [theirs[key] for key in ranks])
-    words = f"{agreement:.2f}".replace("-", "−")
+    words = real_minus(f"{agreement:.2f}")
     return f" Rank correlation of our order with the paper's over these {len(ranks)} models: {words}."
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fibattn.study.findings import percent
+from fibattn.study.findings import percent, real_minus
 from fibattn.study.results import Group, Model
 
 ABSENT = "not run"
@@ -33,4 +33,4 @@ def against(model: Model, other: Model | None, group: Group) -> tuple[str, str]:
     if other is None or gap is None:
         return "–", "–"
     sigma = group.sigma(model, other)
-    return percent(gap), f"{gap / sigma:+.1f}".replace("-", "−") if sigma else "–"
+    return percent(gap), real_minus(f"{gap / sigma:+.1f}") if sigma else "–"
