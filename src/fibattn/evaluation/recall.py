@@ -131,7 +131,8 @@ def lessons(length: int, steps: int, batch_tokens: int, seed: int) -> list[Stage
     ends = [steps * (done + 1) // len(lengths) for done in range(len(lengths))]
     stages = []
     for tokens, first, end in zip(lengths, [0, *ends], ends, strict=False):
-        count, batch, tasks = end - first, max(1, batch_tokens // tokens), TASKS if stages else TASKS[:1]
+        tasks: tuple[Task, ...] = TASKS if stages else ("associative",)
+        count, batch = end - first, max(1, batch_tokens // tokens)
         stages.append(Stage(training_rows(count * batch, tokens, tasks, seed), count, batch))
     return stages
 
