@@ -166,7 +166,15 @@ def test_hybrids_have_two_full_layers_without_rope() -> None:
 def test_every_variant_runs_and_repeats_itself() -> None:
     def once(*names: str) -> dict:
         return recall(
-            length=128, names=names, window=4, layers=2, distances=(20, 80), steps=2, batch_tokens=128, asked=8
+            length=128,
+            names=names,
+            window=4,
+            layers=2,
+            distances=(20, 80),
+            steps=2,
+            batch_tokens=128,
+            asked=8,
+            seeds=(3,),
         )
 
     result = once()
@@ -182,15 +190,17 @@ def test_every_variant_runs_and_repeats_itself() -> None:
 def test_a_cut_probe_goes_on_with_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict = {"length": 128, "window": 4, "layers": 2, "distances": (20, 80), "steps": 1, "batch_tokens": 128}
     kept: list[dict] = []
-    first = recall(**options, names=("window",), asked=8, keep=kept.append)
+    first = recall(**options, names=("window",), asked=8, seeds=(0,), keep=kept.append)
     assert kept == [first]
-    both = recall(**options, names=("dense",), asked=8, earlier=json.loads(json.dumps(first)))
-    assert [row["variant"] for row in both["rows"]] == ["window", "window", "dense", "dense"]
+    both = recall(**options, names=("window", "dense"), asked=8, seeds=(0, 1), earlier=json.loads(json.dumps(first)))
+    made = [(row["variant"], row["seed"]) for row in both["rows"][::2]]
+    assert made == [("window", 0), ("dense", 0), ("window", 1), ("dense", 1)]
     assert both["rows"][:2] == first["rows"]
+    assert both["rows"][0]["loss"] != both["rows"][4]["loss"]
     with pytest.raises(InputError, match=r"asked was 8 and is now 4\. Give a new --out"):
         recall(**options, names=("dense",), asked=4, earlier=first)
     monkeypatch.setattr("fibattn.evaluation.recall.fit", None)
-    assert recall(**options, names=("window", "dense"), asked=8, earlier=both) == both
+    assert recall(**options, names=("window", "dense"), asked=8, seeds=(0, 1), earlier=both) == both
 
 
 def test_bad_input_is_refused() -> None:
@@ -198,3 +208,5 @@ def test_bad_input_is_refused() -> None:
         recall(names=["densest"])
     with pytest.raises(InputError, match="length is 64"):
         recall(length=64)
+    with pytest.raises(InputError, match=r"seeds \[\]: .* there must be a seed"):
+        recall(seeds=())

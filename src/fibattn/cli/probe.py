@@ -62,7 +62,8 @@ class Recall:
     peak_rate: float = 1e-3
     asked: int = 512
     """Questions for each task and distance."""
-    seed: int = 0
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Every model is trained from each of them."""
     out: Out = FOLDER / "recall.json"
 
 

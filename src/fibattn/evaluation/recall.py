@@ -10,6 +10,7 @@ A sparse model must pass a value on from layer to layer, so rows hold few pairs:
 on the way is not what is measured.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -239,7 +240,7 @@ def recall(
     batch_tokens: int = 16_384,
     peak_rate: float = 1e-3,
     asked: int = 512,
-    seed: int = 0,
+    seeds: Sequence[int] = (0, 1, 2),
     earlier: dict[str, Any] | None = None,
     keep: Keep = lambda result: None,
 ) -> dict[str, Any]:
@@ -255,9 +256,9 @@ def recall(
         batch_tokens: tokens of a training step and, at most, of an evaluation pass (at least one row).
         peak_rate: the learning rate after warm-up.
         asked: questions for each task and distance.
-        seed: of weights and rows.
+        seeds: of weights and rows; every variant is trained from each of them.
         earlier: a result to go on with.
-        keep: called with the result so far after every variant.
+        keep: called with the result so far after every model.
 
     Raises:
         InputError: for an unknown variant, a value that cannot run or an earlier result with other settings.
@@ -267,8 +268,11 @@ def recall(
             f"length is {length} (at least 128), layers {layers} (at least 2), distances {list(distances)} "
             f"(each at least {SHORTEST}); change what is too small"
         )
-    if min(steps, batch_tokens, asked) < 1:
-        raise InputError(f"steps {steps}, batch_tokens {batch_tokens}, asked {asked}: each must be at least 1")
+    if min(steps, batch_tokens, asked, len(seeds)) < 1:
+        raise InputError(
+            f"steps {steps}, batch_tokens {batch_tokens}, asked {asked}, seeds {list(seeds)}: each number must be at "
+            f"least 1, and there must be a seed"
+        )
     known = variants(length, window=window, layers=layers)
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -288,24 +292,25 @@ def recall(
         "batch_tokens": batch_tokens,
         "peak_rate": peak_rate,
         "asked": asked,
-        "seed": seed,
     }
     rows = rows_of(earlier, settings)
-    for name in names or known:
-        if name not in {row["variant"] for row in rows}:
+    done = {(row["variant"], row["seed"]) for row in rows}
+    for seed, name in itertools.product(seeds, names or known):
+        if (name, seed) not in done:
             torch.manual_seed(seed)
             model = FibAttnForCausalLM(known[name]).to(device())  # pyright: ignore[reportArgumentType]
-            loss = fit(model, lessons(length, steps, batch_tokens, seed), optimizer=optimizer, label=f"recall {name}")
-            about = {"variant": name, "keys": keys(known[name]), "loss": loss}
-            rows += [{**about, "task": task, "accuracy": _asked(model, task, settings)} for task in TASKS]
+            label = f"recall {name}, seed {seed}"
+            loss = fit(model, lessons(length, steps, batch_tokens, seed), optimizer=optimizer, label=label)
+            about = {"variant": name, "seed": seed, "keys": keys(known[name]), "loss": loss}
+            rows += [{**about, "task": task, "accuracy": _asked(model, task, seed, settings)} for task in TASKS]
             keep(settings | {"rows": list(rows)})
     return settings | {"rows": rows}
 
 
-def _asked(model: nn.Module, task: Task, settings: dict[str, Any]) -> dict[str, float]:
+def _asked(model: nn.Module, task: Task, seed: int, settings: dict[str, Any]) -> dict[str, float]:
     """Accuracy at every distance."""
     found = {}
     for distance in settings["distances"]:
-        rows = questions(-(-settings["asked"] // PAIRS[task]), distance, task, settings["seed"])
+        rows = questions(-(-settings["asked"] // PAIRS[task]), distance, task, seed)
         found[str(distance)] = accuracy(model, rows, max(1, settings["batch_tokens"] // rows.length))[0]
     return found

@@ -18,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from fibattn.pattern import Schedule, layer_alphas, layer_patterns, union_coverage
 from fibattn.study.cost import mean_keys
 from fibattn.study.drawing import LOOKS, QUIET, Page, drawn, kind, look_of, powers_of_two
+from fibattn.study.recalled import recalled
 from fibattn.study.results import PLAIN, Group, Model, in_words, mean_loss, papers_gain
 from fibattn.study.store import ways
 from fibattn.training.recipe import ModelRecipe, Recipe
@@ -290,15 +291,18 @@ def _number(axes: Axes, points: Sequence[tuple[float, float]], named: Sequence[t
 
 
 def recall(probe: dict[str, Any], path: Path) -> Path:
-    """Accuracy of recall over distance, one panel a task, one line a model."""
-    tasks = list(dict.fromkeys(row["task"] for row in probe["rows"]))
+    """Accuracy of recall over distance: one panel a task, one line a model, its seeds' median amid their range."""
+    models = recalled(probe)
+    tasks = list(dict.fromkeys(one.task for one in models))
 
     def draw(page: Page) -> Figure:
         figure, panels = page.panels(len(tasks), 3.2, sharey=True)
         for axes, task in zip(panels, tasks, strict=True):
-            for row in (row for row in probe["rows"] if row["task"] == task):
-                distances = [int(distance) for distance in row["accuracy"]]
-                axes.plot(distances, list(row["accuracy"].values()), **LOOKS[row["variant"]], label=row["variant"])
+            for one in (one for one in models if one.task == task):
+                distances, seeds = list(one.median), [list(accuracy.values()) for accuracy in one.seeds]
+                axes.plot(distances, list(one.median.values()), **LOOKS[one.variant], label=one.variant)
+                lows, highs = zip(*((min(several), max(several)) for several in zip(*seeds, strict=True)), strict=True)
+                axes.fill_between(distances, lows, highs, color=LOOKS[one.variant]["color"], alpha=0.15, linewidth=0)
             axes.axvline(probe["trained_at"], color=QUIET, linestyle="--", linewidth=1)
             axes.axhline(1 / probe["values"], color=QUIET, linestyle=":", linewidth=1)
             axes.set_ylim(-0.03, 1.03)
@@ -309,11 +313,11 @@ def recall(probe: dict[str, Any], path: Path) -> Path:
         return figure
 
     rows = [
-        (row["variant"], row["task"], distance, value)
+        (row["variant"], row["seed"], row["task"], distance, value)
         for row in probe["rows"]
         for distance, value in row["accuracy"].items()
     ]
-    return drawn(draw, path, ("model", "task", "distance", "accuracy"), rows)
+    return drawn(draw, path, ("model", "seed", "task", "distance", "accuracy"), rows)
 
 
 def _plain_log(axes: Axes) -> None:

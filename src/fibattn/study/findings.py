@@ -1,6 +1,5 @@
 """The paper's findings and the project's own goals, each held against the results: holds, does not, or not run."""
 
-import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fibattn.progress import quantity
+from fibattn.study.recalled import recalled
 from fibattn.study.results import Group, Model, Probes, losses, mean_loss
 
 Verdict = Literal["holds", "partly", "does not hold", "undecided", "not run"]
@@ -16,7 +16,6 @@ difference is smaller than seeds make."""
 
 _WINDOWS = (6, 8, 10, 12)
 _PAPERS_MODELS = 21
-_FOUND = 0.9
 """A distance counts as reached from this accuracy on."""
 
 
@@ -353,20 +352,18 @@ def _trains_as_fast(group: Group) -> Finding:
 
 def _recalls_farther(probes: Probes) -> Finding:
     claim = "With rungs a small model recalls from farther back than with a window of as many keys"
-    rows = probes["recall"][-1]["rows"] if probes.get("recall") else []
+    found = recalled(probes["recall"][-1]) if probes.get("recall") else []
     farther, seen = [], []
-    for task in dict.fromkeys(row["task"] for row in rows):
-        reach = {row["variant"]: _reach(row["accuracy"]) for row in rows if row["task"] == task}
+    for task in dict.fromkeys(one.task for one in found):
+        reach = {one.variant: one.reach for one in found if one.task == task}
         if {"window", "stagger"} <= set(reach):
-            farther.append(reach["stagger"] > reach["window"])
-            seen.append(f"{task}: " + ", ".join(f"{name} {distance:,}" for name, distance in reach.items()))
+            farther += [own > other for own in reach["stagger"] for other in reach["window"]]
+            seen.append(f"{task}: " + ", ".join(f"{name} {_range(several)}" for name, several in reach.items()))
     if not farther:
         return Finding(claim, "not run", "needs fibattn probe recall")
     return Finding(claim, _verdict(farther), f"tokens up to which 9 in 10 are found; {'; '.join(seen)}")
 
 
-def _reach(accuracy: dict[str, float]) -> int:
-    """The farthest of the distances up to which a value is found."""
-    known = sorted((int(distance), right) for distance, right in accuracy.items())
-    found = itertools.takewhile(lambda one: one[1] >= _FOUND, known)
-    return max((distance for distance, _ in found), default=0)
+def _range(ascending: Sequence[int]) -> str:
+    low, high = ascending[0], ascending[-1]
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from fibattn.evaluation.sweep import model_name
+from fibattn.study.recalled import recalled
 from fibattn.study.results import Probes, paper
 from fibattn.study.tables import ABSENT, Table
 
@@ -42,26 +43,52 @@ def retrieval_table(probes: Probes) -> Table:
 
 def other_probes(probes: Probes) -> list[Table]:
     """A table for every other probe that was run."""
-    return [_plain(name, one) for name in _TITLES for one in probes.get(name, ())]
+    several = [(name, probe) for name in _TITLES for probe in probes.get(name, ())]
+    return [_recall(probe) if name == "recall" else _plain(name, probe) for name, probe in several]
+
+
+def _recall(probe: dict[str, Any]) -> Table:
+    models = recalled(probe)
+    return Table(
+        _TITLES["recall"],
+        f"How often the value is found, by distance in tokens: the median of so many seeds. {_about(probe)}",
+        ("model", "keys", "task", "seeds", *(f"{distance:,}" for distance in models[0].median)),
+        tuple(
+            (
+                one.variant,
+                f"{one.keys:,.0f}",
+                one.task,
+                str(len(one.seeds)),
+                *(f"{right:.2f}" for right in one.median.values()),
+            )
+            for one in models
+        ),
+    )
 
 
 def _plain(name: str, probe: dict[str, Any]) -> Table:
     rows = [flat(row) for row in probe["rows"]]
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    about = [f"{key.replace('_', ' ')} {value}" for key, value in probe.items() if isinstance(value, int | float | str)]
-    devices = dict.fromkeys(row["made"]["device"] for row in probe["rows"] if "made" in row)
-    about += [f"on {device}" for device in devices if "device" not in probe]
     published = paper()["auxiliary"].get(_PAPERS.get(name, name))
-    note = "; ".join(one for one in about if not one.startswith(("probe ", "model ")))
     title = _TITLES[name]
     if "model" in probe:
         title += f": {model_name(Path(probe['model']))}"
     return Table(
         title,
-        note + (f". The paper: {published}" if published is not None else "") + ".",
+        _about(probe) + (f" The paper: {published}." if published is not None else ""),
         tuple(column.replace("_", " ") for column in columns),
         tuple(tuple(cell(row.get(column)) for column in columns) for row in rows),
     )
+
+
+def _about(probe: dict[str, Any]) -> str:
+    """A sentence of a probe's settings and the devices that it ran on."""
+    said = [(name, value) for name, value in probe.items() if isinstance(value, int | float | str)]
+    about = [f"{name.replace('_', ' ')} {value}" for name, value in said if name not in ("probe", "model")]
+    devices = dict.fromkeys(row["made"]["device"] for row in probe["rows"] if "made" in row)
+    about += [f"on {device}" for device in devices if "device" not in probe]
+    text = "; ".join(about)
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
 
 
 def flat(row: dict[str, Any]) -> dict[str, Any]:
