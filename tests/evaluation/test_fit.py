@@ -14,7 +14,7 @@ from fibattn.training.recipe import OptimizerRecipe
 def trained(variant: str) -> float:
     torch.manual_seed(0)
     model = FibAttnForCausalLM(variants(512, window=8, layers=3)[variant])
-    stages = [room.Stage(training_rows(512 // length, length, TASKS, 0), 1, 512 // length) for length in (128, 256)]
+    stages = [room.Stage(training_rows(512 // length, length, 8, TASKS, 0), 1, 512 // length) for length in (128, 256)]
     return room.fit(model, stages, optimizer=OptimizerRecipe(warmup_steps=1), label="test")
 
 

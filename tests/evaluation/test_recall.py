@@ -58,7 +58,7 @@ def test_questions_come_from_their_distance(task: Task, distance: int) -> None:
 
 
 def test_training_rows_alternate_and_spread_over_distances() -> None:
-    rows = training_rows(60, 512, TASKS, seed=0)
+    rows = training_rows(60, 512, 32, TASKS, seed=0)
     found = [distances(rows[index]) for index in range(60)]
     assert [len(pairs(rows[index]["input_ids"].tolist())) for index in (0, 1, 2)] == [4, 1, 4]
     everything = [one for row in found for one in row]
@@ -75,11 +75,25 @@ def test_training_rows_alternate_and_spread_over_distances() -> None:
 )
 def test_lessons_go_from_short_rows_to_long_ones(length: int, lengths: list[int]) -> None:
     stages = lessons(length, steps=101, batch_tokens=8192, seed=0)
-    assert [stage.data[0]["input_ids"].shape[0] for stage in stages] == lengths
-    assert sum(stage.steps for stage in stages) == 101
-    assert max(stage.steps for stage in stages) - min(stage.steps for stage in stages) <= 1
-    assert all(stage.batch * tokens == 8192 for stage, tokens in zip(stages, lengths, strict=True))
+    halves = [lengths[0], *(tokens for tokens in lengths[1:] for _ in range(2))]
+    assert [stage.data[0]["input_ids"].shape[0] for stage in stages] == halves
+    assert all(stage.batch * tokens == 8192 for stage, tokens in zip(stages, halves, strict=True))
+    steps = dict.fromkeys(lengths, 0)
+    for stage, tokens in zip(stages, halves, strict=True):
+        steps[tokens] += stage.steps
+    assert sum(steps.values()) == 101
+    assert max(steps.values()) - min(steps.values()) <= 1
     assert max(distances(stages[0].data[0])) < lengths[0]
+
+
+def test_a_lesson_asks_often_and_then_once() -> None:
+    stages = lessons(256, steps=60, batch_tokens=512, seed=0)
+    most = [max(len(distances(stage.data[index])) / PAIRS["associative"] for index in (0, 2)) for stage in stages]
+    assert most[0] == most[2] == most[4] == 1
+    assert most[1] > 2
+    assert most[3] > 8
+    rows = [tuple(stage.data[index]["input_ids"][:16].tolist()) for stage in stages for index in range(4)]
+    assert len(set(rows)) == len(rows), "no row is taught twice"
 
 
 def test_the_shortest_rows_are_full_and_have_no_passkey() -> None:
@@ -91,13 +105,13 @@ def test_the_shortest_rows_are_full_and_have_no_passkey() -> None:
 
 
 def test_lessons_of_few_steps_end_with_the_longest() -> None:
-    assert [stage.steps for stage in lessons(4096, steps=1, batch_tokens=1, seed=0)] == [0, 0, 0, 0, 1]
+    assert [stage.steps for stage in lessons(4096, steps=1, batch_tokens=1, seed=0)] == [0] * 8 + [1]
 
 
 def test_rows_depend_on_seed_and_number_alone() -> None:
-    one = training_rows(9, 256, TASKS, seed=3)[8]
-    again = training_rows(20, 256, TASKS, seed=3)[8]
-    other = training_rows(20, 256, TASKS, seed=4)[8]
+    one = training_rows(9, 256, 16, TASKS, seed=3)[8]
+    again = training_rows(20, 256, 16, TASKS, seed=3)[8]
+    other = training_rows(20, 256, 16, TASKS, seed=4)[8]
     assert torch.equal(one["input_ids"], again["input_ids"])
     assert torch.equal(one["shift_labels"], again["shift_labels"])
     assert not torch.equal(one["input_ids"], other["input_ids"])

@@ -37,7 +37,7 @@ VOCABULARY = NOISE + KEYS + VALUES
 """Ids of noise, then the keys (the first is the passkey's), then the values."""
 
 TOKENS_A_QUESTION = 16
-"""In a training row every pair is asked once for so many tokens, each time from another distance."""
+"""In a training row whose pairs are asked often, each is asked once for so many tokens, from another distance."""
 SHORTEST = 16
 """Tokens of a row of the first lesson: the pairs, and questions. Whose value is asked is learnt from the key before
 each value. A layer that does not know yet where to look spreads over the whole row; in a longer one it hardly sees
@@ -101,40 +101,49 @@ class RecallRows(Dataset[dict[str, Tensor]]):
         return {"input_ids": torch.from_numpy(ids), "shift_labels": torch.from_numpy(targets)}
 
 
-def training_rows(count: int, length: int, tasks: Sequence[Task], seed: int) -> RecallRows:
-    """Rows to learn from: the block in their first half, each pair asked many times, from the end of the block on."""
+def training_rows(count: int, length: int, asked: int, tasks: Sequence[Task], seed: int, first: int = 0) -> RecallRows:
+    """Rows to learn from: the block in their first half, each pair asked `asked` times, from the block's end on."""
     return RecallRows(
         count,
         length,
         starts=length // 2 - _BLOCK + 1,
         nearest=1,
         farthest=length,
-        asked=length // TOKENS_A_QUESTION,
+        asked=asked,
         tasks=tasks,
         seed=seed,
+        first=first,
     )
 
 
-def lesson_lengths(length: int) -> list[int]:
-    """Of the rows, one stage of training after another: short ones, four times as long each time, at last `length`."""
+def lesson_plan(length: int) -> dict[int, list[int]]:
+    """One lesson after another: the tokens of its rows, and how often they ask each pair, one part after another.
+
+    Rows grow four times as long each time, at last `length`: what is far is learnt from what is near. Pairs are asked
+    often at first, then once as in the evaluation: where they are asked often, an answer can come from the question
+    before and need not come from the pair itself.
+    """
     lengths = [SHORTEST]
     while 4 * lengths[-1] < length:
         lengths.append(4 * lengths[-1])
-    return [*lengths, length]
+    often = {tokens: tokens // TOKENS_A_QUESTION for tokens in [*lengths, length]}
+    return {tokens: [asked, 1] if asked > 1 else [1] for tokens, asked in often.items()}
 
 
 def lessons(length: int, steps: int, batch_tokens: int, seed: int) -> list[Stage]:
-    """From short rows to those of `length`, as many steps each: what is far is learnt from what is near.
+    """The stages of a training: every lesson has as many steps, and every part of it.
 
-    The first has no passkeys: they teach to fetch whatever value there is, and that is hard to unlearn.
+    The first lesson has no passkeys: they teach to fetch whatever value there is, and that is hard to unlearn.
     """
-    lengths = lesson_lengths(length)
-    ends = [steps * (done + 1) // len(lengths) for done in range(len(lengths))]
-    stages = []
-    for tokens, first, end in zip(lengths, [0, *ends], ends, strict=False):
+    plan, stages, made = lesson_plan(length), [], 0
+    for number, (tokens, parts) in enumerate(plan.items()):
         tasks: tuple[Task, ...] = TASKS if stages else ("associative",)
-        count, batch = end - first, max(1, batch_tokens // tokens)
-        stages.append(Stage(training_rows(count * batch, tokens, tasks, seed), count, batch))
+        begin, end = (steps * done // len(plan) for done in (number, number + 1))
+        for part, asked in enumerate(parts):
+            start, stop = (begin + (end - begin) * done // len(parts) for done in (part, part + 1))
+            count, batch = stop - start, max(1, batch_tokens // tokens)
+            stages.append(Stage(training_rows(count * batch, tokens, asked, tasks, seed, made), count, batch))
+            made += count * batch
     return stages
 
 
@@ -286,8 +295,7 @@ def recall(
         "pairs": dict(PAIRS),
         "values": VALUES,
         "distances": list(distances),
-        "tokens_a_question": TOKENS_A_QUESTION,
-        "lessons": lesson_lengths(length),
+        "lessons": {str(tokens): parts for tokens, parts in lesson_plan(length).items()},
         "steps": steps,
         "batch_tokens": batch_tokens,
         "peak_rate": peak_rate,
