@@ -291,7 +291,7 @@ def _number(axes: Axes, points: Sequence[tuple[float, float]], named: Sequence[t
 
 
 def recall(probe: dict[str, Any], path: Path) -> Path:
-    """Accuracy of recall over distance: one panel a task, one line a model, its seeds' median amid their range."""
+    """Accuracy of recall over distance: one panel a task, one line a model, the median of its thin seeds."""
     models = recalled(probe)
     tasks = list(dict.fromkeys(one.task for one in models))
 
@@ -299,10 +299,10 @@ def recall(probe: dict[str, Any], path: Path) -> Path:
         figure, panels = page.panels(len(tasks), 3.2, sharey=True)
         for axes, task in zip(panels, tasks, strict=True):
             for one in (one for one in models if one.task == task):
-                distances, seeds = list(one.median), [list(accuracy.values()) for accuracy in one.seeds]
-                axes.plot(distances, list(one.median.values()), **LOOKS[one.variant], label=one.variant)
-                lows, highs = zip(*((min(several), max(several)) for several in zip(*seeds, strict=True)), strict=True)
-                axes.fill_between(distances, lows, highs, color=LOOKS[one.variant]["color"], alpha=0.15, linewidth=0)
+                axes.plot(list(one.median), list(one.median.values()), **LOOKS[one.variant], label=one.variant)
+                for accuracy in one.seeds:
+                    single = {"color": LOOKS[one.variant]["color"], "linewidth": 0.8, "alpha": 0.6}
+                    axes.plot(list(accuracy), list(accuracy.values()), **single)
             axes.axvline(probe["trained_at"], color=QUIET, linestyle="--", linewidth=1)
             axes.axhline(1 / probe["values"], color=QUIET, linestyle=":", linewidth=1)
             axes.set_ylim(-0.03, 1.03)

@@ -30,7 +30,8 @@ _CAPTIONS = {
     "alphas": "Where learned scales end, beside the ramp that the stagger sets.",
     "coverage": "The distances that some layer attends to (16 layers, W = 8, context 1,024): what staggering is for. "
     "The paper counts 19 for fixed and about 75 for linear; the latter is what 8 layers give (74), not 16.",
-    "recall": "How often a value is found again that stands so far back; small models, trained for it.",
+    "recall": "How often a value is found again that stands so far back; small models, trained for it: the median of "
+    "their seeds, which are the thin lines.",
     "frontier": "Quality at the training length, against cost there and in the longest windows; each point is the "
     "first seed of a model; down and to the left is better. The line joins those that no other beats in both; numbers "
     "name these, dense and the default recipe.",
