@@ -14,7 +14,7 @@ from browser import Browser
 
 from fibattn import InputError, files
 from fibattn.study.findings import Finding, own_goals, papers_findings
-from fibattn.study.own_tables import asked_tables, copying_table, cost_table
+from fibattn.study.own_tables import asked_tables, beyond_tables, copying_table, cost_table
 from fibattn.study.paper_tables import papers_tables
 from fibattn.study.probe_tables import other_probes, retrieval_table
 from fibattn.study.report import insert_tables, write_report
@@ -164,6 +164,41 @@ def test_a_claim_about_all_of_the_papers_models_holds_at_most_in_part_for_some()
     found = verdicts(models)
     assert found["The best of the 21 is linear, W = 12"] == "partly"
     assert found["At every window: linear ≈ coprime < learned < fixed"] == "partly"
+
+
+def hybrid_and_window(bounded_gain: float) -> dict[str, Model]:
+    """A plain window, and a hybrid 0.02 nats ahead at 1,024 tokens, level at 4,096 unless it is bounded."""
+
+    def run(way: dict[str, Any], gains: dict[str, float], **more: Any) -> dict[str, Any]:
+        evaluation = {
+            name: {n: {"nll": 3 - gain, "bins": [3 - gain] * 8} for n, gain in gains.items()} for name in SETS
+        }
+        recipe = {"model": {"base": "fibonacci", "schedule": "linear", "full_layers_rope": False, **PLAIN, **way}}
+        return published_run("dense") | {"evaluation": evaluation, "recipe": recipe, "model": {"keys": 133.0}, **more}
+
+    window = run({"attention": "sliding", "window": 132}, {"1024": 0.0, "4096": 0.0})
+    bounded = {name: {"4096": {"nll": 3 - bounded_gain, "bins": [3 - bounded_gain] * 8}} for name in SETS}
+    hybrid = run(
+        {"attention": "fibonacci", "window": 128, "full_layers": [7, 15]},
+        {"1024": 0.02, "4096": 0.0},
+        bounded={"1024": bounded},
+    )
+    return {"window-w132": Model("window-w132", (window,)), "hybrid": Model("hybrid", (hybrid,))}
+
+
+@pytest.mark.parametrize(("gain", "verdict"), [(0.03, "holds"), (-0.01, "does not hold")])
+def test_a_bound_is_judged_and_shown_beside_a_plain_window(gain: float, verdict: str) -> None:
+    everything = group(hybrid_and_window(gain))
+    goal = next(one for one in own_goals(everything, {}) if one.claim.startswith("With bounded full layers"))
+    assert goal.verdict == verdict
+    assert f"1,024 tokens: {'−3.0' if gain > 0 else '+1.0'} %" in goal.evidence
+    far = beyond_tables(everything)[1]
+    label, sign = "hybrid: linear, W = 128, full 7, 15", "−" if gain > 0 else "+"
+    plain, bounded = (
+        (label, "−0.020", *["+0.000"] * 8),
+        (f"{label}, bounded to 1,024", "−0.020", *[f"{sign}{abs(gain):.3f}"] * 8),
+    )
+    assert sorted(far.rows) == sorted((plain, bounded))
 
 
 @pytest.mark.parametrize(

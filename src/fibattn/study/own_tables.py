@@ -8,7 +8,8 @@ from typing import Any
 from fibattn.progress import quantity
 from fibattn.study.findings import percent, real_minus
 from fibattn.study.paper_tables import extrapolation
-from fibattn.study.results import Group, Model, Results, paper
+from fibattn.study.results import PLAIN, Group, Model, Results, in_words, paper
+from fibattn.study.store import ways
 from fibattn.study.tables import Table, against
 
 
@@ -71,11 +72,12 @@ def _far_context(group: Group) -> Table | None:
         return None
     control, longest = max(windows, key=lambda one: one.recipe["window"]), group.lengths[-1]
     rows = []
-    for model in group.models:
-        near, far = (model.gaps_by_part(control, length) for length in (group.trained_at, longest))
-        if model is not control and not model.is_papers and near:
-            cells = (real_minus(f"{gap:+.3f}") for gap in (near[-1], *far))
-            rows.append((far[-1], (model.label, *cells)))
+    for model in (one for one in group.models if one is not control and not one.is_papers):
+        for way in (PLAIN, *ways(model.first)):
+            near, far = (model.gaps_by_part(control, length, way) for length in (group.trained_at, longest))
+            if near:
+                label = model.label if way == PLAIN else f"{model.label}, {in_words(way)}"
+                rows.append((far[-1], (label, *(real_minus(f"{gap:+.3f}") for gap in (near[-1], *far)))))
     factor = longest // group.trained_at
     return Table(
         f"Far context: against {control.label}, by part of a window of {longest:,}",
@@ -183,7 +185,8 @@ def cost_table(groups: Sequence[Group]) -> Table:
         "Costs",
         "At the training length: keys that a query reads (mean), distinct distances that some layer attends to, "
         "forward operations of attention for a token, their share of the layers (the paper: about 16 %), and the speed "
-        "of training, the best run of any budget that had its GPU for itself (machines differ by some per cent).",
+        "of training, the best run of any budget that had its GPU for itself (machines differ by some per cent; "
+        "the oldest runs had slower code).",
         (
             "model",
             "parameters",

@@ -45,10 +45,15 @@ def in_words(way: str) -> str:
     return ROPE_NAMES.get(way) or f"bounded to {int(way):,}"
 
 
-def losses(run: dict[str, Any], length: int, way: str = PLAIN) -> dict[str, float]:
-    """The loss of a run on each held-out set at `length`; the plain one where a way changes nothing at that length."""
+def _measured(run: dict[str, Any], length: int, way: str) -> dict[str, dict[str, Any]]:
+    """What was measured on each held-out set at `length`; plainly, where a way changes nothing at that length."""
     plain, other = run["evaluation"], {} if way == PLAIN else ways(run)[way]
-    return {name: (other.get(name, {}).get(str(length)) or rows[str(length)])["nll"] for name, rows in plain.items()}
+    return {name: other.get(name, {}).get(str(length)) or rows[str(length)] for name, rows in plain.items()}
+
+
+def losses(run: dict[str, Any], length: int, way: str = PLAIN) -> dict[str, float]:
+    """The loss of a run on each held-out set at `length`."""
+    return {name: row["nll"] for name, row in _measured(run, length, way).items()}
 
 
 def mean_loss(run: dict[str, Any], length: int, way: str = PLAIN) -> float:
@@ -56,9 +61,9 @@ def mean_loss(run: dict[str, Any], length: int, way: str = PLAIN) -> float:
     return statistics.mean(losses(run, length, way).values())
 
 
-def bins(run: dict[str, Any], length: int) -> list[float]:
+def bins(run: dict[str, Any], length: int, way: str = PLAIN) -> list[float]:
     """The loss of a run in equal parts of windows of `length`, the mean over the held-out sets."""
-    return _by_part(rows[str(length)]["bins"] for rows in run["evaluation"].values())
+    return _by_part(row["bins"] for row in _measured(run, length, way).values())
 
 
 def _by_part(several: Iterable[Sequence[float]]) -> list[float]:
@@ -164,9 +169,13 @@ class Model:
         """The loss in equal parts of windows of `length`, the mean over the sets."""
         return bins(self.first, length)
 
-    def gaps_by_part(self, other: "Model", length: int) -> list[float]:
-        """As `gap`, in each equal part of windows of `length`; empty where the two share no seed."""
-        pairs = [(bins(own, length), bins(theirs, length)) for own, theirs in self.beside(other)]
+    def gaps_by_part(self, other: "Model", length: int, way: str = PLAIN) -> list[float]:
+        """As `gap`, in each equal part of windows of `length`; empty where the two share no seed.
+
+        With another way to evaluate this model, over the seeds that it was tried on.
+        """
+        both = [(own, theirs) for own, theirs in self.beside(other) if way == PLAIN or way in ways(own)]
+        pairs = [(bins(own, length, way), bins(theirs, length)) for own, theirs in both]
         gaps = [[one - two for one, two in zip(own, theirs, strict=True)] for own, theirs in pairs]
         return _by_part(gaps)
 
