@@ -125,10 +125,10 @@ def _hybrid(name: str, run: Run, layers: tuple[int, ...]) -> Run:
 _full = replace(PRESETS["paper"], save_every=2000, keep_checkpoints=1)
 
 DENSE = Run("dense", ModelRecipe(attention="full"), rope_scaling=("yarn", "linear"))
-HYBRID = Run("hybrid", PRESETS["hybrid"].model, full_windows=(1, 4))
+HYBRID = Run("hybrid", PRESETS["hybrid"].model, full_windows=(1,))
 """The project's default recipe: linear stagger, W = 128, two full-attention layers without RoPE."""
 
-HYBRID_HEADS = Run("hybrid-heads", replace(HYBRID.model, stagger_heads=True))
+HYBRID_HEADS = replace(HYBRID, name="hybrid-heads", model=replace(HYBRID.model, stagger_heads=True))
 """The same with a stagger over the KV heads of each layer too."""
 
 _KINDS: tuple[tuple[Schedule, Base], ...] = (

@@ -51,8 +51,8 @@ def _recall(probe: dict[str, Any]) -> Table:
     models = recalled(probe)
     return Table(
         _TITLES["recall"],
-        f"How often the value is found, by distance in tokens: the median of so many seeds. Keys: of a query in a sparse "
-        f"layer. {_about(probe)}",
+        f"How often the value is found, by distance in tokens: the median of so many seeds. Keys: of a query in a "
+        f"sparse layer. {_about(probe)}",
         ("model", "keys", "task", "seeds", *(f"{distance:,}" for distance in models[0].median)),
         tuple(
             (
