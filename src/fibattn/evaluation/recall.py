@@ -136,15 +136,17 @@ def lessons(length: int, steps: int, batch_tokens: int, seed: int) -> list[Stage
     The first lesson has no passkeys: they teach to fetch whatever value there is, and that is hard to unlearn.
     """
     plan, stages, made = lesson_plan(length), [], 0
-    for number, (tokens, parts) in enumerate(plan.items()):
+    for (tokens, parts), share in zip(plan.items(), _split(steps, len(plan)), strict=True):
         tasks: tuple[Task, ...] = TASKS if stages else ("associative",)
-        begin, end = (steps * done // len(plan) for done in (number, number + 1))
-        for part, asked in enumerate(parts):
-            start, stop = (begin + (end - begin) * done // len(parts) for done in (part, part + 1))
-            count, batch = stop - start, max(1, batch_tokens // tokens)
+        batch = max(1, batch_tokens // tokens)
+        for asked, count in zip(parts, _split(share, len(parts)), strict=True):
             stages.append(Stage(training_rows(count * batch, tokens, asked, tasks, seed, made), count, batch))
             made += count * batch
     return stages
+
+
+def _split(steps: int, parts: int) -> list[int]:
+    return [steps * (part + 1) // parts - steps * part // parts for part in range(parts)]
 
 
 def questions(count: int, distance: int, task: Task, seed: int) -> RecallRows:

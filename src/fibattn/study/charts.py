@@ -19,10 +19,13 @@ from fibattn.pattern import Schedule, layer_alphas, layer_patterns, union_covera
 from fibattn.study.cost import mean_keys
 from fibattn.study.drawing import LOOKS, QUIET, Page, drawn, kind, look_of, powers_of_two
 from fibattn.study.recalled import recalled
-from fibattn.study.results import PLAIN, Group, Model, in_words, mean_loss, papers_gain
+from fibattn.study.results import PLAIN, Group, Model, mean_loss, papers_gain
 from fibattn.study.store import ways
 from fibattn.training.recipe import ModelRecipe, Recipe
 from fibattn.training.run import model_config
+
+_THIN = {"linewidth": 1, "marker": "", "alpha": 0.7}
+"""How one seed of several looks beside the line of its model."""
 
 
 def extrapolation(group: Group, path: Path) -> Path:
@@ -97,11 +100,11 @@ def _curves(group: Group) -> list[_Curve]:
         look = look_of(model) | {"linewidth": 2, "markersize": 5}
         curves.append(_Curve(model.label, ratios(model.first), look))
         for way, style in zip(ways(model.first), ("--", ":"), strict=False):
-            label = f"{model.label}, {in_words(way)}"
-            curves.append(_Curve(label, ratios(model.first, way), look | {"linestyle": style}))
-        thin = look | {"linewidth": 1, "marker": "", "alpha": 0.7}
+            curves.append(_Curve(model.label_of(way), ratios(model.first, way), look | {"linestyle": style}))
         others = [run for run in model.runs[1:] if run["seed"] in seeds]
-        curves += [_Curve(f"{model.label}, seed {run['seed']}", ratios(run), thin, further=True) for run in others]
+        curves += [
+            _Curve(f"{model.label}, seed {run['seed']}", ratios(run), look | _THIN, further=True) for run in others
+        ]
     return curves
 
 
@@ -299,10 +302,10 @@ def recall(probe: dict[str, Any], path: Path) -> Path:
         figure, panels = page.panels(len(tasks), 3.2, sharey=True)
         for axes, task in zip(panels, tasks, strict=True):
             for one in (one for one in models if one.task == task):
-                axes.plot(list(one.median), list(one.median.values()), **LOOKS[one.variant], label=one.variant)
+                look, median = LOOKS[one.variant], one.median
+                axes.plot(list(median), list(median.values()), **look, label=one.variant)
                 for accuracy in one.seeds:
-                    single = {"color": LOOKS[one.variant]["color"], "linewidth": 0.8, "alpha": 0.6}
-                    axes.plot(list(accuracy), list(accuracy.values()), **single)
+                    axes.plot(list(accuracy), list(accuracy.values()), **look | _THIN)
             axes.axvline(probe["trained_at"], color=QUIET, linestyle="--", linewidth=1)
             axes.axhline(1 / probe["values"], color=QUIET, linestyle=":", linewidth=1)
             axes.set_ylim(-0.03, 1.03)

@@ -16,7 +16,6 @@ difference is smaller than seeds make."""
 
 _WINDOWS = (6, 8, 10, 12)
 _PAPERS_MODELS = 21
-"""A distance counts as reached from this accuracy on."""
 
 
 @dataclass(frozen=True)

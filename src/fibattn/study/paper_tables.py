@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fibattn.study.findings import percent, real_minus
-from fibattn.study.results import PLAIN, Group, Model, in_words, paper, papers_gain
+from fibattn.study.results import PLAIN, Group, Model, paper, papers_gain
 from fibattn.study.store import ways
 from fibattn.study.tables import ABSENT, Table, against
 
@@ -87,9 +87,7 @@ def extrapolation(group: Group) -> Table:
         rows.append(
             (*_lengths(model.label, model, group), *(percent(change[n]) if change else "–" for n in (2048, 4096)))
         )
-        rows += [
-            (*_lengths(f"{model.label}, {in_words(way)}", model, group, way), "–", "–") for way in ways(model.first)
-        ]
+        rows += [(*_lengths(model.label_of(way), model, group, way), "–", "–") for way in ways(model.first)]
     factors = [length // group.trained_at for length in group.lengths]
     return Table(
         "Table 2. Past the training length",

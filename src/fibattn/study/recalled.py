@@ -33,14 +33,11 @@ class Recalled:
 
 def recalled(probe: dict[str, Any]) -> list[Recalled]:
     """Every variant at every task, in the order in which they were measured."""
-    rows = [row | {"accuracy": {int(n): right for n, right in row["accuracy"].items()}} for row in probe["rows"]]
-    same: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        same.setdefault((row["variant"], row["task"]), []).append(row)
-    return [
-        Recalled(variant, task, several[0]["keys"], tuple(row["accuracy"] for row in several))
-        for (variant, task), several in same.items()
-    ]
+    seeds: dict[tuple[str, str, float], list[dict[int, float]]] = {}
+    for row in probe["rows"]:
+        accuracy = {int(distance): right for distance, right in row["accuracy"].items()}
+        seeds.setdefault((row["variant"], row["task"], row["keys"]), []).append(accuracy)
+    return [Recalled(*model, tuple(several)) for model, several in seeds.items()]
 
 
 def _reach(accuracy: dict[int, float]) -> int:

@@ -109,6 +109,10 @@ class Model:
         """What it is, in words."""
         return self._words() + self.note
 
+    def label_of(self, way: str) -> str:
+        """The same, evaluated in one of its `ways`."""
+        return self.label if way == PLAIN else f"{self.label}, {in_words(way)}"
+
     def _words(self) -> str:
         own = self.recipe
         if own["attention"] == "full":
