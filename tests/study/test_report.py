@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -11,11 +12,12 @@ import pytest
 from browser import Browser
 
 from fibattn import InputError, files
+from fibattn.study.findings import percent
 from fibattn.study.own_tables import asked_tables, copying_table, cost_table
-from fibattn.study.paper_tables import papers_tables
+from fibattn.study.paper_tables import extrapolation, papers_tables
 from fibattn.study.probe_tables import other_probes, retrieval_table
 from fibattn.study.report import insert_tables, write_report
-from fibattn.study.results import Results, paper
+from fibattn.study.results import PLAIN, Results, mean_loss, paper
 from fibattn.study.runner import Job
 from fibattn.study.store import Store
 
@@ -103,6 +105,23 @@ def test_of_two_recipes_with_one_name_the_newest_has_it(job: Job, tmp_path: Path
     assert [len(one.runs) for one in Results.load(tmp_path).groups[0].models if one.name == "coprime-w12"] == [2]
 
 
+def test_a_way_that_the_first_seed_was_not_tried_in_is_shown_with_its_own_seed(job: Job, tmp_path: Path) -> None:
+    for one in Store(job.out).records():
+        Store(tmp_path).append({**one, "rope_scaling": {}} if one["run"] == "dense" else one)
+    group = Results.load(tmp_path).groups[0]
+    rows = {row[0]: row for row in extrapolation(group).rows}
+    assert {name for name in rows if name.startswith("dense")} == {
+        "dense",
+        "dense, YaRN, seed 43",
+        "dense, linear scaling, seed 43",
+    }
+    (second,) = (one for one in Store(job.out).records() if one["run"] == "dense-seed43")
+    losses = {n: mean_loss(second, n, "yarn" if n > group.trained_at else PLAIN) for n in group.lengths}
+    near, *far = losses.values()
+    expected = (f"{math.exp(near):.2f}", *(percent(loss - near) for loss in far))
+    assert rows["dense, YaRN, seed 43"][1 : 1 + len(expected)] == expected
+
+
 def test_runs_evaluated_on_less_stand_apart(job: Job, tmp_path: Path) -> None:
     record = changed(copied(job, tmp_path)[0])
     for lengths in record["evaluation"].values():
@@ -123,6 +142,9 @@ def test_the_longest_training_windows_lead_and_the_largest_budget_has_the_headli
         Store(tmp_path).append(record)
     text = write_report(tmp_path).read_text()
     assert "After 1G tokens the default recipe is ahead of dense on every domain, and no worse" in text
+    figures = re.findall(r'<figure id="([a-z-]*)">', text)
+    assert figures[:2] == ["extrapolation-longest", "extrapolation"]
+    assert "After 1G training tokens: perplexity" in text
     assert recipe["length"] == Results.load(tmp_path).groups[0].trained_at
     Store(tmp_path).append(changed(records[0], key="longer", trained_at=4 * recipe["length"]))
     groups = Results.load(tmp_path).groups
@@ -176,8 +198,9 @@ def test_the_documentation_has_the_tables_of_the_results(tmp_path: Path) -> None
     write_report(results)
     insert_tables(results, document)
     assert document.read_text() == (root / "docs" / "results.md").read_text()
-    figure = root / "docs" / "figures" / "study-extrapolation.csv"
-    assert figure.read_text() == (results / "report" / "extrapolation.csv").read_text()
+    for name in ("extrapolation", "extrapolation-longest"):
+        figure = root / "docs" / "figures" / f"study-{name}.csv"
+        assert figure.read_text() == (results / "report" / f"{name}.csv").read_text()
 
 
 def test_a_document_without_a_place_for_the_tables_is_refused(tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ from fibattn.study.cost import mean_keys
 from fibattn.study.drawing import LOOKS, QUIET, Page, drawn, kind, look_of, powers_of_two
 from fibattn.study.recalled import recalled
 from fibattn.study.results import PLAIN, Group, Model, mean_loss, papers_gain
-from fibattn.study.store import ways
 from fibattn.training.recipe import ModelRecipe, Recipe
 from fibattn.training.run import model_config
 
@@ -99,8 +98,8 @@ def _curves(group: Group) -> list[_Curve]:
     for model in _leading(group):
         look = look_of(model) | {"linewidth": 2, "markersize": 5}
         curves.append(_Curve(model.label, ratios(model.first), look))
-        for way, style in zip(ways(model.first), ("--", ":"), strict=False):
-            curves.append(_Curve(model.label_of(way), ratios(model.first, way), look | {"linestyle": style}))
+        for way, style in zip(model.ways(), ("--", ":"), strict=False):
+            curves.append(_Curve(model.label_of(way), ratios(model.tried(way), way), look | {"linestyle": style}))
         others = [run for run in model.runs[1:] if run["seed"] in seeds]
         curves += [
             _Curve(f"{model.label}, seed {run['seed']}", ratios(run), look | _THIN, further=True) for run in others

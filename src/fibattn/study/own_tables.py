@@ -9,7 +9,6 @@ from fibattn.progress import quantity
 from fibattn.study.findings import percent, real_minus
 from fibattn.study.paper_tables import extrapolation
 from fibattn.study.results import PLAIN, Group, Model, Results, paper
-from fibattn.study.store import ways
 from fibattn.study.tables import Table, against
 
 
@@ -73,7 +72,7 @@ def _far_context(group: Group) -> Table | None:
     control, longest = max(windows, key=lambda one: one.recipe["window"]), group.lengths[-1]
     rows = []
     for model in (one for one in group.models if one is not control and not one.is_papers):
-        for way in (PLAIN, *ways(model.first)):
+        for way in (PLAIN, *model.ways()):
             near, far = (model.gaps_by_part(control, length, way) for length in (group.trained_at, longest))
             if near:
                 cells = (real_minus(f"{gap:+.3f}") for gap in (near[-1], *far))

@@ -7,7 +7,6 @@ from typing import Any
 
 from fibattn.study.findings import percent, real_minus
 from fibattn.study.results import PLAIN, Group, Model, paper, papers_gain
-from fibattn.study.store import ways
 from fibattn.study.tables import ABSENT, Table, against
 
 _PAPER_SETS = ("fineweb_edu", "wikipedia")
@@ -87,7 +86,7 @@ def extrapolation(group: Group) -> Table:
         rows.append(
             (*_lengths(model.label, model, group), *(percent(change[n]) if change else "–" for n in (2048, 4096)))
         )
-        rows += [(*_lengths(model.label_of(way), model, group, way), "–", "–") for way in ways(model.first)]
+        rows += [(*_lengths(model.label_of(way), model, group, way), "–", "–") for way in model.ways()]
     factors = [length // group.trained_at for length in group.lengths]
     return Table(
         "Table 2. Past the training length",
@@ -112,7 +111,7 @@ def _last_positions(group: Group) -> Table:
 
 
 def _lengths(label: str, model: Model, group: Group, way: str = PLAIN) -> tuple[str, ...]:
-    first = model.loss(group.trained_at)
+    first = model.loss(group.trained_at, way)
     changes = [percent(model.loss(length, way) - first) for length in group.lengths if length > group.trained_at]
     return (label, f"{math.exp(first):.2f}", *changes)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,6 @@ MARK = "<!-- written by fibattn report --into -->"
 """Stands in a document before the tables."""
 
 _CAPTIONS = {
-    "extrapolation": "Perplexity in longer and longer windows of the same text, against dense of the same seed at the "
-    "training length, and the grey part of it again, enlarged; thin lines are further seeds; bounded: full layers "
-    "see the last so many tokens alone. Lower is better.",
     "positions": "Loss over the training window, and what the stagger gains over fixed distances in each part of it.",
     "alphas": "Where learned scales end, beside the ramp that the stagger sets.",
     "coverage": "The distances that some layer attends to (16 layers, W = 8, context 1,024): what staggering is for. "
@@ -91,29 +89,50 @@ def insert_tables(folder: Path, document: Path) -> None:
 
 
 def _figures(results: Results, out: Path) -> dict[str, dict[str, Any]]:
-    """The figures that the results allow, by name, each with its picture and caption."""
-    group, recall = results.groups[0], results.probes.get("recall", [])[-1:]
+    """The figures that the results allow, by name, each with its picture and caption.
+
+    Where other models were trained for longer than the main group's, theirs over evaluation length leads.
+    """
+    group, longest = results.groups[0], _same_windows(results)[0]
+    recall = results.probes.get("recall", [])[-1:]
+    over_length = {"extrapolation": group}
+    if longest.tokens > group.tokens:
+        over_length = {"extrapolation-longest": longest} | over_length
     drawn: dict[str, Callable[[Path], Path | None]] = {
-        "extrapolation": lambda path: charts.extrapolation(group, path),
+        **{name: partial(charts.extrapolation, one) for name, one in over_length.items()},
         "positions": lambda path: charts.positions(group, path),
         "alphas": lambda path: charts.alphas(group, path),
         "coverage": lambda path: charts.coverage(path),
         "frontier": lambda path: charts.frontier(group, path),
         "recall": lambda path: charts.recall(recall[0], path) if recall else None,
     }
+    captions = _CAPTIONS | {name: _over_length(one) for name, one in over_length.items()}
     found = {}
     for name, draw in drawn.items():
         path = draw(out / f"{name}.svg")
         if path is not None:
-            found[name] = {"svg": inline_svg(path), "caption": _CAPTIONS[name], "csv": f"{name}.csv"}
+            found[name] = {"svg": inline_svg(path), "caption": captions[name], "csv": f"{name}.csv"}
     return found
 
 
-def _judged(results: Results) -> list[tuple[Group, list[Finding]]]:
-    """The groups trained at the main group's length, most training first, each with the project's goals."""
+def _over_length(group: Group) -> str:
+    """The caption of a group's figure over evaluation length."""
+    return (
+        f"After {quantity(group.tokens)} training tokens: perplexity in longer and longer windows of the same text, "
+        "against dense of the same seed at the training length, and the grey part of it again, enlarged; thin lines "
+        "are further seeds; bounded: full layers see the last so many tokens alone. Lower is better."
+    )
+
+
+def _same_windows(results: Results) -> list[Group]:
+    """The groups trained in windows as long as the main group's, most training first."""
     length = results.groups[0].trained_at
-    groups = sorted((one for one in results.groups if one.trained_at == length), key=lambda one: -one.tokens)
-    return [(group, own_goals(group, results.probes)) for group in groups]
+    return sorted((one for one in results.groups if one.trained_at == length), key=lambda one: -one.tokens)
+
+
+def _judged(results: Results) -> list[tuple[Group, list[Finding]]]:
+    """Those groups, each with the project's goals."""
+    return [(group, own_goals(group, results.probes)) for group in _same_windows(results)]
 
 
 def _goals(judged: list[tuple[Group, list[Finding]]]) -> list[Finding]:

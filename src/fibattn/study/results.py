@@ -109,9 +109,19 @@ class Model:
         """What it is, in words."""
         return self._words() + self.note
 
+    def ways(self) -> list[str]:
+        """The other ways in which some seed of it was evaluated."""
+        return list(dict.fromkeys(way for run in self.runs for way in ways(run)))
+
+    def tried(self, way: str) -> dict[str, Any]:
+        """The run that stands for the model in one of its ways: the first that was evaluated so."""
+        return self.first if way == PLAIN else next(run for run in self.runs if way in ways(run))
+
     def label_of(self, way: str) -> str:
-        """The same, evaluated in one of its `ways`."""
-        return self.label if way == PLAIN else f"{self.label}, {in_words(way)}"
+        """The label of `tried(way)`, which tells its seed where it is not the first run."""
+        words = self.label if way == PLAIN else f"{self.label}, {in_words(way)}"
+        run = self.tried(way)
+        return words if run is self.first else f"{words}, seed {run['seed']}"
 
     def _words(self) -> str:
         own = self.recipe
@@ -134,13 +144,13 @@ class Model:
         """The evaluation lengths."""
         return sorted(int(length) for length in next(iter(self.first["evaluation"].values())))
 
-    def losses(self, length: int, way: str = PLAIN) -> dict[str, float]:
+    def losses(self, length: int) -> dict[str, float]:
         """The loss on each held-out set at `length`."""
-        return losses(self.first, length, way)
+        return losses(self.first, length)
 
     def loss(self, length: int, way: str = PLAIN) -> float:
-        """The mean loss over the held-out sets at `length`."""
-        return mean_loss(self.first, length, way)
+        """The mean loss over the held-out sets at `length`, of the run that stands for the model in this way."""
+        return mean_loss(self.tried(way), length, way)
 
     def alone(self) -> list[dict[str, Any]]:
         """The runs that had a GPU for themselves while they trained: only their speeds may be compared."""
