@@ -175,6 +175,28 @@ def hybrid_and_window(bounded_gain: float) -> dict[str, Model]:
     return {"window-w132": Model("window-w132", (window,)), "hybrid": Model("hybrid", (hybrid,))}
 
 
+@pytest.mark.parametrize(
+    ("bounded", "words", "verdict"),
+    [
+        (4.5, "2×: −63.2 % (bounded to 1,024), 4×: −63.2 % (YaRN)", "holds"),
+        (2.5, "4×: +64.9 % (bounded to 1,024)", "partly"),
+    ],
+)
+def test_dense_is_judged_at_its_best_at_every_length(bounded: float, words: str, verdict: str) -> None:
+    def sets(**losses: float) -> dict[str, dict[str, Any]]:
+        return {name: {n.strip("_"): {"nll": loss} for n, loss in losses.items()} for name in SETS}
+
+    run = published_run("dense")
+    more = {"rope_scaling": {"yarn": sets(_2048=5.0, _4096=4.0)}, "bounded": {"1024": sets(_2048=4.0, _4096=bounded)}}
+    dense = run | {"evaluation": sets(_1024=3.0, _2048=9.0, _4096=9.0)} | more
+    hybrid = run | {"evaluation": sets(_1024=3.0, _2048=3.0, _4096=3.0)}
+    models = {"dense": Model("dense", (dense,)), "hybrid": Model("hybrid", (hybrid,))}
+    goal = next(one for one in own_goals(group(models), {}) if one.claim.endswith("however dense is helped there"))
+    assert goal.verdict == verdict
+    assert words in goal.evidence
+    assert goal.evidence.startswith("against the best of YaRN, bounded to 1,024: seed 42: 2×")
+
+
 @pytest.mark.parametrize(("gain", "verdict"), [(0.03, "holds"), (-0.01, "does not hold")])
 def test_a_bound_is_judged_and_shown_beside_a_plain_window(gain: float, verdict: str) -> None:
     everything = group(hybrid_and_window(gain))

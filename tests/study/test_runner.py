@@ -92,15 +92,17 @@ def test_stretched_rope_is_looked_at_past_the_training_length_on_the_same_tokens
             assert all(rows[length]["nll"] != plain[length]["nll"] for length in rows)
 
 
-def test_bounded_full_layers_are_looked_at_in_longer_windows_on_the_same_tokens(job: Job) -> None:
-    (found,) = lines(job.out, "hybrid")
+@pytest.mark.parametrize("name", ["hybrid", "dense"])
+def test_bounded_full_layers_are_looked_at_in_longer_windows_on_the_same_tokens(job: Job, name: str) -> None:
+    (found,) = lines(job.out, name)
     assert set(found["bounded"]) == {"32"}
     for name, rows in found["bounded"]["32"].items():
         assert set(rows) == {"64", "128"}
         plain = found["evaluation"][name]
         assert all(rows[length]["targets"] == plain[length]["targets"] for length in rows)
         assert all(rows[length]["nll"] != plain[length]["nll"] for length in rows)
-    assert all(one["bounded"] == {} for one in Store(job.out).records() if one["run"] != "hybrid")
+    tried = {one["run"] for one in Store(job.out).records() if one["bounded"]}
+    assert tried == {"dense", "dense-seed43", "hybrid"}
 
 
 def test_finished_runs_are_left_alone(job: Job) -> None:

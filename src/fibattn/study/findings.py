@@ -4,11 +4,12 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from fibattn.progress import quantity
 from fibattn.study.recalled import recalled
-from fibattn.study.results import Group, Model, Probes, losses, mean_loss
+from fibattn.study.results import Group, Model, Probes, in_words, losses, mean_loss
+from fibattn.study.store import ways
 
 Verdict = Literal["holds", "partly", "does not hold", "undecided", "not run"]
 """`partly`: where it was looked at, it holds in some places, or not all places were looked at. `undecided`: the
@@ -50,7 +51,7 @@ def own_goals(group: Group, probes: Probes) -> list[Finding]:
     return [
         _better_everywhere(group),
         _no_worse_when_long(group),
-        _stretched_dense(group),
+        _helped_dense(group),
         _bounded(group),
         _trains_as_fast(group),
         _rungs_against_window(group),
@@ -303,18 +304,23 @@ def _rungs_against_window(group: Group) -> Finding:
     return Finding(claim, _verdict([gap < 0 for *_, gap in gaps]), evidence)
 
 
-def _stretched_dense(group: Group) -> Finding:
-    claim = "The default recipe is ahead of dense with YaRN or linear scaling past the training length"
+def _helped_dense(group: Group) -> Finding:
+    claim = "The default recipe is ahead of dense past the training length, however dense is helped there"
     dense, ours = group.get("dense"), group.get("hybrid")
-    if not (dense and ours and ours.beside(dense) and dense.first["rope_scaling"]):
+    pairs = [(own, theirs) for own, theirs in ours.beside(dense) if ways(theirs)] if dense and ours else []
+    if not (dense and pairs):
         return _missing(claim, group, "dense", "hybrid")
-    lengths = [length for length in group.lengths if length > group.trained_at]
     evidence, good = {}, []
-    for own, theirs in ours.beside(dense):
-        gaps = {length: mean_loss(own, length) - _best_stretched(theirs, length) for length in lengths}
-        good += [gap < 0 for gap in gaps.values()]
-        evidence[own["seed"]] = ", ".join(f"{n // group.trained_at}×: {percent(gap)}" for n, gap in gaps.items())
-    return Finding(claim, _verdict(good), f"against the better of the two: {_by_seed(evidence)}")
+    for own, theirs in pairs:
+        words = []
+        for length in (length for length in group.lengths if length > group.trained_at):
+            best, way = min((mean_loss(theirs, length, way), way) for way in ways(theirs))
+            gap = mean_loss(own, length) - best
+            good.append(gap < 0)
+            words.append(f"{length // group.trained_at}×: {percent(gap)} ({in_words(way)})")
+        evidence[own["seed"]] = ", ".join(words)
+    tried = ", ".join(in_words(way) for way in dense.ways())
+    return Finding(claim, _verdict(good), f"against the best of {tried}: {_by_seed(evidence)}")
 
 
 def _bounded(group: Group) -> Finding:
@@ -329,10 +335,6 @@ def _bounded(group: Group) -> Finding:
         good.append(min(gaps.values()) <= 0)
         evidence[run["seed"]] = ", ".join(f"{n:,} tokens: {percent(gap)}" for n, gap in gaps.items())
     return Finding(claim, _verdict(good), f"against no bound, in windows of {longest:,}: {_by_seed(evidence)}")
-
-
-def _best_stretched(dense: dict[str, Any], length: int) -> float:
-    return min(mean_loss(dense, length, rope) for rope in dense["rope_scaling"])
 
 
 def _trains_as_fast(group: Group) -> Finding:

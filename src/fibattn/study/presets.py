@@ -124,7 +124,7 @@ def _hybrid(name: str, run: Run, layers: tuple[int, ...]) -> Run:
 
 _full = replace(PRESETS["paper"], save_every=2000, keep_checkpoints=1)
 
-DENSE = Run("dense", ModelRecipe(attention="full"), rope_scaling=("yarn", "linear"))
+DENSE = Run("dense", ModelRecipe(attention="full"), rope_scaling=("yarn", "linear"), full_windows=(1,))
 HYBRID = Run("hybrid", PRESETS["hybrid"].model, full_windows=(1,))
 """The project's default recipe: linear stagger, W = 128, two full-attention layers without RoPE."""
 
