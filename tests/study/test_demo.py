@@ -51,7 +51,10 @@ def test_figures_lie_beside_their_numbers(demo: Demo) -> None:
         for model, result in measured.items()
         for length, row in result["sets"]["stdlib"].items()
     }
-    assert len(drawn) == 2 * len(FACTORS)
+    assert len(drawn) == 3 * len(FACTORS)
+    for factor in FACTORS:
+        same, length = factor == 1, str(factor * DENSE.length)
+        assert (drawn["dense", length] == pytest.approx(drawn["dense, bounded", length], rel=1e-6)) is same
 
 
 def test_both_models_differ_in_attention_alone(demo: Demo) -> None:
