@@ -50,6 +50,9 @@ def test_an_untrained_model_does_not(model: FibAttnForCausalLM) -> None:
     assert max(found.values()) < 0.1
 
 
-@pytest.mark.parametrize(("length", "expected"), [(1024, [16, 64, 256, 512]), (128, [2, 8, 32, 64]), (32, [2, 8, 16])])
-def test_distances_are_parts_of_the_training_length(length: int, expected: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [(1024, [16, 64, 256, 512, 1024, 4096]), (128, [2, 8, 32, 64, 128, 512]), (32, [2, 8, 16, 32, 128])],
+)
+def test_distances_are_parts_of_the_training_length_and_multiples(length: int, expected: list[int]) -> None:
     assert distances(length) == expected

@@ -12,13 +12,16 @@ from torch import nn
 from fibattn.evaluation.fit import autocast
 
 _BATCH_TOKENS = 4096
-FRACTIONS = (64, 16, 4, 2)
-"""Distances are these parts of the training length."""
+_PARTS = (64, 16, 4, 2)
+_TIMES = (1, 4)
 
 
 def distances(length: int) -> list[int]:
-    """How far apart the two copies begin, for a model trained at `length`."""
-    return [length // part for part in FRACTIONS if length >= 2 * part]
+    """How far apart the two copies begin, for a model trained at `length`: parts of it, then it and a multiple.
+
+    Two copies fit into a training window up to half of it; farther back only a model that holds past it can look.
+    """
+    return [length // part for part in _PARTS if length >= 2 * part] + [length * times for times in _TIMES]
 
 
 @torch.inference_mode()

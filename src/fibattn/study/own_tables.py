@@ -145,16 +145,18 @@ def copying_table(groups: Sequence[Group]) -> Table | None:
     runs = _runs_with("copying", groups)
     if not runs:
         return None
-    distances = list(runs[0][2]["copying"])
-    rows = [
-        (label, quantity(tokens), str(run["seed"]), *(f"{run['copying'][distance]:.2f}" for distance in distances))
-        for label, tokens, run in sorted(runs, key=lambda one: -sum(one[2]["copying"].values()))
-    ]
+    distances = sorted({distance for *_, run in runs for distance in run["copying"]}, key=int)
+    rows = []
+    for label, tokens, run in sorted(runs, key=lambda one: -max(one[2]["copying"].values())):
+        found = (run["copying"].get(distance) for distance in distances)
+        cells = ("–" if right is None else f"{right:.2f}" for right in found)
+        rows.append((label, quantity(tokens), str(run["seed"]), *cells))
     return Table(
         "Copying",
-        "The part of random tokens, read a second time so many tokens after the first, that a model names. Runs from "
-        "before this was measured are left out.",
-        ("model", "training tokens", "seed", *(f"{distance} tokens" for distance in distances)),
+        "The part of random tokens, read a second time so many tokens after the first, that a model names. Two copies "
+        "fit into a training window up to half its length. Runs from before this was measured are left out; older "
+        "ones were not asked past the training window.",
+        ("model", "training tokens", "seed", *(f"{int(distance):,} tokens" for distance in distances)),
         tuple(rows),
     )
 
