@@ -67,6 +67,9 @@ class Recipe:
     """A folder made by `fibattn prepare`."""
     out: Path = Path("runs/run")
     """Where checkpoints, metrics and the finished model go."""
+    start: Path | None = None
+    """A finished run, or its model, whose weights are the beginning; fresh ones when left out. What its layers
+    attend to may differ, the length too."""
     model: ModelRecipe = field(default_factory=ModelRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     length: int = 1024
@@ -222,6 +225,9 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         if value not in get_args(kind):
             raise InputError(f"{where} is {value!r}; expected one of {', '.join(map(str, get_args(kind)))}")
         return value
+    if get_origin(kind) is UnionType:
+        wanted = next(one for one in get_args(kind) if one is not type(None))
+        return None if value is None else _value(wanted, value, where)
     if get_origin(kind) is tuple:
         if not isinstance(value, list):
             raise InputError(f"{where} is {value!r}; expected a list")

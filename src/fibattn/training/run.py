@@ -17,12 +17,12 @@ from fibattn.data.windows import TrainingWindows
 from fibattn.errors import InputError
 from fibattn.model import FibAttnConfig, FibAttnForCausalLM
 from fibattn.progress import Meter, quantity
-from fibattn.training import checkpoints
+from fibattn.training import checkpoints, start
 from fibattn.training.card import write_card
 from fibattn.training.recipe import Recipe, load_recipe, to_json
 from fibattn.training.trainer import FibTrainer, MetricsFile, process_count
 
-_MAY_CHANGE = {"log_every", "save_every", "keep_checkpoints", "track", "out", "data"}
+_MAY_CHANGE = {"log_every", "save_every", "keep_checkpoints", "track", "out", "data", "start"}
 # A base model knows no roles: it goes on with the conversation as one text. Chat programs ask for a template.
 _PLAIN_CHAT = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
@@ -70,7 +70,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     `callbacks` are the Trainer's, for whoever wants to watch or hold a run.
 
     Raises:
-        InputError: for a recipe that cannot train, data that does not match, another recipe's run in the
+        InputError: for a recipe that cannot train, data or a start that do not match, another recipe's run in the
             output folder, or a loss that is not finite.
     """
     recipe.check()
@@ -82,6 +82,8 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
         model_config(recipe, data.vocab_size, data.separator)  # a shape that cannot be claims no folder
         order = _order(recipe, data)
         inputs = {"data_fingerprint": data.fingerprint, "order_sha256": files.sha256(order)}
+        if recipe.start is not None:
+            inputs["start_sha256"] = start.fingerprint(recipe.start, data)
         _claim(recipe, inputs)
     finished = recipe.out / "model"
     if checkpoints.is_sealed(finished):
@@ -90,6 +92,8 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
         return finished
     disable_progress_bar()
     model = build_model(recipe, data.vocab_size, data.separator)
+    if recipe.start is not None:
+        start.load_weights(model, recipe.start)
     if recipe.gradient_checkpointing:
         # Renamed in the course of Transformers 5; the old name warns in the newer versions.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
@@ -149,8 +153,8 @@ def _check_same(where: Path, recipe: Recipe, inputs: dict[str, str]) -> None:
     known = files.read_json(where / "inputs.json")
     if known != inputs:
         raise InputError(
-            f"{where} was trained on other data or another order: {known} then, {inputs} now. "
-            "Give a new --out, or the old data"
+            f"{where} was trained on other data, in another order or from another start: {known} then, {inputs} now. "
+            "Give a new --out, or the old ones"
         )
 
 

@@ -1,0 +1,59 @@
+"""Beginning with the weights of a finished model, not with fresh ones: to go on in longer windows, or on other text."""
+
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import load_model
+from transformers import AutoTokenizer
+
+from fibattn import files
+from fibattn.data.stream import PreparedData
+from fibattn.errors import InputError
+from fibattn.model import FibAttnForCausalLM
+from fibattn.training import checkpoints
+
+_WEIGHTS = "model.safetensors"
+
+
+def fingerprint(start: Path, data: PreparedData) -> str:
+    """The SHA-256 of the weights that a run begins with.
+
+    Raises:
+        InputError: where no finished model is, it was cut short or changed, or it was trained with another tokenizer.
+    """
+    folder = _model(start)
+    checkpoints.verify(folder)
+    ours, theirs = (AutoTokenizer.from_pretrained(path).get_vocab() for path in (data.tokenizer_path, folder))
+    if ours != theirs:
+        raise InputError(
+            f"{folder} was trained with another tokenizer than the data in {data.folder}; prepare the text with its "
+            f"own: fibattn prepare … --tokenizer {folder}"
+        )
+    return files.sha256(folder / _WEIGHTS)
+
+
+def load_weights(model: FibAttnForCausalLM, start: Path) -> None:
+    """Put the weights of the finished model `start` into `model`.
+
+    Raises:
+        InputError: when the two have different weights: other sizes, another number of layers, or scales that only one
+            of them learns.
+    """
+    path = _model(start) / _WEIGHTS
+    with safe_open(path, framework="pt") as file:
+        theirs = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    ours = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            raise InputError(
+                f"{path} does not fit the recipe: {name} is {theirs.get(name, 'absent')} there and "
+                f"{ours.get(name, 'absent')} here; give the recipe the sizes of the model that it starts from"
+            )
+    load_model(model, path)
+
+
+def _model(start: Path) -> Path:
+    for folder in (start, start / "model"):
+        if checkpoints.is_sealed(folder):
+            return folder
+    raise InputError(f"{start} holds no finished model; give a finished run of `fibattn train`, or its model folder")

@@ -1,0 +1,114 @@
+"""A run that begins with the weights of another."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fibattn import files
+from fibattn.data.stream import PreparedData
+from fibattn.errors import InputError
+from fibattn.model import FibAttnForCausalLM
+from fibattn.training import checkpoints
+from fibattn.training.recipe import Recipe, load_recipe, to_json
+from fibattn.training.run import build_model, train
+from fibattn.training.start import load_weights
+
+
+@pytest.fixture
+def finished(recipe: Recipe) -> Path:
+    """A finished run's folder."""
+    train(recipe)
+    return recipe.out
+
+
+def longer(recipe: Recipe, start: Path | None) -> Recipe:
+    """Windows twice as long, full attention, another RoPE base."""
+    shape = replace(recipe.model, attention="full", rope_theta=3e4)
+    return replace(recipe, start=start, out=recipe.out.with_name("longer"), length=64, model=shape, steps=2)
+
+
+def built(recipe: Recipe) -> FibAttnForCausalLM:
+    data = PreparedData.open(recipe.data)
+    return build_model(recipe, data.vocab_size, data.separator)
+
+
+def first_loss(recipe: Recipe) -> float:
+    train(recipe)
+    return json.loads((recipe.out / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+
+
+def test_weights_are_those_of_the_start_whatever_the_layers_attend_to(recipe: Recipe, finished: Path) -> None:
+    model = built(longer(recipe, finished))
+    fresh = model.model.embed_tokens.weight.detach().clone()
+    load_weights(model, finished)
+    stored, now = load_file(finished / "model" / "model.safetensors"), model.state_dict()
+    assert all(torch.equal(now[name], weight) for name, weight in stored.items())
+    assert not torch.equal(fresh, model.model.embed_tokens.weight)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_run_goes_on_from_what_was_learnt_and_says_so(recipe: Recipe, finished: Path) -> None:
+    run = longer(recipe, finished / "model")
+    assert first_loss(run) < first_loss(replace(run, start=None, out=recipe.out.with_name("fresh"))) - 0.5
+    assert f"| began with | the weights of {run.start} |" in (run.out / "model" / "README.md").read_text()
+    files.write_json(recipe.out / "again.json", to_json(run))
+    assert load_recipe(str(recipe.out / "again.json")) == run
+    assert "start_sha256" in files.read_json(run.out / "inputs.json")
+
+
+def test_a_run_goes_on_from_the_start_that_it_began_with_alone(recipe: Recipe, finished: Path) -> None:
+    run = longer(recipe, finished)
+    train(run)
+    moved = finished.rename(finished.with_name("moved"))
+    train(replace(run, start=moved))
+    other = replace(recipe, out=recipe.out.with_name("other"), init_seed=7, steps=1)
+    train(other)
+    with pytest.raises(InputError, match="trained on other data, in another order or from another start"):
+        train(replace(run, start=other.out))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 64}, r"embed_tokens.weight is \(\d+, 32\) there and \(\d+, 64\) here"),
+        ({"num_hidden_layers": 2}, r"layers.2.input_layernorm.weight is \(32,\) there and absent here"),
+        (
+            {"attention": "fibonacci", "schedule": "learned"},
+            r"layers.0.self_attn.theta is absent there and \(1,\) here",
+        ),
+    ],
+)
+def test_a_start_of_another_shape_is_refused(
+    recipe: Recipe, finished: Path, changes: dict[str, Any], message: str
+) -> None:
+    run = longer(recipe, finished)
+    with pytest.raises(InputError, match=f"model.safetensors does not fit the recipe: .*{message}; give the recipe"):
+        load_weights(built(replace(run, model=replace(run.model, **changes))), finished)
+
+
+def test_a_start_that_is_none_is_refused(recipe: Recipe, finished: Path) -> None:
+    with pytest.raises(InputError, match="nowhere holds no finished model; give a finished run"):
+        train(longer(recipe, Path("nowhere")))
+    with (finished / "model" / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(InputError, match=r"model.safetensors has 1000 bytes"):
+        train(longer(recipe, finished))
+    assert not longer(recipe, finished).out.exists()
+
+
+def test_a_start_with_another_tokenizer_is_refused(recipe: Recipe, finished: Path) -> None:
+    other = shutil.copytree(finished / "model", finished / "other")
+    tokenizer = files.read_json(other / "tokenizer.json")
+    words = tokenizer["model"]["vocab"]
+    a, b = list(words)[-2:]
+    words[a], words[b] = words[b], words[a]
+    files.write_json(other / "tokenizer.json", tokenizer)
+    checkpoints.seal(other)
+    with pytest.raises(InputError, match=r"other was trained with another tokenizer .* --tokenizer .*other"):
+        train(longer(recipe, other))
