@@ -9,7 +9,7 @@ from statistics import mean
 import pytest
 
 from fibattn import InputError
-from fibattn.study.presets import HYBRID, STUDIES, Run, Study, find_study
+from fibattn.study.presets import HYBRID, STUDIES, Run, Study, find_study, lengthened
 from fibattn.study.store import key_of
 from fibattn.training.recipe import Recipe
 from fibattn.training.run import model_config
@@ -85,6 +85,19 @@ def test_budget_scales_steps_and_a_long_warm_up() -> None:
     assert resolved(study, run).tokens == 425_984_000
     with pytest.raises(InputError, match=r"32000 tokens is less than one step of 32,768"):
         resolved(study, run, 32_000)
+
+
+def test_lengthening_is_a_tenth_of_the_tokens_in_the_longest_windows() -> None:
+    recipe = resolved(STUDIES["paper"], named("paper", "dense"), 106_000_000)
+    longer = lengthened(recipe, 16)
+    assert (longer.length, longer.start) == (16_384, Path("out/model"))
+    assert longer.windows_per_step * longer.length == recipe.windows_per_step * recipe.length
+    assert 0.099 < longer.tokens / recipe.tokens < 0.1
+    longer.micro_batches(1)
+    slowest = [model_config(one, 512, 0).rope_parameters["rope_theta"] ** -(62 / 64) for one in (recipe, longer)]
+    assert slowest[1] * 16 == pytest.approx(slowest[0])
+    same = {"length": 1024, "windows_per_step": 32, "micro_batch": 32, "steps": recipe.steps, "start": None}
+    assert replace(longer, out=recipe.out, model=recipe.model, optimizer=recipe.optimizer, **same) == recipe
 
 
 def test_runs_are_chosen_by_pattern() -> None:

@@ -115,7 +115,8 @@ def test_of_two_recipes_with_one_name_the_newest_has_it(job: Job, tmp_path: Path
 
 def test_a_way_that_the_first_seed_was_not_tried_in_is_shown_with_its_own_seed(job: Job, tmp_path: Path) -> None:
     for one in Store(job.out).records():
-        Store(tmp_path).append({**one, "rope_scaling": {}, "bounded": {}} if one["run"] == "dense" else one)
+        plainly = {"rope_scaling": {}, "bounded": {}, "lengthened": {}}
+        Store(tmp_path).append(one | plainly if one["run"] == "dense" else one)
     group = Results.load(tmp_path).groups[0]
     rows = {row[0]: row for row in extrapolation(group).rows}
     assert {name for name in rows if name.startswith("dense")} == {
@@ -123,6 +124,7 @@ def test_a_way_that_the_first_seed_was_not_tried_in_is_shown_with_its_own_seed(j
         "dense, YaRN, seed 43",
         "dense, linear scaling, seed 43",
         "dense, bounded to 32, seed 43",
+        "dense, a tenth more at 128, seed 43",
     }
     (second,) = (one for one in Store(job.out).records() if one["run"] == "dense-seed43")
     losses = {n: mean_loss(second, n, "yarn" if n > group.trained_at else PLAIN) for n in group.lengths}

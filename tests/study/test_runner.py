@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fibattn import InputError
+from fibattn import InputError, files
 from fibattn.data.stream import PreparedData
 from fibattn.data.tokenizer import load_tokenizer
 from fibattn.evaluation.lego import lego
@@ -103,6 +103,21 @@ def test_bounded_full_layers_are_looked_at_in_longer_windows_on_the_same_tokens(
         assert all(rows[length]["nll"] != plain[length]["nll"] for length in rows)
     tried = {one["run"] for one in Store(job.out).records() if one["bounded"]}
     assert tried == {"dense", "dense-seed43", "hybrid"}
+
+
+def test_dense_is_trained_on_in_the_longest_windows_and_evaluated_at_every_length(job: Job) -> None:
+    (found,) = lines(job.out, "dense")
+    assert set(found["lengthened"]) == {"128"}
+    for name, rows in found["lengthened"]["128"].items():
+        plain = found["evaluation"][name]
+        assert set(rows) == set(plain) == {"32", "64", "128"}
+        assert all(rows[length]["targets"] == plain[length]["targets"] for length in rows)
+        assert all(rows[length]["nll"] != plain[length]["nll"] for length in rows)
+    (folder,) = job.work.glob(f"dense-{found['key']}")
+    recipe = files.read_json(folder / "lengthened" / "recipe.json")
+    assert (recipe["length"], recipe["start"]) == (128, str(folder / "model"))
+    tried = {one["run"] for one in Store(job.out).records() if one["lengthened"]}
+    assert tried == {"dense", "dense-seed43"}
 
 
 def test_finished_runs_are_left_alone(job: Job) -> None:

@@ -26,6 +26,9 @@ from fibattn.training.run import model_config
 _THIN = {"linewidth": 1, "marker": "", "alpha": 0.7}
 """How one seed of several looks beside the line of its model."""
 
+_DASHES = ("--", ":", "-.", (0, (1, 4)))
+"""How the other ways to evaluate a model look beside its own line."""
+
 
 def extrapolation(group: Group, path: Path) -> Path:
     """Perplexity over evaluation length, relative to dense of the same seed at the training length: all, and enlarged.
@@ -98,7 +101,7 @@ def _curves(group: Group) -> list[_Curve]:
     for model in _leading(group):
         look = look_of(model) | {"linewidth": 2, "markersize": 5}
         curves.append(_Curve(model.label, ratios(model.first), look))
-        for way, style in zip(model.ways(), itertools.cycle(("--", ":", "-.")), strict=False):
+        for way, style in zip(model.ways(), _DASHES, strict=False):
             curves.append(_Curve(model.label_of(way), ratios(model.tried(way), way), look | {"linestyle": style}))
         others = [run for run in model.runs[1:] if run["seed"] in seeds]
         curves += [

@@ -92,6 +92,11 @@ def evaluate_bounded(folder: Path, data: PreparedData, tokens: int, plain: dict[
     return _again(model, data, plain, [int(n) for n in next(iter(plain.values())) if int(n) > tokens])
 
 
+def evaluate_lengthened(folder: Path, data: PreparedData, plain: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The sweep `plain` again, at every length, with a model that was trained on in longer windows."""
+    return _again(load_model(folder), data, plain, [int(length) for length in next(iter(plain.values()))])
+
+
 def _again(model: PreTrainedModel, data: PreparedData, plain: dict[str, Any], lengths: list[int]) -> dict[str, Any]:
     """The sweep `plain` at some of its lengths with another model, over the same targets."""
     sets: dict[str, Any] = {}

@@ -33,6 +33,8 @@ class Run:
     """Ways to stretch RoPE past the training length, tried on the finished model."""
     full_windows: tuple[int, ...] = ()
     """Bounds of the full layers, tried on the finished model: so many training lengths are seen, the last ones."""
+    lengthened: bool = False
+    """Whether a copy of the finished model is trained on in the longest windows of the evaluation, and evaluated."""
 
     def repeated(self, seed: int) -> "Run":
         """The same model from another seed."""
@@ -79,18 +81,42 @@ class Study:
         steps = base.steps if tokens is None else tokens // step
         if steps < 1:
             raise InputError(f"a budget of {tokens} tokens is less than one step of {step:,}; give more")
-        warmup = min(base.optimizer.warmup_steps, max(steps // 10, 1))
         return replace(
             base,
             data=data,
             out=out,
             model=run.model,
-            optimizer=replace(base.optimizer, warmup_steps=warmup),
+            optimizer=replace(base.optimizer, warmup_steps=_warmup(base, steps)),
             steps=steps,
             init_seed=run.seed,
             data_seed=run.seed,
             compile=compiled,
         )
+
+
+def lengthened(recipe: Recipe, factor: int) -> Recipe:
+    """How a finished run is trained on: a tenth of its steps, of as many tokens, in windows `factor` times as long.
+
+    The rate warms up and falls anew. The base of RoPE grows as "NTK-aware" scaling has it (arXiv 2309.00071, section
+    3.1): the slowest pair of dimensions turns as far over a longer window as it did over a shorter one.
+    """
+    shape, steps = recipe.model, max(recipe.steps // 10, 1)
+    size = shape.hidden_size // shape.num_attention_heads
+    return replace(
+        recipe,
+        start=recipe.out / "model",
+        out=recipe.out / "lengthened",
+        model=replace(shape, rope_theta=shape.rope_theta * factor ** (size / (size - 2))),
+        optimizer=replace(recipe.optimizer, warmup_steps=_warmup(recipe, steps)),
+        length=recipe.length * factor,
+        windows_per_step=max(recipe.windows_per_step // factor, 1),
+        micro_batch=max(recipe.micro_batch // factor, 1),
+        steps=steps,
+    )
+
+
+def _warmup(recipe: Recipe, steps: int) -> int:
+    return min(recipe.optimizer.warmup_steps, max(steps // 10, 1))
 
 
 def _paper(schedule: Schedule, window: int, base: Base = "fibonacci") -> Run:
@@ -124,7 +150,9 @@ def _hybrid(name: str, run: Run, layers: tuple[int, ...]) -> Run:
 
 _full = replace(PRESETS["paper"], save_every=2000, keep_checkpoints=1)
 
-DENSE = Run("dense", ModelRecipe(attention="full"), rope_scaling=("yarn", "linear"), full_windows=(1,))
+DENSE = Run("dense", ModelRecipe(attention="full"), rope_scaling=("yarn", "linear"), full_windows=(1,), lengthened=True)
+"""The baseline, with all that helps it past its training length."""
+
 HYBRID = Run("hybrid", PRESETS["hybrid"].model, full_windows=(1,))
 """The project's default recipe: linear stagger, W = 128, two full-attention layers without RoPE."""
 

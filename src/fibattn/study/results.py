@@ -18,7 +18,7 @@ from typing import Any
 
 from fibattn import files
 from fibattn.errors import InputError
-from fibattn.study.store import Store, ways
+from fibattn.study.store import LENGTHENED, Store, ways
 
 PLAIN = "plain"
 ROPE_NAMES = {"yarn": "YaRN", "linear": "linear scaling"}
@@ -42,7 +42,10 @@ def papers_gain() -> list[float]:
 
 def in_words(way: str) -> str:
     """What is different in one of the `ways`."""
-    return ROPE_NAMES.get(way) or f"bounded to {int(way):,}"
+    if way in ROPE_NAMES:
+        return ROPE_NAMES[way]
+    tokens = f"{int(way.removeprefix(LENGTHENED)):,}"
+    return f"a tenth more at {tokens}" if way.startswith(LENGTHENED) else f"bounded to {tokens}"
 
 
 def _measured(run: dict[str, Any], length: int, way: str) -> dict[str, dict[str, Any]]:

@@ -26,7 +26,7 @@ from fibattn.data.stream import PreparedData
 from fibattn.evaluation.sweep import shared_targets
 from fibattn.progress import duration, quantity
 from fibattn.study import measure
-from fibattn.study.presets import Run, Study
+from fibattn.study.presets import Run, Study, lengthened
 from fibattn.study.store import Store, key_of, recipe_of
 from fibattn.study.turns import turn
 from fibattn.training.recipe import Recipe
@@ -157,7 +157,7 @@ def _measured(job: Job, task: _Task, data: PreparedData) -> dict[str, Any]:
         waited = sum(one.waited for one in turns)
         trained = time.monotonic()
         training = measure.training_summary(folder)
-        evaluated = _evaluated(job.study, task.run, model, data)
+        evaluated = _evaluated(job.study, task, model, data)
     ended = time.monotonic()
     losses = ", ".join(
         f"{which} {next(iter(lengths.values()))['perplexity']:.2f}"
@@ -181,15 +181,22 @@ def _measured(job: Job, task: _Task, data: PreparedData) -> dict[str, Any]:
     }
 
 
-def _evaluated(study: Study, run: Run, model: Path, data: PreparedData) -> dict[str, Any]:
-    measured = measure.evaluate(model, data, study)
-    plain, trained_at = measured["evaluation"], study.recipe.length
-    bounds = [n * trained_at for n in run.full_windows if n < max(study.factors)]
-    return {
+def _evaluated(study: Study, task: _Task, model: Path, data: PreparedData) -> dict[str, Any]:
+    measured, run = measure.evaluate(model, data, study), task.run
+    plain, trained_at, longest = measured["evaluation"], study.recipe.length, max(study.factors)
+    bounds = [n * trained_at for n in run.full_windows if n < longest]
+    found = {
         **measured,
         "rope_scaling": {kind: measure.evaluate_stretched(model, data, kind, plain) for kind in run.rope_scaling},
         "bounded": {str(n): measure.evaluate_bounded(model, data, n, plain) for n in bounds},
+        "lengthened": {},
     }
+    if run.lengthened:
+        recipe = lengthened(task.recipe, longest)
+        longer = train(recipe)
+        _forget()
+        found["lengthened"][str(recipe.length)] = measure.evaluate_lengthened(longer, data, plain)
+    return found
 
 
 def _fits(job: Job, task: _Task, store: Store) -> bool:

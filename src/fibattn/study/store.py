@@ -116,9 +116,17 @@ create table failures (key text, study text, run text, time text, error text);
 """
 
 
+LENGTHENED = "lengthened "
+
+
 def ways(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The other evaluations of a finished model, by name: RoPE stretched, or full layers bounded to so many tokens."""
-    return record["rope_scaling"] | record.get("bounded", {})
+    """The other evaluations of a finished model, by name.
+
+    RoPE stretched (`yarn`, `linear`), full layers bounded to so many tokens (`1024`), or a copy trained on in windows
+    of so many (`lengthened 16384`). Results of earlier versions lack the last two.
+    """
+    longer = {f"{LENGTHENED}{length}": sets for length, sets in record.get("lengthened", {}).items()}
+    return record["rope_scaling"] | record.get("bounded", {}) | longer
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:

@@ -39,6 +39,7 @@ def write_card(folder: Path, config: FibAttnConfig, parameters: int, recipe: Rec
         layers=list(_layers(config)),
         tokens=quantity(recipe.tokens),
         recipe=recipe,
+        start=recipe.start and (recipe.start.parent if recipe.start.name == "model" else recipe.start).name,
         sources=", ".join(f"{source['name']} ({_taken(source)} tokens)" for source in data.sources if source["train"]),
         fingerprint=data.fingerprint,
         results=f"{_BEGIN}\nNot evaluated yet.\n{_END}",
