@@ -105,19 +105,21 @@ def test_bounded_full_layers_are_looked_at_in_longer_windows_on_the_same_tokens(
     assert tried == {"dense", "dense-seed43", "hybrid"}
 
 
-def test_dense_is_trained_on_in_the_longest_windows_and_evaluated_at_every_length(job: Job) -> None:
-    (found,) = lines(job.out, "dense")
+@pytest.mark.parametrize("name", ["dense", "hybrid"])
+def test_a_copy_is_trained_on_in_the_longest_windows_and_evaluated_at_every_length(job: Job, name: str) -> None:
+    (found,) = lines(job.out, name)
     assert set(found["lengthened"]) == {"128"}
     for name, rows in found["lengthened"]["128"].items():
         plain = found["evaluation"][name]
         assert set(rows) == set(plain) == {"32", "64", "128"}
         assert all(rows[length]["targets"] == plain[length]["targets"] for length in rows)
         assert all(rows[length]["nll"] != plain[length]["nll"] for length in rows)
-    (folder,) = job.work.glob(f"dense-{found['key']}")
+    (folder,) = job.work.glob(f"{name}-{found['key']}")
     recipe = files.read_json(folder / "lengthened" / "recipe.json")
     assert (recipe["length"], recipe["start"]) == (128, str(folder / "model"))
+    assert found["lengthened_recipe"].items() <= (recipe | {"start": None}).items()
     tried = {one["run"] for one in Store(job.out).records() if one["lengthened"]}
-    assert tried == {"dense", "dense-seed43"}
+    assert tried == {"dense", "dense-seed43", "hybrid"}
 
 
 def test_finished_runs_are_left_alone(job: Job) -> None:

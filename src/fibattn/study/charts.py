@@ -101,7 +101,7 @@ def _curves(group: Group) -> list[_Curve]:
     for model in _leading(group):
         look = look_of(model) | {"linewidth": 2, "markersize": 5}
         curves.append(_Curve(model.label, ratios(model.first), look))
-        for way, style in zip(model.ways(), _DASHES, strict=False):
+        for way, style in zip(model.ways(), itertools.cycle(_DASHES), strict=False):
             curves.append(_Curve(model.label_of(way), ratios(model.tried(way), way), look | {"linestyle": style}))
         others = [run for run in model.runs[1:] if run["seed"] in seeds]
         curves += [

@@ -196,6 +196,7 @@ def _evaluated(study: Study, task: _Task, model: Path, data: PreparedData) -> di
         longer = train(recipe)
         _forget()
         found["lengthened"][str(recipe.length)] = measure.evaluate_lengthened(longer, data, plain)
+        found["lengthened_recipe"] = recipe_of(recipe) | {"start": None}
     return found
 
 
