@@ -259,4 +259,8 @@ def test_page_in_a_browser(job: Job, browser: Browser, width: int) -> None:
     scrolling += ".filter(e => getComputedStyle(e).overflowX != 'visible')"
     assert browser.evaluate(f"{scrolling}.every(e => e.matches('[tabindex=\"0\"][role=region][aria-label]'))")
     assert browser.overflowing() == []
+    cut = "[...document.querySelectorAll('svg text')].filter(e => e.getClientRects().length).filter(e => {"
+    cut += "const own = e.getBoundingClientRect(), all = e.ownerSVGElement.getBoundingClientRect();"
+    cut += "return own.right > all.right + 1 || own.left < all.left - 1}).map(e => e.textContent)"
+    assert browser.evaluate(cut) == []
     assert browser.console() == []

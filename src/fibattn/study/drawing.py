@@ -1,6 +1,7 @@
 """How the report's figures are drawn: for a page and for a phone, and a model alike in all of them."""
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from fibattn.study.page import narrow
 from fibattn.study.results import Model
 
 QUIET = "#a8a29e"
+# Widths in a legend, in parts of the size of its letters: what stands before a label, a letter, one in a wide word.
+_KEY, _LETTER, _WIDE_LETTER = 5, 0.52, 0.6
 _RUST, _TEAL, _INDIGO, _OCHRE, _PINK, _BLUE = COLOURS
 LOOKS: dict[str, dict[str, Any]] = {
     "dense": {"color": _RUST, "marker": "o"},
@@ -61,12 +64,17 @@ class Page:
             axes.set_ylabel(up)
 
     def legend(self, figure: Figure, handles: Sequence[Artist]) -> None:
-        """What is what, below the panels, in as many columns as the labels leave room for; the figure grows by it."""
-        longest = max(len(str(handle.get_label())) for handle in handles)
-        columns = max(int(72 * self.width / ((5 + 0.52 * longest) * self.font)), 1)
-        lines = math.ceil(len(handles) / columns)
-        figure.set_figheight(figure.get_figheight() + (0.5 + 1.5 * lines) * self.font / 72)
-        figure.legend(handles=handles, loc="outside lower left", ncols=columns, frameon=False, fontsize=self.font)
+        """What is what, below the panels, in as many columns as the labels leave room for; the figure grows by it.
+
+        A label too long for one column is broken.
+        """
+        width = 72 * self.width / self.font
+        labels = [textwrap.fill(str(handle.get_label()), int((width - _KEY) / _WIDE_LETTER)) for handle in handles]
+        lines = [line for label in labels for line in label.splitlines()]
+        columns = max(int(width / (_KEY + _LETTER * max(map(len, lines)))), 1)
+        rows = math.ceil(len(lines) / columns)
+        figure.set_figheight(figure.get_figheight() + (0.5 + 1.5 * rows) * self.font / 72)
+        figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=self.font)
 
 
 _WIDE = Page(width=10.4, font=11, across=True)

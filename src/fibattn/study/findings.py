@@ -319,8 +319,12 @@ def _helped_dense(group: Group) -> Finding:
             good.append(gap < 0)
             words.append(f"{length // group.trained_at}×: {percent(gap)} ({in_words(way)})")
         evidence[own["seed"]] = ", ".join(words)
-    tried = ", ".join(in_words(way) for way in dense.ways())
-    return Finding(claim, _verdict(good), f"against the best of {tried}: {_by_seed(evidence)}")
+    against = f"against the best of {', '.join(in_words(way) for way in dense.ways())}: {_by_seed(evidence)}"
+    helps = {"bounded": "bounded", "lengthened": "trained on in longer windows"}
+    untried = [words for name, words in helps.items() if not all(theirs.get(name) for _, theirs in pairs)]
+    if untried and all(good):
+        return Finding(claim, "partly", f"{against}; not every run of dense was {' and '.join(untried)}")
+    return Finding(claim, _verdict(good), against)
 
 
 def _bounded(group: Group) -> Finding:
