@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ from fibattn.study import runner
 from fibattn.study.presets import Study
 from fibattn.study.runner import Job, Outcome, run_study
 from fibattn.study.store import Store
-from fibattn.training.recipe import to_json
+from fibattn.training.recipe import Recipe, to_json
 from fibattn.training.run import train
 
 CHILD = """
@@ -105,21 +106,41 @@ def test_bounded_full_layers_are_looked_at_in_longer_windows_on_the_same_tokens(
     assert tried == {"dense", "dense-seed43", "hybrid"}
 
 
-@pytest.mark.parametrize("name", ["dense", "hybrid"])
-def test_a_copy_is_trained_on_in_the_longest_windows_and_evaluated_at_every_length(job: Job, name: str) -> None:
-    (found,) = lines(job.out, name)
+def test_a_copy_is_trained_on_in_the_longest_windows_and_evaluated_at_every_length(job: Job) -> None:
+    (found,) = lines(job.out, "dense")
     assert set(found["lengthened"]) == {"128"}
     for name, rows in found["lengthened"]["128"].items():
         plain = found["evaluation"][name]
         assert set(rows) == set(plain) == {"32", "64", "128"}
         assert all(rows[length]["targets"] == plain[length]["targets"] for length in rows)
         assert all(rows[length]["nll"] != plain[length]["nll"] for length in rows)
-    (folder,) = job.work.glob(f"{name}-{found['key']}")
+    (folder,) = job.work.glob(f"dense-{found['key']}")
     recipe = files.read_json(folder / "lengthened" / "recipe.json")
     assert (recipe["length"], recipe["start"]) == (128, str(folder / "model"))
-    assert found["lengthened_recipe"].items() <= (recipe | {"start": None}).items()
+    kept = found["lengthened_recipe"]
+    assert kept["start"] == found["key"]
+    assert all(recipe[name] == value for name, value in kept.items() if name != "start")
     tried = {one["run"] for one in Store(job.out).records() if one["lengthened"]}
-    assert tried == {"dense", "dense-seed43", "hybrid"}
+    assert tried == {"dense", "dense-seed43"}
+
+
+def test_a_run_is_kept_when_training_it_on_fails(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = train
+
+    def out_of_memory(recipe: Recipe, *more: Any) -> Path:
+        if recipe.start is not None:
+            raise RuntimeError("out of memory")
+        return whole(recipe, *more)
+
+    monkeypatch.setattr(runner, "train", out_of_memory)
+    again = replace(job, out=tmp_path, work=tmp_path / "work", only=("dense",))
+    assert run_study(again).finished == ("dense",)
+    (found,) = lines(tmp_path, "dense")
+    assert (found["lengthened"], found["lengthened_error"]) == ({}, "RuntimeError: out of memory")
+    assert set(found["bounded"]) == {"32"}
+    assert "training on at 128 failed, the rest is kept: out of memory" in capsys.readouterr().err
 
 
 def test_finished_runs_are_left_alone(job: Job) -> None:

@@ -63,10 +63,18 @@ def test_a_run_goes_on_from_what_was_learnt_and_says_so(recipe: Recipe, finished
 
 
 def test_a_run_goes_on_from_the_start_that_it_began_with_alone(recipe: Recipe, finished: Path) -> None:
-    run = longer(recipe, finished)
+    run = replace(longer(recipe, finished), save_every=1)
     train(run)
     moved = finished.rename(finished.with_name("moved"))
     train(replace(run, start=moved))
+    train(run)  # finished: its start may be gone
+    shutil.rmtree(run.out / "model")
+    train(run)  # so it may where there is a checkpoint
+    train(replace(run, start=moved, out=run.out.with_name("again")))
+    for weights in ("longer", "again"):
+        assert files.sha256(run.out.with_name(weights) / "model" / "model.safetensors") == files.sha256(
+            run.out / "model" / "model.safetensors"
+        )
     other = replace(recipe, out=recipe.out.with_name("other"), init_seed=7, steps=1)
     train(other)
     with pytest.raises(InputError, match="trained on other data, in another order or from another start"):
@@ -89,12 +97,15 @@ def test_a_start_of_another_shape_is_refused(
 ) -> None:
     run = longer(recipe, finished)
     with pytest.raises(InputError, match=f"model.safetensors does not fit the recipe: .*{message}; give the recipe"):
-        load_weights(built(replace(run, model=replace(run.model, **changes))), finished)
+        train(replace(run, model=replace(run.model, **changes)))
+    train(run)  # what was refused has not claimed the folder
 
 
 def test_a_start_that_is_none_is_refused(recipe: Recipe, finished: Path) -> None:
     with pytest.raises(InputError, match="nowhere holds no finished model; give a finished run"):
         train(longer(recipe, Path("nowhere")))
+    with pytest.raises(InputError, match="checkpoint-12 holds no finished model"):
+        train(longer(recipe, finished / "checkpoint-12"))
     with (finished / "model" / "model.safetensors").open("r+b") as file:
         file.truncate(1000)
     with pytest.raises(InputError, match=r"model.safetensors has 1000 bytes"):

@@ -8,7 +8,7 @@ from typing import Literal
 
 from fibattn.progress import quantity
 from fibattn.study.recalled import recalled
-from fibattn.study.results import Group, Model, Probes, in_words, losses, mean_loss
+from fibattn.study.results import PLAIN, Group, Model, Probes, in_words, losses, mean_loss
 from fibattn.study.store import ways
 
 Verdict = Literal["holds", "partly", "does not hold", "undecided", "not run"]
@@ -308,18 +308,19 @@ def _helped_dense(group: Group) -> Finding:
     claim = "The default recipe is ahead of dense past the training length, however dense is helped there"
     dense, ours = group.get("dense"), group.get("hybrid")
     pairs = [(own, theirs) for own, theirs in ours.beside(dense) if ways(theirs)] if dense and ours else []
-    if not (dense and pairs):
+    if not pairs:
         return _missing(claim, group, "dense", "hybrid")
     evidence, good = {}, []
     for own, theirs in pairs:
         words = []
         for length in (length for length in group.lengths if length > group.trained_at):
-            best, way = min((mean_loss(theirs, length, way), way) for way in ways(theirs))
+            best, way = min((mean_loss(theirs, length, way), way) for way in (PLAIN, *ways(theirs)))
             gap = mean_loss(own, length) - best
             good.append(gap < 0)
             words.append(f"{length // group.trained_at}×: {percent(gap)} ({in_words(way)})")
         evidence[own["seed"]] = ", ".join(words)
-    against = f"against the best of {', '.join(in_words(way) for way in dense.ways())}: {_by_seed(evidence)}"
+    tried = ", ".join(dict.fromkeys(in_words(way) for _, theirs in pairs for way in ways(theirs)))
+    against = f"against the best of {tried}: {_by_seed(evidence)}"
     helps = {"bounded": "bounded", "lengthened": "trained on in longer windows"}
     untried = [words for name, words in helps.items() if not all(theirs.get(name) for _, theirs in pairs)]
     if untried and all(good):

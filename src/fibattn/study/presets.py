@@ -95,20 +95,18 @@ class Study:
 
 
 def lengthened(recipe: Recipe, factor: int) -> Recipe:
-    """How a finished run is trained on: a tenth of its steps, of as many tokens, in windows `factor` times as long.
+    """How a finished run is trained on: a tenth of its steps, in windows `factor` times as long.
 
-    The rate warms up and falls anew. Where full layers have RoPE its base grows as "NTK-aware" scaling has it (arXiv
-    2309.00071, section 3.1): the slowest pair of dimensions turns as far over a longer window as over a shorter one.
+    The rate warms up and falls anew. The base of RoPE grows as "NTK-aware" scaling has it (arXiv 2309.00071, section
+    3.1): the slowest pair of dimensions turns as far over a longer window as over a shorter one.
     """
     shape, steps = recipe.model, max(recipe.steps // 10, 1)
     size = shape.hidden_size // shape.num_attention_heads
-    if shape.attention == "full" or (shape.full_layers and shape.full_layers_rope):
-        shape = replace(shape, rope_theta=shape.rope_theta * factor ** (size / (size - 2)))
     return replace(
         recipe,
         start=recipe.out / "model",
         out=recipe.out / "lengthened",
-        model=shape,
+        model=replace(shape, rope_theta=shape.rope_theta * factor ** (size / (size - 2))),
         optimizer=replace(recipe.optimizer, warmup_steps=_warmup(recipe, steps)),
         length=recipe.length * factor,
         windows_per_step=max(recipe.windows_per_step // factor, 1),
@@ -155,7 +153,7 @@ _full = replace(PRESETS["paper"], save_every=2000, keep_checkpoints=1)
 DENSE = Run("dense", ModelRecipe(attention="full"), rope_scaling=("yarn", "linear"), full_windows=(1,), lengthened=True)
 """The baseline, with all that helps it past its training length."""
 
-HYBRID = Run("hybrid", PRESETS["hybrid"].model, full_windows=(1, 4), lengthened=True)
+HYBRID = Run("hybrid", PRESETS["hybrid"].model, full_windows=(1, 4))
 """The project's default recipe: linear stagger, W = 128, two full-attention layers without RoPE."""
 
 HYBRID_HEADS = Run("hybrid-heads", replace(HYBRID.model, stagger_heads=True), full_windows=(1,))

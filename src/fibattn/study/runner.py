@@ -191,13 +191,21 @@ def _evaluated(study: Study, task: _Task, model: Path, data: PreparedData) -> di
         "bounded": {str(n): measure.evaluate_bounded(model, data, n, plain) for n in bounds},
         "lengthened": {},
     }
-    if run.lengthened:
-        recipe = lengthened(task.recipe, longest)
+    return found | (_lengthened(task, longest, data, plain) if run.lengthened else {})
+
+
+def _lengthened(task: _Task, factor: int, data: PreparedData, plain: dict[str, Any]) -> dict[str, Any]:
+    """The sweep `plain` with a copy of the finished model, trained on; none where that fails, for the rest is done."""
+    recipe = lengthened(task.recipe, factor)
+    try:
         longer = train(recipe)
         _forget()
-        found["lengthened"][str(recipe.length)] = measure.evaluate_lengthened(longer, data, plain)
-        found["lengthened_recipe"] = recipe_of(recipe) | {"start": None}
-    return found
+        found = {str(recipe.length): measure.evaluate_lengthened(longer, data, plain)}
+    except Exception as error:
+        traceback.print_exc()
+        say(f"{task.run.name}: training on at {recipe.length} failed, the rest is kept: {error}")
+        return {"lengthened": {}, "lengthened_error": f"{type(error).__name__}: {error}"[:2000]}
+    return {"lengthened": found, "lengthened_recipe": recipe_of(recipe) | {"start": task.key}}
 
 
 def _fits(job: Job, task: _Task, store: Store) -> bool:

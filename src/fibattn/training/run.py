@@ -79,11 +79,11 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     _check_trackers(recipe)
     with state.main_process_first():
         data = PreparedData.open(recipe.data, verify=state.is_main_process)
-        model_config(recipe, data.vocab_size, data.separator)  # a shape that cannot be claims no folder
+        config = model_config(recipe, data.vocab_size, data.separator)  # a shape that cannot be claims no folder
         order = _order(recipe, data)
         inputs = {"data_fingerprint": data.fingerprint, "order_sha256": files.sha256(order)}
         if recipe.start is not None:
-            inputs["start_sha256"] = start.fingerprint(recipe.start, data)
+            inputs["start_sha256"] = _start(recipe, config, data)
         _claim(recipe, inputs)
     finished = recipe.out / "model"
     if checkpoints.is_sealed(finished):
@@ -92,7 +92,8 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
         return finished
     disable_progress_bar()
     model = build_model(recipe, data.vocab_size, data.separator)
-    if recipe.start is not None:
+    checkpoint = checkpoints.latest(recipe.out)
+    if recipe.start is not None and checkpoint is None:
         start.load_weights(model, recipe.start)
     if recipe.gradient_checkpointing:
         # Renamed in the course of Transformers 5; the old name warns in the newer versions.
@@ -103,7 +104,6 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     )
     windows = TrainingWindows(data.train, load_order(order), recipe.length)
     trainer = FibTrainer(model, recipe, windows, process_count())
-    checkpoint = checkpoints.latest(recipe.out)
     if checkpoint is not None:
         _check_same(checkpoint, recipe, inputs)
         state.print(f"going on from {checkpoint}")
@@ -113,6 +113,18 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     _finish(trainer, recipe, data, finished)
     return finished
+
+
+def _start(recipe: Recipe, config: FibAttnConfig, data: PreparedData) -> str:
+    """The fingerprint of the start; once the run has a checkpoint, the start itself is not needed any more."""
+    assert recipe.start is not None
+    known = recipe.out / "inputs.json"
+    if known.exists() and not recipe.start.exists():
+        return files.read_json(known).get("start_sha256", "")
+    fingerprint = start.fingerprint(recipe.start, data)
+    with torch.device("meta"):
+        start.check_shapes(FibAttnForCausalLM(config), recipe.start)
+    return fingerprint
 
 
 def _order(recipe: Recipe, data: PreparedData) -> Path:

@@ -32,12 +32,11 @@ def fingerprint(start: Path, data: PreparedData) -> str:
     return files.sha256(folder / _WEIGHTS)
 
 
-def load_weights(model: FibAttnForCausalLM, start: Path) -> None:
-    """Put the weights of the finished model `start` into `model`.
+def check_shapes(model: FibAttnForCausalLM, start: Path) -> None:
+    """Whether `model`, which may be on the meta device, has the weights of the finished model `start`.
 
     Raises:
-        InputError: when the two have different weights: other sizes, another number of layers, or scales that only one
-            of them learns.
+        InputError: when they differ: other sizes, another number of layers, or scales that only one of them learns.
     """
     path = _model(start) / _WEIGHTS
     with safe_open(path, framework="pt") as file:
@@ -49,11 +48,15 @@ def load_weights(model: FibAttnForCausalLM, start: Path) -> None:
                 f"{path} does not fit the recipe: {name} is {theirs.get(name, 'absent')} there and "
                 f"{ours.get(name, 'absent')} here; give the recipe the sizes of the model that it starts from"
             )
-    load_model(model, path)
+
+
+def load_weights(model: FibAttnForCausalLM, start: Path) -> None:
+    """Put the weights of the finished model `start` into `model`, which has the same."""
+    load_model(model, _model(start) / _WEIGHTS)
 
 
 def _model(start: Path) -> Path:
     for folder in (start, start / "model"):
-        if checkpoints.is_sealed(folder):
+        if checkpoints.is_sealed(folder) and (folder / "tokenizer.json").exists():  # a checkpoint has none
             return folder
     raise InputError(f"{start} holds no finished model; give a finished run of `fibattn train`, or its model folder")
