@@ -41,7 +41,9 @@ def papers_gain() -> list[float]:
 
 
 def in_words(way: str) -> str:
-    """What is different in one of the `ways`."""
+    """What is different in one of the `ways`, or `plain`."""
+    if way == PLAIN:
+        return "plainly"
     if way in ROPE_NAMES:
         return ROPE_NAMES[way]
     tokens = f"{int(way.removeprefix(LENGTHENED)):,}"
