@@ -199,7 +199,7 @@ def test_dense_is_judged_at_its_best_at_every_length() -> None:
     )
     assert helped_dense(2.5, **longer).verdict == "partly"
     assert "4×: +64.9 % (bounded to 1,024)" in helped_dense(2.5, **longer).evidence
-    unhelped = helped_dense(4.5, plain=2.5, **longer)
+    unhelped = helped_dense(4.5, plain=2.5)
     assert (unhelped.verdict, "4×: +64.9 % (plainly)" in unhelped.evidence) == ("partly", True)
 
 
