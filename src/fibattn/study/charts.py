@@ -102,7 +102,7 @@ def _curves(group: Group) -> list[_Curve]:
         look = look_of(model) | {"linewidth": 2, "markersize": 5}
         curves.append(_Curve(model.label, ratios(model.first), look))
         for way, style in zip(model.ways(), itertools.cycle(_DASHES), strict=False):
-            curves.append(_Curve(model.label_of(way), ratios(model.tried(way), way), look | {"linestyle": style}))
+            curves.append(_Curve(model.label_of_tried(way), ratios(model.tried(way), way), look | {"linestyle": style}))
         others = [run for run in model.runs[1:] if run["seed"] in seeds]
         curves += [
             _Curve(f"{model.label}, seed {run['seed']}", ratios(run), look | _THIN, further=True) for run in others

@@ -8,7 +8,7 @@ from typing import Any
 from fibattn.progress import quantity
 from fibattn.study.findings import percent, real_minus
 from fibattn.study.paper_tables import extrapolation
-from fibattn.study.results import PLAIN, Group, Model, Results, in_words, paper
+from fibattn.study.results import PLAIN, Group, Model, Results, paper
 from fibattn.study.tables import Table, against
 
 
@@ -76,8 +76,7 @@ def _far_context(group: Group) -> Table | None:
             near, far = (model.gaps_by_part(control, length, way) for length in (group.trained_at, longest))
             if near:
                 cells = (real_minus(f"{gap:+.3f}") for gap in (near[-1], *far))
-                words = model.label if way == PLAIN else f"{model.label}, {in_words(way)}"
-                rows.append((far[-1], (words, *cells)))
+                rows.append((far[-1], (model.label_of(way), *cells)))
     factor = longest // group.trained_at
     return Table(
         f"Far context: against {control.label}, by part of a window of {longest:,}",

@@ -86,7 +86,7 @@ def extrapolation(group: Group) -> Table:
         rows.append(
             (*_lengths(model.label, model, group), *(percent(change[n]) if change else "–" for n in (2048, 4096)))
         )
-        rows += [(*_lengths(model.label_of(way), model, group, way), "–", "–") for way in model.ways()]
+        rows += [(*_lengths(model.label_of_tried(way), model, group, way), "–", "–") for way in model.ways()]
     factors = [length // group.trained_at for length in group.lengths]
     return Table(
         "Table 2. Past the training length",

@@ -123,10 +123,13 @@ class Model:
         return self.first if way == PLAIN else next(run for run in self.runs if way in ways(run))
 
     def label_of(self, way: str) -> str:
+        """The same, evaluated in one of its ways."""
+        return self.label if way == PLAIN else f"{self.label}, {in_words(way)}"
+
+    def label_of_tried(self, way: str) -> str:
         """The label of `tried(way)`, which tells its seed where it is not the first run."""
-        words = self.label if way == PLAIN else f"{self.label}, {in_words(way)}"
         run = self.tried(way)
-        return words if run is self.first else f"{words}, seed {run['seed']}"
+        return self.label_of(way) + ("" if run is self.first else f", seed {run['seed']}")
 
     def _words(self) -> str:
         own = self.recipe

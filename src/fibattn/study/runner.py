@@ -137,7 +137,7 @@ def _attempt(job: Job, task: _Task, data: PreparedData, store: Store) -> bool:
     except Exception as error:
         traceback.print_exc()
         say(f"{task.run.name} failed: {error}")
-        store.append({"kind": "failure", **about, "time": _now(), "error": f"{type(error).__name__}: {error}"[:2000]})
+        store.append({"kind": "failure", **about, "time": _now(), "error": _told(error)})
         return False
     finally:
         _forget()
@@ -204,7 +204,7 @@ def _lengthened(task: _Task, factor: int, data: PreparedData, plain: dict[str, A
     except Exception as error:
         traceback.print_exc()
         say(f"{task.run.name}: training on at {recipe.length} failed, the rest is kept: {error}")
-        return {"lengthened": {}, "lengthened_error": f"{type(error).__name__}: {error}"[:2000]}
+        return {"lengthened": {}, "lengthened_error": _told(error)}
     return {"lengthened": found, "lengthened_recipe": recipe_of(recipe) | {"start": task.key}}
 
 
@@ -279,6 +279,10 @@ def _clear(folder: Path, keep_model: bool) -> None:
         return
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:2000]
 
 
 def _now() -> str:
