@@ -163,7 +163,7 @@ def run(arguments: list[str]) -> None:
 
 def _out_of_model(result: dict[str, Any]) -> Path:
     """A file for each model, so that the report has them all."""
-    from fibattn.evaluation.sweep import model_name
+    from fibattn.training.card import model_name
 
     return FOLDER / f"{result['probe']}-{model_name(Path(result['model']).resolve())}.json"
 

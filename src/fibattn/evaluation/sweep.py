@@ -35,11 +35,6 @@ def find_model(path: Path) -> Path:
     raise InputError(f"{path} holds no model (config.json is missing); give a model folder or a finished run")
 
 
-def model_name(folder: Path) -> str:
-    """What a model folder is called: by the run that it is in, or by its own name."""
-    return (folder.parent if folder.name == "model" else folder).name
-
-
 def load_model(folder: Path, **changes: Any) -> PreTrainedModel:
     """The model in `folder`, float32, on the GPU where there is one; `changes` go into its configuration.
 

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from fibattn.evaluation.sweep import model_name
 from fibattn.study.recalled import recalled
 from fibattn.study.results import Probes, paper
 from fibattn.study.tables import ABSENT, Table
+from fibattn.training.card import model_name
 
 _TITLES = {
     "recall": "Recall over distance",

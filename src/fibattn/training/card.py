@@ -24,6 +24,11 @@ _ATTENTION = {
 }
 
 
+def model_name(folder: Path) -> str:
+    """What a model folder is called: by the run that it is in, or by its own name."""
+    return (folder.parent if folder.name == "model" else folder).name
+
+
 def write_card(folder: Path, config: FibAttnConfig, parameters: int, recipe: Recipe, data: PreparedData) -> None:
     """Write the card of a model folder; its results are filled in by `add_results`."""
     card = ModelCard.from_template(
@@ -39,7 +44,7 @@ def write_card(folder: Path, config: FibAttnConfig, parameters: int, recipe: Rec
         layers=list(_layers(config)),
         tokens=quantity(recipe.tokens),
         recipe=recipe,
-        start=None if recipe.start is None else _run_name(recipe.start.resolve()),
+        start=None if recipe.start is None else model_name(recipe.start.resolve()),
         sources=", ".join(f"{source['name']} ({_taken(source)} tokens)" for source in data.sources if source["train"]),
         fingerprint=data.fingerprint,
         results=f"{_BEGIN}\nNot evaluated yet.\n{_END}",
@@ -73,10 +78,6 @@ def _layers(config: FibAttnConfig) -> Iterator[dict[str, str]]:
     for row, run in groupby(enumerate(rows), key=lambda item: item[1]):
         numbers = [number for number, _ in run]
         yield {"layers": f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]}–{numbers[-1]}", **row}
-
-
-def _run_name(start: Path) -> str:
-    return (start.parent if start.name == "model" else start).name
 
 
 def _taken(source: dict[str, Any]) -> str:
