@@ -145,7 +145,7 @@ def _control(stagger: Run) -> Run:
 
 
 def _hybrid(name: str, run: Run, layers: tuple[int, ...]) -> Run:
-    return Run(name, replace(run.model, full_layers=layers, full_layers_rope=False))
+    return Run(name, replace(run.model, full_layers=layers, full_layers_rope=False), full_windows=(1,))
 
 
 _full = replace(PRESETS["paper"], save_every=2000, keep_checkpoints=1)
@@ -156,7 +156,7 @@ DENSE = Run("dense", ModelRecipe(attention="full"), rope_scaling=("yarn", "linea
 HYBRID = Run("hybrid", PRESETS["hybrid"].model, full_windows=(1, 4))
 """The project's default recipe: linear stagger, W = 128, two full-attention layers without RoPE."""
 
-HYBRID_HEADS = Run("hybrid-heads", replace(HYBRID.model, stagger_heads=True), full_windows=(1,))
+HYBRID_HEADS = _hybrid("hybrid-heads", _stagger(128, heads=True), HYBRID.model.full_layers)
 """The same with a stagger over the KV heads of each layer too."""
 
 _KINDS: tuple[tuple[Schedule, Base], ...] = (
@@ -223,7 +223,10 @@ STUDIES: dict[str, Study] = {
             _hybrid("hybrid-4", _stagger(128), (3, 7, 11, 15)),
             _hybrid("hybrid-1", _stagger(128), (15,)),
             _hybrid("hybrid-early", _stagger(128), (3, 11)),
-            *(Run(f"hybrid-heads-w{window}", replace(HYBRID_HEADS.model, window=window)) for window in (256, 64)),
+            *(
+                _hybrid(f"hybrid-{one.name.removeprefix('stagger-')}", one, HYBRID.model.full_layers)
+                for one in (_stagger(256, heads=True), _stagger(64, heads=True), _stagger(64), _stagger(32))
+            ),
             _stagger(12),
             _stagger(12, heads=True),
             _stagger(64),
