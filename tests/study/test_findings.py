@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -146,6 +147,8 @@ def test_models_are_compared_by_the_seeds_that_they_share() -> None:
     table = next(one for one in papers_tables(everything) if one.title.startswith("Table 4"))
     row = next(row for row in table.rows if row[0] == "coprime, W = 12")
     assert row[3] == "+32.1 %"
+    row = next(row for row in papers_tables(everything)[0].rows if row[0] == "linear, W = 12")
+    assert row[3] == row[8] == "1.317", "the first seed against the first seed of dense, as the perplexities beside it"
 
 
 def test_a_claim_about_all_of_the_papers_models_holds_at_most_in_part_for_some() -> None:
@@ -153,6 +156,9 @@ def test_a_claim_about_all_of_the_papers_models_holds_at_most_in_part_for_some()
     found = verdicts(models)
     assert found["The best of the 21 is linear, W = 12"] == "partly"
     assert found["At every window: linear ≈ coprime < learned < fixed"] == "partly"
+    once = {name: Model(name, one.runs[:1]) if name != "linear-w12" else one for name, one in models.items()}
+    seeds = next(one for one in papers_findings(group(once)) if one.claim.startswith("Seeds differ little"))
+    assert (seeds.verdict, seeds.evidence[:13]) == ("partly", "1 of 5 models")
 
 
 def hybrid_and_window(bounded_gain: float) -> dict[str, Model]:
@@ -173,6 +179,12 @@ def hybrid_and_window(bounded_gain: float) -> dict[str, Model]:
         bounded={"1024": bounded},
     )
     return {"window-w132": Model("window-w132", (window,)), "hybrid": Model("hybrid", (hybrid,))}
+
+
+def changed_window(model: Model, window: int) -> Model:
+    """The same numbers with another window."""
+    recipe = {"model": model.recipe | {"window": window}}
+    return Model(f"window-w{window}", tuple(run | {"recipe": recipe} for run in model.runs))
 
 
 def helped_dense(bounded: float, plain: float = 9.0, **more: Any) -> Finding:
@@ -215,13 +227,15 @@ def test_a_bound_is_judged_and_shown_beside_a_plain_window(gain: float, verdict:
     goal = next(one for one in own_goals(everything, {}) if one.claim.startswith("With bounded full layers"))
     assert goal.verdict == verdict
     assert f"1,024 tokens: {'−3.0' if gain > 0 else '+1.0'} %" in goal.evidence
-    far = beyond_tables(everything)[1]
+    wider = changed_window(everything.models[0], 260)
+    far = beyond_tables(replace(everything, models=(*everything.models, wider)))[1]
+    assert far.title.startswith("Far context: against window only, W = 132"), "the one whose window is the recipe's"
     label, sign = "hybrid: linear, W = 128, full 7, 15", "−" if gain > 0 else "+"
     plain, bounded = (
         (label, "−0.020", *["+0.000"] * 8),
         (f"{label}, bounded to 1,024", "−0.020", *[f"{sign}{abs(gain):.3f}"] * 8),
     )
-    assert sorted(far.rows) == sorted((plain, bounded))
+    assert sorted(far.rows) == sorted((plain, bounded, ("window only, W = 260", *["+0.000"] * 9)))
 
 
 @pytest.mark.parametrize(

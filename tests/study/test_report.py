@@ -12,6 +12,7 @@ import pytest
 from browser import Browser
 
 from fibattn import InputError, files
+from fibattn.progress import quantity
 from fibattn.study.findings import percent
 from fibattn.study.own_tables import asked_tables, copying_table, cost_table
 from fibattn.study.paper_tables import extrapolation, papers_tables
@@ -156,6 +157,8 @@ def test_the_longest_training_windows_lead_and_the_largest_budget_has_the_headli
     figures = re.findall(r'<figure id="([a-z-]*)">', text)
     assert figures[:2] == ["extrapolation-longest", "extrapolation"]
     assert "After 1G training tokens: perplexity" in text
+    degrades = re.findall(r"Dense degrades[^<(]*\((\w+) tokens\)", text)
+    assert degrades == ["1G", quantity(records[0]["tokens"])], "the paper's findings too, at both budgets"
     assert recipe["length"] == Results.load(tmp_path).groups[0].trained_at
     Store(tmp_path).append(changed(records[0], key="longer", trained_at=4 * recipe["length"]))
     groups = Results.load(tmp_path).groups

@@ -7,7 +7,7 @@ from typing import Any
 
 from fibattn.progress import quantity
 from fibattn.study.findings import percent, real_minus
-from fibattn.study.paper_tables import extrapolation
+from fibattn.study.paper_tables import extrapolation, positions
 from fibattn.study.results import PLAIN, Group, Model, Results, paper
 from fibattn.study.tables import Table, against
 
@@ -22,10 +22,13 @@ def beyond_tables(group: Group) -> list[Table]:
 def other_budget(group: Group) -> list[Table]:
     """Tables for a group of runs that the main tables are not about."""
     at = f"at {quantity(group.tokens)} training tokens"
-    return [
+    tables = [
         _models(group, group.models, f"Models {at}"),
         replace(extrapolation(group), title=f"Past the training length, {at}"),
     ]
+    if group.get("fixed-w12") and group.get("linear-w12"):
+        tables.append(replace(positions(group), title=f"Loss by position, {at}"))
+    return tables
 
 
 def _models(group: Group, models: Sequence[Model], title: str) -> Table:
@@ -69,7 +72,10 @@ def _far_context(group: Group) -> Table | None:
     windows = [one for one in group.models if one.recipe["attention"] == "sliding" and not one.recipe["full_layers"]]
     if not windows:
         return None
-    control, longest = max(windows, key=lambda one: one.recipe["window"]), group.lengths[-1]
+    ours, longest = group.get("hybrid"), group.lengths[-1]
+    widest = max(one.recipe["window"] for one in windows)
+    wanted = ours.recipe["window"] if ours else widest
+    control = min(windows, key=lambda one: abs(one.recipe["window"] - wanted))
     rows = []
     for model in (one for one in group.models if one is not control and not one.is_papers):
         for way in (PLAIN, *model.ways()):

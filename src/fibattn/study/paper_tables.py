@@ -14,15 +14,15 @@ _PAPER_SETS = ("fineweb_edu", "wikipedia")
 
 def papers_tables(group: Group) -> list[Table]:
     """The paper's tables of language models, ours beside the published figures."""
-    return [_matrix(group), extrapolation(group), _last_positions(group), _positions(group), _seeds(group)]
+    return [_matrix(group), extrapolation(group), _last_positions(group), positions(group), _seeds(group)]
 
 
 def _matrix(group: Group) -> Table:
     published = {_key(row): row["perplexity"] for row in paper()["matrix"]}
     papers_dense = paper()["extrapolation_perplexity"]["dense"]["1024"]
-    dense = group.get("dense")
+    dense, at = group.get("dense"), group.trained_at
     ours = {model.paper_key: model for model in group.models if model.paper_key}
-    ranks = _ranks({key: model.loss(group.trained_at) for key, model in ours.items() if key != "dense"})
+    ranks = _ranks({key: model.loss(at) for key, model in ours.items() if key != "dense"})
     theirs = _ranks({key: _log_mean(row) for key, row in published.items() if key in ours})
     rows = [_dense_row(group, dense, papers_dense)]
     for key in sorted(published, key=lambda key: _log_mean(published[key])):
@@ -30,10 +30,10 @@ def _matrix(group: Group) -> Table:
         ratio = math.exp(_log_mean(row) - _log_mean(papers_dense))
         cells = (ABSENT, *("–" for _ in group.sets[1:]), "–", "–", "–")
         if model is not None:
-            losses, gap = model.losses(group.trained_at), None if dense is None else model.gap(dense, group.trained_at)
+            losses = model.losses(at)
             cells = (
                 *(f"{math.exp(losses[name]):.2f}" for name in group.sets),
-                "–" if gap is None else f"{math.exp(gap):.3f}",
+                "–" if dense is None else f"{math.exp(model.loss(at) - dense.loss(at)):.3f}",
                 _against_linear(model, group),
                 str(ranks[key]),
             )
@@ -50,9 +50,9 @@ def _matrix(group: Group) -> Table:
     return Table(
         "Table 1. Perplexity at the training length",
         "In the paper's order, best first. Text and tokenizer differ from the paper's, so compare ratios to dense "
-        "(geometric means over the sets; the paper gives dense on two) and ranks (among the models run here), not "
-        "perplexities. The column σ gives the distance to linear at the same window in standard deviations over seeds."
-        + _agreement(ranks, theirs),
+        "(first seeds, geometric means over the sets; the paper gives dense on two) and ranks (among the models run "
+        "here), not perplexities. The column σ gives the distance to linear at the same window in standard deviations "
+        "over seeds." + _agreement(ranks, theirs),
         ("model", *group.sets, "÷ dense", "to linear, σ", "rank", "paper: FineWeb-Edu", "Wikipedia", "÷ dense", "rank"),
         tuple(rows),
     )
@@ -117,7 +117,8 @@ def _lengths(label: str, model: Model, group: Group, way: str = PLAIN) -> tuple[
     return (label, f"{math.exp(first):.2f}", *changes)
 
 
-def _positions(group: Group) -> Table:
+def positions(group: Group) -> Table:
+    """What the stagger gains over fixed distances in each part of the training window, beside the paper's gain."""
     fixed, linear = group.get("fixed-w12"), group.get("linear-w12")
     rows: list[tuple[str, ...]] = [
         (model.label, *(f"{loss:.3f}" for loss in model.bins(group.trained_at))) for model in (fixed, linear) if model

@@ -24,7 +24,8 @@ MARK = "<!-- written by fibattn report --into -->"
 """Stands in a document before the tables."""
 
 _CAPTIONS = {
-    "positions": "Loss over the training window, and what the stagger gains over fixed distances in each part of it.",
+    "positions": "Loss over the training window, and what the stagger gains over fixed distances in each part of it, "
+    "at the largest budget that has both.",
     "alphas": "Where learned scales end, beside the ramp that the stagger sets.",
     "coverage": "The distances that some layer attends to (16 layers, W = 8, context 1,024): what staggering is for. "
     "The paper counts 19 for fixed and about 75 for linear; the latter is what 8 layers give (74), not 16.",
@@ -46,8 +47,9 @@ def write_report(folder: Path) -> Path:
     Store(folder).index()
     group, out = results.groups[0], folder / "report"
     figures = _figures(results, out)
-    checked, judged = papers_findings(group), _judged(results)
-    goals = _goals(judged)
+    checked = _at_every_budget(_judged(results, papers_findings))
+    judged = _judged(results, lambda one: own_goals(one, results.probes))
+    goals = _at_every_budget(judged)
     papers = [*papers_tables(group), retrieval_table(results.probes), cost_table(results.groups)]
     beyond = [*beyond_tables(group), *asked_tables(results.groups)]
     probes = other_probes(results.probes)
@@ -93,14 +95,15 @@ def _figures(results: Results, out: Path) -> dict[str, dict[str, Any]]:
 
     Where other models were trained for longer than the main group's, theirs over evaluation length leads.
     """
-    group, longest = results.groups[0], _same_windows(results)[0]
+    group, trained_as_long = results.groups[0], _same_windows(results)
+    longest = trained_as_long[0]
     recall = results.probes.get("recall", [])[-1:]
     over_length = {"extrapolation": group}
     if longest.tokens > group.tokens:
         over_length = {"extrapolation-longest": longest} | over_length
     drawn: dict[str, Callable[[Path], Path | None]] = {
         **{name: partial(charts.extrapolation, one) for name, one in over_length.items()},
-        "positions": lambda path: charts.positions(group, path),
+        "positions": lambda path: next(filter(None, (charts.positions(one, path) for one in trained_as_long)), None),
         "alphas": lambda path: charts.alphas(group, path),
         "coverage": lambda path: charts.coverage(path),
         "frontier": lambda path: charts.frontier(group, path),
@@ -131,21 +134,21 @@ def _same_windows(results: Results) -> list[Group]:
     return sorted((one for one in results.groups if one.trained_at == length), key=lambda one: -one.tokens)
 
 
-def _judged(results: Results) -> list[tuple[Group, list[Finding]]]:
-    """Those groups, each with the project's goals."""
-    return [(group, own_goals(group, results.probes)) for group in _same_windows(results)]
+def _judged(results: Results, check: Callable[[Group], list[Finding]]) -> list[tuple[Group, list[Finding]]]:
+    """Those groups, each with the findings that `check` makes of it."""
+    return [(group, check(group)) for group in _same_windows(results)]
 
 
-def _goals(judged: list[tuple[Group, list[Finding]]]) -> list[Finding]:
-    """The project's goals at every budget; what one budget leaves out is said once."""
+def _at_every_budget(judged: list[tuple[Group, list[Finding]]]) -> list[Finding]:
+    """The findings of every budget, claim by claim; what one budget leaves out is said once."""
     found: list[Finding] = []
     groups = [group for group, _ in judged]
-    for same in zip(*(goals for _, goals in judged), strict=True):
-        told = [(group, goal) for group, goal in zip(groups, same, strict=True) if goal.verdict != "not run"]
-        if len({goal.evidence for _, goal in told}) < 2:
+    for same in zip(*(findings for _, findings in judged), strict=True):
+        told = [(group, one) for group, one in zip(groups, same, strict=True) if one.verdict != "not run"]
+        if len({one.evidence for _, one in told}) < 2:
             found.append(told[0][1] if told else same[0])
         else:
-            found += [replace(goal, claim=f"{goal.claim} ({quantity(group.tokens)} tokens)") for group, goal in told]
+            found += [replace(one, claim=f"{one.claim} ({quantity(group.tokens)} tokens)") for group, one in told]
     return found
 
 
