@@ -221,22 +221,24 @@ def test_no_run_begins_that_would_end_too_late(job: Job, tmp_path: Path) -> None
     assert late == Outcome(finished=(), failed=(), left=("dense",))
 
 
-def test_whoever_shares_a_gpu_reckons_with_the_others_turns(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fits(processes: int | None, left: float) -> bool:
+def test_a_run_is_judged_by_its_like_and_by_whoever_shares_its_gpu(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fits(processes: int | None, left: float, lengthened: bool = False) -> bool:
         here = {"device": "a GPU", "processes_a_gpu": processes}
         seconds = {"training": 60.0, "evaluation": 40.0, "all": 100.0}
         alone = {"seconds": seconds, "tokens": 10, "resumed": False, "hardware": here, "time": "2"}
         slower = alone | {"seconds": {"training": 600.0, "all": 1000.0}, "time": "1"}
         other = alone | {"seconds": {"training": 600.0, "all": 1000.0}, "hardware": here | {"processes_a_gpu": 9}}
         monkeypatch.setattr(runner.measure, "machine", lambda: here)
-        runs = {"other": other, **{f"run {n}": alone for n in range(3)}, "an old one": slower}
+        dense = alone | {"seconds": {"all": 300.0}, "lengthened": {"16384": {}}, "time": "3"}
+        runs = {"other": other, **{f"run {n}": alone for n in range(3)}, "an old one": slower, "dense": dense}
         store = SimpleNamespace(finished=lambda: runs)
-        task = SimpleNamespace(recipe=SimpleNamespace(tokens=10))
+        task = SimpleNamespace(recipe=SimpleNamespace(tokens=10), run=SimpleNamespace(lengthened=lengthened))
         return runner._fits(replace(job, deadline=time.monotonic() + left), task, store)  # pyright: ignore
 
     assert (fits(1, 110), fits(1, 90)) == (True, False)
     assert (fits(None, 110), fits(None, 90)) == (True, False)
     assert (fits(3, 310), fits(3, 290)) == (True, False)
+    assert (fits(1, 310, lengthened=True), fits(1, 290, lengthened=True)) == (True, False)
 
 
 @pytest.mark.parametrize("tokens", [127, 0, -1])

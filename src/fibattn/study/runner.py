@@ -211,18 +211,20 @@ def _lengthened(task: _Task, factor: int, data: PreparedData, plain: dict[str, A
 def _fits(job: Job, task: _Task, store: Store) -> bool:
     """Whether the run would end in time, judged by the slowest of the last three on such a device, token for token.
 
-    Older ones may have had slower code or a busier machine. On a shared GPU every other process may be first.
+    Older ones may have had slower code or a busier machine. What is lengthened is judged by its like where there is
+    one. On a shared GPU every other process may be first.
     """
     if job.deadline is None:
         return True
     here = measure.machine()
-    sharing = here["processes_a_gpu"] or 1
-    paces = [
-        sharing * one["seconds"]["all"] / one["tokens"]
+    before = [
+        one
         for one in sorted(store.finished().values(), key=lambda one: one["time"])
         if not one["resumed"] and all(one["hardware"].get(what) == here[what] for what in ("device", "processes_a_gpu"))
     ]
-    return job.deadline - time.monotonic() > max(paces[-3:], default=0.0) * task.recipe.tokens
+    alike = [one for one in before if bool(one.get("lengthened")) == task.run.lengthened] or before
+    pace = max((one["seconds"]["all"] / one["tokens"] for one in alike[-3:]), default=0.0)
+    return job.deadline - time.monotonic() > (here["processes_a_gpu"] or 1) * pace * task.recipe.tokens
 
 
 def _say_progress(tasks: list[_Task], store: Store) -> None:

@@ -51,15 +51,19 @@ def seal(folder: Path) -> None:
     files.write_json(folder / _MANIFEST, manifest)
 
 
-def verify(folder: Path) -> None:
+def verify(folder: Path) -> dict[str, str]:
     """Check every file of a sealed folder.
+
+    Returns:
+        The SHA-256 of each, by name.
 
     Raises:
         InputError: naming the file that is missing, cut short or changed.
     """
     if not (folder / _MANIFEST).exists():
         raise InputError(f"{folder} has no {_MANIFEST}: it was not finished; use another checkpoint")
-    for name, expected in files.read_json(folder / _MANIFEST).items():
+    manifest = files.read_json(folder / _MANIFEST)
+    for name, expected in manifest.items():
         path = folder / name
         if not path.exists():
             raise InputError(f"{path} is missing; use another checkpoint")
@@ -70,6 +74,7 @@ def verify(folder: Path) -> None:
             )
         if files.sha256(path) != expected["sha256"]:
             raise InputError(f"{path} was changed since it was written (SHA-256 differs); use another checkpoint")
+    return {name: expected["sha256"] for name, expected in manifest.items()}
 
 
 def is_sealed(folder: Path) -> bool:

@@ -6,7 +6,6 @@ from safetensors import safe_open
 from safetensors.torch import load_model
 from transformers import AutoTokenizer
 
-from fibattn import files
 from fibattn.data.stream import PreparedData
 from fibattn.errors import InputError
 from fibattn.model import FibAttnForCausalLM
@@ -22,14 +21,14 @@ def fingerprint(start: Path, data: PreparedData) -> str:
         InputError: where no finished model is, it was cut short or changed, or it was trained with another tokenizer.
     """
     folder = _model(start)
-    checkpoints.verify(folder)
+    sums = checkpoints.verify(folder)
     ours, theirs = (AutoTokenizer.from_pretrained(path).get_vocab() for path in (data.tokenizer_path, folder))
     if ours != theirs:
         raise InputError(
             f"{folder} was trained with another tokenizer than the data in {data.folder}; prepare the text with its "
             f"own: fibattn prepare … --tokenizer {folder}"
         )
-    return files.sha256(folder / _WEIGHTS)
+    return sums[_WEIGHTS]
 
 
 def check_shapes(model: FibAttnForCausalLM, start: Path) -> None:
