@@ -13,6 +13,7 @@ from browser import Browser
 
 from fibattn import InputError, files
 from fibattn.progress import quantity
+from fibattn.study import charts
 from fibattn.study.findings import percent
 from fibattn.study.own_tables import asked_tables, copying_table, cost_table
 from fibattn.study.paper_tables import extrapolation, papers_tables
@@ -250,6 +251,12 @@ def test_costs_in_the_frontier_are_those_that_were_recorded(job: Job) -> None:
         keys = [float(rows[model.label][f"keys at {n}"]) for n in (group.trained_at, group.lengths[-1])]
         assert keys[0] == pytest.approx(model.first["model"]["keys"])
         assert keys[0] < keys[1]
+
+
+def test_the_frontier_names_its_steps_and_not_every_point_on_them() -> None:
+    ratios = {"cheapest": 1.2, "hardly better": 1.19, "a step": 1.17, "hardly a step": 1.15, "the best": 1.0}
+    assert charts._steps(list(ratios), ratios) == ["cheapest", "a step", "the best"]  # pyright: ignore
+    assert charts._steps(["alone"], {"alone": 1.0}) == ["alone"]  # pyright: ignore
 
 
 @pytest.mark.parametrize("width", [1280, 390])

@@ -29,6 +29,9 @@ _THIN = {"linewidth": 1, "marker": "", "alpha": 0.7}
 _DASHES = ("--", ":", "-.", (0, (1, 4)))
 """How the other ways to evaluate a model look beside its own line."""
 
+_NAMED_STEP = 0.02
+"""In perplexity: among models closer than this the frontier's numbers would hide the points."""
+
 
 def extrapolation(group: Group, path: Path) -> Path:
     """Perplexity over evaluation length, relative to dense of the same seed at the training length: all, and enlarged.
@@ -213,13 +216,14 @@ def coverage(path: Path, *, layers: int = 16, window: int = 8, context: int = 10
 def frontier(group: Group, path: Path) -> Path:
     """Quality against cost: perplexity at the training length over the keys that a query reads, there and at the end.
 
-    The line joins the models that no other beats in both; a number names those, dense and the default recipe.
+    The line joins the models that no other beats in both. Numbers name those of them that are ahead of the last one
+    named by more than `_NAMED_STEP`, dense and the default recipe.
     """
     base, ends = _reference(group).loss(group.trained_at), (group.trained_at, group.lengths[-1])
     ratios = {model.name: math.exp(model.loss(group.trained_at) - base) for model in group.models}
     points = {n: {model.name: (_keys(model, n), ratios[model.name]) for model in group.models} for n in ends}
     best = {n: _unbeaten(points[n]) for n in ends}
-    wanted = {"dense", "hybrid"}.union(*best.values())
+    wanted = {"dense", "hybrid"}.union(*(_steps(best[n], ratios) for n in ends))
     named = sorted((one for one in group.models if one.name in wanted), key=lambda model: ratios[model.name])
 
     def draw(page: Page) -> Figure:
@@ -261,6 +265,15 @@ def _unbeaten(points: dict[str, tuple[float, float]]) -> list[str]:
     found: list[str] = []
     for name in sorted(points, key=lambda name: points[name]):
         if not found or points[name][1] < points[found[-1]][1]:
+            found.append(name)
+    return found
+
+
+def _steps(best: Sequence[str], ratios: dict[str, float]) -> list[str]:
+    """The first of the unbeaten, and each that is ahead of the one before in this list by more than `_NAMED_STEP`."""
+    found: list[str] = []
+    for name in best:
+        if not found or ratios[name] < ratios[found[-1]] * (1 - _NAMED_STEP):
             found.append(name)
     return found
 

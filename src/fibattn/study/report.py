@@ -33,7 +33,7 @@ _CAPTIONS = {
     "their seeds, which are the thin lines.",
     "frontier": "Quality at the training length, against cost there and in the longest windows; each point is the "
     "first seed of a model; down and to the left is better. The line joins those that no other beats in both; numbers "
-    "name these, dense and the default recipe.",
+    "name its steps of 2 % and more, dense and the default recipe.",
 }
 
 
