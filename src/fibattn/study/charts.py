@@ -30,7 +30,7 @@ _DASHES = ("--", ":", "-.", (0, (1, 4)))
 """How the other ways to evaluate a model look beside its own line."""
 
 _NAMED_STEP = 0.02
-"""In perplexity: among models closer than this the frontier's numbers would hide the points."""
+"""As a part of the perplexity: of models closer than this the numbers would hide the points."""
 
 
 def extrapolation(group: Group, path: Path) -> Path:
