@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from fibattn.study.findings import Finding, own_goals, papers_findings
-from fibattn.study.own_tables import beyond_tables
+from fibattn.study.findings import Finding
+from fibattn.study.own_goals import own_goals
+from fibattn.study.own_tables import beyond_tables, other_budget
+from fibattn.study.paper_findings import papers_findings
 from fibattn.study.paper_tables import papers_tables
 from fibattn.study.results import Group, Model, paper
 
@@ -236,6 +238,30 @@ def test_a_bound_is_judged_and_shown_beside_a_plain_window(gain: float, verdict:
         (f"{label}, bounded to 1,024", "−0.020", *[f"{sign}{abs(gain):.3f}"] * 8),
     )
     assert sorted(far.rows) == sorted((plain, bounded, ("window only, W = 260", *["+0.000"] * 9)))
+    assert [sorted(table.rows) for table in other_budget(everything)[2:]] == [sorted((plain, bounded))]
+
+
+@pytest.mark.parametrize(
+    ("far", "verdict"),
+    [((0.12, 0.08), "holds"), ((0.12, 0.004), "partly"), ((0.0, 0.0), "does not hold"), (None, "not run")],
+)
+def test_copying_is_judged_past_the_window_and_within_the_training_length(
+    far: tuple[float, float] | None, verdict: str
+) -> None:
+    models = hybrid_and_window(0.0)
+    ours, window = (models[name].first for name in ("hybrid", "window-w132"))
+    window["copying"] = {"64": 0.05, "256": 0.003, "512": 0.0, "1024": 0.9}
+    if far:
+        ours["copying"] = {"64": 0.0, "256": far[0], "512": far[1], "1024": 0.0}
+    second = ours | {"seed": 43, "copying": {"256": 0.14, "512": 0.08}} if far and far[1] else None
+    models["hybrid"] = Model("hybrid", (ours, second) if second else (ours,))
+    goal = next(one for one in own_goals(group(models), {}) if one.claim.startswith("From text alone"))
+    assert goal.verdict == verdict
+    if verdict == "holds":
+        assert goal.evidence == (
+            "random tokens named, by distance in tokens: hybrid 12 to 14 % at 256, 8 % at 512; "
+            "window-w132 0 % at 256, 0 % at 512"
+        )
 
 
 @pytest.mark.parametrize(

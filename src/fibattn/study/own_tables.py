@@ -28,7 +28,8 @@ def other_budget(group: Group) -> list[Table]:
     ]
     if group.get("fixed-w12") and group.get("linear-w12"):
         tables.append(replace(positions(group), title=f"Loss by position, {at}"))
-    return tables
+    far = _far_context(group)
+    return [*tables, replace(far, title=f"{far.title}, {at}")] if far else tables
 
 
 def _models(group: Group, models: Sequence[Model], title: str) -> Table:
@@ -69,13 +70,9 @@ def _models(group: Group, models: Sequence[Model], title: str) -> Table:
 
 def _far_context(group: Group) -> Table | None:
     """What the text past the training length is worth, against a model that does not see it; None without one."""
-    windows = [one for one in group.models if one.recipe["attention"] == "sliding" and not one.recipe["full_layers"]]
-    if not windows:
+    control, longest = group.plain_window, group.lengths[-1]
+    if control is None:
         return None
-    ours, longest = group.get("hybrid"), group.lengths[-1]
-    widest = max(one.recipe["window"] for one in windows)
-    wanted = ours.recipe["window"] if ours else widest
-    control = min(windows, key=lambda one: abs(one.recipe["window"] - wanted))
     rows = []
     for model in (one for one in group.models if one is not control and not one.is_papers):
         for way in (PLAIN, *model.ways()):

@@ -10,9 +10,11 @@ from fibattn import files
 from fibattn.errors import InputError
 from fibattn.progress import quantity
 from fibattn.study import charts
-from fibattn.study.findings import Finding, own_goals, papers_findings
+from fibattn.study.findings import Finding
+from fibattn.study.own_goals import own_goals
 from fibattn.study.own_tables import asked_tables, beyond_tables, cost_table, failures_table, other_budget
 from fibattn.study.page import inline_svg, write_page
+from fibattn.study.paper_findings import papers_findings
 from fibattn.study.paper_tables import papers_tables
 from fibattn.study.probe_tables import other_probes, retrieval_table
 from fibattn.study.provenance import provenance

@@ -225,6 +225,16 @@ class Group:
         """The evaluation lengths that all models have."""
         return sorted(set.intersection(*(set(model.lengths()) for model in self.models)))
 
+    @property
+    def plain_window(self) -> Model | None:
+        """The plain window whose width is nearest to the default recipe's; without that one, the widest."""
+        windows = [one for one in self.models if one.recipe["attention"] == "sliding" and not one.recipe["full_layers"]]
+        if not windows:
+            return None
+        ours = self.get("hybrid")
+        wanted = ours.recipe["window"] if ours else max(one.recipe["window"] for one in windows)
+        return min(windows, key=lambda one: abs(one.recipe["window"] - wanted))
+
     def compared(self, models: Sequence[Model]) -> dict[str, float]:
         """The mean loss of each at the training length, by name, best first, over the seeds that all of them have.
 
