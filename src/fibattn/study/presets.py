@@ -156,8 +156,8 @@ DENSE = Run("dense", ModelRecipe(attention="full"), rope_scaling=("yarn", "linea
 HYBRID = Run("hybrid", PRESETS["hybrid"].model, full_windows=(1, 4))
 """The project's default recipe: linear stagger, W = 128, two full-attention layers without RoPE."""
 
-HYBRID_HEADS = _hybrid("hybrid-heads", _stagger(128, heads=True), HYBRID.model.full_layers)
-"""The same with a stagger over the KV heads of each layer too."""
+HYBRID_W64 = _hybrid("hybrid-w64", _stagger(64), HYBRID.model.full_layers)
+"""The same with half the window: its rival."""
 
 _KINDS: tuple[tuple[Schedule, Base], ...] = (
     ("linear", "fibonacci"),
@@ -207,7 +207,7 @@ STUDIES: dict[str, Study] = {
     "seeds": Study(
         "two more seeds of dense, the five models with W = 12, the default recipe and its rival",
         _full,
-        tuple(run.repeated(seed) for seed in (SEED + 1, SEED + 2) for run in (DENSE, HYBRID, HYBRID_HEADS, *_W12)),
+        tuple(run.repeated(seed) for seed in (SEED + 1, SEED + 2) for run in (DENSE, HYBRID, HYBRID_W64, *_W12)),
     ),
     "beyond": Study(
         "past the paper: wider windows, staggered heads, plain windows of the same cost, hybrids, stretched RoPE",
@@ -218,14 +218,15 @@ STUDIES: dict[str, Study] = {
             _controls[0],
             _stagger(128),
             _stagger(128, heads=True),
-            HYBRID_HEADS,
+            HYBRID_W64,
+            _hybrid("hybrid-heads", _stagger(128, heads=True), HYBRID.model.full_layers),
             _hybrid("hybrid-window", _controls[0], HYBRID.model.full_layers),
             _hybrid("hybrid-4", _stagger(128), (3, 7, 11, 15)),
             _hybrid("hybrid-1", _stagger(128), (15,)),
             _hybrid("hybrid-early", _stagger(128), (3, 11)),
             *(
                 _hybrid(f"hybrid-{one.name.removeprefix('stagger-')}", one, HYBRID.model.full_layers)
-                for one in (_stagger(256, heads=True), _stagger(64, heads=True), _stagger(64), _stagger(32))
+                for one in (_stagger(32), _stagger(64, heads=True), _stagger(256, heads=True))
             ),
             _stagger(12),
             _stagger(12, heads=True),
