@@ -163,6 +163,15 @@ def test_a_claim_about_all_of_the_papers_models_holds_at_most_in_part_for_some()
     assert (seeds.verdict, seeds.evidence[:13]) == ("partly", "1 of 5 models")
 
 
+def test_what_happens_past_the_training_length_is_judged_in_every_seed() -> None:
+    models = published()
+    flat, key = models["linear-w12"].first["evaluation"], "coprime-w12"
+    still = models[key].first | {"seed": 43, "evaluation": flat}
+    models[key] = Model(key, (models[key].first, still))
+    found = next(one for one in papers_findings(group(models)) if one.claim.startswith("Coprime, W = 12 loses"))
+    assert (found.verdict, found.evidence) == ("partly", "+2.8 %, −1.5 % at four times (seeds 42, 43)")
+
+
 def hybrid_and_window(bounded_gain: float) -> dict[str, Model]:
     """A plain window, and a hybrid 0.02 nats ahead at 1,024 tokens, level at 4,096 unless it is bounded."""
 

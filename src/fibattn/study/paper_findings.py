@@ -4,8 +4,8 @@ import math
 import statistics
 from collections.abc import Callable
 
-from fibattn.study.findings import Finding, judged, missing, percent, so_far
-from fibattn.study.results import Group
+from fibattn.study.findings import Finding, judged, missing, percent, so_far, verdict_over
+from fibattn.study.results import Group, mean_loss
 
 _WINDOWS = (6, 8, 10, 12)
 _PAPERS_MODELS = 21
@@ -101,35 +101,32 @@ def _dense_ahead(group: Group) -> Finding:
     return judged(claim, gap > group.tie(dense, best), evidence)
 
 
-def _at_four(group: Group, name: str) -> float | None:
+def _at_four(claim: str, group: Group, name: str, counts: Callable[[float], bool], rule: str = "") -> Finding:
+    """A claim about the change of a model's loss at four times its training length, in every seed of it."""
     model, length = group.get(name), 4 * group.trained_at
     if model is None or length not in model.lengths():
-        return None
-    return model.loss(length) - model.loss(group.trained_at)
+        return missing(claim, group, name)
+    changes = [mean_loss(run, length) - mean_loss(run, group.trained_at) for run in model.runs]
+    evidence = f"{', '.join(map(percent, changes))} at four times{rule}"
+    seeds = ", ".join(str(run["seed"]) for run in model.runs)
+    return Finding(
+        claim, verdict_over([counts(one) for one in changes]), f"{evidence} (seed{'s' * (len(changes) > 1)} {seeds})"
+    )
 
 
 def _dense_degrades(group: Group) -> Finding:
     claim = "Dense degrades past its training length: +201 % at four times"
-    change = _at_four(group, "dense")
-    if change is None:
-        return missing(claim, group, "dense")
-    return judged(claim, change > math.log(1.5), f"{percent(change)} at four times (+50 % or more counts)")
+    return _at_four(claim, group, "dense", lambda change: change > math.log(1.5), ", +50 % or more counts")
 
 
 def _stagger_extrapolates(group: Group) -> Finding:
     claim = "Linear, W = 12 does not degrade: −1.3 % at four times"
-    change = _at_four(group, "linear-w12")
-    if change is None:
-        return missing(claim, group, "linear-w12")
-    return judged(claim, change < 0.01, f"{percent(change)} at four times")
+    return _at_four(claim, group, "linear-w12", lambda change: change < 0.01)
 
 
 def _coprime_extrapolates(group: Group) -> Finding:
     claim = "Coprime, W = 12 loses a little: +2.8 % at four times, where its untrained rungs wake up"
-    change = _at_four(group, "coprime-w12")
-    if change is None:
-        return missing(claim, group, "coprime-w12")
-    return judged(claim, math.log(1.005) < change < math.log(1.10), f"{percent(change)} at four times")
+    return _at_four(claim, group, "coprime-w12", lambda change: math.log(1.005) < change < math.log(1.10))
 
 
 def _learned_stays(group: Group) -> Finding:
