@@ -221,6 +221,7 @@ STUDIES: dict[str, Study] = {
             HYBRID_W64,
             _hybrid("hybrid-heads", _stagger(128, heads=True), HYBRID.model.full_layers),
             _hybrid("hybrid-window", _controls[0], HYBRID.model.full_layers),
+            _hybrid("hybrid-window-w70", _control(_stagger(64)), HYBRID.model.full_layers),
             _hybrid("hybrid-4", _stagger(128), (3, 7, 11, 15)),
             _hybrid("hybrid-1", _stagger(128), (15,)),
             _hybrid("hybrid-early", _stagger(128), (3, 11)),
