@@ -27,8 +27,6 @@ class Rungs(Protocol):
     """What lies beyond the window: how its keys are read and how their gradient is given back."""
 
     count: int
-    reach: int
-    """The farthest distance that a query may have to look back."""
     nearest: Tensor
     """(1 or KV heads, 1, count): how far back a query must be able to look for the rung to exist."""
 
@@ -61,7 +59,6 @@ class FixedRungs:
     def __init__(self, patterns: Sequence[Pattern], device: torch.device):
         self.sets = [pattern.offsets for pattern in patterns]
         self.count = max(map(len, self.sets))
-        self.reach = max(pattern.reach for pattern in patterns)
         # A head with fewer rungs than the others is filled up with rungs that no query can reach.
         unreachable = torch.iinfo(torch.int64).max
         table = [[*offsets, *[unreachable] * (self.count - len(offsets))] for offsets in self.sets]
@@ -95,7 +92,6 @@ class ScaledRungs:
         self.count = len(rungs)
         near = torch.tensor([rung.near for rung in rungs], dtype=torch.int64, device=device)
         self.nearest = near.view(1, 1, self.count)
-        self.reach = max((rung.near + 1 for rung in rungs), default=0)
         self.fraction_grad = [0.0] * self.count
 
     def _fraction(self, rung: InterpolatedRung, chunk: Chunk, first: int, like: Tensor) -> Tensor:
@@ -214,7 +210,10 @@ class _Work:
         self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.past = k.shape[1] - self.tokens
         self.limit = document_limit(q, k, positions)[:, None, :, None]
-        self.packed = positions is not None
+        # From here on no query misses a key; never, where a head has fewer rungs than others or documents are packed.
+        self.complete_from = max(window, int(rungs.nearest.max()) if rungs.count else 0)
+        if positions is not None:
+            self.complete_from = torch.iinfo(torch.int64).max
         self.keys = k.transpose(1, 2).to(self.dtype)
         self.values = v.transpose(1, 2).to(self.dtype)
         self.block = min(max(32, 1 << max(window - 1, 0).bit_length()), 256, self.tokens)
@@ -292,7 +291,7 @@ class _Work:
     def scores(self, queries: Tensor, near: Tensor, far: Tensor, chunk: Chunk) -> Tensor:
         """Scaled logits, minus infinity where a query has no such key."""
         scores = self.products(queries * self.scale, near, far)
-        if not self.packed and chunk.start >= max(self.window, self.rungs.reach):
+        if chunk.start >= self.complete_from:
             return scores
         near_missing = self.distances > chunk.limit
         far_missing = self.rungs.nearest > chunk.limit
