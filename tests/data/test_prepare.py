@@ -1,7 +1,9 @@
 """The whole way from files to a prepared folder, also killed, cut short and damaged."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +14,15 @@ import numpy as np
 import pytest
 from corpus_files import fingerprints, write_jsonl
 
+from fibattn import files
 from fibattn.data.plan import Plan
 from fibattn.data.prepare import prepare
 from fibattn.data.sources import Source, parse_source
 from fibattn.data.stream import PreparedData
 from fibattn.data.tokenizer import load_tokenizer
 from fibattn.errors import InputError
+from fibattn.lock import locked
+from fibattn.model import FibAttnConfig, FibAttnForCausalLM
 
 SMALL = {"vocab_size": 300, "shard_tokens": 3000, "held_out_tokens": 2500, "held_out": 0.2}
 
@@ -315,3 +320,73 @@ data = stream.PreparedData.open(sys.argv[1])
 assert len(windows.held_out_windows(data.validation["books"], 64)) > 1
 """
     subprocess.run([sys.executable, "-c", code, str(whole)], check=True)
+
+
+def test_a_folder_of_someone_else_is_refused_untouched(sources, tmp_path):
+    out = tmp_path / "home"
+    drafts = [out / ".note.tmp", out / "deeper" / ".draft.tmp", out / "shards" / "x" / ".cut.tmp"]
+    for path in (*drafts, out / "letter.txt"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    with pytest.raises(InputError, match="holds other files"):
+        make(out, sources)
+    assert all(path.exists() for path in drafts)
+
+
+def test_a_preparation_killed_at_its_first_write_can_begin_again(sources, whole, tmp_path):
+    out = tmp_path / "data"
+    out.mkdir()
+    (out / f".unfinished.json.{os.getpid()}.tmp").write_text("{")
+    make(out, sources)
+    assert fingerprints(out) == fingerprints(whole)
+    assert not list(out.rglob(".*.tmp"))
+
+
+def test_a_full_disk_at_the_beginning_of_a_repair_leaves_the_folder_ours(whole, sources, tmp_path, monkeypatch):
+    out = tmp_path / "data"
+    shutil.copytree(whole, out)
+    next((out / "shards" / "books").glob("train-*.bin")).write_bytes(b"damaged")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as now:
+        now.setattr(files, "write_json", full)
+        with pytest.raises(OSError, match="No space"):
+            make(out, sources)
+    make(out, sources)
+    assert fingerprints(out) == fingerprints(whole)
+
+
+def test_two_at_once_do_not_write_into_one_folder(sources, tmp_path):
+    out = tmp_path / "data"
+    with locked(out) as free:
+        assert free
+        with pytest.raises(InputError, match=f"another process is preparing {out}"):
+            make(out, sources)
+    assert not out.exists(), "an empty folder that was only held is removed"
+    make(out, sources)
+
+
+@pytest.mark.parametrize("name", ["data.json", "unfinished.json"])
+@pytest.mark.parametrize("content", ["{}", "[]", '{"shards": 3}'])
+def test_a_record_of_another_make_is_refused(sources, tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=f"{name} is not what `fibattn prepare` wrote"):
+        make(tmp_path, sources)
+    with pytest.raises(InputError, match=r"format None, expected 1|is not finished"):
+        PreparedData.open(tmp_path)
+
+
+def test_text_can_be_prepared_with_the_tokenizer_of_a_trained_model(whole, sources, tmp_path):
+    """As a program that never imported the model, and with nobody to answer a question."""
+    model = tmp_path / "model"
+    config = FibAttnConfig(vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1)
+    FibAttnForCausalLM(config).save_pretrained(model)
+    load_tokenizer(whole / "tokenizer").save_pretrained(model)
+    words = [sys.executable, "-m", "fibattn", "prepare", str(tmp_path / "data"), str(sources[0].paths[0])]
+    flags = ["--held-out", "0.2", "--tokenizer", str(model)]
+    done = subprocess.run([*words, *flags], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    data = PreparedData.open(tmp_path / "data")
+    assert load_tokenizer(data.tokenizer_path).get_vocab() == load_tokenizer(whole / "tokenizer").get_vocab()

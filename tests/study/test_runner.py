@@ -251,7 +251,7 @@ def test_a_held_out_set_too_short_is_noticed_before_any_training(job: Job, tmp_p
 def test_who_has_a_run_is_said(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    held = runner._claimed
+    held = runner.locked
 
     @contextmanager
     def held_by_another(folder: Path) -> Iterator[bool]:
@@ -265,7 +265,7 @@ def test_who_has_a_run_is_said(
             yield mine
 
     for claimed, said in ((held_by_another, "dense: another process has it"), (finished_meanwhile, "has finished it")):
-        monkeypatch.setattr(runner, "_claimed", claimed)
+        monkeypatch.setattr(runner, "locked", claimed)
         again(job, tmp_path, only=("dense",))
         assert f"{said}\n" in capsys.readouterr().err
 
@@ -310,5 +310,5 @@ def test_a_terminated_command_leaves_no_process_behind(prepared: Path, tmp_path:
     runs = list(tmp_path.glob("work/*"))
     assert len(runs) == 2
     for run in runs:
-        with runner._claimed(run) as free:
+        with runner.locked(run) as free:
             assert free

@@ -1,6 +1,11 @@
 """`fibattn train [RECIPE]`: train a model, or go on where the run was."""
 
+import os
+from contextlib import nullcontext
+
 from fibattn.cli.flags import parse
+from fibattn.errors import InputError
+from fibattn.lock import locked
 from fibattn.training.recipe import DEFAULT, PRESETS, Recipe, load_recipe
 
 
@@ -17,7 +22,11 @@ def run(arguments: list[str]) -> None:
 
     from fibattn.training.run import train
 
-    model = train(recipe)
+    # Of several processes of one training the first stands for all.
+    with locked(recipe.out) if os.environ.get("RANK", "0") == "0" else nullcontext(True) as free:
+        if not free:
+            raise InputError(f"another process is training in {recipe.out}; wait for it, or give another --out")
+        model = train(recipe)
     state = PartialState()
     state.print(f"\nthe model is in {model}\nevaluate it: fibattn eval {model} --data {recipe.data}")
     state.destroy_process_group()

@@ -24,6 +24,7 @@ from fibattn.data.shards import save_array, token_dtype, write_shard
 from fibattn.data.sources import Source, resolve
 from fibattn.data.stream import PreparedData, fingerprint
 from fibattn.errors import InputError
+from fibattn.lock import locked
 from fibattn.progress import Meter
 
 TOKENIZER_CHARACTERS = 200_000_000  # of the mixture, to train the tokenizer on
@@ -33,18 +34,21 @@ DOCUMENT_CHARACTERS = 250_000  # of one document, so that none of them rules the
 def prepare(out: Path, plan: Plan, *, quiet: bool = False) -> PreparedData:
     """Prepare `plan` in the folder `out`, or go on where an earlier run was stopped; returns the opened data.
 
-    `InputError`: something in the texts or the plan is wrong, or `out` was begun with another plan. Shards
-    finished before an error are kept.
+    `InputError`: something in the texts or the plan is wrong, `out` was begun with another plan, or another process
+    works on it. Shards finished before an error are kept.
     """
-    work = _Preparation(Path(out), plan, quiet)
-    if not work.begin():
-        work.make_tokenizer()
-        for source in work.sources:
-            work.hold_out(source)
-        for source in work.sources:
-            work.train(source)
-        work.balance()
-        work.publish()
+    with locked(Path(out)) as free:
+        if not free:
+            raise InputError(f"another process is preparing {out}; wait for it, or give another folder")
+        work = _Preparation(Path(out), plan, quiet)
+        if not work.begin():
+            work.make_tokenizer()
+            for source in work.sources:
+                work.hold_out(source)
+            for source in work.sources:
+                work.train(source)
+            work.balance()
+            work.publish()
     return PreparedData.open(out)
 
 
@@ -88,11 +92,11 @@ class _Preparation:
             if self._is_held_out(source.name):
                 self.excluded.update(np.load(self._held_out_path(source.name)).tolist())
         self.record.adopt(self._settings())
-        if self.record.published:
-            if not damaged and self._is_whole():
-                return True
-            (self.out / DATA).unlink()
+        if self.record.published and not damaged and self._is_whole():
+            return True
         self.record.save()
+        # Only now: a folder without either is nobody's.
+        (self.out / DATA).unlink(missing_ok=True)
         return False
 
     def _held_out_path(self, name: str) -> Path:

@@ -28,24 +28,36 @@ class Record:
 
     @classmethod
     def load(cls, folder: Path) -> "Record":
-        """The record of a folder, empty for a new one; leftovers of a killed run are removed."""
-        for leftover in folder.rglob(".*.tmp"):
-            if leftover.is_file():
-                leftover.unlink()
-        if (folder / UNFINISHED).exists():
-            saved = files.read_json(folder / UNFINISHED)
-            shards = {stream: [Shard(**shard) for shard in found] for stream, found in saved["shards"].items()}
-            tokenizer, complete = saved["tokenizer_sha256"], set(saved["complete"])
-            return cls(folder, saved["settings"], saved["limits"], tokenizer, shards, complete)
-        if (folder / DATA).exists():
-            return cls._of_published(folder)
-        if folder.exists() and any(folder.iterdir()):
-            raise InputError(f"{folder} holds other files; expected a new, an empty or an earlier prepared folder")
-        return cls(folder)
+        """The record of a folder, empty for a new one; leftovers of a killed preparation are removed.
+
+        Raises:
+            InputError: when the folder holds something else, or its record is damaged.
+        """
+        found = next((folder / name for name in (UNFINISHED, DATA) if (folder / name).exists()), None)
+        if found is None:
+            if folder.exists() and any(not _is_leftover(path) for path in folder.iterdir()):
+                raise InputError(f"{folder} holds other files; expected a new, an empty or an earlier prepared folder")
+            return cls(folder)
+        saved = files.read_json(found)
+        try:
+            record = cls._of_published(folder, saved) if found.name == DATA else cls._of_unfinished(folder, saved)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{found} is not what `fibattn prepare` wrote ({error!r}); restore it or delete {folder}"
+            ) from None
+        for place in (folder, *(folder / "shards").glob("*"), folder / "order"):
+            for path in filter(_is_leftover, place.glob(".*.tmp")):
+                path.unlink()
+        return record
 
     @classmethod
-    def _of_published(cls, folder: Path) -> "Record":
-        saved = files.read_json(folder / DATA)
+    def _of_unfinished(cls, folder: Path, saved: dict[str, Any]) -> "Record":
+        shards = {stream: [Shard(**shard) for shard in found] for stream, found in saved["shards"].items()}
+        tokenizer, complete = saved["tokenizer_sha256"], set(saved["complete"])
+        return cls(folder, saved["settings"], saved["limits"], tokenizer, shards, complete)
+
+    @classmethod
+    def _of_published(cls, folder: Path, saved: dict[str, Any]) -> "Record":
         shards = {
             f"{source['name']}/{split}": [Shard(**shard) for shard in source[split]["shards"]]
             for source in saved["sources"]
@@ -150,6 +162,11 @@ class Record:
             total += kept[-1].tokens
         self.shards[stream] = kept
         self.save()
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether a kill left it: a file that `fibattn.files` was writing beside its place."""
+    return path.name.startswith(".") and path.name.endswith(".tmp") and path.is_file()
 
 
 def _difference(folder: Path, name: str, before: Any, now: Any) -> str:

@@ -86,8 +86,9 @@ class PreparedData:
                 )
             raise InputError(f"{folder} holds no prepared data ({DATA} is missing); make it with `fibattn prepare`")
         data = files.read_json(folder / DATA)
-        if data.get("format") != 1:
-            raise InputError(f"{folder / DATA} has format {data.get('format')}, expected 1; prepare the data anew")
+        found = data.get("format") if isinstance(data, dict) else None
+        if found != 1:
+            raise InputError(f"{folder / DATA} has format {found}, expected 1; prepare the data anew")
         _check(folder, data, verify)
         streams = {
             (source["name"], split): TokenStream([_folder(folder, source) / s["file"] for s in source[split]["shards"]])

@@ -68,6 +68,10 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
     """A tokenizer from a folder or the Hub; `InputError`: none, or none that can separate documents."""
     from transformers import AutoTokenizer
 
+    if (Path(path) / "config.json").exists():
+        # A model folder: Transformers looks its kind up, and asks to run code for one that it does not know.
+        import fibattn.model  # noqa: F401  # pyright: ignore[reportUnusedImport]
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError, KeyError) as error:

@@ -4,16 +4,12 @@ Several processes may work on one folder: a run belongs to whoever holds the loc
 the system gives the lock back when that process ends, however it ends.
 """
 
-import fcntl
 import gc
-import os
 import shutil
 import statistics
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +20,7 @@ import torch
 from fibattn import files
 from fibattn.data.stream import PreparedData
 from fibattn.evaluation.sweep import shared_targets
+from fibattn.lock import locked
 from fibattn.progress import duration, quantity
 from fibattn.study import measure
 from fibattn.study.presets import Run, Study, lengthened
@@ -90,7 +87,7 @@ def run_study(job: Job) -> Outcome:
         if not _fits(job, task, store):
             say(f"{task.run.name}: not enough time left, stopping here")
             break
-        with _claimed(task.recipe.out) as mine:
+        with locked(task.recipe.out) as mine:
             if not mine or task.key in store.finished():
                 say(f"{task.run.name}: another process has {'finished it' if mine else 'it'}")
                 continue
@@ -235,24 +232,6 @@ def _say_progress(tasks: list[_Task], store: Store) -> None:
     if whole and left:
         text += f", about {duration(statistics.mean(whole) * left)} of work left"
     say(text)
-
-
-@contextmanager
-def _claimed(folder: Path) -> Iterator[bool]:
-    """Hold the lock on a run's working folder; False when another process holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-    finally:
-        # Workers of a training that failed may still hold the folder open.
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-        os.close(descriptor)
 
 
 def _forget() -> None:

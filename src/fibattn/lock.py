@@ -1,0 +1,49 @@
+"""One process a folder: what two of them would write into each other's way is refused, not mended."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Hold a folder, made if need be, for this process alone; yields False when another process holds it.
+
+    A kill lets go of it. A folder that was made for it and is still empty in the end is removed.
+    """
+    new = not folder.exists()
+    descriptor = _held(folder)
+    if descriptor is None:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        if new:
+            with suppress(OSError):
+                folder.rmdir()
+        # Child processes of one that failed may still hold the folder open.
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
+def _held(folder: Path) -> int | None:
+    """A descriptor that holds the lock on the folder, None when another process has it."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # another process removed it just now
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), folder.stat()):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)
