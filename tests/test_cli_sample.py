@@ -136,6 +136,7 @@ def test_characters_come_whole():
         (["x", "--temperature", "nan"], "temperature nan"),
         (["x", "--top-p", "0"], "top_p 0"),
         (["x", "--seed", "-1"], "seed is -1"),
+        (["caf\udce9"], "the prompt is not UTF-8 text"),
     ],
 )
 def test_mistakes(folder, capsys, words, message):

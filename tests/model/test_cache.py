@@ -151,7 +151,7 @@ def test_going_on_from_a_kept_cache():
     assert torch.equal(answer(m, turn, past_key_values=kept), answer(m, turn, use_cache=False))
 
 
-@pytest.mark.parametrize("kind", ["linear", "mixture", "learned"])
+@pytest.mark.parametrize("kind", ["linear", "mixture", "bounded mixture", "learned"])
 def test_assisted_decoding(kind):
     m, ids = model(kind), tokens(1, 20)
     right = answer(m, ids, use_cache=False, max_new_tokens=40)

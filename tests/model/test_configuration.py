@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from tiny_models import KINDS, config
+from tiny_models import KINDS, config, model, tokens
 from transformers import AutoConfig
 
 from fibattn import FibAttnConfig, FibAttnForCausalLM, InputError, Pattern, layer_patterns
@@ -72,6 +72,13 @@ def test_full_reach_bounds_the_full_layers_of_a_saved_model(tmp_path):
     assert FibAttnConfig.from_pretrained(tmp_path / "again").layer_reach(1) == 9
     with pytest.raises(InputError, match="full_reach is 0; it must be at least 1"):
         config("mixture", full_reach=0)
+
+
+def test_a_bound_that_is_set_after_loading_is_refused():
+    made = model("mixture")
+    made.config.full_reach = 9
+    with pytest.raises(InputError, match=r"was None when .* and is 9 now; load it anew: .*full_reach=9"):
+        made.generate(tokens(1, 5), max_new_tokens=2)
 
 
 @pytest.mark.parametrize("kind", KINDS)

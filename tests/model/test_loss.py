@@ -109,6 +109,15 @@ def test_ignored_labels_do_not_count() -> None:
     torch.testing.assert_close(out.loss, expected)
 
 
+def test_a_label_outside_the_vocabulary_is_refused() -> None:
+    made, ids = model(), tokens()
+    for wrong in (-1, made.config.vocab_size):
+        labels = ids.clone()
+        labels[0, 3] = wrong
+        with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+            made(ids, labels=labels)
+
+
 @pytest.mark.parametrize("count", [7, torch.tensor(7)])
 def test_num_items_in_batch_divides_the_sum(count: int | Tensor) -> None:
     made, ids, targets = model(), tokens(), tokens(seed=1)

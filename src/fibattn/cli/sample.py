@@ -93,7 +93,10 @@ def _prompt(chosen: Arguments) -> str:
             return chosen.prompt_file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{chosen.prompt_file} cannot be read as UTF-8 text ({error}); check the path") from None
-    return sys.stdin.read() if chosen.prompt == "-" else chosen.prompt
+    text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape") if chosen.prompt == "-" else chosen.prompt
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise InputError("the prompt is not UTF-8 text; convert it first, for example with iconv")
+    return text
 
 
 def pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:

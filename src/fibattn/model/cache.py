@@ -261,7 +261,8 @@ def ring_of(cache: Cache, layer: int, owner: object, reach: int) -> RingLayer:
                 f"layer {layer} of the cache is a {type(found).__name__} that a model without sparse layers has "
                 "written; a cache belongs to the model that made it: begin a new one"
             )
-        recording = getattr(found, "record_past", False)
+        # A bounded full layer had a cache that can go back unasked; it records where the rings beside it do.
+        recording = any(getattr(one, "record_past", False) for one in cache.layers)
         found = StaticRingLayer() if isinstance(found, StaticLayer) else DynamicRingLayer()
         if isinstance(found, DynamicRingLayer):
             found.record_past = recording

@@ -47,7 +47,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], step):
                 rows, goal = hidden[start : start + step], targets[start : start + step, None]
-                counted, goal = goal != IGNORED, goal.clamp(min=0)
+                counted = goal != IGNORED
+                goal = torch.where(counted, goal, 0)
                 log_probabilities = torch.log_softmax(rows @ narrow.T, dim=-1, dtype=wide)
                 total = total - (log_probabilities.gather(1, goal) * counted).sum()
                 if not differentiable:

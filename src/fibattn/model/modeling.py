@@ -206,6 +206,7 @@ class FibAttnModel(FibAttnPreTrainedModel):
         scaled = config.rope_parameters["rope_type"] != "default"  # pyright: ignore
         self.scaled_rotary_emb = FibAttnRotaryEmbedding(config, scaled=True) if scaled else None
         self.gradient_checkpointing = False
+        self.full_reach = config.full_reach
         self.post_init()
 
     @merge_with_config_defaults
@@ -229,11 +230,16 @@ class FibAttnModel(FibAttnPreTrainedModel):
 
         Raises:
             InputError: for a mask with holes or more than two dimensions, which the sparse layers cannot apply,
-                `cu_seq_lens_q` that do not fit the row or come with a mask or a cache, or a cache under gradient
-                checkpointing, which would run its updates twice.
+                `cu_seq_lens_q` that do not fit the row or come with a mask or a cache, a cache under gradient
+                checkpointing, which would run its updates twice, or a `full_reach` that was changed after loading.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("give exactly one of input_ids and inputs_embeds")
+        if self.config.full_reach != self.full_reach:
+            raise InputError(
+                f"full_reach was {self.full_reach} when the model was made and is {self.config.full_reach} now; load "
+                f"it anew: from_pretrained(…, full_reach={self.config.full_reach})"
+            )
         hidden: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if hidden.shape[1] == 0:
             raise InputError("there are no tokens; a prompt has at least one, such as the model's bos_token_id")

@@ -104,7 +104,7 @@ def _draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Gen
     """One token id, (1,)."""
     if temperature == 0:
         return logits.argmax(keepdim=True)
-    chances, order = torch.softmax(logits / temperature, dim=-1).sort(descending=True)
+    chances, order = torch.softmax((logits - logits.max()) / temperature, dim=-1).sort(descending=True)
     # A token stays while those more likely than it have not reached top_p: the first always does.
     chances[chances.cumsum(0) - chances >= top_p] = 0.0
     return order[torch.multinomial(chances, 1, generator=generator)]
