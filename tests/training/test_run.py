@@ -19,7 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fibattn import files
+from fibattn.cli.main import main
 from fibattn.errors import InputError
+from fibattn.lock import locked
 from fibattn.pattern import Schedule
 from fibattn.training import checkpoints
 from fibattn.training.recipe import ModelRecipe, Recipe, to_json
@@ -108,6 +110,39 @@ def test_damaged_finished_model_is_refused_and_made_anew_when_removed(recipe: Re
     shutil.rmtree(model)
     assert train(replace(recipe, steps=2)) == model
     assert files.sha256(model / "model.safetensors") == before
+
+
+def test_a_place_that_is_taken_is_noticed_before_any_training(recipe: Recipe) -> None:
+    (recipe.out / "model").mkdir(parents=True)
+    (recipe.out / "model" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"model exists and is no finished model of a run; move it away"):
+        train(recipe)
+    assert not checkpoints.latest(recipe.out)
+
+
+def test_two_commands_do_not_train_in_one_folder(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    with locked(recipe.out):
+        assert main(["train", "small", "--data", str(recipe.data), "--out", str(recipe.out)]) == 2
+    assert f"another process is training in {recipe.out}; wait for it" in capsys.readouterr().err
+    assert not recipe.out.exists()
+
+
+def test_a_new_checkpoint_is_kept_beside_a_later_damaged_one(tmp_path: Path) -> None:
+    def publish(step: int, keep: int) -> list[int]:
+        folder = tmp_path / checkpoints.STAGING / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        for name in ("recipe.json", "inputs.json"):
+            (tmp_path / name).write_text("{}")
+        checkpoints.publish(tmp_path, step, keep)
+        return [int(path.name.split("-")[1]) for path in sorted(tmp_path.glob("checkpoint-*"))]
+
+    assert publish(100, 3) == [100]
+    assert publish(200, 3) == [100, 200]
+    assert publish(300, 3) == [100, 200, 300]
+    (tmp_path / "checkpoint-300" / "recipe.json").write_text("damaged")
+    assert publish(250, 2) == [200, 250]
+    assert checkpoints.latest(tmp_path) == tmp_path / "checkpoint-250"
+    assert publish(260, 1) == [260]
 
 
 def test_another_recipe_in_the_same_folder_is_refused(recipe: Recipe) -> None:

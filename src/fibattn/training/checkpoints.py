@@ -22,7 +22,10 @@ _PREFIX = "checkpoint-"
 
 
 def publish(run: Path, step: int, keep: int) -> Path:
-    """Give the staged checkpoint of `step` its name, and remove all but the newest `keep`."""
+    """Give the staged checkpoint of `step` its name, and remove all but it and the newest `keep - 1` before it.
+
+    A later one can only be damaged: the run was not gone on with from there.
+    """
     staged, final = run / STAGING / f"{_PREFIX}{step}", run / f"{_PREFIX}{step}"
     for name in ("recipe.json", "inputs.json"):
         shutil.copyfile(run / name, staged / name)
@@ -32,8 +35,11 @@ def publish(run: Path, step: int, keep: int) -> Path:
     staged.replace(final)
     _sync_folder(run)
     shutil.rmtree(run / STAGING)
-    for old in _all(run)[:-keep]:
-        shutil.rmtree(old)
+    before = [folder for folder in _all(run) if step_of(folder) < step]
+    kept = [*before[max(len(before) - keep + 1, 0) :], final]
+    for other in _all(run):
+        if other not in kept:
+            shutil.rmtree(other)
     return final
 
 
@@ -69,11 +75,13 @@ def verify(folder: Path) -> dict[str, str]:
             raise InputError(f"{path} is missing; use another checkpoint")
         if path.stat().st_size != expected["bytes"]:
             raise InputError(
-                f"{path} has {path.stat().st_size} bytes, expected {expected['bytes']}: it was cut short; "
-                "use another checkpoint"
+                f"{path} has {path.stat().st_size} bytes, expected {expected['bytes']}: it was cut short or changed; "
+                "restore it, or use another checkpoint"
             )
         if files.sha256(path) != expected["sha256"]:
-            raise InputError(f"{path} was changed since it was written (SHA-256 differs); use another checkpoint")
+            raise InputError(
+                f"{path} was changed since it was written (SHA-256 differs); restore it, or use another checkpoint"
+            )
     return {name: expected["sha256"] for name, expected in manifest.items()}
 
 
