@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fibattn.study.findings import Finding
+from fibattn.study.findings import Finding, verdict_over
 from fibattn.study.own_goals import own_goals
 from fibattn.study.own_tables import beyond_tables, other_budget
 from fibattn.study.paper_findings import papers_findings
@@ -94,6 +94,15 @@ def test_exchanged_figures_do_not(one: str, other: str, claim: str) -> None:
     models[one], models[other] = measured(a, b), measured(b, a)
     found = next(verdict for words, verdict in verdicts(models).items() if words.startswith(claim))
     assert found in ("does not hold", "partly")
+
+
+def test_of_nothing_nothing_is_said() -> None:
+    assert [verdict_over(found) for found in ((), (True,), (True, False), (False,))] == [
+        "not run",
+        "holds",
+        "partly",
+        "does not hold",
+    ]
 
 
 def test_what_was_not_run_is_said() -> None:

@@ -43,7 +43,9 @@ def judged(claim: str, holds: bool, evidence: str) -> Finding:
 
 
 def verdict_over(good: Sequence[bool]) -> Verdict:
-    """The verdict on a claim about several things, from whether it is true of each."""
+    """The verdict on a claim about several things, from whether it is true of each; of none nothing is known."""
+    if not good:
+        return "not run"
     return "holds" if all(good) else "partly" if any(good) else "does not hold"
 
 
