@@ -96,7 +96,8 @@ def test_full_layers_can_be_bounded(data: Path, tmp_path: Path) -> None:
         (["--sets", "boks"], "there is no held-out set 'boks': did you mean 'books'?"),
         (["--lengths", "0"], "each must be at least 1"),
         (["--tokens", "0"], "each must be at least 1"),
-        (["--batch-tokens", "0"], "each must be at least 1"),
+        (["--batch-tokens", "0"], "batch_tokens 0: each must be at least 1"),
+        (["--full-reach", "0"], "full_reach is 0; it must be at least 1"),
         (
             ["--lengths", "9999999"],
             "fewer than one window of 9999999; evaluate shorter lengths, raise the limit, or hold out more text",

@@ -29,7 +29,7 @@ class Arguments:
     full_reach: int | None = None
     """Let full-attention layers look back only so far."""
     out: Path | None = None
-    """Where the JSON goes; beside the model, and into its card, when left out."""
+    """Where the JSON goes; when left out beside the model of a run, without --full-reach into its card, too."""
 
 
 def run(arguments: list[str]) -> None:
@@ -43,7 +43,8 @@ def run(arguments: list[str]) -> None:
     from fibattn.training.card import add_results
 
     if any(length < 1 for length in chosen.lengths) or chosen.tokens < 1 or chosen.batch_tokens < 1:
-        raise InputError(f"lengths {chosen.lengths}, tokens {chosen.tokens}: each must be at least 1")
+        values = f"lengths {chosen.lengths}, tokens {chosen.tokens}, batch_tokens {chosen.batch_tokens}"
+        raise InputError(f"{values}: each must be at least 1")
     folder, data = find_model(chosen.model), PreparedData.open(chosen.data)
     model = load_bounded(folder, chosen.full_reach)
     trained_at = model.config.get_text_config().max_position_embeddings
@@ -54,11 +55,11 @@ def run(arguments: list[str]) -> None:
     result["model"] = str(folder)
     if chosen.full_reach is not None:
         result["full_reach"] = chosen.full_reach
-    out = chosen.out or default_output(folder)
-    files.write_json(out, result)
-    if chosen.out is None and chosen.full_reach is None:
-        add_results(folder, result)
     console = Console()
     for table in tables(result):
         console.print(table)
+    out = chosen.out or default_output(folder, chosen.full_reach)
+    files.write_json(out, result)
+    if chosen.out is None and chosen.full_reach is None:
+        add_results(folder, result)
     console.print(f"convention: {result['convention']}; written to {out}", soft_wrap=True)

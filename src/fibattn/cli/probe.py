@@ -155,10 +155,11 @@ def run(arguments: list[str]) -> None:
         raise InputError(f"there is no probe {name!r}: {hint}")
     chosen: Any = parse(PROBES[name], arguments[1:], f"fibattn probe {name}")
     result = _flops(chosen) if name == "flops" else _measure(name, chosen)
+    _print(result)
     out = chosen.out or _out_of_model(result)
     if name not in _TRAINING:
         _write(out, result)
-    _print(result, out)
+    print(f"written to {out}")
 
 
 def _out_of_model(result: dict[str, Any]) -> Path:
@@ -212,7 +213,7 @@ def _flops(chosen: Flops) -> dict[str, Any]:
     return {"probe": "flops", "study": chosen.study, "length": length, "vocabulary": _VOCABULARY, "rows": rows}
 
 
-def _print(result: dict[str, Any], out: Path) -> None:
+def _print(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -227,4 +228,3 @@ def _print(result: dict[str, Any], out: Path) -> None:
         table.add_row(*(cell(row.get(name)) for name in columns))
     console = Console(width=None if Console().is_terminal else 150, highlight=False)
     console.print(table)
-    console.print(f"written to {out}", soft_wrap=True)

@@ -53,10 +53,12 @@ def judge(
         `accuracy` (a tie is wrong), `margin` in nats and its standard error, `chance` and `items`.
 
     Raises:
-        InputError: when there are no items, or the tokenizer has neither bos nor eos.
+        InputError: when there are no items, `batch` is less than 1, or the tokenizer has neither bos nor eos.
     """
     if not items:
         raise InputError("there is nothing to judge: the number of items is 0; ask for at least 1")
+    if batch < 1:
+        raise InputError(f"batch is {batch}; it must be at least 1")
     margins = []
     with Meter(label, len(items), "items", quiet=quiet) as meter:
         for start in range(0, len(items), batch):

@@ -17,6 +17,7 @@ from fibattn.evaluation.loss import LAST, position_loss
 from fibattn.model import FibAttnConfig  # makes the model known to the Auto classes, too
 from fibattn.model.conversion import STORED_PATTERN, convert
 from fibattn.training import checkpoints
+from fibattn.training.card import model_name
 
 CONVENTION = "disjoint windows, every position; the same tokens at every length"
 
@@ -67,6 +68,8 @@ def load_bounded(folder: Path, full_reach: int | None) -> PreTrainedModel:
     """
     if full_reach is None:
         return load_model(folder)
+    if full_reach < 1:
+        raise InputError(f"full_reach is {full_reach}; it must be at least 1, or left out for no bound")
     kind = files.read_json(folder / "config.json").get("model_type")
     if kind != FibAttnConfig.model_type:
         raise InputError(f"{folder} is a {kind} model; only fibattn models take a full reach, leave it out")
@@ -195,6 +198,12 @@ def change(value: float, first: float) -> str:
     return "" if value == first else f"{100 * (value / first - 1):+.1f} %"
 
 
-def default_output(model: Path) -> Path:
-    """Where an evaluation goes unless told: beside the model of a run, else into the current folder."""
-    return (model.parent if checkpoints.is_sealed(model) else Path()) / "evaluation.json"
+def default_output(model: Path, full_reach: int | None = None) -> Path:
+    """Where an evaluation goes unless told: beside the model of a run, else into the current folder by its name.
+
+    One with bounded full layers has a file of its own.
+    """
+    bound = "" if full_reach is None else f"-full-reach-{full_reach}"
+    if checkpoints.is_sealed(model):
+        return model.parent / f"evaluation{bound}.json"
+    return Path(f"evaluation-{model_name(model.resolve())}{bound}.json")
