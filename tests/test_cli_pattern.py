@@ -82,6 +82,7 @@ def test_rungs_of_two_go_up_to_the_context(tmp_path: Path, capsys: pytest.Captur
         (["--context", "1"], "context is 1; it must be at least 2 tokens"),
         (["--max-offset", "-2"], "max_offset is -2; it must be 0 or more"),
         (["--farthest", "-2"], "limit is -2; it must be 0 or more"),
+        (["--rungs", "2000"], "the number of rungs is 2000; it must be from 0 to 90"),
         (["--rungs", "90"], "are too many; ask with --farthest for at most 200,000"),
     ],
 )

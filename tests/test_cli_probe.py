@@ -103,6 +103,9 @@ def test_operations_of_every_model_of_a_study(tmp_path: Path) -> None:
         (("lego", "nowhere"), "nowhere holds no model"),
         (("flops", "--length", "0"), "length is 0; it must be at least 1"),
         (("retrieval", "--steps", "0"), "steps 0"),
+        (("retrieval", "--seeds", "-1"), "none below 0"),
+        (("recall", "--seeds", "-1"), "none below 0"),
+        (("recall", "--peak-rate", "nan"), "optimizer.peak_rate is nan; it must be above 0"),
     ],
 )
 def test_mistakes_are_one_line(words: tuple[str, ...], message: str, capsys: Output) -> None:

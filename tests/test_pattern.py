@@ -351,7 +351,7 @@ def test_learned_rungs_between_the_same_keys_keep_the_first() -> None:
         (lambda: Pattern.fibonacci(alpha=math.inf), r"alpha is inf; it must be a finite number above 0"),
         (lambda: Pattern.fibonacci(alpha=-1.0), r"alpha is -1.0; it must be a finite number above 0"),
         (lambda: Pattern.power_of_two(alpha=0.0), r"alpha is 0.0; it must be a finite number above 0"),
-        (lambda: Pattern.fibonacci(rungs=-2), r"the number of rungs is -2; it must be 0 or more"),
+        (lambda: Pattern.fibonacci(rungs=-2), r"the number of rungs is -2; it must be from 0 to 90"),
         (lambda: Pattern.power_of_two(reach=0), r"the reach of a power-of-two base is 0; it must be at least 1"),
         (lambda: Pattern.fibonacci(max_offset=-1), r"max_offset is -1; it must be 0 or more, or None"),
         (lambda: base_rungs("lucas"), r"unknown base 'lucas'; the bases are fibonacci, power_of_two"),
@@ -366,6 +366,10 @@ def test_learned_rungs_between_the_same_keys_keep_the_first() -> None:
         (lambda: interpolate([5], math.inf, 0), r"alpha is inf; it must be a finite number above 0"),
         (lambda: compose([[Pattern(1)]], limit=-1), r"limit is -1; it must be 0 or more"),
         (lambda: compose([[Pattern(1)], None]), r"full attention reaches every distance; say how far .*`limit`"),
+        (lambda: Pattern(2.5), "window is 2.5; it must be a whole number"),
+        (lambda: Pattern("2"), "window is '2'; it must be a whole number"),
+        (lambda: Pattern(3, (5, 1 << 63)), r"offset is \d+; it must be a whole number below 2\*\*63"),
+        (lambda: base_rungs("fibonacci", count=91), "the number of rungs is 91; it must be from 0 to 90"),
     ],
 )
 def test_bad_input_names_the_value_and_what_is_allowed(make, message: str) -> None:

@@ -10,12 +10,16 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal, get_args
 
 from fibattn.errors import InputError
 
 Base = Literal["fibonacci", "power_of_two"]
 Schedule = Literal["fixed", "linear", "coprime", "learned"]
+
+_MOST_RUNGS = 90
+"""So many Fibonacci rungs, scaled by up to 1.5 and more, are distances of 63 bits."""
 
 
 def base_rungs(base: Base, *, count: int = 15, reach: int = 1023) -> tuple[int, ...]:
@@ -25,11 +29,11 @@ def base_rungs(base: Base, *, count: int = 15, reach: int = 1023) -> tuple[int, 
     largest that is at most `reach` (the paper's reach-matched log-sparse control).
 
     Raises:
-        InputError: for an unknown base, a negative `count`, or a `reach` below 1.
+        InputError: for an unknown base, a `count` that is negative or more than 90, or a `reach` below 1.
     """
     if base == "fibonacci":
-        if count < 0:
-            raise InputError(f"the number of rungs is {count}; it must be 0 or more")
+        if not 0 <= count <= _MOST_RUNGS:
+            raise InputError(f"the number of rungs is {count}; it must be from 0 to {_MOST_RUNGS}: no text is longer")
         rungs = [1, 2]
         while len(rungs) < count:
             rungs.append(rungs[-1] + rungs[-2])
@@ -73,13 +77,17 @@ class Pattern:
     input; an offset as long as the sequence or longer simply has no key there.
 
     Raises:
-        InputError: for a negative window, or offsets that are not strictly increasing and beyond it.
+        InputError: for a negative window, offsets that are not strictly increasing and beyond it, and for what is no
+            whole number of 63 bits.
     """
 
     window: int
     offsets: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        for name, value in (("window", self.window), *(("offset", one) for one in self.offsets)):
+            if not isinstance(value, Integral) or value >= 1 << 63:
+                raise InputError(f"{name} is {value!r}; it must be a whole number below 2**63")
         if self.window < 0:
             raise InputError(f"window is {self.window}; it must be 0 or more (0 attends to the query's own position)")
         nearest = self.window

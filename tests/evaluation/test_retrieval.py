@@ -137,8 +137,9 @@ def test_nothing_to_run_is_refused() -> None:
         retrieval.retrieval(steps=0)
     with pytest.raises(InputError, match=r"depths \[\]"):
         retrieval.retrieval(depths=())
-    with pytest.raises(InputError, match="0 seeds"):
-        retrieval.retrieval(seeds=())
+    for nothing in ({"seeds": ()}, {"starts": ()}):
+        with pytest.raises(InputError, match=rf"{next(iter(nothing))} \[\]"):
+            retrieval.retrieval(**nothing)
 
 
 def test_a_cut_probe_goes_on_with_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -378,6 +378,8 @@ def test_a_prompt_of_no_tokens_is_refused():
     for cache in (None, DynamicCache(config=m.config)):
         with pytest.raises(InputError, match="there are no tokens"):
             m(torch.empty(1, 0, dtype=torch.long), past_key_values=cache)
+    with pytest.raises(InputError, match="there are no tokens"):
+        m(torch.empty(0, 5, dtype=torch.long))
     with pytest.raises(InputError, match="the prompt has no tokens"):
         next(stream(m, []))
 

@@ -57,6 +57,8 @@ def test_models_that_cannot_be_converted(which: str) -> None:
         ({"window": 3, "keep_layers": [0, 1, 2, 3]}, "every layer"),
         ({"window": 3, "keep_layers": [4]}, "from 0 to 3"),
         ({"window": 3, "keep_layers": [1, 1]}, "different indices"),
+        ({"window": 3, "keep_layers": 0}, r"keep_layers is 0; give the layers as a list: \[0\]"),
+        ({"window": 2.5}, "window is 2.5; it must be a whole number"),
     ],
 )
 def test_patterns_that_cannot_be(given: dict[str, Any], reason: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from browser import Browser
 
-from fibattn import files
+from fibattn import InputError, files
 from fibattn.data.stream import PreparedData
 from fibattn.study.demo import DENSE, FACTORS, STAGGER, run_demo
 
@@ -30,6 +30,12 @@ def demonstrate(out: Path) -> Demo:
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     return demonstrate(tmp_path_factory.mktemp("a folder") / "demo")
+
+
+def test_no_steps_are_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="steps is 0; it must be at least 1"):
+        run_demo(tmp_path / "demo", steps=0)
+    assert not (tmp_path / "demo").exists()
 
 
 def test_table_and_sample_are_printed(demo: Demo) -> None:

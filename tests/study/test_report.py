@@ -18,7 +18,7 @@ from fibattn.study.findings import percent
 from fibattn.study.own_tables import asked_tables, copying_table, cost_table
 from fibattn.study.paper_tables import extrapolation, papers_tables
 from fibattn.study.probe_tables import other_probes, retrieval_table
-from fibattn.study.report import insert_tables, write_report
+from fibattn.study.report import MARK, insert_tables, write_report
 from fibattn.study.results import PLAIN, Results, mean_loss, paper
 from fibattn.study.runner import Job
 from fibattn.study.store import Store
@@ -224,6 +224,24 @@ def test_a_document_without_a_place_for_the_tables_is_refused(tmp_path: Path) ->
         insert_tables(tmp_path, tmp_path / "notes.md")
     with pytest.raises(InputError, match=r"missing\.md does not exist"):
         insert_tables(tmp_path, tmp_path / "missing.md")
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"probe": "recall", "rows": []}'])
+def test_a_file_that_is_no_probe_is_named(job: Job, tmp_path: Path, text: str) -> None:
+    copied(job, tmp_path)
+    files.write_text(tmp_path / "probes" / "a.json", text)
+    with pytest.raises(InputError, match=r"a\.json is not a result of `fibattn probe`"):
+        write_report(tmp_path)
+
+
+def test_the_place_for_tables_may_be_the_first_line_or_the_last(job: Job, tmp_path: Path) -> None:
+    copied(job, tmp_path)
+    write_report(tmp_path)
+    tables = (tmp_path / "report" / "tables.md").read_text()
+    for text, head in ((f"{MARK}\nold\n", ""), (f"# Title\n{MARK}", "# Title\n")):
+        (tmp_path / "document.md").write_text(text)
+        insert_tables(tmp_path, tmp_path / "document.md")
+        assert (tmp_path / "document.md").read_text() == f"{head}{MARK}\n\n{tables}"
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:

@@ -48,7 +48,17 @@ def test_a_first_line_cut_by_a_kill_is_replaced(tmp_path: Path) -> None:
     assert store.records() == [record()]
 
 
-@pytest.mark.parametrize("line", ['{"a": 1}', "[]", "{nonsense}"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"a": 1}',
+        "[]",
+        "{nonsense}",
+        '{"kind": "run", "key": "x", "time": "t"}',
+        json.dumps(record(time=2026)),
+        json.dumps({name: value for name, value in record().items() if name != "study"}),
+    ],
+)
 def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
     path = Store(tmp_path).append(record())
     path.write_text(path.read_text() + line + "\n")

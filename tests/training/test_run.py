@@ -92,6 +92,16 @@ def test_two_processes_have_the_losses_of_one_also_when_they_go_on(
         shutil.rmtree(two.out / "checkpoint-6")
 
 
+def test_a_damaged_line_of_metrics_does_not_stop_a_run(recipe: Recipe) -> None:
+    train(replace(recipe, steps=6))
+    for lost in ("model", "checkpoint-6"):
+        shutil.rmtree(recipe.out / lost)
+    path = recipe.out / "metrics.jsonl"
+    path.write_text("{half\n" + path.read_text())
+    train(replace(recipe, steps=6))
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+
+
 def test_finished_run_is_left_alone(recipe: Recipe) -> None:
     model = train(replace(recipe, steps=2))
     before = files.sha256(model / "model.safetensors")

@@ -9,10 +9,9 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 
 from fibattn._version import __version__
-from fibattn.errors import InputError
+from fibattn.errors import InputError, suggestion
 
 VERBS = {
     "pattern": "show which distances every layer attends to, and what the stack reaches",
@@ -28,6 +27,9 @@ VERBS = {
 }
 
 
+_RESUMED = ("prepare", "train", "study", "demo")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status: 0 done, 1 failed, 2 a mistake in the input, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -40,12 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verb, rest = words[0], words[1:]
     try:
         if verb not in VERBS:
-            near = get_close_matches(verb, VERBS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the verbs are {', '.join(VERBS)}"
-            raise InputError(f"unknown verb {verb!r}: {hint}")
+            raise InputError(f"unknown verb {verb!r}: {suggestion(verb, VERBS, 'verbs')}")
         importlib.import_module(f"fibattn.cli.{verb}").run(rest)
     except KeyboardInterrupt:
-        print("\ninterrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        goes_on = "; what was finished is kept, the same command goes on from there" if verb in _RESUMED else ""
+        print(f"\ninterrupted{goes_on}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - so that the flush at exit stays silent
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _explain(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" while writing {error.filename}" if error.filename else ""
-        return f"the disk is full{where}; free some space and run the same command again, it goes on from there"
+        return f"the disk is full{where}; free some space and run the same command again"
     if isinstance(error, ImportError):
         return f"{error}; set FIBATTN_TRACEBACK=1 to see where"
     return str(error)

@@ -50,6 +50,8 @@ class Arguments:
 def run(arguments: list[str]) -> None:
     """Print the table and the summary, write the figure."""
     chosen = parse(Arguments, arguments, "fibattn pattern")
+    if chosen.out.suffix != ".svg":
+        raise InputError(f"--out is {chosen.out}; expected a name that ends in .svg, a .png and a .csv go beside it")
     if chosen.context < 2:
         raise InputError(f"context is {chosen.context}; it must be at least 2 tokens")
     patterns = layer_patterns(

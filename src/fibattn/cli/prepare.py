@@ -10,6 +10,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from fibattn.cli.flags import parse
 from fibattn.data.plan import Plan
 from fibattn.data.sources import PAPER_WEIGHTS, PRESETS, Source, parse_source
 from fibattn.errors import InputError
@@ -72,7 +73,7 @@ class Arguments:
 
 def run(arguments: list[str]) -> None:
     """Prepare what `arguments` say and print what came of it."""
-    given = tyro.cli(Arguments, prog="fibattn prepare", description=DESCRIPTION, args=arguments)
+    given = parse(Arguments, arguments, "fibattn prepare", description=DESCRIPTION)
     plan = _plan(given)
     from fibattn.data.prepare import prepare
 

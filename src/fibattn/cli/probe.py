@@ -3,7 +3,6 @@
 import importlib
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,7 +11,7 @@ import tyro
 
 from fibattn import files
 from fibattn.cli.flags import parse
-from fibattn.errors import InputError
+from fibattn.errors import InputError, suggestion
 
 FOLDER = Path("results/probes")
 Out = Annotated[Path, tyro.conf.arg(help="Where the JSON goes.")]
@@ -150,9 +149,7 @@ def run(arguments: list[str]) -> None:
         return
     name = arguments[0]
     if name not in PROBES:
-        near = get_close_matches(name, PROBES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the probes are {', '.join(PROBES)}"
-        raise InputError(f"there is no probe {name!r}: {hint}")
+        raise InputError(f"there is no probe {name!r}: {suggestion(name, PROBES, 'probes')}")
     chosen: Any = parse(PROBES[name], arguments[1:], f"fibattn probe {name}")
     result = _flops(chosen) if name == "flops" else _measure(name, chosen)
     _print(result)

@@ -3,10 +3,9 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 
 from fibattn.data.sources import Source
-from fibattn.errors import InputError
+from fibattn.errors import InputError, suggestion
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,9 @@ class Plan:
         """Raise `InputError` when `what` is given for a name that no source has."""
         names = [source.name for source in self.sources]
         if name not in names:
-            near = get_close_matches(name, names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the sources are {', '.join(names)}"
-            raise InputError(f"a {what} is given for {name!r}, which is no source: {hint}")
+            raise InputError(
+                f"a {what} is given for {name!r}, which is no source: {suggestion(name, names, 'sources')}"
+            )
 
     def _check_weights(self, names: list[str]) -> None:
         for name in names if self.weights is not None else ():

@@ -279,16 +279,17 @@ def recall(
             f"length is {length} (at least 128), layers {layers} (at least 2), distances {list(distances)} "
             f"(each at least {SHORTEST}); change what is too small"
         )
-    if min(steps, batch_tokens, asked, len(seeds)) < 1:
+    if min(steps, batch_tokens, asked) < 1 or min(seeds, default=-1) < 0:
         raise InputError(
             f"steps {steps}, batch_tokens {batch_tokens}, asked {asked}, seeds {list(seeds)}: each number must be at "
-            f"least 1, and there must be a seed"
+            f"least 1, and there must be a seed, none below 0"
         )
     known = variants(length, window=window, layers=layers)
     unknown = [name for name in names if name not in known]
     if unknown:
         raise InputError(f"unknown variant {unknown[0]!r}; the variants are {', '.join(known)}")
     optimizer = OptimizerRecipe(peak_rate=peak_rate, warmup_steps=min(200, steps // 10))
+    optimizer.check()
     settings = {
         "probe": "recall",
         "trained_at": length,

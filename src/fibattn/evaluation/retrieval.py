@@ -218,12 +218,13 @@ def retrieval(
     Raises:
         InputError: for a value that cannot run or an earlier result with other settings.
     """
-    if min(min(depths, default=0), steps, batch, sequences) < 1 or not seeds:
+    if min(min(depths, default=0), steps, batch, sequences, len(starts)) < 1 or min(seeds, default=-1) < 0:
         raise InputError(
-            f"depths {list(depths)}, steps {steps}, batch {batch}, sequences {sequences}, {len(seeds)} seeds: "
-            "each must be at least 1"
+            f"depths {list(depths)}, steps {steps}, batch {batch}, sequences {sequences}, starts {list(starts)}, seeds "
+            f"{list(seeds)}: each number must be at least 1, and there must be a start and a seed, none below 0"
         )
     optimizer = OptimizerRecipe(peak_rate=peak_rate, warmup_steps=min(200, steps // 10))
+    optimizer.check()
     settings = {
         "probe": "retrieval",
         "task": {"distances": list(DISTANCES), "length": LENGTH, "vocabulary": VOCABULARY},

@@ -1,6 +1,5 @@
 """The length sweep: a model at one, two, four, … times its training length, on every held-out set."""
 
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from fibattn import files
 from fibattn.data.stream import PreparedData
-from fibattn.errors import InputError
+from fibattn.errors import InputError, suggestion
 from fibattn.evaluation.loss import LAST, position_loss
 from fibattn.model import FibAttnConfig  # makes the model known to the Auto classes, too
 from fibattn.model.conversion import STORED_PATTERN, convert
@@ -158,9 +157,9 @@ def _check_sets(sets: list[str], data: PreparedData) -> None:
         raise InputError(f"{data.folder} has no held-out set; prepare the text again with --held-out or --val")
     unknown = [name for name in sets if name not in data.validation]
     if unknown:
-        near = get_close_matches(unknown[0], data.validation, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(data.validation)}"
-        raise InputError(f"there is no held-out set {unknown[0]!r}: {hint}")
+        raise InputError(
+            f"there is no held-out set {unknown[0]!r}: {suggestion(unknown[0], data.validation, 'held-out sets')}"
+        )
 
 
 def tables(result: dict[str, Any]) -> list[Table]:

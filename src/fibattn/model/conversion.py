@@ -75,6 +75,8 @@ def convert(
     decoder: Any = model.base_model
     config = decoder.config
     farthest = config.max_position_embeddings - 1 if rung_reach is None else rung_reach
+    if isinstance(keep_layers, int):
+        raise InputError(f"keep_layers is {keep_layers}; give the layers as a list: [{keep_layers}]")
     if window is not None:
         values = (window, base, schedule, rungs, farthest, max_offset, sorted(keep_layers))
         entry: dict[str, Any] = dict(zip(_FIELDS, values, strict=True))

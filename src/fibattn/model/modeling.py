@@ -241,7 +241,7 @@ class FibAttnModel(FibAttnPreTrainedModel):
                 f"it anew: from_pretrained(…, full_reach={self.config.full_reach})"
             )
         hidden: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if hidden.shape[1] == 0:
+        if 0 in hidden.shape[:2]:
             raise InputError("there are no tokens; a prompt has at least one, such as the model's bos_token_id")
         cache = past_key_values if cache is None else cache
         past = cache.get_seq_length() if cache is not None else 0

@@ -6,12 +6,11 @@ order of windows.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
-from fibattn.errors import InputError
+from fibattn.errors import InputError, suggestion
 from fibattn.pattern import Base, Schedule, key_count, layer_patterns
 from fibattn.training.recipe import PRESETS, ModelRecipe, OptimizerRecipe, Recipe
 
@@ -65,9 +64,7 @@ class Study:
         for pattern in wanted:
             if not any(fnmatch(run.name, pattern) for run in self.runs):
                 names = [run.name for run in self.runs]
-                near = get_close_matches(pattern, names, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"the runs are {', '.join(names)}"
-                raise InputError(f"no run of the study is named {pattern!r}: {hint}")
+                raise InputError(f"no run of the study is named {pattern!r}: {suggestion(pattern, names, 'runs')}")
         return tuple(run for run in self.runs if not wanted or any(fnmatch(run.name, one) for one in wanted))
 
     def resolved(self, run: Run, *, data: Path, out: Path, tokens: int | None, compiled: bool) -> Recipe:
@@ -248,6 +245,4 @@ def find_study(name: str) -> Study:
     """
     if name in STUDIES:
         return STUDIES[name]
-    near = get_close_matches(name, STUDIES, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"the studies are {', '.join(STUDIES)}"
-    raise InputError(f"unknown study {name!r}: {hint}")
+    raise InputError(f"unknown study {name!r}: {suggestion(name, STUDIES, 'studies')}")

@@ -1,5 +1,6 @@
 """The report: one self-contained page, the same tables in Markdown, and the figures with their numbers."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -85,11 +86,12 @@ def insert_tables(folder: Path, document: Path) -> None:
     """
     if not document.is_file():
         raise InputError(f"{document} does not exist; name a Markdown document that has the line {MARK!r}")
-    head, mark, _ = document.read_text(encoding="utf-8").partition(f"\n{MARK}\n")
-    if not mark:
+    text = document.read_text(encoding="utf-8")
+    mark = re.search(rf"^{re.escape(MARK)}$", text, re.MULTILINE)
+    if mark is None:
         raise InputError(f"{document} has no line {MARK!r}; put it where the tables shall begin")
     tables = (folder / "report" / "tables.md").read_text(encoding="utf-8")
-    files.write_text(document, f"{head}{mark}\n{tables}")
+    files.write_text(document, f"{text[: mark.end()]}\n\n{tables}")
 
 
 def _figures(results: Results, out: Path) -> dict[str, dict[str, Any]]:

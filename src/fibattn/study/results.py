@@ -292,6 +292,10 @@ class Results:
         probes: Probes = defaultdict(list)
         for path in sorted(folder.glob("probes/*.json")):
             probe = files.read_json(path)
+            if not (isinstance(probe, dict) and isinstance(probe.get("probe"), str) and probe.get("rows")):
+                raise InputError(
+                    f"{path} is not a result of `fibattn probe`; move it out of the folder, or make it anew"
+                )
             probes[probe["probe"]].append(probe)
         return cls(_grouped(finished.values()), failures, dict(probes))
 

@@ -258,7 +258,7 @@ def _clear(folder: Path, keep_model: bool) -> None:
     if not keep_model:
         shutil.rmtree(folder)
         return
-    for checkpoint in folder.glob("checkpoint-*"):
+    for checkpoint in folder.rglob("checkpoint-*"):
         shutil.rmtree(checkpoint)
 
 

@@ -21,6 +21,13 @@ from fibattn.training.recipe import Recipe, to_json
 
 INDEX = "index.sqlite"
 
+_ANY = {"key": str, "time": str, "study": str, "run": str}
+_FIELDS: dict[str, dict[str, type]] = {
+    "run": {**_ANY, "tokens": int, "recipe": dict, "inputs": dict, "evaluation": dict, "training": dict, "model": dict},
+    "failure": {**_ANY, "error": str},
+}
+"""What a line of each kind has at least."""
+
 _HOUSEKEEPING = ("data", "out", "compile", "log_every", "save_every", "keep_checkpoints", "track", "micro_batch")
 
 
@@ -134,7 +141,9 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(whole, start=1):
         try:
             record = json.loads(line)
-            _ = record["kind"], record["key"], record["time"]
+            wrong = [name for name, kind in _FIELDS[record["kind"]].items() if not isinstance(record[name], kind)]
+            if wrong:
+                raise TypeError(f"{wrong[0]} is {record[wrong[0]]!r}")
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}, line {number} is not a result ({error!r}); restore the file") from None
         yield record

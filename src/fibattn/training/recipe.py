@@ -7,13 +7,12 @@ No torch here: `fibattn train --help` reads this file. A run writes its recipe a
 import dataclasses
 import math
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fibattn import files
-from fibattn.errors import InputError
+from fibattn.errors import InputError, suggestion
 from fibattn.pattern import Base, Schedule
 
 
@@ -57,6 +56,24 @@ class OptimizerRecipe:
     weight_decay: float = 0.1
     """On parameters of two dimensions or more."""
     clip_norm: float = 1.0
+
+    def check(self) -> None:
+        """Refuse values that cannot train.
+
+        Raises:
+            InputError: naming the field, its value and what was expected.
+        """
+        for name in ("peak_rate", "epsilon", "clip_norm"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise InputError(f"optimizer.{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("final_fraction", "weight_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"optimizer.{name} is {getattr(self, name)}; it must be from 0 to 1")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"optimizer.{name} is {getattr(self, name)}; it must be from 0 to below 1")
+        if self.warmup_steps < 0:
+            raise InputError(f"optimizer.warmup_steps is {self.warmup_steps}; it must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -131,22 +148,12 @@ class Recipe:
         for name in positive:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("peak_rate", "epsilon", "clip_norm"):
-            if not (math.isfinite(getattr(self.optimizer, name)) and getattr(self.optimizer, name) > 0):
-                raise InputError(f"optimizer.{name} is {getattr(self.optimizer, name)}; it must be above 0")
-        for name in ("final_fraction", "weight_decay"):
-            if not 0 <= getattr(self.optimizer, name) <= 1:
-                raise InputError(f"optimizer.{name} is {getattr(self.optimizer, name)}; it must be from 0 to 1")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self.optimizer, name) < 1:
-                raise InputError(f"optimizer.{name} is {getattr(self.optimizer, name)}; it must be from 0 to below 1")
+        self.optimizer.check()
         for name in ("init_seed", "data_seed"):
             if not 0 <= getattr(self, name) < 2**32:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be from 0 to 2**32 - 1")
         if not (math.isfinite(self.model.rope_theta) and self.model.rope_theta > 0):
             raise InputError(f"model.rope_theta is {self.model.rope_theta}; it must be a finite number above 0")
-        if self.optimizer.warmup_steps < 0:
-            raise InputError(f"optimizer.warmup_steps is {self.optimizer.warmup_steps}; it must be 0 or more")
         outside = [layer for layer in self.model.full_layers if not 0 <= layer < self.model.num_hidden_layers]
         if outside:
             raise InputError(f"model.full_layers has {outside}; the layers are 0 … {self.model.num_hidden_layers - 1}")
@@ -191,9 +198,9 @@ def load_recipe(name: str) -> Recipe:
         return PRESETS[name]
     if Path(name).suffix == ".json":
         return _from_json(Recipe, files.read_json(Path(name)), name)
-    near = get_close_matches(name, PRESETS, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"the presets are {', '.join(PRESETS)}"
-    raise InputError(f"unknown recipe {name!r}: {hint} (a file of your own ends in .json)")
+    raise InputError(
+        f"unknown recipe {name!r}: {suggestion(name, PRESETS, 'presets')} (a file of your own ends in .json)"
+    )
 
 
 def to_json(recipe: Any) -> Any:
@@ -212,9 +219,7 @@ def _from_json(kind: type, value: Any, where: str) -> Any:
     hints = get_type_hints(kind)
     for key in value:
         if key not in hints:
-            near = get_close_matches(key, hints, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(hints)}"
-            raise InputError(f"{where} has an unknown key {key!r}: {hint}")
+            raise InputError(f"{where} has an unknown key {key!r}: {suggestion(key, hints, 'keys')}")
     return kind(**{key: _value(hints[key], one, f"{where}: {key}") for key, one in value.items()})
 
 

@@ -210,7 +210,7 @@ class MetricsFile(TrainerCallback):
         """Drop what a killed run wrote past its last checkpoint, and start the clock."""
         self._last, self._last_step = time.monotonic(), state.global_step
         if state.is_world_process_zero:
-            kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= state.global_step]
+            kept = [line for line in _lines(self.path) if _step(line) <= state.global_step]
             files.write_text(self.path, "".join(kept))
         self.meter.resume(state.global_step * self._step_tokens)
 
@@ -243,6 +243,14 @@ def _lines(path: Path) -> list[str]:
     if not path.exists():
         return []
     return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _step(line: str) -> float:
+    """The step of a line of metrics; of one that cannot be read, none that there is."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def process_count() -> int:
