@@ -94,7 +94,7 @@ def test_an_unknown_set_is_refused_with_the_near_name(data: PreparedData, model:
     (name,) = data.validation
     with pytest.raises(InputError, match=rf"no held-out set '{name}s': did you mean '{name}'\?"):
         sweep(model, data, lengths=[64], sets=[f"{name}s"])
-    with pytest.raises(InputError, match=rf"no held-out set 'zzz': there are {name}"):
+    with pytest.raises(InputError, match=rf"no held-out set 'zzz': the held-out sets are {name}"):
         sweep(model, data, lengths=[64], sets=["zzz"])
 
 
