@@ -11,7 +11,8 @@ from pathlib import Path
 def locked(folder: Path) -> Iterator[bool]:
     """Hold a folder, made if need be, for this process alone; yields False when another process holds it.
 
-    A kill lets go of it. A folder that was made for it and is still empty in the end is removed.
+    A kill lets go of it. A folder that was made for it and is still empty in the end is removed. On a file system that
+    cannot lock a folder (NFS is one) nobody is kept out.
     """
     new = not folder.exists()
     descriptor = _held(folder)
@@ -24,8 +25,9 @@ def locked(folder: Path) -> Iterator[bool]:
         if new:
             with suppress(OSError):
                 folder.rmdir()
-        # Child processes of one that failed may still hold the folder open.
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        # Child processes of one that failed may still hold the folder open: closing it would not do.
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 
@@ -39,11 +41,12 @@ def _held(folder: Path) -> int | None:
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), folder.stat()):
-                return descriptor
         except BlockingIOError:
             os.close(descriptor)
             return None
-        except FileNotFoundError:
-            pass
+        except OSError:
+            return descriptor
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), folder.stat()):
+                return descriptor
         os.close(descriptor)

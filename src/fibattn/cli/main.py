@@ -28,6 +28,7 @@ VERBS = {
 
 
 _RESUMED = ("prepare", "train", "study", "demo")
+"""Verbs that go on where they were stopped."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
