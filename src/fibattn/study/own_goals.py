@@ -80,7 +80,7 @@ def _helped_dense(group: Group) -> Finding:
     against = f"against the best of {tried}: {_by_seed(evidence)}"
     helps = {"bounded": "bounded", "lengthened": "trained on in longer windows"}
     untried = [words for name, words in helps.items() if not all(theirs.get(name) for _, theirs in pairs)]
-    if untried and all(good):
+    if untried and good and all(good):
         return Finding(claim, "partly", f"{against}; not every run of dense was {' and '.join(untried)}")
     return Finding(claim, verdict_over(good), against)
 
