@@ -122,6 +122,17 @@ def test_damaged_finished_model_is_refused_and_made_anew_when_removed(recipe: Re
     assert files.sha256(model / "model.safetensors") == before
 
 
+def test_data_that_may_only_be_read_are_trained_on(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = recipe.out.with_name("data")
+    shutil.copytree(recipe.data, theirs, ignore=shutil.ignore_patterns("order"))
+    run, allowed = replace(recipe, data=theirs, steps=2), os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != theirs and allowed(path, mode))
+    train(run)
+    assert not (theirs / "order").exists()
+    assert len(list((run.out / "order").glob("*.npy"))) == 1
+    assert train(run).exists(), "and again"
+
+
 def test_a_place_that_is_taken_is_noticed_before_any_training(recipe: Recipe) -> None:
     (recipe.out / "model").mkdir(parents=True)
     (recipe.out / "model" / "notes.txt").write_text("mine")

@@ -1,5 +1,6 @@
 """One training run from recipe to finished model; run again, it goes on where it was."""
 
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -130,10 +131,15 @@ def _start(recipe: Recipe, config: FibAttnConfig, data: PreparedData) -> str:
 
 
 def _order(recipe: Recipe, data: PreparedData) -> Path:
-    """The order file of this recipe, beside the data so that every run of the same order shares it."""
+    """The order file of this recipe, beside the data so that every run of the same order shares it.
+
+    Where the data may only be read, and nobody has made it there, it lies in the run's own folder.
+    """
     windows = recipe.steps * recipe.windows_per_step
     name = f"{recipe.order}-seed{recipe.data_seed}-length{recipe.length}-windows{windows}.npy"
     path = recipe.data / "order" / name
+    if not path.exists() and not os.access(recipe.data, os.W_OK):
+        path = recipe.out / "order" / name
     about: dict[str, Any] = {
         "mode": recipe.order,
         "seed": recipe.data_seed,
