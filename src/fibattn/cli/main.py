@@ -27,27 +27,32 @@ VERBS = {
 }
 
 
-_RESUMED = ("prepare", "train", "study", "demo")
-"""Verbs that go on where they were stopped."""
+_KEPT = "; what was finished is kept, the same command goes on from there"
+_RESUMED = {
+    "prepare": _KEPT,
+    "train": "; the same command goes on from the last checkpoint, or begins anew where there is none yet",
+    "study": _KEPT,
+    "demo": _KEPT,
+}
+"""What a verb that goes on where it was stopped says of it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status: 0 done, 1 failed, 2 a mistake in the input, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help"):
-        print(_help())
-        return 0
-    if words[0] == "--version":
-        print(f"fibattn {__version__}")
-        return 0
-    verb, rest = words[0], words[1:]
+    verb, rest = (words[0], words[1:]) if words else ("--help", [])
     try:
-        if verb not in VERBS:
+        if verb in ("-h", "--help"):
+            print(_help())
+        elif verb == "--version":
+            print(f"fibattn {__version__}")
+        elif verb in VERBS:
+            importlib.import_module(f"fibattn.cli.{verb}").run(rest)
+        else:
             raise InputError(f"unknown verb {verb!r}: {suggestion(verb, VERBS, 'verbs')}")
-        importlib.import_module(f"fibattn.cli.{verb}").run(rest)
+        sys.stdout.flush()  # here, where a reader that went away is expected
     except KeyboardInterrupt:
-        goes_on = "; what was finished is kept, the same command goes on from there" if verb in _RESUMED else ""
-        print(f"\ninterrupted{goes_on}", file=sys.stderr)
+        print(f"\ninterrupted{_RESUMED.get(verb, '')}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - so that the flush at exit stays silent
