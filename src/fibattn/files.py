@@ -25,6 +25,11 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def leftovers(folder: Path) -> list[Path]:
+    """The temporary files right in `folder` that a kill left there while they were written."""
+    return [path for path in folder.glob(".*.tmp") if path.is_file()]
+
+
 @contextmanager
 def naming_a_full_disk(folder: Path) -> Iterator[None]:
     """For libraries whose errors do not say that the disk is full: when it is, raise the `OSError` that does."""

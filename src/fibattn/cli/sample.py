@@ -94,8 +94,10 @@ def _prompt(chosen: Arguments) -> str:
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{chosen.prompt_file} cannot be read as UTF-8 text ({error}); check the path") from None
     text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape") if chosen.prompt == "-" else chosen.prompt
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise InputError("the prompt is not UTF-8 text; convert it first, for example with iconv")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError("the prompt is not UTF-8 text; convert it first, for example with iconv") from None
     return text
 
 

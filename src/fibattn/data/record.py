@@ -35,7 +35,7 @@ class Record:
         """
         found = next((folder / name for name in (UNFINISHED, DATA) if (folder / name).exists()), None)
         if found is None:
-            if folder.exists() and any(not _is_leftover(path) for path in folder.iterdir()):
+            if folder.exists() and set(folder.iterdir()) - set(files.leftovers(folder)):
                 raise InputError(f"{folder} holds other files; expected a new, an empty or an earlier prepared folder")
             return cls(folder)
         saved = files.read_json(found)
@@ -46,7 +46,7 @@ class Record:
                 f"{found} is not what `fibattn prepare` wrote ({error!r}); restore it or delete {folder}"
             ) from None
         for place in (folder, *(folder / "shards").glob("*"), folder / "order"):
-            for path in filter(_is_leftover, place.glob(".*.tmp")):
+            for path in files.leftovers(place):
                 path.unlink()
         return record
 
@@ -162,11 +162,6 @@ class Record:
             total += kept[-1].tokens
         self.shards[stream] = kept
         self.save()
-
-
-def _is_leftover(path: Path) -> bool:
-    """Whether a kill left it: a file that `fibattn.files` was writing beside its place."""
-    return path.name.startswith(".") and path.name.endswith(".tmp") and path.is_file()
 
 
 def _difference(folder: Path, name: str, before: Any, now: Any) -> str:

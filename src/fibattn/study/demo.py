@@ -68,8 +68,7 @@ def run_demo(out: Path, *, steps: int = DENSE.steps, vocab_size: int = 2048, hel
     Raises:
         InputError: when the standard library's sources are not on this machine, or for less than one step.
     """
-    if steps < 1:
-        raise InputError(f"steps is {steps}; it must be at least 1")
+    replace(DENSE, steps=steps).check()
     console = Console()
     console.print("1/4 preparing the standard library's sources", style="bold")
     data = prepare(out / "data", standard_library(vocab_size, held_out_tokens))

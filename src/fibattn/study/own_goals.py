@@ -149,15 +149,16 @@ def _rungs_against_window(group: Group) -> Finding:
 def _copies_farther(group: Group) -> Finding:
     claim = "From text alone the default recipe learns to copy from where a plain window of its width does not"
     ours, window = group.get("hybrid"), group.plain_window
-    asked = [model for model in (ours, window, group.get("dense")) if model and _copied(model)]
-    if ours is None or window is None or not {ours.name, window.name} <= {model.name for model in asked}:
+    asked = {model.name: _copied(model) for model in (ours, window, group.get("dense")) if model}
+    if not (ours and window and asked[ours.name] and asked[window.name]):
         return missing(claim, group, "hybrid", window.name if window else "window-w132")
-    far = [n for n in sorted(_copied(ours)) if ours.recipe["window"] < n <= group.trained_at // 2]
-    own, control = _copied(ours), _copied(window)
+    own, control = asked[ours.name], asked[window.name]
+    far = [n for n in sorted(own) if ours.recipe["window"] < n <= group.trained_at // 2]
     good = [min(own[n]) - max(control[n]) >= 0.01 for n in far if n in control]
     evidence = [
-        f"{model.name} " + ", ".join(f"{_share(parts)} at {n:,}" for n, parts in _copied(model).items() if n in far)
-        for model in asked
+        f"{name} " + ", ".join(f"{_share(parts)} at {n:,}" for n, parts in found.items() if n in far)
+        for name, found in asked.items()
+        if found
     ]
     return Finding(claim, verdict_over(good), f"random tokens named, by distance in tokens: {'; '.join(evidence)}")
 
@@ -172,8 +173,7 @@ def _copied(model: Model) -> dict[int, list[float]]:
 
 
 def _share(parts: Sequence[float]) -> str:
-    low, high = (f"{100 * part:.0f}" for part in (min(parts), max(parts)))
-    return f"{low} %" if low == high else f"{low} to {high} %"
+    return _range([100 * part for part in parts], ".0f") + " %"
 
 
 def _recalls_farther(probes: Probes) -> Finding:
@@ -197,6 +197,6 @@ def _by_seed(evidence: dict[int, str]) -> str:
     )
 
 
-def _range(ascending: Sequence[int]) -> str:
-    low, high = ascending[0], ascending[-1]
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+def _range(values: Sequence[float], form: str = ",") -> str:
+    low, high = (format(value, form) for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"

@@ -35,8 +35,7 @@ def publish(run: Path, step: int, keep: int) -> Path:
     staged.replace(final)
     _sync_folder(run)
     shutil.rmtree(run / STAGING)
-    before = [folder for folder in _all(run) if step_of(folder) < step]
-    kept = [*before[max(len(before) - keep + 1, 0) :], final]
+    kept = [folder for folder in _all(run) if step_of(folder) <= step][-keep:]
     for other in _all(run):
         if other not in kept:
             shutil.rmtree(other)

@@ -87,12 +87,12 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
             inputs["start_sha256"] = _start(recipe, config, data)
         _claim(recipe, inputs)
     finished = recipe.out / "model"
-    if finished.exists() and not checkpoints.is_sealed(finished):
-        raise InputError(f"{finished} exists and is no finished model of a run; move it away, or give another --out")
     if checkpoints.is_sealed(finished):
         _verify_finished(finished)
         state.print(f"{finished} is finished already")
         return finished
+    if finished.exists():
+        raise InputError(f"{finished} exists and is no finished model of a run; move it away, or give another --out")
     disable_progress_bar()
     model = build_model(recipe, data.vocab_size, data.separator)
     checkpoint = checkpoints.latest(recipe.out)
