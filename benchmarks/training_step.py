@@ -2,6 +2,7 @@
 
     PYTHONPATH=src python benchmarks/training_step.py [--models dense stagger ...] [--length 1024] [--json FILE]
 
+A model is `stagger`, `learned` or a run of the study `beyond`, such as `hybrid-w64`.
 Real steps of `fibattn.training.trainer.FibTrainer`: as many windows of `--length` as 32,768 tokens hold, at least one;
 bf16 autocast, compiled. The tokens are random; their values do not change the time. A step's milliseconds are sorted
 by what the GPU did, from PyTorch's profiler over three steps; "idle" is the rest of the step.
@@ -26,15 +27,16 @@ from transformers import TrainerCallback
 from fibattn.data.shards import write_shard
 from fibattn.data.stream import TokenStream
 from fibattn.data.windows import TrainingWindows
+from fibattn.study.presets import STUDIES
 from fibattn.training.recipe import PRESETS, ModelRecipe, Recipe
 from fibattn.training.run import build_model
 from fibattn.training.trainer import FibTrainer
 
+STANDARD = ("dense", "stagger", "learned", "hybrid")
 MODELS = {
-    "dense": ModelRecipe(attention="full"),
     "stagger": ModelRecipe(clip_offsets=False),
     "learned": ModelRecipe(schedule="learned", clip_offsets=False),
-    "hybrid": PRESETS["hybrid"].model,
+    **{run.name: run.model for run in STUDIES["beyond"].runs},
 }
 WARM, PROFILED = 12, 3
 STEP_TOKENS = 32_768
@@ -114,7 +116,7 @@ def group_of(kernel: str) -> str:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--models", nargs="+", default=list(STANDARD), choices=list(MODELS), metavar="MODEL")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--timed", type=int, default=40, help="steps to time, a multiple of ten")
     parser.add_argument("--json", type=Path)

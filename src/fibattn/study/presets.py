@@ -153,8 +153,8 @@ DENSE = Run("dense", ModelRecipe(attention="full"), rope_scaling=("yarn", "linea
 HYBRID = Run("hybrid", PRESETS["hybrid"].model, full_windows=(1, 4))
 """The project's default recipe: linear stagger, W = 128, two full-attention layers without RoPE."""
 
-HYBRID_W64 = _hybrid("hybrid-w64", _stagger(64), HYBRID.model.full_layers)
-"""The same with half the window: its rival."""
+_narrow = tuple(_hybrid(f"hybrid-w{window}", _stagger(window), HYBRID.model.full_layers) for window in (64, 32, 12))
+"""The same with narrower windows; the first two are its rivals."""
 
 _KINDS: tuple[tuple[Schedule, Base], ...] = (
     ("linear", "fibonacci"),
@@ -202,9 +202,9 @@ STUDIES: dict[str, Study] = {
         (DENSE, _W12[0], HYBRID, *_W12[1:], _paper("fixed", 8, "power_of_two"), *_narrower),
     ),
     "seeds": Study(
-        "two more seeds of dense, the five models with W = 12, the default recipe and its rival",
+        "two more seeds of dense, the five models with W = 12, the default recipe and its rivals",
         _full,
-        tuple(run.repeated(seed) for seed in (SEED + 1, SEED + 2) for run in (DENSE, HYBRID, HYBRID_W64, *_W12)),
+        tuple(run.repeated(seed) for seed in (SEED + 1, SEED + 2) for run in (DENSE, HYBRID, *_narrow[:2], *_W12)),
     ),
     "beyond": Study(
         "past the paper: wider windows, staggered heads, plain windows of the same cost, hybrids, stretched RoPE",
@@ -215,7 +215,7 @@ STUDIES: dict[str, Study] = {
             _controls[0],
             _stagger(128),
             _stagger(128, heads=True),
-            HYBRID_W64,
+            *_narrow,
             _hybrid("hybrid-heads", _stagger(128, heads=True), HYBRID.model.full_layers),
             _hybrid("hybrid-window", _controls[0], HYBRID.model.full_layers),
             _hybrid("hybrid-window-w70", _control(_stagger(64)), HYBRID.model.full_layers),
@@ -223,8 +223,8 @@ STUDIES: dict[str, Study] = {
             _hybrid("hybrid-1", _stagger(128), (15,)),
             _hybrid("hybrid-early", _stagger(128), (3, 11)),
             *(
-                _hybrid(f"hybrid-{one.name.removeprefix('stagger-')}", one, HYBRID.model.full_layers)
-                for one in (_stagger(32), _stagger(64, heads=True), _stagger(256, heads=True))
+                _hybrid(f"hybrid-{one.name}", one, HYBRID.model.full_layers)
+                for one in (_stagger(64, heads=True), _stagger(256, heads=True))
             ),
             _stagger(12),
             _stagger(12, heads=True),
