@@ -109,6 +109,7 @@ def test_flags_override_one_field_and_leave_the_rest() -> None:
         ({"optimizer": OptimizerRecipe(beta2=1.5)}, "optimizer.beta2 is 1.5; it must be from 0 to below 1"),
         ({"optimizer": OptimizerRecipe(warmup_steps=-1)}, "optimizer.warmup_steps is -1; it must be 0 or more"),
         ({"model": ModelRecipe(full_layers=(3, 16))}, r"model.full_layers has \[16\]; the layers are 0 … 15"),
+        ({"model": ModelRecipe(bound_full_layers=True)}, "no layer has full attention; name some in model.full_layers"),
     ],
 )
 def test_values_that_cannot_train_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -21,7 +21,9 @@ from safetensors.torch import load_file, save_file
 from fibattn import files
 from fibattn.cli.main import main
 from fibattn.errors import InputError
+from fibattn.evaluation.sweep import load_model
 from fibattn.lock import locked
+from fibattn.model.stream import growing_layers
 from fibattn.pattern import Schedule
 from fibattn.training import checkpoints
 from fibattn.training.recipe import ModelRecipe, Recipe, to_json
@@ -275,6 +277,19 @@ def test_other_layers_train(recipe: Recipe, attention: str) -> None:
     run = replace(recipe, model=shape, steps=10)
     train(run)
     assert losses(run)[-1] < losses(run)[0]
+
+
+def test_a_bound_is_the_finished_models_and_changes_no_training(recipe: Recipe) -> None:
+    plain = replace(recipe, model=replace(recipe.model, full_layers=(1,)), steps=3)
+    bounded = replace(plain, model=replace(plain.model, bound_full_layers=True), out=recipe.out.parent / "bounded")
+    free, held = (load_model(train(run)) for run in (plain, bounded))
+    assert (free.config.full_reach, held.config.full_reach) == (None, recipe.length - 1)
+    assert (growing_layers(free), growing_layers(held)) == (1, 0)
+    ids = torch.randint(free.config.vocab_size, (1, 3 * recipe.length), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        near, far = (held(ids).logits - free(ids).logits)[0].abs().amax(-1).split([recipe.length, 2 * recipe.length])
+    assert near.max() < 1e-4 < far.min()
+    assert "the last 32" in (bounded.out / "model" / "README.md").read_text()
 
 
 def test_gradient_checkpointing_and_micro_batches_change_nothing(recipe: Recipe) -> None:

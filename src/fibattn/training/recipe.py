@@ -40,6 +40,9 @@ class ModelRecipe:
     """Layers with full attention instead."""
     full_layers_rope: bool = True
     """Whether those layers rotate their queries and keys."""
+    bound_full_layers: bool = False
+    """Let full layers of the finished model look back as far as a training window is long and no farther, so that it
+    runs for ever at constant cost. Training is the same."""
     rope_theta: float = 10_000.0
 
 
@@ -157,6 +160,11 @@ class Recipe:
         outside = [layer for layer in self.model.full_layers if not 0 <= layer < self.model.num_hidden_layers]
         if outside:
             raise InputError(f"model.full_layers has {outside}; the layers are 0 … {self.model.num_hidden_layers - 1}")
+        if self.model.bound_full_layers and not (self.model.full_layers or self.model.attention == "full"):
+            raise InputError(
+                "model.bound_full_layers is set, but no layer has full attention; name some in model.full_layers, or "
+                "leave it out"
+            )
 
 
 _paper = Recipe(out=Path("runs/paper"), model=ModelRecipe(clip_offsets=False), compile=True)

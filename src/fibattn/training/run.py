@@ -209,7 +209,11 @@ def _finish(trainer: FibTrainer, recipe: Recipe, data: PreparedData, finished: P
         tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_path)
         tokenizer.chat_template = tokenizer.chat_template or _PLAIN_CHAT
         tokenizer.save_pretrained(staged)
-        write_card(staged, FibAttnConfig.from_pretrained(staged), parameters, recipe, data)
+        config = FibAttnConfig.from_pretrained(staged)
+        if recipe.model.bound_full_layers:
+            config.full_reach = max(recipe.length - 1, 1)
+            config.save_pretrained(staged)
+        write_card(staged, config, parameters, recipe, data)
         checkpoints.seal(staged)
         staged.replace(finished)
     trainer.accelerator.wait_for_everyone()
