@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
 
 from fibattn.attention import attend, attend_cached, attend_scaled, attend_scaled_cached
 from fibattn.errors import InputError
@@ -39,10 +40,13 @@ def pieces(lengths, tokens):
     return [slice(a, b) for a, b in itertools.pairwise([0, *ends])]
 
 
-def chunked(q, k, v, lengths, call, rows, positions=None):
-    caches = rings(k, rows)
+def chunked(q, k, v, lengths, call, rows, positions=None, growing=False):
+    """Rings have `rows`; growing ones as few as there are tokens, and `rows` in the end."""
+    caches = rings(k, 0 if growing else rows)
     outs = []
     for some in pieces(lengths, q.shape[1]):
+        more = min(rows, some.stop) - caches[0].shape[1]
+        caches = [functional.pad(x, (0, 0, 0, 0, 0, max(more, 0))) for x in caches]
         given = None if positions is None else positions[:, some]
         at = torch.arange(some.start, some.stop)[None]
         outs.append(call(q[:, some], *caches, k[:, some], v[:, some], cache_positions=at, positions=given))
@@ -58,6 +62,14 @@ def fixed(*inputs, **how):
 def test_any_chunks_equal_the_whole(lengths, spare):
     q, k, v = tensors()
     ours = chunked(q, k, v, lengths, fixed, PATTERN.reach + 1 + spare)
+    torch.testing.assert_close(ours, attend(q, k, v, PATTERN), rtol=0, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 30), max_size=5))
+def test_rings_may_grow_with_the_sequence(lengths):
+    q, k, v = tensors()
+    ours = chunked(q, k, v, lengths, fixed, PATTERN.reach + 1, growing=True)
     torch.testing.assert_close(ours, attend(q, k, v, PATTERN), rtol=0, atol=1e-12)
 
 
@@ -78,9 +90,10 @@ def test_a_learned_scale(alpha, window, lengths):
     def scaled(*inputs, **how):
         return attend_scaled_cached(*inputs, window, RUNGS, alpha, reach=reach, max_offset=15, **how)
 
-    ours = chunked(q, k, v, lengths, scaled, reach + 1)
     right = attend_scaled(q, k, v, window, RUNGS, alpha, max_offset=15)
-    torch.testing.assert_close(ours, right, rtol=0, atol=1e-12)
+    for growing in (False, True):
+        ours = chunked(q, k, v, lengths, scaled, reach + 1, growing=growing)
+        torch.testing.assert_close(ours, right, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("lengths", [[], [9, 9, 9], [33]])
@@ -217,7 +230,9 @@ def test_a_far_rung_of_a_learned_scale_is_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rows": 11}, "11 rows; a reach of 11 needs 12"),
+        ({"rows": 11, "at": [[9, 10, 11]]}, "11 rows; a reach of 11 needs 12, or one for each of the 12 tokens"),
+        ({"rows": 2}, "2 rows; a reach of 11 needs 12, or one for each of the 3 tokens"),
+        ({"rows": 0}, "k_cache has 0 rows .* at least 1"),
         ({"at": [[5, 4, 3]]}, r"\[\[5, 4, 3\]\]; they must go up by one"),
         ({"at": [[0, 0, 1]]}, "must go up by one"),
         ({"at": [[-1, 0, 1]]}, "go down to -1"),

@@ -201,6 +201,13 @@ def test_decode(heads, kv_heads, size):
     decode_agrees(lambda *x, **how: attend_cached(*x, pattern, **how), inputs, 22, FIRST)
 
 
+def test_decode_from_rings_that_still_grow():
+    inputs, first, alpha = tensors(2, 9, 9, 4, 2, 16), torch.tensor([[0], [1]]), torch.tensor(1.3125)
+    decode_agrees(lambda *x, **how: attend_cached(*x, Pattern(5, (7, 13, 21)), **how), inputs, 10, first)
+    scaled = lambda *x, **how: attend_scaled_cached(*x, 3, RUNGS[:6], alpha, reach=21, **how)  # noqa: E731
+    decode_agrees(scaled, inputs, 10, first)
+
+
 @pytest.mark.parametrize("pattern", [Pattern(0), Pattern(40, (70,)), [Pattern(3, (7, 9, 13)), Pattern(3, (4, 30))]])
 def test_decode_windows_and_heads(pattern):
     inputs = tensors(2, 9, 9, 4, 2, 16)
@@ -232,6 +239,9 @@ def test_decode_beyond_the_ring_gives_no_plausible_numbers():
     rings = torch.randn(2, 2, 22, 2, 16)
     how = {"reach": 21, "cache_positions": FIRST + 60, "backend": "triton"}
     assert attend_scaled_cached(q, *rings, k, v, 3, RUNGS, torch.tensor(1.4), **how).isnan().all()
+    # Where positions can be read, as here, too few rows are refused; the kernel alone shows what a GPU does.
+    step = (q, *rings, k, v, FIRST, None, 0.25, 3, [7, 22], [2], True)
+    assert torch.ops.fibattn.attend_step(*step).isnan().flatten(1).all(1).tolist() == [False, True]
 
 
 def test_unsupported_input_is_refused():

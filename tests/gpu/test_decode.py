@@ -73,6 +73,16 @@ def test_padding_and_a_pattern_for_each_head():
     check(lambda *x, **how: attend_cached(*x, patterns, **how), given, cache_positions=at, positions=positions)
 
 
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_rings_that_still_grow_and_such_that_are_too_small(tokens):
+    first = torch.tensor([[0], [400 - tokens]], device="cuda")
+    at = first + torch.arange(tokens, device="cuda")
+    call = lambda *x, **how: attend_cached(*x, FIBONACCI, **how)  # noqa: E731
+    check(call, inputs(2, 8, 2, 64, 400, tokens=tokens), cache_positions=at)
+    lost = call(*inputs(2, 8, 2, 64, 377, tokens=tokens), cache_positions=at)
+    assert lost.isnan().flatten(1).all(1).tolist() == [False, True]
+
+
 def test_rings_laid_out_by_head():
     at = torch.tensor([[5000]], device="cuda")
     given = inputs(2, 8, 2, 64, 988)

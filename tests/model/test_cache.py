@@ -232,7 +232,7 @@ def test_a_stream_far_past_the_reach_keeps_its_memory():
     assert held[1] <= held[0]
 
 
-def test_only_the_full_layers_grow():
+def test_only_the_full_layers_grow_past_their_reach():
     m, cache = model("mixture"), DynamicCache()
     sizes = []
     for ids in tokens(1, 120).split(40, dim=1):
@@ -241,7 +241,23 @@ def test_only_the_full_layers_grow():
     reaches = [m.config.layer_reach(layer) for layer in range(4)]
     assert reaches[1] is None
     for layer, size in enumerate(zip(*sizes, strict=True)):
-        assert size == ((40, 80, 120) if layer == 1 else (reaches[layer] + 1,) * 3)
+        assert size == ((40, 80, 120) if layer == 1 else tuple(min(n, reaches[layer] + 1) for n in (40, 80, 120)))
+
+
+@pytest.mark.parametrize("kind", ["linear", "learned"])
+def test_a_ring_takes_no_more_than_its_text_and_grows_by_doubling(kind):
+    m, cache, ids = model(kind, rungs=9), DynamicCache(), tokens(2, 180)
+    sizes = []
+    logits = []
+    for piece in (*ids[:, :10].split(10, 1), *ids[:, 10:].split(1, 1)):
+        logits.append(m(piece, past_key_values=cache).logits)
+        sizes.append(cache.layers[-1].keys.shape[2])
+    close(torch.cat(logits, 1), whole(m, ids))
+    full = m.config.layer_reach(3) + 1
+    assert 80 < full < ids.shape[1]
+    assert list(dict.fromkeys(sizes)) == [10, 20, 40, 80, full]
+    cache.reset()
+    close(m(ids, past_key_values=cache).logits, whole(m, ids))
 
 
 # ---- the cache's own methods

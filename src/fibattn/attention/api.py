@@ -140,7 +140,8 @@ def attend_cached(
 
     Args:
         q: (batch, new tokens, query heads, head size).
-        k_cache, v_cache: (batch, rows, KV heads, head size), at least `reach + 1` rows, zeros at first.
+        k_cache, v_cache: (batch, rows, KV heads, head size), zeros at first; at least `reach + 1` rows, or as
+            many as the sequence has tokens after this call. With too few a GPU returns NaN.
         k, v: (batch, new tokens, KV heads, head size).
         pattern, scale, backend: as in `attend`.
         cache_positions: integer (batch or 1, new tokens), how many tokens came before each new one since the
@@ -235,10 +236,12 @@ def _take(
     reach: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The keys and values that a chunk may attend to, how far back each query may look; the ring takes the chunk."""
-    keys, values = (
-        torch.cat([decode.before(ring, cache_positions, reach), new], dim=1)
-        for ring, new in ((k_cache, k), (v_cache, v))
-    )
+    rows = k_cache.shape[1]
+    earlier = [decode.before(ring, cache_positions, min(reach, rows)) for ring in (k_cache, v_cache)]
+    if rows < reach and not _readable(cache_positions):
+        lost = (cache_positions[:, :1] > rows)[..., None, None]
+        earlier = [x.masked_fill(lost, torch.nan) for x in earlier]
+    keys, values = (torch.cat(pair, dim=1) for pair in zip(earlier, (k, v), strict=True))
     decode.store(k_cache, k, cache_positions)
     decode.store(v_cache, v, cache_positions)
     return keys, values, cache_positions if positions is None else torch.minimum(cache_positions, positions)
@@ -255,8 +258,8 @@ def _check_rings(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor, cache_p
             raise InputError(f"{name} is {x.dtype} on {x.device} but q is {q.dtype} on {q.device}; make them agree")
         if x.stride(-1) != 1 and x.shape[-1] > 1:
             raise InputError(f"{name} has strides {x.stride()}; the last dimension must be contiguous")
-        if x.shape[1] <= reach or x.shape[1] != k_cache.shape[1]:
-            raise InputError(f"{name} has {x.shape[1]} rows; a reach of {reach} needs {reach + 1}, and as many in both")
+        if x.shape[1] < 1 or x.shape[1] != k_cache.shape[1]:
+            raise InputError(f"{name} has {x.shape[1]} rows and k_cache {k_cache.shape[1]}; give as many, at least 1")
     if k.shape[1] != q.shape[1]:
         raise InputError(f"{q.shape[1]} query tokens and {k.shape[1]} new keys; with a cache they are the same tokens")
     if cache_positions.dtype not in (torch.int32, torch.int64) or cache_positions.device != q.device:
@@ -272,6 +275,10 @@ def _check_rings(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor, cache_p
             raise InputError(
                 f"cache_positions are {cache_positions.tolist()}; they must go up by one from token to token"
             )
+        tokens, rows = int(cache_positions.max()) + 1, k_cache.shape[1]
+        if rows < min(reach + 1, tokens):
+            needed = f"a reach of {reach} needs {reach + 1}, or one for each of the {tokens} tokens"
+            raise InputError(f"the rings have {rows} rows; {needed}")
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> float:

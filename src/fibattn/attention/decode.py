@@ -1,9 +1,9 @@
 """Attention from a ring: a cache that holds as many tokens as a layer can look back, and no more.
 
 Token `p` of a sequence stands in row `p mod rows` of a ring (batch, rows, KV heads, head size). A layer of
-reach `r` needs the `r` tokens before a new one, so `r + 1` rows do at any length. Here is what every device
-does with a chunk of tokens, and the one-token step on the CPU, which reads no more rows than the query has
-distances.
+reach `r` needs the `r` tokens before a new one, so `r + 1` rows do at any length, and fewer as long as each
+token has a row of its own. Here is what every device does with a chunk of tokens, and the one-token step on
+the CPU, which reads no more rows than the query has distances.
 """
 
 from collections.abc import Sequence
@@ -74,7 +74,7 @@ def scaled_step(
 ) -> Tensor:
     """As `step`, with rungs at real-valued distances."""
     farthest = max((rung.near + 1 for rung in rungs), default=window)
-    if farthest >= k_cache.shape[1]:
+    if min(farthest, int(cache_positions.max())) >= k_cache.shape[1]:
         raise InputError(
             f"alpha puts a rung between {farthest - 1} and {farthest}, but the cache has {k_cache.shape[1]} rows; "
             f"it needs {farthest + 1}"

@@ -1,5 +1,7 @@
 """Caches of bounded size: a sparse layer keeps a ring of as many tokens as it can look back, and its newest.
 
+A dynamic ring grows with its sequence until it has that size, so a short text takes no more than it has tokens.
+
 The rings are cache layers of Transformers, for `DynamicCache` and `StaticCache` alike. A cache that was made
 without knowing of them (with no configuration, or for window-only layers, which Transformers would give a
 cache of its own) has its still empty layers replaced when a model first uses them, because only the model
@@ -11,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -22,10 +25,11 @@ CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutpu
 
 
 class RingLayer(CacheLayerMixin):
-    """What both kinds of ring share: `keys` and `values` (batch, KV heads, reach + 1, head size).
+    """What both kinds of ring share: `keys` and `values` (batch, KV heads, rows, head size).
 
-    Token `p` of the sequence is in row `p mod (reach + 1)`. `owner` says which pattern the tokens were
-    written for, so that another model's cache is noticed.
+    Token `p` of the sequence is in row `p mod rows`. There are `reach + 1` rows, fewer while a dynamic ring grows, but
+    then no fewer than tokens. `owner` says which pattern the tokens were written for, so that another model's cache
+    is noticed.
     """
 
     is_sliding = True
@@ -42,19 +46,26 @@ class RingLayer(CacheLayerMixin):
         if self.reach < 0:
             raise InputError("this cache layer belongs to no layer of a model yet; let the model write to it")
         self.device, self.batch_size = key_states.device, key_states.shape[0]
-        batch, heads, _, size = key_states.shape
-        self.keys, self.values = (key_states.new_zeros(batch, heads, self.reach + 1, size) for _ in range(2))
+        batch, heads, tokens, size = key_states.shape
+        self._hold(*(key_states.new_zeros(batch, heads, self._rows_for(tokens), size) for _ in range(2)))
+        self.is_initialized = True
+
+    def _rows_for(self, tokens: int) -> int:
+        """How many rows a sequence of so many tokens needs."""
+        return self.reach + 1
+
+    def _hold(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
         if not torch.compiler.is_compiling():
             # CUDA graphs may then write to the buffers in place.
-            torch._dynamo.mark_static_address(self.keys)
-            torch._dynamo.mark_static_address(self.values)
-        self.is_initialized = True
+            torch._dynamo.mark_static_address(keys)
+            torch._dynamo.mark_static_address(values)
 
     def take(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Count the tokens k and v (batch, tokens, KV heads, head size), and hand out the rings to write them to.
 
         Returns:
-            Views of the buffers, (batch, reach + 1, KV heads, head size), as `attend_cached` takes them.
+            Views of the buffers, (batch, rows, KV heads, head size), as `attend_cached` takes them.
 
         Raises:
             InputError: when the buffers are of another batch, shape or dtype.
@@ -73,7 +84,7 @@ class RingLayer(CacheLayerMixin):
         return self.keys.transpose(1, 2), self.values.transpose(1, 2)
 
     def count(self, k: Tensor, v: Tensor) -> None:
-        """Note that the tokens k and v are about to be written."""
+        """Note that the tokens k and v are about to be written, and see that there is room."""
         raise NotImplementedError
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -116,7 +127,7 @@ class RingLayer(CacheLayerMixin):
 
 
 class DynamicRingLayer(RingLayer, DynamicLayer):
-    """A ring that counts on the host, for `DynamicCache`; it can go back as far as it was told to record."""
+    """A ring that counts on the host, for `DynamicCache`; it grows, and can go back as far as it was told to record."""
 
     _layer_type = "fibonacci_attention"
     record_past = False
@@ -135,8 +146,12 @@ class DynamicRingLayer(RingLayer, DynamicLayer):
         """Keep every token from now on until the next `crop`, so that it can go back."""
         self.record_past = True
 
+    def _rows_for(self, tokens: int) -> int:
+        return min(self.reach + 1, tokens)
+
     def count(self, k: Tensor, v: Tensor) -> None:
         """As in `RingLayer`."""
+        self._grow(self.length + k.shape[1])
         if self.record_past:
             assert self.keys is not None
             assert self.values is not None
@@ -146,6 +161,16 @@ class DynamicRingLayer(RingLayer, DynamicLayer):
                 for old, new in zip(self._recorded or self._newest(*rings), (k, v), strict=True)
             )
         self.length += k.shape[1]
+
+    def _grow(self, tokens: int) -> None:
+        """Make room for a sequence of so many tokens; rows at least double, so that all growing copies little."""
+        assert self.keys is not None
+        assert self.values is not None
+        rows = self.keys.shape[2]
+        if rows < self._rows_for(tokens):
+            more = self._rows_for(max(tokens, 2 * rows)) - rows
+            # No row was used twice yet: each token stays where it is.
+            self._hold(*(functional.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values)))
 
     def _newest(self, *rings: Tensor) -> tuple[Tensor, ...]:
         """The newest tokens in order, `reach` of them or as many as there are."""

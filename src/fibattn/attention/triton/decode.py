@@ -164,6 +164,8 @@ def decode_kernel(
             b_s_far = tl.dot(b_q, tl.trans(b_k_far), input_precision="ieee")
             b_s = b_s + b_f * (b_s_far - b_s)
         b_s = tl.where(m_column[None, :], b_s * (scale * LOG2E), -float("inf"))
+        # Nor must a token that the ring has overwritten.
+        b_s = tl.where((m_column & (b_distance >= rows))[None, :], float("nan"), b_s)
         b_p, b_shrink, b_max, b_sum = softmax_step(b_s, b_max, b_sum, False)
         b_acc = b_acc * b_shrink[:, None]
         if SCALED:
