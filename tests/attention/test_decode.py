@@ -253,6 +253,25 @@ def test_bad_input(change, message):
         attend_cached(q, *caches, k, v, PATTERN, cache_positions=torch.tensor(change.get("at", [[0, 1, 2]])))
 
 
+def test_a_window_and_rungs_far_longer_than_any_text():
+    q, k, v = (x.requires_grad_() for x in tensors())
+    endless = Pattern(2**40, (2**50, 2**62))
+    right, ours = attend(q, k, v, Pattern(39)), attend(q, k, v, endless)
+    torch.testing.assert_close(ours, right, rtol=0, atol=1e-12)
+    for a, b in zip(*(torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (ours, right)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    with torch.no_grad():
+        parts = chunked(q, k, v, [5, 1, 9], lambda *x, **how: attend_cached(*x, endless, **how), 2**40, growing=True)
+    torch.testing.assert_close(parts, right, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("place", [2**31, 2**32, 2**63 - 1])
+def test_positions_of_more_than_32_bits_are_no_limit(place):
+    q, k, v = tensors()
+    ours = attend(q, k, v, PATTERN, positions=torch.full((1, 40), place))
+    torch.testing.assert_close(ours, attend(q, k, v, PATTERN), rtol=0, atol=0)
+
+
 def test_reach_of_a_learned_scale():
     for window, max_offset in itertools.product((0, 4, 30), (None, 0, 6, 100)):
         reach = scaled_reach(RUNGS, 1.5, window, max_offset)

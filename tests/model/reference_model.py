@@ -53,7 +53,9 @@ def logits(model: FibAttnForCausalLM, ids: Tensor) -> Tensor:
 
     def rotate(x: Tensor, rope: dict) -> Tensor:
         embedding = LlamaRotaryEmbedding(llama_config(config, rope_parameters=rope))
-        cosine, sine = (one[0].double() for one in embedding(torch.zeros(1), torch.arange(length)[None]))
+        embedding(torch.zeros(1), torch.arange(length)[None])  # dynamic scaling sees the length
+        angles = torch.arange(length)[:, None] * embedding.inv_freq.double().repeat(2)
+        cosine, sine = (wave(angles) * embedding.attention_scaling for wave in (torch.cos, torch.sin))
         first, second = x.chunk(2, dim=-1)
         return x * cosine + torch.cat((-second, first), dim=-1) * sine
 

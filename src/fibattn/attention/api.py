@@ -345,7 +345,7 @@ def _document_positions(q: Tensor, k: Tensor, positions: Tensor | None, cu_seqle
         raise InputError(f"positions have shape {tuple(positions.shape)}; expected ({q.shape[0]} or 1, {q.shape[1]})")
     if _readable(positions) and int(positions.min()) < 0:
         raise InputError(f"positions go down to {int(positions.min())}; a position inside a document is 0 or more")
-    return positions.to(torch.int32)
+    return positions.clamp(max=torch.iinfo(torch.int32).max).to(torch.int32)
 
 
 def _positions_from_boundaries(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> Tensor:

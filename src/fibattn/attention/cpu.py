@@ -49,6 +49,7 @@ class Chunk:
 
     def rows(self, distance: int) -> tuple[int, slice]:
         """Where the keys at `distance` are, and how many of the first queries have none."""
+        distance = min(distance, self.stop)
         first = min(max(distance - self.start, 0), self.stop - self.start)
         return first, slice(self.start + first - distance, self.stop - distance)
 
@@ -206,6 +207,7 @@ class _Work:
     ):
         self.batch, self.tokens, heads, self.size = q.shape
         self.kv_heads, self.group = k.shape[2], heads // k.shape[2]
+        window = min(window, k.shape[1] - 1)
         self.window, self.rungs, self.scale = window, rungs, scale
         self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.past = k.shape[1] - self.tokens

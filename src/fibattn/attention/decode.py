@@ -53,7 +53,7 @@ def step(
 ) -> Tensor:
     """Write one token into the ring and return its output (batch, 1, query heads, head size)."""
     limit = _write(k_cache, v_cache, k, v, cache_positions, positions)
-    distances = _distances(window, tuple(sets))
+    distances = _distances(_held(window, cache_positions), tuple(sets))
     rows = (cache_positions[:, :, None] - distances) % k_cache.shape[1]
     keys, values = _rows(k_cache, rows), _rows(v_cache, rows)
     return _attend(q, keys, values, distances > limit[:, :, None], scale)
@@ -80,8 +80,9 @@ def scaled_step(
             f"it needs {farthest + 1}"
         )
     limit = _write(k_cache, v_cache, k, v, cache_positions, positions)[:, :, None]
-    distances = _distances(window, (tuple(rung.near for rung in rungs),))
-    fractions = torch.tensor([0.0] * (window + 1) + [rung.fraction for rung in rungs], dtype=_working(q))
+    held = _held(window, cache_positions)
+    distances = _distances(held, (tuple(rung.near for rung in rungs),))
+    fractions = torch.tensor([0.0] * (held + 1) + [rung.fraction for rung in rungs], dtype=_working(q))
     # The first key of a document has none before it to interpolate with.
     fractions = fractions * (distances != limit)
     rows = (cache_positions[:, :, None] - distances) % k_cache.shape[1]
@@ -107,6 +108,11 @@ def _distances(window: int, sets: tuple[tuple[int, ...], ...]) -> Tensor:
     most = max(map(len, sets))
     table = [[*range(window + 1), *one, *[_UNREACHABLE] * (most - len(one))] for one in sets]
     return torch.tensor(table, dtype=torch.int64, device="cpu")
+
+
+def _held(window: int, cache_positions: Tensor) -> int:
+    """The window, less where no sequence is old enough for it; in powers of two, so that there are few tables."""
+    return min(window, (1 << int(cache_positions.max()).bit_length()) - 1)
 
 
 def _working(q: Tensor) -> torch.dtype:

@@ -229,12 +229,15 @@ class FibAttnModel(FibAttnPreTrainedModel):
         `attention_mask` marks padding on either side. `past_key_values` is the older name of `cache`.
 
         Raises:
-            InputError: for a mask with holes or more than two dimensions, which the sparse layers cannot apply,
-                `cu_seq_lens_q` that do not fit the row or come with a mask or a cache, a cache under gradient
-                checkpointing, which would run its updates twice, or a `full_reach` that was changed after loading.
+            InputError: for input_ids of another shape, a mask with holes or more than two dimensions, which the sparse
+                layers cannot apply, packed documents with a cache where there are full layers, `cu_seq_lens_q` that do
+                not fit the row or come with a mask or a cache, a cache under gradient checkpointing, which would run
+                its updates twice, or a `full_reach` that was changed after loading.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("give exactly one of input_ids and inputs_embeds")
+        if input_ids is not None and input_ids.dim() != 2:
+            raise InputError(f"input_ids have shape {tuple(input_ids.shape)}; expected (batch, tokens)")
         if self.config.full_reach != self.full_reach:
             raise InputError(
                 f"full_reach was {self.full_reach} when the model was made and is {self.config.full_reach} now; load "
@@ -261,7 +264,8 @@ class FibAttnModel(FibAttnPreTrainedModel):
             raise InputError("a cache was given under gradient checkpointing; leave it out, or call eval() first")
         plain = self.rotary_emb(hidden, position_ids)
         scaled = plain if self.scaled_rotary_emb is None else self.scaled_rotary_emb(hidden, position_ids)
-        for layer in self.layers:
+        # Fewer than there are where `assistant_early_exit` drafts with the first of them.
+        for layer in self.layers[: self.config.num_hidden_layers]:
             hidden = layer(
                 hidden,
                 rotation=scaled if layer.self_attn.full else plain,  # pyright: ignore
@@ -363,6 +367,9 @@ class FibAttnForCausalLM(FibAttnPreTrainedModel, GenerationMixin):
             num_items_in_batch: divides the summed loss; the number of targets when None.
 
         While training with targets, `logits` is None: the loss never holds them all.
+
+        Raises:
+            InputError: as `FibAttnModel.forward`, and for targets of another shape than the tokens.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -374,6 +381,9 @@ class FibAttnForCausalLM(FibAttnPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden, loss, logits = outputs.last_hidden_state, None, None
+        for name, given in (("labels", labels), ("shift_labels", shift_labels)):
+            if given is not None and given.shape != hidden.shape[:2]:
+                raise InputError(f"{name} have shape {tuple(given.shape)}; expected {tuple(hidden.shape[:2])}")
         if shift_labels is None and labels is not None:
             shift_labels = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
         if shift_labels is not None:

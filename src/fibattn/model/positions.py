@@ -88,6 +88,16 @@ def _check_order(position_ids: Tensor, past: int) -> None:
         )
 
 
+def _check_unpacked(position_ids: Tensor, past: int | Tensor) -> None:
+    if torch.compiler.is_compiling() or isinstance(past, Tensor) or past or position_ids.shape[-1] == 1:
+        return
+    if bool((position_ids.diff(dim=-1) != 1).any()):
+        raise InputError(
+            "position_ids restart or leap, and there is a cache, with which full-attention layers cannot tell packed "
+            "documents apart; give no cache (use_cache=False), or an attention_mask where the rows are padded"
+        )
+
+
 def full_mask(
     config: FibAttnConfig,
     hidden: Tensor,
@@ -100,7 +110,12 @@ def full_mask(
     `position_ids` are the caller's, None where there were none: Transformers looks for packed documents among
     them, which stalls a GPU. While compiling it would also build a mask for plain causal attention, and so cost
     the full layers their fast path.
+
+    Raises:
+        InputError: for packed documents with a cache: Transformers does not look for them then.
     """
+    if cache is not None and attention_mask is None and position_ids is not None:
+        _check_unpacked(position_ids, cache.get_seq_length())
     plain = attention_mask is None and position_ids is None and cache is None
     if plain and config._attn_implementation == "sdpa":
         return None
@@ -121,5 +136,6 @@ def _check_mask(mask: Tensor, batch: int, past: int, tokens: int) -> None:
         row = int(begins.argmax())
         raise InputError(
             f"row {row} of attention_mask has zeros between ones; padding must be at the ends of a row. "
-            "For packed documents give position_ids that restart instead"
+            "For packed documents give position_ids that restart instead. (generate() without an attention_mask makes "
+            "one from pad_token_id: give one where that token is part of the text)"
         )

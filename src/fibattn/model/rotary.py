@@ -36,7 +36,10 @@ class FibAttnRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> Rotation:
-        """Cosines and sines (batch or 1, tokens, 1, head size) in the dtype of `x`, computed in float32."""
+        """Cosines and sines (batch or 1, tokens, 1, head size) in the dtype of `x`, of angles in float64.
+
+        In float32 the angles blur with the position: at millions of tokens a model no longer tells near ones apart.
+        """
         return _cosines_and_sines(position_ids, self.inv_freq.to(x.device), self.attention_scaling, x.dtype)
 
 
@@ -45,7 +48,8 @@ def _cosines_and_sines(
     position_ids: Tensor, frequencies: Tensor, factor: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     # An operator, for one reason: `torch.compile` would take the angles apart and give every layer its own cosines.
-    angles = position_ids[..., None].float() * frequencies.float()
+    wide = torch.float32 if position_ids.device.type == "mps" else torch.float64  # what an Apple GPU has
+    angles = position_ids[..., None].to(wide) * frequencies.to(wide)
     angles = torch.cat((angles, angles), dim=-1)[:, :, None]
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
