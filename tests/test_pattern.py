@@ -369,12 +369,26 @@ def test_learned_rungs_between_the_same_keys_keep_the_first() -> None:
         (lambda: Pattern(2.5), "window is 2.5; it must be a whole number"),
         (lambda: Pattern("2"), "window is '2'; it must be a whole number"),
         (lambda: Pattern(3, (5, 1 << 63)), r"offset is \d+; it must be a whole number below 2\*\*63"),
+        (lambda: Pattern(3, offsets=5), "offsets are 5; give a sequence of whole numbers"),
+        (lambda: Pattern.fibonacci(window="3"), "window is '3'; it must be a whole number"),
+        (lambda: Pattern.fibonacci(rungs=2.5), "the number of rungs is 2.5; it must be a whole number"),
+        (lambda: Pattern.fibonacci(alpha="1"), "alpha is 1; it must be a finite number above 0"),
+        (lambda: Pattern.fibonacci(max_offset="x"), "max_offset is 'x'; it must be a whole number"),
+        (lambda: Pattern.power_of_two(reach=2.5), "the reach of a power-of-two base is 2.5; it must be a whole number"),
+        (lambda: Pattern.scaled(3, [3.5]), "rung is 3.5; it must be a whole number"),
         (lambda: base_rungs("fibonacci", count=91), "the number of rungs is 91; it must be from 0 to 90"),
     ],
 )
 def test_bad_input_names_the_value_and_what_is_allowed(make, message: str) -> None:
     with pytest.raises(InputError, match=message):
         make()
+
+
+def test_whole_numbers_of_other_kinds_become_pythons() -> None:
+    pattern = Pattern(np.int64(3), [np.int32(5), 8])  # pyright: ignore[reportArgumentType]
+    assert pattern == Pattern(3, (5, 8))
+    assert hash(pattern) == hash(Pattern(3, (5, 8)))
+    assert json.dumps(pattern.distances) == "[0, 1, 2, 3, 5, 8]"
 
 
 @pytest.mark.parametrize("alpha", [1e306, 1.7e308])

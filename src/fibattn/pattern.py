@@ -10,10 +10,10 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Real
 from typing import Literal, get_args
 
-from fibattn.errors import InputError
+from fibattn.errors import InputError, whole_number
 
 Base = Literal["fibonacci", "power_of_two"]
 Schedule = Literal["fixed", "linear", "coprime", "learned"]
@@ -32,6 +32,7 @@ def base_rungs(base: Base, *, count: int = 15, reach: int = 1023) -> tuple[int, 
         InputError: for an unknown base, a `count` that is negative or more than 90, or a `reach` below 1.
     """
     if base == "fibonacci":
+        count = whole_number("the number of rungs", count)
         if not 0 <= count <= _MOST_RUNGS:
             raise InputError(f"the number of rungs is {count}; it must be from 0 to {_MOST_RUNGS}: no text is longer")
         rungs = [1, 2]
@@ -39,6 +40,7 @@ def base_rungs(base: Base, *, count: int = 15, reach: int = 1023) -> tuple[int, 
             rungs.append(rungs[-1] + rungs[-2])
         return tuple(rungs[:count])
     if base == "power_of_two":
+        reach = whole_number("the reach of a power-of-two base", reach)
         if reach < 1:
             raise InputError(f"the reach of a power-of-two base is {reach}; it must be at least 1")
         return tuple(1 << exponent for exponent in range(reach.bit_length()))
@@ -55,7 +57,7 @@ def layer_alphas(schedule: Schedule, *, layers: int) -> tuple[float, ...]:
     Raises:
         InputError: for an unknown schedule or fewer than one layer.
     """
-    if layers < 1:
+    if whole_number("the number of layers", layers) < 1:
         raise InputError(f"the number of layers is {layers}; it must be at least 1")
     if schedule in ("fixed", "learned"):
         return (1.0,) * layers
@@ -85,9 +87,10 @@ class Pattern:
     offsets: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, value in (("window", self.window), *(("offset", one) for one in self.offsets)):
-            if not isinstance(value, Integral) or value >= 1 << 63:
-                raise InputError(f"{name} is {value!r}; it must be a whole number below 2**63")
+        if not isinstance(self.offsets, Sequence):
+            raise InputError(f"offsets are {self.offsets!r}; give a sequence of whole numbers")
+        object.__setattr__(self, "window", whole_number("window", self.window))
+        object.__setattr__(self, "offsets", tuple(whole_number("offset", one) for one in self.offsets))
         if self.window < 0:
             raise InputError(f"window is {self.window}; it must be 0 or more (0 attends to the query's own position)")
         nearest = self.window
@@ -122,7 +125,8 @@ class Pattern:
     def scaled(cls, window: int, rungs: Sequence[int], alpha: float = 1.0, max_offset: int | None = None) -> "Pattern":
         """Any rungs scaled by `alpha`: `round(alpha * rung)`, kept where beyond the window and within `max_offset`."""
         _check_alpha(alpha, rungs)
-        if max_offset is not None and max_offset < 0:
+        window = whole_number("window", window)
+        if max_offset is not None and whole_number("max_offset", max_offset) < 0:
             raise InputError(f"max_offset is {max_offset}; it must be 0 or more, or None for no limit")
         distances = {round(alpha * rung) for rung in rungs}
         limit = math.inf if max_offset is None else max_offset
@@ -192,7 +196,8 @@ def scaled_reach(rungs: Sequence[int], alpha: float, window: int, max_offset: in
 
 
 def _check_alpha(alpha: float, rungs: Sequence[int]) -> None:
-    if not (alpha > 0 and math.isfinite(alpha * max(rungs, default=1))):
+    rungs = [whole_number("rung", rung) for rung in rungs]
+    if not (isinstance(alpha, Real) and alpha > 0 and math.isfinite(alpha * max(rungs, default=1))):
         raise InputError(f"alpha is {alpha}; it must be a finite number above 0, and so must alpha times a rung")
 
 

@@ -127,6 +127,8 @@ def test_stored_offsets_that_contradict_the_rest_are_refused() -> None:
     ("changes", "message"),
     [
         ({"window": -1}, r"window is -1; it must be 0 or more"),
+        ({"sliding_window": 4}, r"sliding_window is 4; it follows from the window.* give window, one less"),
+        ({"full_reach": 2**63}, r"full_reach is \d+; it must be at least 1"),
         ({"rungs": -1}, r"the number of rungs is -1; it must be from 0 to 90"),
         ({"base": "power_of_two", "rung_reach": 0}, r"reach of a power-of-two base is 0; it must be at least 1"),
         ({"max_offset": -5}, r"max_offset is -5; it must be 0 or more, or None"),

@@ -7,6 +7,7 @@ import runpy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from foreign_decoders import LAYERS, PATTERN, SLIDING, model, tokens
@@ -290,6 +291,20 @@ def test_the_command_line_loads_what_was_saved(tmp_path: Any) -> None:
     made.save_pretrained(tmp_path)
     loaded = load_model(tmp_path).eval()
     close(loaded(ids.to(loaded.device)).logits.cpu(), made(ids).logits)
+
+
+def test_a_converted_model_that_was_loaded_dense_grows_and_can_be_restored(tmp_path: Any) -> None:
+    fibattn.convert(model(), **PATTERN).save_pretrained(tmp_path)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
+    assert growing_layers(dense) == dense.config.num_hidden_layers
+    fibattn.restore(dense).save_pretrained(tmp_path / "again")
+    assert "fibattn" not in (tmp_path / "again" / "config.json").read_text()
+
+
+def test_whole_numbers_of_other_kinds_can_be_saved(tmp_path: Any) -> None:
+    made = fibattn.convert(model(), window=np.int64(3), rungs=np.int32(5), keep_layers=np.arange(2))  # pyright: ignore
+    made.save_pretrained(tmp_path)
+    assert made.config.fibattn_pattern["keep_layers"] == [0, 1]
 
 
 def test_a_restored_model_saves_no_pattern(tmp_path: Any) -> None:

@@ -57,7 +57,12 @@ def test_models_that_cannot_be_converted(which: str) -> None:
         ({"window": 3, "keep_layers": [0, 1, 2, 3]}, "every layer"),
         ({"window": 3, "keep_layers": [4]}, "from 0 to 3"),
         ({"window": 3, "keep_layers": [1, 1]}, "different indices"),
-        ({"window": 3, "keep_layers": 0}, r"keep_layers is 0; give the layers as a list: \[0\]"),
+        ({"window": 3, "keep_layers": 0}, r"keep_layers is 0; give the layers as a list"),
+        ({"window": 3, "keep_layers": "0"}, r"keep_layers is '0'; give the layers as a list"),
+        ({"window": 3, "keep_layers": ["0"]}, r"a layer of keep_layers is '0'; it must be a whole number"),
+        ({"window": "3"}, r"window is '3'; it must be a whole number"),
+        ({"window": 3, "rungs": None}, r"rungs is None; it must be a whole number"),
+        ({"window": 3, "max_offset": 2.5}, r"max_offset is 2.5; it must be a whole number"),
         ({"window": 2.5}, "window is 2.5; it must be a whole number"),
     ],
 )

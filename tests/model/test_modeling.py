@@ -82,6 +82,18 @@ def test_far_positions_are_as_sharp_as_near_ones(kind: str, shift: int) -> None:
     close(far, near, 1e-4)
 
 
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ({"rope_type": "yarm", "factor": 2.0}, "unknown rope_type 'yarm' in rope_parameters: did you mean 'yarn'"),
+        ({"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5 in rope"),
+    ],
+)
+def test_rotary_parameters_that_cannot_be_are_refused(rope: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        model("mixture", rope_parameters=rope | {"rope_theta": 10_000.0})
+
+
 @pytest.mark.parametrize("name", ["labels", "shift_labels"])
 def test_targets_of_another_shape_are_refused(name: str) -> None:
     made, ids = model("linear"), tokens(2, 12)

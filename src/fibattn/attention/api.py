@@ -156,8 +156,8 @@ def attend_cached(
         InputError: (a ValueError) as in `attend`, for a ring of another shape or with too few rows, and for
             positions that do not go up by one.
     """
-    patterns = _check_patterns(pattern, k.shape[2])
     scale = _check_tensors(q, k, v, scale)
+    patterns = _check_patterns(pattern, k.shape[2])
     positions = _document_positions(q, k, positions, None)
     reach = max(one.reach for one in patterns)
     _check_rings(q, k_cache, v_cache, k, cache_positions, reach)
@@ -311,7 +311,9 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> floa
 
 
 def _check_scaled(q: Tensor, window: int, rungs: Sequence[int], alpha: Tensor, max_offset: int | None) -> None:
-    Pattern.scaled(window, (), max_offset=max_offset)
+    Pattern.scaled(window, rungs, max_offset=max_offset)
+    if not isinstance(alpha, Tensor):
+        raise InputError(f"alpha is {alpha!r}; give a tensor with one floating-point number, on {q.device}")
     if any(rung <= before for before, rung in zip((0, *rungs), rungs, strict=False)):
         raise InputError(f"rungs are {list(rungs)}; they must be positive and strictly increasing")
     if alpha.numel() != 1 or not alpha.is_floating_point() or alpha.device != q.device:
@@ -339,6 +341,8 @@ def _document_positions(q: Tensor, k: Tensor, positions: Tensor | None, cu_seqle
         return _positions_from_boundaries(q, k, cu_seqlens)
     if positions is None:
         return None
+    if not isinstance(positions, Tensor):
+        raise InputError(f"positions are a {type(positions).__name__}; give a tensor of integers on {q.device}")
     if positions.dtype not in (torch.int32, torch.int64) or positions.device != q.device:
         raise InputError(f"positions are {positions.dtype} on {positions.device}; expected integers on {q.device}")
     if positions.ndim != 2 or positions.shape[0] not in (1, q.shape[0]) or positions.shape[1] != q.shape[1]:

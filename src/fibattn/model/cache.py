@@ -196,7 +196,8 @@ class DynamicRingLayer(RingLayer, DynamicLayer):
             if recorded is None or kept < min(self.reach, self.length - back):
                 raise InputError(
                     f"{back} tokens cannot be removed: the layer has kept no more than its reach of {self.reach}; "
-                    "call activate_past_recording() on the cache before writing the tokens that may have to go"
+                    "call activate_past_recording() on the cache before writing the tokens that may have to go "
+                    "(generate() does, but a converted or a bounded dense model cannot be its assistant)"
                 )
             at = torch.arange(self.length - back - kept, self.length - back, device=self.device)[None]
             for ring, tokens in zip((self.keys, self.values), recorded, strict=True):

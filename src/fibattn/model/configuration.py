@@ -89,6 +89,11 @@ class FibAttnConfig(PreTrainedConfig):
     layer_offsets: list[list[list[int]] | None] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if "sliding_window" in kwargs:
+            raise InputError(
+                f"sliding_window is {kwargs['sliding_window']}; it follows from the window, whose keys it counts: give "
+                "window, one less"
+            )
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads > 0:
@@ -162,7 +167,7 @@ class FibAttnConfig(PreTrainedConfig):
                 f"{self.num_attention_heads} attention heads do not divide into {self.num_key_value_heads} KV heads; "
                 "use a multiple of them"
             )
-        if self.full_reach is not None and self.full_reach < 1:
+        if self.full_reach is not None and not 1 <= self.full_reach < 1 << 63:
             raise InputError(f"full_reach is {self.full_reach}; it must be at least 1, or None for no bound")
         if (self.head_dim or 0) % 2:
             raise InputError(f"head_dim is {self.head_dim}; RoPE needs an even head size")

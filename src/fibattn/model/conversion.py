@@ -5,7 +5,7 @@ work is done through Transformers' registries and forward hooks (`converted_laye
 module, so adapters, quantised weights, devices and sharding stay untouched.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fibattn.errors import InputError
+from fibattn.errors import InputError, whole_number
 from fibattn.model.converted_layers import IMPLEMENTATION, ConvertedLayer, before_attention, before_decoder
 from fibattn.pattern import Base, Pattern, Schedule, layer_patterns
 
@@ -75,10 +75,14 @@ def convert(
     decoder: Any = model.base_model
     config = decoder.config
     farthest = config.max_position_embeddings - 1 if rung_reach is None else rung_reach
-    if isinstance(keep_layers, int):
-        raise InputError(f"keep_layers is {keep_layers}; give the layers as a list: [{keep_layers}]")
+    if isinstance(keep_layers, str) or not isinstance(keep_layers, Iterable):
+        raise InputError(f"keep_layers is {keep_layers!r}; give the layers as a list, such as [0]")
+    keep_layers = sorted(whole_number("a layer of keep_layers", layer) for layer in keep_layers)
     if window is not None:
-        values = (window, base, schedule, rungs, farthest, max_offset, sorted(keep_layers))
+        window, rungs = whole_number("window", window), whole_number("rungs", rungs)
+        farthest = whole_number("rung_reach", farthest)
+        max_offset = None if max_offset is None else whole_number("max_offset", max_offset)
+        values = (window, base, schedule, rungs, farthest, max_offset, keep_layers)
         entry: dict[str, Any] = dict(zip(_FIELDS, values, strict=True))
     elif (base, schedule, rungs, rung_reach, max_offset, *keep_layers) == ("fibonacci", "linear", 15, None, None):
         entry = _stored_entry(config)
@@ -94,7 +98,8 @@ def convert(
 def restore(model: PreTrainedModel) -> PreTrainedModel:
     """Give a converted model its own attention back, in place, and take the pattern out of its configuration.
 
-    A cache that the converted model wrote is not for the restored one.
+    From a converted model that was loaded dense, by naming another attention, it takes the pattern alone. A cache that
+    the converted model wrote is not for the restored one.
 
     Returns:
         `model` itself.
@@ -102,10 +107,18 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         InputError: (a ValueError) for a model that is not converted.
     """
-    decoder: Any = model.base_model if isinstance(model, PreTrainedModel) else model
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(
+            f"a {type(model).__name__} cannot be restored; give the Transformers model that was converted: unwrap it "
+            "(peft, DistributedDataParallel, torch.compile) first"
+        )
+    decoder: Any = model.base_model
     done = getattr(decoder, "fibattn", None)
     if not isinstance(done, _Conversion):
-        raise InputError(f"this {type(model).__name__} is not converted; there is nothing to restore")
+        if not hasattr(decoder.config, STORED_PATTERN):
+            raise InputError(f"this {type(model).__name__} is not converted; there is nothing to restore")
+        delattr(decoder.config, STORED_PATTERN)
+        return model
     for handle in done.handles:
         handle.remove()
     for module in decoder.modules():

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
+from fibattn.errors import InputError, suggestion
 from fibattn.model.configuration import FibAttnConfig
 
 Rotation = tuple[Tensor, Tensor]
@@ -26,6 +27,15 @@ class FibAttnRotaryEmbedding(nn.Module):
 
     def frequencies(self) -> Tensor:
         """The inverse frequencies (head size / 2,); also sets the factor on the cosines and sines."""
+        given: dict = self.config.rope_parameters  # pyright: ignore
+        if self.rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
+            kinds = suggestion(self.rope_type, ["default", *ROPE_INIT_FUNCTIONS], "types")
+            raise InputError(f"unknown rope_type {self.rope_type!r} in rope_parameters: {kinds}")
+        if given.get("partial_rotary_factor", 1.0) != 1.0:
+            raise InputError(
+                f"partial_rotary_factor is {given['partial_rotary_factor']} in rope_parameters; heads rotate whole "
+                "here, leave it out"
+            )
         if self.rope_type != "default":
             frequencies, self.attention_scaling = ROPE_INIT_FUNCTIONS[self.rope_type](self.config, None)
             return frequencies

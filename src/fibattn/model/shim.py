@@ -1,9 +1,16 @@
-"""Finds this model's classes in the installed package: `pip install fibattn`.
+"""Finds this model's classes in the installed package, `fibattn`.
 
 `save_pretrained` puts this file beside the weights, so that what is called with `trust_remote_code=True` and never
 heard of `fibattn` (servers, evaluation harnesses) can load the folder.
 """
 
-from fibattn.model import FibAttnConfig, FibAttnForCausalLM, FibAttnModel
+try:
+    from fibattn.model import FibAttnConfig, FibAttnForCausalLM, FibAttnModel
+except ImportError as error:
+    # Transformers would say `pip install fibattn`, a name that is not ours on PyPI.
+    raise ImportError(
+        "this model needs the package fibattn, which is not on PyPI; the model card says where it is from: "
+        "pip install PATH/TO/fibattn"
+    ) from error
 
 __all__ = ["FibAttnConfig", "FibAttnForCausalLM", "FibAttnModel"]

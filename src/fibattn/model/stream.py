@@ -46,7 +46,7 @@ def stream(
         compiled: compile the step, with a static cache (and CUDA graphs on a GPU): slow to begin, then faster.
 
     Raises:
-        InputError: for an empty prompt, a temperature, top_p or seed outside the above, or an unlimited compiled
+        InputError: for an empty prompt, a limit, temperature, top_p or seed outside the above, or an unlimited compiled
             stream of a model with full attention.
     """
     ids = list(prompt)
@@ -54,6 +54,10 @@ def stream(
         raise InputError("the prompt has no tokens; give at least one")
     if not (0 <= temperature < math.inf and 0 < top_p <= 1):
         raise InputError(f"temperature {temperature}, top_p {top_p}: expected 0 or more, and above 0 up to 1")
+    if max_new_tokens is not None and max_new_tokens < 0:
+        raise InputError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more, or None for no limit")
+    if isinstance(stop, int):
+        raise InputError(f"stop is {stop}; give the ids in a list: [{stop}]")
     if seed is not None and not 0 <= seed < 2**63:
         raise InputError(f"seed is {seed}; it must be from 0 to 2**63 - 1")
     generator = torch.Generator(model.device)
@@ -87,7 +91,8 @@ def growing_layers(model: PreTrainedModel) -> int:
     if kinds is None:
         sliding = getattr(config, "sliding_window", None) is not None
         kinds = ["sliding_attention" if sliding else "full_attention"] * config.num_hidden_layers
-    converted = getattr(config, STORED_PATTERN, None)
+    # One that was loaded dense still has the pattern in its configuration.
+    converted = getattr(config, STORED_PATTERN, None) if hasattr(model.base_model, "fibattn") else None
     unconverted = range(len(kinds)) if converted is None else converted["keep_layers"]
     return sum(kinds[layer] == "full_attention" for layer in unconverted)
 
