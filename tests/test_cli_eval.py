@@ -1,6 +1,7 @@
 """`fibattn eval` from the outside: several held-out sets, the JSON and the tables, mistakes in one line."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from fibattn import FibAttnConfig, FibAttnForCausalLM
 from fibattn.cli.main import main
 from fibattn.data.stream import PreparedData
+from fibattn.evaluation.sweep import default_output
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +124,48 @@ def test_another_data_sets_vocabulary_is_refused(
     assert own != other
     assert main(["eval", str(model), "--data", str(prepared)]) == 2
     assert f"the model has {own} token ids and the data {other}; use the data" in capsys.readouterr().err
+
+
+def test_another_tokenizer_with_as_many_ids_is_refused(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(model, tmp_path / "run" / "model")
+    shutil.copytree(data / "tokenizer", folder, dirs_exist_ok=True)
+    out = ["--out", str(tmp_path / "result.json"), "--lengths", "32"]
+    assert main(["eval", str(folder), "--data", str(data), *out]) == 0
+    (tmp_path / "other.txt").write_text("quite other words, 0123456789 of them, are read here. " * 400)
+    ids = PreparedData.open(data).vocab_size
+    flags = ["--vocab-size", str(ids), "--held-out", "0", "--val", f"other={tmp_path / 'other.txt'}"]
+    (tmp_path / "more.txt").write_text("and still other words, 9876543210 of them, are read there. " * 400)
+    assert main(["prepare", str(tmp_path / "data"), f"other={tmp_path / 'more.txt'}", *flags]) == 0
+    assert PreparedData.open(tmp_path / "data").vocab_size == ids
+    (tmp_path / "result.json").unlink()
+    assert main(["eval", str(folder), "--data", str(tmp_path / "data"), *out]) == 2
+    assert "was trained with another tokenizer than the data" in capsys.readouterr().err
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_a_runs_own_result_is_only_its_finished_models(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "model").mkdir(parents=True)
+    (tmp_path / "loose" / "model").mkdir(parents=True)
+    (run / "recipe.json").write_text("{}")
+    assert default_output(run / "model") == run / "evaluation.json"
+    assert default_output(run / "model", 31) == run / "evaluation-full-reach-31.json"
+    assert default_output(run / "checkpoint-56") == Path("evaluation-run-checkpoint-56.json")
+    assert default_output(tmp_path / "loose" / "model") == Path("evaluation-loose.json")
+    assert default_output(tmp_path / "copied") == Path("evaluation-copied.json")
+
+
+def test_lengths_that_never_end_together_are_refused(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["eval", str(model), "--data", str(data), "--out", str(tmp_path / "r.json"), "--sets", "books", "--lengths"]
+    assert main([*run, "32", "48"]) == 0
+    rows = json.loads((tmp_path / "r.json").read_text())["sets"]["books"].values()
+    assert {row["targets"] % 96 for row in rows} == {0}
+    assert main([*run, "31", "101", "103"]) == 2
+    assert "windows of 31, 101, 103 end together only every 322,493 tokens" in capsys.readouterr().err
 
 
 def test_folders_that_hold_nothing_are_named(

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from fibattn.errors import InputError
+
 
 @contextmanager
 def locked(folder: Path) -> Iterator[bool]:
@@ -13,6 +15,9 @@ def locked(folder: Path) -> Iterator[bool]:
 
     A kill lets go of it. A folder that was made for it and is still empty in the end is removed. On a file system that
     cannot lock a folder (NFS is one) nobody is kept out.
+
+    Raises:
+        InputError: where there is a file.
     """
     new = not folder.exists()
     descriptor = _held(folder)
@@ -34,7 +39,10 @@ def locked(folder: Path) -> Iterator[bool]:
 def _held(folder: Path) -> int | None:
     """A descriptor that holds the lock on the folder, None when another process has it."""
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise InputError(f"{folder} is no folder, or lies in a file; give another place") from None
         try:
             descriptor = os.open(folder, os.O_RDONLY)
         except FileNotFoundError:  # another process removed it just now

@@ -273,6 +273,49 @@ def test_a_lost_held_out_set_is_made_again(whole, sources, tmp_path, name):
     assert fingerprints(out) == fingerprints(whole)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("tokenizer/tokenizer_config.json", b""), ("tokenizer/tokenizer_config.json", None), ("held-out.npy", b"")],
+)
+def test_what_cannot_be_read_any_more_is_made_again(whole, sources, tmp_path, name, content):
+    out = shutil.copytree(whole, tmp_path / "data")
+    path = next(out.rglob(name.rpartition("/")[2]))
+    path.unlink() if content is None else path.write_bytes(content)
+    make(out, sources)
+    assert fingerprints(out) == fingerprints(whole)
+
+
+def test_a_tokenizer_made_again_knows_no_more_of_what_is_held_out(tmp_path):
+    """Texts that another source holds out under another key are in its sample, the first time and any other."""
+    rows = [{"text": f"the {word} of number {n}", "k": str(n % 7)} for n in range(60) for word in ("cat", "dog", "hat")]
+    for name, shift in (("a", 0), ("b", 3)):
+        moved = [row | {"k": str((int(row["k"]) + shift) * (shift or 1))} for row in rows]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in moved))
+    sources = [Source(name, (tmp_path / f"{name}.jsonl",), key="k") for name in "ab"]
+    first = make(tmp_path / "data", sources, held_out=0.3).fingerprint
+    (tmp_path / "data" / "tokenizer" / "tokenizer.json").write_text("")
+    assert make(tmp_path / "data", sources, held_out=0.3).fingerprint == first
+
+
+def test_a_share_of_no_tokens_is_told_from_too_much_held_out(sources, tmp_path):
+    with pytest.raises(InputError, match=r"the share of source 'docs' in 1,000 tokens rounds to 0; raise --tokens"):
+        make(tmp_path / "data", sources, weights={"books": 1.0, "docs": 1e-9}, tokens=1000)
+
+
+@pytest.mark.parametrize("size", [10, 10**9])
+def test_a_vocabulary_that_cannot_be_claims_no_folder(sources, tmp_path, size):
+    with pytest.raises(InputError, match=f"vocab_size is {size}; expected 258"):
+        make(tmp_path / "data", sources, vocab_size=size)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(sources, tmp_path):
+    (tmp_path / "data").write_text("mine")
+    for out in (tmp_path / "data", tmp_path / "data" / "deeper"):
+        with pytest.raises(InputError, match=r"data(/deeper)? is no folder, or lies in a file"):
+            make(out, sources)
+
+
 def test_a_tokenizer_that_cannot_be_made_again_has_everything_encoded_again(whole, sources, tmp_path, monkeypatch):
     out = tmp_path / "data"
     make(out, sources)

@@ -11,6 +11,8 @@ from fibattn.data.sources import PAPER_WEIGHTS, PRESETS, Source, parse_source, r
 from fibattn.errors import InputError
 
 ROWS = b"".join(json.dumps({"text": text, "id": i}).encode() + b"\n" for i, text in enumerate(["one", "zwei ü", " "]))
+WHOLE = zstandard.ZstdCompressor().compress(ROWS * 10_000)
+CUT = WHOLE[: len(WHOLE) // 2]
 
 
 def texts(what: Path | str) -> list[str]:
@@ -80,15 +82,19 @@ def test_names(tmp_path):
     ("name", "data", "message"),
     [
         ("latin.txt", "café".encode("latin1"), r"latin.txt is not UTF-8: e9 at byte 3 .*convert it"),
-        ("latin.jsonl", b'{"text": "caf\xe9 au lait"}\n', r"latin.jsonl is not UTF-8: e9 at byte"),
+        ("latin.jsonl", b'{"text": "caf\xe9 au lait"}\n', r"line 1 of .*latin.jsonl is not UTF-8: e9 at byte 13"),
         ("binary.txt", b"ab\0cd", r"binary.txt is binary or UTF-16 \(byte 0 at 2\)"),
         ("wide.txt", "wide".encode("utf-16"), r"wide.txt is binary or UTF-16"),
-        ("broken.jsonl", b'{"text": "a"}\n{"text": \n', r"broken.jsonl is not valid json .*check it"),
-        ("binary.jsonl", b"\0\1\2\xff" * 50, r"binary.jsonl is not valid json"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text": \n', r"line 2 of .*broken.jsonl is not valid JSON .*check it"),
+        ("list.jsonl", b'[{"text": "a"}]\n', r"line 1 of .*list.jsonl is '\[\{.*; an object with fields was expected"),
+        ("half.jsonl", b'{"text": "a\\ud83d"}\n', r"field 'text' in row 1 .* has half a character \('\\ud83d' at 1\)"),
+        ("binary.jsonl", b"\0\1\2\xff" * 50, r"line 1 of .*binary.jsonl is not UTF-8"),
         ("empty.jsonl", b"", r"empty.jsonl is empty"),
         # Without the time of day, or two workers that collect in different seconds have different names for these.
         ("empty.jsonl.gz", gzip.compress(b"", mtime=0), r"empty.jsonl.gz has no rows"),
-        ("cut.jsonl.gz", gzip.compress(ROWS * 100, mtime=0)[:40], r"cut.jsonl.gz is not valid json"),
+        ("cut.jsonl.gz", gzip.compress(ROWS * 100, mtime=0)[:40], r"cut.jsonl.gz cannot be read"),
+        ("cut.jsonl.zst", CUT, r"cut.jsonl.zst cannot be read \(Compressed file ended"),
+        ("cut.txt.zst", CUT, r"cut.txt.zst cannot be read \(Compressed file ended"),
         ("cut.txt.gz", gzip.compress(ROWS * 100, mtime=0)[:40], r"cut.txt.gz cannot be read"),
         ("not.txt.zst", b"plain text", r"not.txt.zst cannot be read"),
         ("not.parquet", b"PAR1 not really", r"not.parquet is not valid parquet"),
@@ -101,6 +107,21 @@ def test_bad_files_are_named_with_what_to_do(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(InputError, match=message):
         texts(tmp_path / name)
+
+
+def test_other_fields_may_change_their_type_and_text_may_look_like_a_date(tmp_path):
+    rows = [{"text": "2024-03-01", "id": None}, {"text": "2024-03-02", "id": 5}, {"text": "2024-03-03", "id": "x"}]
+    lines = [json.dumps(row | ({"meta": {"a": 1}} if number == 2 else {})) for number, row in enumerate(rows)]
+    (tmp_path / "rows.jsonl").write_text("\ufeff" + "\n\n".join(lines))
+    assert texts(tmp_path / "rows.jsonl") == [row["text"] for row in rows]
+
+
+def test_frames_and_members_are_read_to_the_last(tmp_path):
+    wanted = [json.loads(line)["text"] for line in ROWS.splitlines() if line.strip()] * 2
+    compress = zstandard.ZstdCompressor().compress
+    for name, data in (("a.jsonl.zst", compress(ROWS) + compress(ROWS)), ("a.jsonl.gz", gzip.compress(ROWS) * 2)):
+        (tmp_path / name).write_bytes(data)
+        assert texts(tmp_path / name) == [text for text in wanted if text.strip()]
 
 
 def test_bad_specs(tmp_path):

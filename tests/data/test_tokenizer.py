@@ -72,8 +72,14 @@ def test_long_documents_are_encoded_in_pieces(trained, monkeypatch):
     assert third.tolist() == [0]
 
 
+def test_an_endless_line_makes_no_endless_token():
+    tokenizer = tokenization.train_tokenizer(["-" * 140_000, "ab" * 70_000], 512)
+    sizes = tokenization.token_bytes(tokenizer)
+    assert 128 < sizes.max() <= tokenization.LONGEST
+
+
 def test_bad_tokenizers_are_named(tmp_path):
-    with pytest.raises(InputError, match="vocab_size is 100; expected at least 258"):
+    with pytest.raises(InputError, match="vocab_size is 100; expected 258"):
         tokenization.train_tokenizer(["a"], 100)
     with pytest.raises(InputError, match=r"no tokenizer can be loaded from .*expected a folder with tokenizer.json"):
         tokenization.load_tokenizer(tmp_path)

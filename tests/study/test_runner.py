@@ -165,6 +165,16 @@ def test_kept_models_and_nothing_else_stay(job: Job, tmp_path: Path) -> None:
     assert not list(other.work.iterdir())
 
 
+def test_what_a_kill_left_of_a_finished_run_is_cleared_and_a_kept_model_is_not(job: Job, tmp_path: Path) -> None:
+    other, _ = again(job, tmp_path, keep_models=True, only=("fixed-w12",))
+    (folder,) = other.work.glob("fixed-w12-*")
+    run_study(replace(other, keep_models=False))
+    assert (folder / "model").exists()
+    (folder / "checkpoint-2").mkdir()
+    run_study(replace(other, keep_models=False))
+    assert not folder.exists()
+
+
 def test_a_failed_run_is_noted_and_the_rest_goes_on(job: Job, tmp_path: Path) -> None:
     runs = job.study.chosen(["dense", "fixed-w12"])
     broken = replace(runs[0], model=replace(runs[0].model, num_attention_heads=5))

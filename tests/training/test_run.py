@@ -221,6 +221,11 @@ def test_damaged_checkpoint_is_passed_over(recipe: Recipe, capsys: pytest.Captur
     newest.write_bytes(newest.read_bytes()[:100])
     assert checkpoints.latest(recipe.out) == recipe.out / "checkpoint-3"
     assert "has 100 bytes, expected" in capsys.readouterr().err
+    manifest = recipe.out / "checkpoint-6" / "COMPLETE.json"
+    for damaged in ("[]", '{"model.safetensors": 3}', ""):
+        manifest.write_text(damaged)
+        assert checkpoints.latest(recipe.out) == recipe.out / "checkpoint-3"
+        assert "COMPLETE.json" in capsys.readouterr().err
     (recipe.out / "checkpoint-3" / "optimizer.pt").unlink()
     with pytest.raises(InputError, match=r"no checkpoint in .* is whole"):
         checkpoints.latest(recipe.out)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fibattn.data.sources import Source
+from fibattn.data.tokenizer import check_vocab_size
 from fibattn.errors import InputError, suggestion
 
 
@@ -31,6 +32,8 @@ class Plan:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.tokenizer is None:
+            check_vocab_size(self.vocab_size)
         names = [source.name for source in self.sources]
         if not names:
             raise InputError("there is no source; name at least one file, folder, glob or data set")

@@ -63,6 +63,8 @@ class _Preparation:
         self.surveys: dict[str, split.Survey] = {}
         self.held_out_texts: dict[str, array] = {}
         self.excluded: set[int] = set()
+        self.excluded_at_first: set[int] = set()
+        """What a first run knows of while it trains the tokenizer; one that makes it anew must know no more."""
         self.thresholds: dict[str, int] = {}
 
     def _pin(self, name: str, source: Source) -> Source:
@@ -82,15 +84,17 @@ class _Preparation:
         """Read what is local, compare it with what the folder was begun with; says whether all is done."""
         damaged = self.record.drop_damaged()
         for name, source in self.validation.items():
-            if source.hub is None or not self._is_held_out(name):
+            if source.hub is None or self._held_out(name) is None:
                 self.held_out_texts[name] = self._survey(f"{name}/val", source).texts
                 self.excluded.update(self.held_out_texts[name])
         for source in self.sources:
             found = self._survey(source.name, source) if source.hub is None else None
             share = 0.0 if source.name in self.validation else self.plan.held_out
             self.thresholds[source.name] = split.threshold(source.name, share, found)
-            if self._is_held_out(source.name):
-                self.excluded.update(np.load(self._held_out_path(source.name)).tolist())
+            held_out = self._held_out(source.name)
+            if source.name in self.validation:
+                self.excluded_at_first.update(self.held_out_texts.get(source.name, held_out or ()))
+            self.excluded.update(held_out or ())
         self.record.adopt(self._settings())
         if self.record.published and not damaged and self._is_whole():
             return True
@@ -102,8 +106,14 @@ class _Preparation:
     def _held_out_path(self, name: str) -> Path:
         return self.out / "shards" / name / "held-out.npy"
 
-    def _is_held_out(self, name: str) -> bool:
-        return f"{name}/val" in self.record.complete and self._held_out_path(name).exists()
+    def _held_out(self, name: str) -> list[int] | None:
+        """The hashes of the held-out texts of a source; None where they are still to be noted, or damaged."""
+        if f"{name}/val" not in self.record.complete:
+            return None
+        try:
+            return np.load(self._held_out_path(name)).tolist()
+        except (OSError, ValueError, EOFError):
+            return None
 
     def _survey(self, name: str, source: Source) -> split.Survey:
         self.surveys[name] = split.survey(name, source, self.plan.seed, quiet=self.quiet)
@@ -140,14 +150,14 @@ class _Preparation:
         data = files.read_json(self.out / DATA)
         folder, table = self.out / "tokenizer", self.out / "token_bytes.npy"
         path = folder / "tokenizer.json"
-        if not path.exists() or files.sha256(path) != data["tokenizer_sha256"]:
+        if not path.exists() or files.sha256(path) != data["tokenizer_sha256"] or not _loads(folder):
             shutil.rmtree(folder, ignore_errors=True)
             return False
         held_out = [name.removesuffix("/val") for name in self.record.complete if name.endswith("/val")]
         return (
             table.exists()
             and files.sha256(table) == data["token_bytes_sha256"]
-            and all(map(self._is_held_out, held_out))
+            and all(self._held_out(name) is not None for name in held_out)
         )
 
     def make_tokenizer(self) -> None:
@@ -170,7 +180,7 @@ class _Preparation:
             budget = TOKENIZER_CHARACTERS * self._fractions()[source.name]
             found, taken = self.surveys.get(source.name), 0
             limit = min(1.0, budget / found.bytes) * split.SPAN if found else split.SPAN
-            for text in self._training_texts(source):
+            for text in self._training_texts(source, self.excluded_at_first):
                 if split.text_hash(text) >= limit:
                     continue
                 yield text[:DOCUMENT_CHARACTERS]
@@ -187,13 +197,13 @@ class _Preparation:
             return {source.name: 1 / len(self.sources) for source in self.sources}
         return {name: size / sum(sizes.values()) for name, size in sizes.items()}
 
-    def _training_texts(self, source: Source) -> Iterator[str]:
-        return split.training_documents(source, self.plan.seed, self.thresholds[source.name], self.excluded)
+    def _training_texts(self, source: Source, excluded: set[int]) -> Iterator[str]:
+        return split.training_documents(source, self.plan.seed, self.thresholds[source.name], excluded)
 
     def hold_out(self, source: Source) -> None:
         """Write the held-out set of a source, and remember its texts so that no source trains on them."""
         name, stream, limit = source.name, f"{source.name}/val", self.thresholds[source.name]
-        if self._is_held_out(name) or (name not in self.validation and limit == 0):
+        if self._held_out(name) is not None or (name not in self.validation and limit == 0):
             return
         self.record.forget(stream)  # it is small, and its texts are noted while it is written
         if name in self.validation:
@@ -221,7 +231,7 @@ class _Preparation:
             self.record.fit(stream, limit, self.sizes)
         if stream not in self.record.complete:
             size = self.surveys[source.name].bytes if source.name in self.surveys else None
-            self._write(stream, self._training_texts(source), limit, size)
+            self._write(stream, self._training_texts(source, self.excluded), limit, size)
             if limit is None or self.record.tokens(stream) >= limit:
                 self.record.complete.add(stream)
             self.record.save()
@@ -229,6 +239,11 @@ class _Preparation:
 
     def _check_enough(self, source: Source, limit: int | None) -> None:
         have = self.record.tokens(f"{source.name}/train")
+        if limit == 0:
+            raise InputError(
+                f"the share of source {source.name!r} in {self.plan.tokens:,} tokens rounds to 0; raise --tokens or "
+                "its weight, or leave it out"
+            )
         if have == 0:
             raise InputError(f"source {source.name!r} has no document left to train on: all of them are held out too")
         if limit is not None and have < limit:
@@ -303,6 +318,14 @@ class _Preparation:
                 "shards": [asdict(shard) for shard in shards],
             }
         return entry
+
+
+def _loads(tokenizer: Path) -> bool:
+    try:
+        tokenization.load_tokenizer(tokenizer)
+    except InputError:
+        return False
+    return True
 
 
 def _noting(documents: Iterator[str], texts: array) -> Iterator[str]:

@@ -1,11 +1,13 @@
 """Reads the documents of one local file: plain text, JSON lines or Parquet, as it is or compressed.
 
-A plain text file is one document; a row of JSON lines or Parquet is one document. Rows are streamed through
-`datasets`, imported only when there are any.
+A plain text file is one document; a row of JSON lines or Parquet is one document. Lines of JSON are read one by one: a
+library that makes columns of them refuses files whose other fields change their type. Parquet is streamed through
+`datasets`, imported only when there is any.
 """
 
 import glob
 import gzip
+import json
 import logging
 import zlib
 from collections.abc import Iterator, Mapping
@@ -15,8 +17,10 @@ from typing import Any
 from fibattn.errors import InputError
 
 PLAIN = (".txt", ".md", ".rst", ".py")
-ROWS = {".jsonl": "json", ".parquet": "parquet"}
+ROWS = (".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
+
+_BLOCK = 1 << 20
 
 
 def kind(path: Path) -> str | None:
@@ -40,8 +44,10 @@ def read_file(path: Path, fields: tuple[str, ...], key: str | None) -> Iterator[
         if text.strip():
             yield text, text
         return
-    number = 0
-    for number, row in enumerate(_rows(path), start=1):
+    number, rows = 0, _lines_of_json if kind(path) == ".jsonl" else _parquet
+    if path.stat().st_size == 0:
+        raise InputError(f"{path} is empty; a file with rows was expected: fetch it again or leave it out")
+    for number, row in enumerate(rows(path), start=1):
         document = from_row(row, fields, key, f"row {number} of {path}")
         if document[1].strip():
             yield document
@@ -51,62 +57,93 @@ def read_file(path: Path, fields: tuple[str, ...], key: str | None) -> Iterator[
 
 def read_plain(path: Path) -> str:
     """The text of a file, UTF-8 and without a byte-order mark."""
-    try:
-        data = _decompressed(path)
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path} cannot be read ({error}); check it or fetch it again") from None
+    data = b"".join(_blocks(path))
     if b"\0" in data:
         where = data.index(b"\0")
         raise InputError(f"{path} is binary or UTF-16 (byte 0 at {where}); text in UTF-8 was expected: leave it out")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(_not_utf8(path, error)) from None
+        raise InputError(_not_utf8(str(path), error)) from None
 
 
-def _decompressed(path: Path) -> bytes:
+def _blocks(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, decompressed, block by block."""
     suffix = path.suffix.lower()
-    if suffix == ".gz":
-        with gzip.open(path) as file:
-            return file.read()
-    if suffix == ".zst":
-        import zstandard
-
-        try:
-            with path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as reader:
-                return reader.read()
-        except zstandard.ZstdError as error:
-            raise OSError(str(error)) from None
-    return path.read_bytes()
+    try:
+        with gzip.open(path) if suffix == ".gz" else path.open("rb") as file:
+            blocks = iter(lambda: file.read(_BLOCK), b"")
+            yield from _decompressed(blocks) if suffix == ".zst" else blocks
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path} cannot be read ({error}); check it or fetch it again") from None
 
 
-def _not_utf8(path: Path, error: UnicodeDecodeError) -> str:
+def _decompressed(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Zstandard, frame by frame; a stream reader of the library would take one that was cut short for its end."""
+    import zstandard
+
+    frame = None
+    for block in blocks:
+        rest = block
+        while rest:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            try:
+                yield frame.decompress(rest)
+            except zstandard.ZstdError as error:
+                raise OSError(str(error)) from None
+            rest, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    if frame is not None:
+        raise EOFError("Compressed file ended before the end of a frame")
+
+
+def _not_utf8(what: str, error: UnicodeDecodeError) -> str:
     found = error.object[error.start : error.end].hex(" ")
     return (
-        f"{path} is not UTF-8: {found} at byte {error.start} ({error.reason}); "
+        f"{what} is not UTF-8: {found} at byte {error.start} ({error.reason}); "
         "convert it (iconv -f LATIN1 -t UTF-8) or leave it out"
     )
 
 
-def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    """The rows of a file, streamed; whatever the readers below say of a damaged file names the file here."""
-    if path.stat().st_size == 0:
-        raise InputError(f"{path} is empty; a file with rows was expected: fetch it again or leave it out")
+def _lines_of_json(path: Path) -> Iterator[Mapping[str, Any]]:
+    """The rows of a file of JSON lines; blank lines are none."""
+    for number, line in enumerate(_lines(path), start=1):
+        where = f"line {number} of {path}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            row = json.loads(text) if text else None
+        except UnicodeDecodeError as error:
+            raise InputError(_not_utf8(where, error)) from None
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where} is not valid JSON ({error}); check it or fetch it again") from None
+        if isinstance(row, dict):
+            yield row
+        elif text:
+            raise InputError(f"{where} is {text[:40]!r}; an object with fields was expected: {{...}} in each line")
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    rest: list[bytes] = []
+    for block in _blocks(path):
+        first, *others = block.split(b"\n")
+        rest.append(first)
+        for line in others:
+            yield b"".join(rest)
+            rest = [line]
+    yield b"".join(rest)
+
+
+def _parquet(path: Path) -> Iterator[Mapping[str, Any]]:
+    """The rows of a Parquet file, streamed; whatever the reader below says of a damaged file names the file here."""
     try:
         from datasets import load_dataset
     except ImportError:
         raise InputError(f"{path} needs the package datasets to be read: pip install 'datasets>=4'") from None
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it would print the error that is raised below too
-    builder, pattern = ROWS[kind(path) or ""], glob.escape(str(path))
     try:
-        yield from load_dataset(builder, data_files=[pattern], split="train", streaming=True)
-    except UnicodeDecodeError as error:
-        raise InputError(_not_utf8(path, error)) from None
-    except StopIteration:  # what `datasets` raises for an archive with nothing in it
-        raise InputError(f"{path} has no rows; fetch it again or leave it out") from None
-    except (ValueError, OSError, EOFError, RuntimeError) as error:
+        yield from load_dataset("parquet", data_files=[glob.escape(str(path))], split="train", streaming=True)
+    except (ValueError, OSError, EOFError, RuntimeError, TypeError) as error:
         message = " ".join(str(error).split())
-        raise InputError(f"{path} is not valid {builder} ({message}); check it or fetch it again") from None
+        raise InputError(f"{path} is not valid parquet ({message}); check it or fetch it again") from None
 
 
 def from_row(row: Mapping[str, Any], fields: tuple[str, ...], key: str | None, where: str) -> tuple[str, str]:
@@ -119,6 +156,13 @@ def from_row(row: Mapping[str, Any], fields: tuple[str, ...], key: str | None, w
         if not isinstance(row[field], str):
             got = type(row[field]).__name__
             raise InputError(f"field {field!r} in {where} is {got}, text was expected: name another field with --text")
+        try:
+            row[field].encode()
+        except UnicodeEncodeError as error:
+            wrong = f"{error.object[error.start]!r} at {error.start}"
+            raise InputError(
+                f"field {field!r} in {where} has half a character ({wrong}); mend it or leave it out"
+            ) from None
         parts.append(row[field])
     text = "\n\n".join(parts[: len(fields)])
     return (parts[-1] if key else text), text

@@ -26,7 +26,8 @@ WORDS = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
     r"|\s*[\r\n]|\s+(?!\S)|\s+"
 )
-SMALLEST = 256 + 2
+SMALLEST, LARGEST = 256 + 2, 2**24
+LONGEST = 1024  # bytes of a token: merges of one endless line would double beyond any table
 PIECE = 2**20  # characters given to the encoder at once: a book of any length takes bounded memory
 BATCH = 2**23
 
@@ -35,8 +36,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
     """Train on `texts`; the vocabulary stays smaller than `vocab_size` when they hold too few words."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    if vocab_size < SMALLEST:
-        raise InputError(f"vocab_size is {vocab_size}; expected at least {SMALLEST}: 256 bytes, {BOS} and {PAD}")
+    check_vocab_size(vocab_size)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
         [
@@ -48,6 +48,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
+        max_token_length=LONGEST,
         show_progress=False,
         special_tokens=[BOS, PAD],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -62,6 +63,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
         pad_token=PAD,
         clean_up_tokenization_spaces=False,
     )
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Refuse a size that no tokenizer can be trained to.
+
+    Raises:
+        InputError: for too few or too many.
+    """
+    if not SMALLEST <= vocab_size <= LARGEST:
+        raise InputError(f"vocab_size is {vocab_size}; expected {SMALLEST} (256 bytes, {BOS} and {PAD}) to {LARGEST:,}")
+
+
+def same_vocabulary(one: str | Path, other: str | Path) -> bool:
+    """Whether two tokenizers, each of a folder or the Hub, give every id the same meaning."""
+    return load_tokenizer(one).get_vocab() == load_tokenizer(other).get_vocab()
 
 
 def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":

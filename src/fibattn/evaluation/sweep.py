@@ -1,5 +1,6 @@
 """The length sweep: a model at one, two, four, … times its training length, on every held-out set."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from fibattn import files
 from fibattn.data.stream import PreparedData
+from fibattn.data.tokenizer import same_vocabulary
 from fibattn.errors import InputError, suggestion
 from fibattn.evaluation.loss import LAST, position_loss
 from fibattn.model import FibAttnConfig  # makes the model known to the Auto classes, too
@@ -90,14 +92,15 @@ def sweep(
     Args:
         model: its vocabulary must be that of `data`.
         data: the prepared folder with the held-out sets.
-        lengths: window lengths; the set is cut to a multiple of the longest, so that all see the same targets.
+        lengths: window lengths; the set is cut to whole windows of each, so that all see the same targets.
         sets: names of held-out sets, all of them when empty.
         tokens: targets of each set at most.
         batch_tokens: tokens of a forward pass.
         quiet: show no progress.
 
     Raises:
-        InputError: for an unknown set, a foreign vocabulary or a set shorter than the longest window.
+        InputError: for an unknown set, a vocabulary of another size, or a set shorter than what windows of all
+            lengths have in common.
     """
     vocabulary = model.config.get_text_config().vocab_size
     if vocabulary != data.vocab_size:
@@ -105,7 +108,7 @@ def sweep(
             f"the model has {vocabulary} token ids and the data {data.vocab_size}; use the data it was trained on"
         )
     results: dict[str, Any] = {}
-    for name, limit in shared_targets(data, longest=max(lengths), sets=sets, tokens=tokens).items():
+    for name, limit in shared_targets(data, lengths=lengths, sets=sets, tokens=tokens).items():
         results[name] = {}
         for length in lengths:
             loss = position_loss(
@@ -134,16 +137,22 @@ def sweep(
     }
 
 
-def shared_targets(data: PreparedData, *, longest: int, sets: list[str], tokens: int) -> dict[str, int]:
-    """How many targets of each held-out set windows of every length can have in common: whole windows of the longest.
+def shared_targets(data: PreparedData, *, lengths: list[int], sets: list[str], tokens: int) -> dict[str, int]:
+    """How many targets of each held-out set windows of every length can have in common: whole windows of each.
 
     `sets` and `tokens` as in `sweep`, which raises the same.
     """
     _check_sets(sets, data)
-    shared = {}
+    shared, longest, common = {}, max(lengths), math.lcm(*lengths)
     for name in sets or data.validation:
         held_out = len(data.validation[name])
-        shared[name] = min(tokens, held_out - 1) // longest * longest
+        most = min(tokens, held_out - 1)
+        shared[name] = most // common * common
+        if longest <= most < common:
+            raise InputError(
+                f"windows of {', '.join(map(str, sorted(lengths)))} end together only every {common:,} tokens, and the "
+                f"held-out set {name!r} has {held_out:,} (limit {tokens:,}); give lengths that divide one another"
+            )
         if shared[name] < 1:
             raise InputError(
                 f"the held-out set {name!r} has {held_out} tokens (limit {tokens}), fewer than one window of "
@@ -197,12 +206,28 @@ def change(value: float, first: float) -> str:
     return "" if value == first else f"{100 * (value / first - 1):+.1f} %"
 
 
-def default_output(model: Path, full_reach: int | None = None) -> Path:
-    """Where an evaluation goes unless told: beside the model of a run, else into the current folder by its name.
+def check_tokenizer(folder: Path, data: PreparedData) -> None:
+    """Whether a model folder's tokenizer, where it has one, is that of the data; as many ids do not make it so.
 
-    One with bounded full layers has a file of its own.
+    Raises:
+        InputError: when it is another.
+    """
+    if (folder / "tokenizer.json").exists() and not same_vocabulary(folder, data.tokenizer_path):
+        raise InputError(
+            f"{folder} was trained with another tokenizer than the data in {data.folder}; use the data it was trained "
+            f"on, or prepare the text with its own: fibattn prepare … --tokenizer {folder}"
+        )
+
+
+def default_output(model: Path, full_reach: int | None = None) -> Path:
+    """Where an evaluation goes unless told: beside the finished model of a run, else into the current folder.
+
+    There it has the model's name, a checkpoint's that of its run besides. One with bounded full layers has a file of
+    its own.
     """
     bound = "" if full_reach is None else f"-full-reach-{full_reach}"
-    if checkpoints.is_sealed(model):
+    whole, of_a_run = model.resolve(), (model.resolve().parent / "recipe.json").exists()
+    if whole.name == "model" and of_a_run:
         return model.parent / f"evaluation{bound}.json"
-    return Path(f"evaluation-{model_name(model.resolve())}{bound}.json")
+    name = f"{whole.parent.name}-{whole.name}" if of_a_run else model_name(whole)
+    return Path(f"evaluation-{name}{bound}.json")

@@ -76,13 +76,15 @@ def run_study(job: Job) -> Outcome:
     """
     store, data, study = Store(job.out), PreparedData.open(job.data), job.study
     tasks = _tasks(job, data)
-    shared_targets(data, longest=max(study.factors) * study.recipe.length, sets=[], tokens=study.eval_tokens)
+    lengths = [factor * study.recipe.length for factor in study.factors]
+    shared_targets(data, lengths=lengths, sets=[], tokens=study.eval_tokens)
     known = store.finished()
     say(f"study {job.name}: {len(tasks)} runs, {sum(task.key in known for task in tasks)} finished already")
     failed: list[str] = []
     before = store.failed()
     for task in sorted(tasks, key=lambda task: task.key in before):
         if task.key in store.finished():
+            _sweep(job, task)
             continue
         if not _fits(job, task, store):
             say(f"{task.run.name}: not enough time left, stopping here")
@@ -260,6 +262,14 @@ def _clear(folder: Path, keep_model: bool) -> None:
         return
     for checkpoint in folder.rglob("checkpoint-*"):
         shutil.rmtree(checkpoint)
+
+
+def _sweep(job: Job, task: _Task) -> None:
+    """Clear what a kill left of a finished run; a model that was kept on purpose has no checkpoints beside it."""
+    if any(task.recipe.out.rglob("checkpoint-*")):
+        with locked(task.recipe.out) as mine:
+            if mine:
+                _clear(task.recipe.out, job.keep_models)
 
 
 def _told(error: Exception) -> str:

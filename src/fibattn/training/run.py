@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
 from fibattn import files
 from fibattn.data.order import load_order, make_order
 from fibattn.data.stream import PreparedData
+from fibattn.data.tokenizer import load_tokenizer
 from fibattn.data.windows import TrainingWindows
 from fibattn.errors import InputError
 from fibattn.model import FibAttnConfig, FibAttnForCausalLM
@@ -80,6 +81,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     _check_trackers(recipe)
     with state.main_process_first():
         data = PreparedData.open(recipe.data, verify=state.is_main_process)
+        _check_tokenizer(data)
         config = model_config(recipe, data.vocab_size, data.separator)  # a shape that cannot be claims no folder
         order = _order(recipe, data)
         inputs = {"data_fingerprint": data.fingerprint, "order_sha256": files.sha256(order)}
@@ -116,6 +118,14 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     _finish(trainer, recipe, data, finished)
     return finished
+
+
+def _check_tokenizer(data: PreparedData) -> None:
+    """It is needed at the end, when much would be lost."""
+    try:
+        load_tokenizer(data.tokenizer_path)
+    except InputError as error:
+        raise InputError(f"{error}; run the same `fibattn prepare` again, it makes anew what is damaged") from None
 
 
 def _start(recipe: Recipe, config: FibAttnConfig, data: PreparedData) -> str:
@@ -205,17 +215,17 @@ def _finish(trainer: FibTrainer, recipe: Recipe, data: PreparedData, finished: P
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())  # pyright: ignore
     with files.naming_a_full_disk(finished.parent):
         trainer.save_model(str(staged))
-    if trainer.args.should_save:
-        tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_path)
-        tokenizer.chat_template = tokenizer.chat_template or _PLAIN_CHAT
-        tokenizer.save_pretrained(staged)
-        config = FibAttnConfig.from_pretrained(staged)
-        if recipe.model.bound_full_layers:
-            config.full_reach = max(recipe.length - 1, 1)
-            config.save_pretrained(staged)
-        write_card(staged, config, parameters, recipe, data)
-        checkpoints.seal(staged)
-        staged.replace(finished)
+        if trainer.args.should_save:
+            tokenizer = load_tokenizer(data.tokenizer_path)
+            tokenizer.chat_template = tokenizer.chat_template or _PLAIN_CHAT
+            tokenizer.save_pretrained(staged)
+            config = FibAttnConfig.from_pretrained(staged)
+            if recipe.model.bound_full_layers:
+                config.full_reach = max(recipe.length - 1, 1)
+                config.save_pretrained(staged)
+            write_card(staged, config, parameters, recipe, data)
+            checkpoints.seal(staged)
+            staged.replace(finished)
     trainer.accelerator.wait_for_everyone()
 
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import load_model
-from transformers import AutoTokenizer
 
 from fibattn.data.stream import PreparedData
+from fibattn.data.tokenizer import same_vocabulary
 from fibattn.errors import InputError
 from fibattn.model import FibAttnForCausalLM
 from fibattn.training import checkpoints
@@ -22,8 +22,7 @@ def fingerprint(start: Path, data: PreparedData) -> str:
     """
     folder = _model(start)
     sums = checkpoints.verify(folder)
-    ours, theirs = (AutoTokenizer.from_pretrained(path).get_vocab() for path in (data.tokenizer_path, folder))
-    if ours != theirs:
+    if not same_vocabulary(data.tokenizer_path, folder):
         raise InputError(
             f"{folder} was trained with another tokenizer than the data in {data.folder}; prepare the text with its "
             f"own: fibattn prepare … --tokenizer {folder}"

@@ -101,6 +101,12 @@ class FibTrainer(Trainer):
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Transformers would warn of tied weights, which no checkpoint has twice."""
+        tied = self.model._tied_weights_keys or {}  # pyright: ignore
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))  # pyright: ignore
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Fused AdamW over the paper's two groups."""
         if self.optimizer is None:
