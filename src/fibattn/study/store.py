@@ -22,8 +22,14 @@ from fibattn.training.recipe import Recipe, to_json
 INDEX = "index.sqlite"
 
 _ANY = {"key": str, "time": str, "study": str, "run": str}
+_RUN = {
+    **dict.fromkeys(("seed", "tokens", "trained_at"), int),
+    **dict.fromkeys(("recipe", "inputs", "hardware", "versions", "training", "seconds", "model"), dict),
+    **dict.fromkeys(("flops_per_token", "evaluation", "rope_scaling"), dict),
+    "convention": str,
+}
 _FIELDS: dict[str, dict[str, type]] = {
-    "run": {**_ANY, "tokens": int, "recipe": dict, "inputs": dict, "evaluation": dict, "training": dict, "model": dict},
+    "run": {**_ANY, **_RUN},
     "failure": {**_ANY, "error": str},
 }
 """What a line of each kind has at least."""
