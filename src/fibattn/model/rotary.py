@@ -60,8 +60,9 @@ def _cosines_and_sines(
     # An operator, for one reason: `torch.compile` would take the angles apart and give every layer its own cosines.
     wide = torch.float32 if position_ids.device.type == "mps" else torch.float64  # what an Apple GPU has
     angles = position_ids[..., None].to(wide) * frequencies.to(wide)
-    angles = torch.cat((angles, angles), dim=-1)[:, :, None]
-    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+    waves = [(wave(angles) * factor).to(dtype) for wave in (torch.cos, torch.sin)]
+    cosines, sines = (torch.cat((wave, wave), dim=-1)[:, :, None] for wave in waves)
+    return cosines, sines
 
 
 @_cosines_and_sines.register_fake
