@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import reference_model
 import torch
+import transformers
+from packaging.version import Version
 from tiny_models import KINDS, config, model, tokens
 from torch import Tensor, nn
 from torch.nn import functional
@@ -113,6 +115,11 @@ def test_packed_documents_with_a_cache_are_refused_where_full_layers_could_not_t
     )
 
 
+@pytest.mark.xfail(
+    Version(transformers.__version__) < Version("5.24"),
+    reason="older versions crop cache layers that drafts do not use, where a configuration names the layers' types",
+    strict=False,
+)
 def test_drafts_with_the_first_layers_are_those_of_a_shorter_model() -> None:
     made, ids = model("mixture"), tokens(1, 12)
     how = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
