@@ -94,6 +94,21 @@ def test_two_processes_have_the_losses_of_one_also_when_they_go_on(
         shutil.rmtree(two.out / "checkpoint-6")
 
 
+def test_metrics_are_those_of_a_whole_run_wherever_it_was_cut(recipe: Recipe) -> None:
+    run = replace(recipe, steps=12, log_every=5, save_every=7)
+
+    def lines() -> list[tuple[int, float]]:
+        train(run)
+        found = map(json.loads, (run.out / "metrics.jsonl").read_text().splitlines())
+        return [(line["step"], line["loss"]) for line in found]
+
+    whole = lines()
+    assert [step for step, _ in whole] == [1, 5, 7, 10, 12]
+    for made in ("model", "checkpoint-12"):
+        shutil.rmtree(run.out / made)
+    assert lines() == whole
+
+
 def test_a_damaged_line_of_metrics_does_not_stop_a_run(recipe: Recipe) -> None:
     train(replace(recipe, steps=6))
     for lost in ("model", "checkpoint-6"):

@@ -206,7 +206,7 @@ def _local(parameter: Tensor) -> Tensor:
 
 
 class MetricsFile(TrainerCallback):
-    """Metrics as JSON Lines, one line every `log_every` steps, and progress for whoever watches."""
+    """Metrics as JSON Lines, a line every `log_every` steps and with each checkpoint; progress for whoever watches."""
 
     def __init__(self, recipe: Recipe, meter: Meter):
         self.path, self.meter = recipe.out / "metrics.jsonl", meter
@@ -221,8 +221,9 @@ class MetricsFile(TrainerCallback):
         self.meter.resume(state.global_step * self._step_tokens)
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        """Advance the progress."""
+        """Advance the progress. A line ends with each checkpoint: a resumed run knows no losses from before it."""
         self.meter.update(self._step_tokens, self.meter.note)
+        control.should_log |= state.global_step % args.save_steps == 0 or state.global_step == state.max_steps
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         """Append one line."""
