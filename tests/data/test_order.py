@@ -39,7 +39,7 @@ def test_loading_checks_bytes_and_parameters(tmp_path):
     loaded = load_order(path, tokens=500, length=16, data="abc")
     assert isinstance(loaded, np.memmap)
     assert loaded.tolist() == made.tolist()
-    with pytest.raises(InputError, match=r"o.npy has length = 16, expected 32; delete .*, it is made anew"):
+    with pytest.raises(InputError, match=r"o.npy has length = 16, expected 32; make the order anew"):
         load_order(path, length=32)
     with pytest.raises(InputError, match="has data = abc, expected xyz"):
         load_order(path, data="xyz")

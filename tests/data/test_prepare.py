@@ -304,7 +304,7 @@ def test_a_share_of_no_tokens_is_told_from_too_much_held_out(sources, tmp_path):
 
 @pytest.mark.parametrize("size", [10, 10**9])
 def test_a_vocabulary_that_cannot_be_claims_no_folder(sources, tmp_path, size):
-    with pytest.raises(InputError, match=f"vocab_size is {size}; expected 258"):
+    with pytest.raises(InputError, match=f"vocab_size is {size}; expected at least 258"):
         make(tmp_path / "data", sources, vocab_size=size)
     assert not (tmp_path / "data").exists()
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fibattn.attention import decode, ops, reference
-from fibattn.errors import InputError
+from fibattn.errors import InputError, whole_number
 from fibattn.pattern import Pattern
 
 Backend = Literal["auto", "reference", "cpu", "triton"]
@@ -239,6 +239,7 @@ def _take(
     rows = k_cache.shape[1]
     earlier = [decode.before(ring, cache_positions, min(reach, rows)) for ring in (k_cache, v_cache)]
     if rows < reach and not _readable(cache_positions):
+        # Too few rows cannot be refused here; they must not give plausible numbers.
         lost = (cache_positions[:, :1] > rows)[..., None, None]
         earlier = [x.masked_fill(lost, torch.nan) for x in earlier]
     keys, values = (torch.cat(pair, dim=1) for pair in zip(earlier, (k, v), strict=True))
@@ -311,10 +312,10 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> floa
 
 
 def _check_scaled(q: Tensor, window: int, rungs: Sequence[int], alpha: Tensor, max_offset: int | None) -> None:
-    Pattern.scaled(window, rungs, max_offset=max_offset)
+    Pattern.scaled(window, (), max_offset=max_offset)
     if not isinstance(alpha, Tensor):
         raise InputError(f"alpha is {alpha!r}; give a tensor with one floating-point number, on {q.device}")
-    if any(rung <= before for before, rung in zip((0, *rungs), rungs, strict=False)):
+    if any(whole_number("rung", rung) <= before for before, rung in zip((0, *rungs), rungs, strict=False)):
         raise InputError(f"rungs are {list(rungs)}; they must be positive and strictly increasing")
     if alpha.numel() != 1 or not alpha.is_floating_point() or alpha.device != q.device:
         found = f"{tuple(alpha.shape)} {alpha.dtype} on {alpha.device}"

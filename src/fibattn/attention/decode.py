@@ -53,7 +53,7 @@ def step(
 ) -> Tensor:
     """Write one token into the ring and return its output (batch, 1, query heads, head size)."""
     limit = _write(k_cache, v_cache, k, v, cache_positions, positions)
-    distances = _distances(_held(window, cache_positions), tuple(sets))
+    distances = _distances(_held(window, int(cache_positions.max())), tuple(sets))
     rows = (cache_positions[:, :, None] - distances) % k_cache.shape[1]
     keys, values = _rows(k_cache, rows), _rows(v_cache, rows)
     return _attend(q, keys, values, distances > limit[:, :, None], scale)
@@ -73,14 +73,14 @@ def scaled_step(
     rungs: Sequence[InterpolatedRung],
 ) -> Tensor:
     """As `step`, with rungs at real-valued distances."""
-    farthest = max((rung.near + 1 for rung in rungs), default=window)
-    if min(farthest, int(cache_positions.max())) >= k_cache.shape[1]:
+    farthest, oldest = max((rung.near + 1 for rung in rungs), default=window), int(cache_positions.max())
+    if min(farthest, oldest) >= k_cache.shape[1]:
         raise InputError(
             f"alpha puts a rung between {farthest - 1} and {farthest}, but the cache has {k_cache.shape[1]} rows; "
             f"it needs {farthest + 1}"
         )
     limit = _write(k_cache, v_cache, k, v, cache_positions, positions)[:, :, None]
-    held = _held(window, cache_positions)
+    held = _held(window, oldest)
     distances = _distances(held, (tuple(rung.near for rung in rungs),))
     fractions = torch.tensor([0.0] * (held + 1) + [rung.fraction for rung in rungs], dtype=_working(q))
     # The first key of a document has none before it to interpolate with.
@@ -110,9 +110,9 @@ def _distances(window: int, sets: tuple[tuple[int, ...], ...]) -> Tensor:
     return torch.tensor(table, dtype=torch.int64, device="cpu")
 
 
-def _held(window: int, cache_positions: Tensor) -> int:
+def _held(window: int, oldest: int) -> int:
     """The window, less where no sequence is old enough for it; in powers of two, so that there are few tables."""
-    return min(window, (1 << int(cache_positions.max()).bit_length()) - 1)
+    return min(window, (1 << oldest.bit_length()) - 1)
 
 
 def _working(q: Tensor) -> torch.dtype:

@@ -38,8 +38,9 @@ def run(arguments: list[str]) -> None:
     from rich.console import Console
 
     from fibattn.data.stream import PreparedData
+    from fibattn.data.tokenizer import check_same_vocabulary
     from fibattn.errors import InputError
-    from fibattn.evaluation.sweep import check_tokenizer, default_output, find_model, load_bounded, sweep, tables
+    from fibattn.evaluation.sweep import default_output, find_model, load_bounded, sweep, tables
     from fibattn.training.card import add_results
 
     if any(length < 1 for length in chosen.lengths) or chosen.tokens < 1 or chosen.batch_tokens < 1:
@@ -48,7 +49,7 @@ def run(arguments: list[str]) -> None:
     if chosen.out is not None and chosen.out.is_dir():
         raise InputError(f"--out is {chosen.out}, a folder; give a file, such as {chosen.out / 'evaluation.json'}")
     folder, data = find_model(chosen.model), PreparedData.open(chosen.data)
-    check_tokenizer(folder, data)
+    check_same_vocabulary(folder, data)
     model = load_bounded(folder, chosen.full_reach)
     trained_at = model.config.get_text_config().max_position_embeddings
     lengths = sorted(set(chosen.lengths)) or [trained_at * factor for factor in (1, 2, 4, 8)]

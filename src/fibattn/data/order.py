@@ -58,7 +58,7 @@ def load_order(path: Path, **expected: Any) -> np.ndarray:
     `load_order(path, tokens=len(data.train), length=1024, data=data.fingerprint)`. `InputError` names what
     differs.
     """
-    anew = f"delete {path.with_suffix('')}.*, it is made anew; or use the data and recipe that it was made for"
+    anew = f"make the order anew (delete {path.with_suffix('.*')}), or use the data and recipe it was made for"
     about = files.read_json(path.with_suffix(".json"))
     if not path.exists():
         raise InputError(f"the order file {path} is missing; {anew}")

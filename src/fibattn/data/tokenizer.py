@@ -21,6 +21,8 @@ from fibattn.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from fibattn.data.stream import PreparedData
+
 BOS, PAD = "<|bos|>", "<|pad|>"
 WORDS = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
@@ -72,12 +74,24 @@ def check_vocab_size(vocab_size: int) -> None:
         InputError: for too few or too many.
     """
     if not SMALLEST <= vocab_size <= LARGEST:
-        raise InputError(f"vocab_size is {vocab_size}; expected {SMALLEST} (256 bytes, {BOS} and {PAD}) to {LARGEST:,}")
+        raise InputError(
+            f"vocab_size is {vocab_size}; expected at least {SMALLEST} (256 bytes, {BOS}, {PAD}), at most {LARGEST:,}"
+        )
 
 
-def same_vocabulary(one: str | Path, other: str | Path) -> bool:
-    """Whether two tokenizers, each of a folder or the Hub, give every id the same meaning."""
-    return load_tokenizer(one).get_vocab() == load_tokenizer(other).get_vocab()
+def check_same_vocabulary(model: Path, data: "PreparedData") -> None:
+    """Whether a model folder's tokenizer, where it has one, is that of the data; as many ids do not make it so.
+
+    Raises:
+        InputError: when it gives an id another meaning.
+    """
+    if not (model / "tokenizer.json").exists():
+        return
+    if load_tokenizer(model).get_vocab() != load_tokenizer(data.tokenizer_path).get_vocab():
+        raise InputError(
+            f"{model} was trained with another tokenizer than the data in {data.folder}; use the data it was trained "
+            f"on, or prepare the text with its own: fibattn prepare … --tokenizer {model}"
+        )
 
 
 def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":

@@ -12,7 +12,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from fibattn import files
 from fibattn.data.stream import PreparedData
-from fibattn.data.tokenizer import same_vocabulary
 from fibattn.errors import InputError, suggestion
 from fibattn.evaluation.loss import LAST, position_loss
 from fibattn.model import FibAttnConfig  # makes the model known to the Auto classes, too
@@ -206,19 +205,6 @@ def change(value: float, first: float) -> str:
     return "" if value == first else f"{100 * (value / first - 1):+.1f} %"
 
 
-def check_tokenizer(folder: Path, data: PreparedData) -> None:
-    """Whether a model folder's tokenizer, where it has one, is that of the data; as many ids do not make it so.
-
-    Raises:
-        InputError: when it is another.
-    """
-    if (folder / "tokenizer.json").exists() and not same_vocabulary(folder, data.tokenizer_path):
-        raise InputError(
-            f"{folder} was trained with another tokenizer than the data in {data.folder}; use the data it was trained "
-            f"on, or prepare the text with its own: fibattn prepare … --tokenizer {folder}"
-        )
-
-
 def default_output(model: Path, full_reach: int | None = None) -> Path:
     """Where an evaluation goes unless told: beside the finished model of a run, else into the current folder.
 
@@ -226,7 +212,8 @@ def default_output(model: Path, full_reach: int | None = None) -> Path:
     its own.
     """
     bound = "" if full_reach is None else f"-full-reach-{full_reach}"
-    whole, of_a_run = model.resolve(), (model.resolve().parent / "recipe.json").exists()
+    whole = model.resolve()
+    of_a_run = (whole.parent / "recipe.json").exists()
     if whole.name == "model" and of_a_run:
         return model.parent / f"evaluation{bound}.json"
     name = f"{whole.parent.name}-{whole.name}" if of_a_run else model_name(whole)

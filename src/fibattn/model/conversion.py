@@ -76,7 +76,8 @@ def convert(
     config = decoder.config
     farthest = config.max_position_embeddings - 1 if rung_reach is None else rung_reach
     if isinstance(keep_layers, str) or not isinstance(keep_layers, Iterable):
-        raise InputError(f"keep_layers is {keep_layers!r}; give the layers as a list, such as [0]")
+        example = keep_layers if isinstance(keep_layers, int | str) else 0
+        raise InputError(f"keep_layers is {keep_layers!r}; give the layers as a list: [{example}]")
     keep_layers = sorted(whole_number("a layer of keep_layers", layer) for layer in keep_layers)
     if window is not None:
         window, rungs = whole_number("window", window), whole_number("rungs", rungs)

@@ -84,7 +84,7 @@ def run_study(job: Job) -> Outcome:
     before = store.failed()
     for task in sorted(tasks, key=lambda task: task.key in before):
         if task.key in store.finished():
-            _sweep(job, task)
+            _clear_leftovers(job, task)
             continue
         if not _fits(job, task, store):
             say(f"{task.run.name}: not enough time left, stopping here")
@@ -264,7 +264,7 @@ def _clear(folder: Path, keep_model: bool) -> None:
         shutil.rmtree(checkpoint)
 
 
-def _sweep(job: Job, task: _Task) -> None:
+def _clear_leftovers(job: Job, task: _Task) -> None:
     """Clear what a kill left of a finished run; a model that was kept on purpose has no checkpoints beside it."""
     if any(task.recipe.out.rglob("checkpoint-*")):
         with locked(task.recipe.out) as mine:

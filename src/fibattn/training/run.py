@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
 from fibattn import files
@@ -81,7 +81,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     _check_trackers(recipe)
     with state.main_process_first():
         data = PreparedData.open(recipe.data, verify=state.is_main_process)
-        _check_tokenizer(data)
+        tokenizer = _tokenizer(data)  # needed at the end, when much would be lost
         config = model_config(recipe, data.vocab_size, data.separator)  # a shape that cannot be claims no folder
         order = _order(recipe, data)
         inputs = {"data_fingerprint": data.fingerprint, "order_sha256": files.sha256(order)}
@@ -116,14 +116,13 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
         for callback in (MetricsFile(recipe, meter), *callbacks):
             trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    _finish(trainer, recipe, data, finished)
+    _finish(trainer, recipe, data, tokenizer, finished)
     return finished
 
 
-def _check_tokenizer(data: PreparedData) -> None:
-    """It is needed at the end, when much would be lost."""
+def _tokenizer(data: PreparedData) -> PreTrainedTokenizerFast:
     try:
-        load_tokenizer(data.tokenizer_path)
+        return load_tokenizer(data.tokenizer_path)
     except InputError as error:
         raise InputError(f"{error}; run the same `fibattn prepare` again, it makes anew what is damaged") from None
 
@@ -209,14 +208,15 @@ def _verify_finished(model: Path) -> None:
         raise InputError(f"{error}, or remove {model}: the same command makes it anew from the last one") from None
 
 
-def _finish(trainer: FibTrainer, recipe: Recipe, data: PreparedData, finished: Path) -> None:
+def _finish(
+    trainer: FibTrainer, recipe: Recipe, data: PreparedData, tokenizer: PreTrainedTokenizerFast, finished: Path
+) -> None:
     """Write the model folder, with all that it is published with, sealed, by rename."""
     staged = finished.with_name(f"{checkpoints.STAGING}-model")
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())  # pyright: ignore
     with files.naming_a_full_disk(finished.parent):
         trainer.save_model(str(staged))
         if trainer.args.should_save:
-            tokenizer = load_tokenizer(data.tokenizer_path)
             tokenizer.chat_template = tokenizer.chat_template or _PLAIN_CHAT
             tokenizer.save_pretrained(staged)
             config = FibAttnConfig.from_pretrained(staged)

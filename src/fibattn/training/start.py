@@ -6,7 +6,7 @@ from safetensors import safe_open
 from safetensors.torch import load_model
 
 from fibattn.data.stream import PreparedData
-from fibattn.data.tokenizer import same_vocabulary
+from fibattn.data.tokenizer import check_same_vocabulary
 from fibattn.errors import InputError
 from fibattn.model import FibAttnForCausalLM
 from fibattn.training import checkpoints
@@ -22,11 +22,7 @@ def fingerprint(start: Path, data: PreparedData) -> str:
     """
     folder = _model(start)
     sums = checkpoints.verify(folder)
-    if not same_vocabulary(data.tokenizer_path, folder):
-        raise InputError(
-            f"{folder} was trained with another tokenizer than the data in {data.folder}; prepare the text with its "
-            f"own: fibattn prepare … --tokenizer {folder}"
-        )
+    check_same_vocabulary(folder, data)
     return sums[_WEIGHTS]
 
 
