@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python benchmarks/training_step.py [--models dense stagger ...] [--length 1024] [--json FILE]
 
-A model is `stagger`, `learned` or a run of the study `beyond`, such as `hybrid-w64`.
+A model is `stagger`, `learned` or a run of the study `beyond`, such as `hybrid-w128`.
 Real steps of `fibattn.training.trainer.FibTrainer`: as many windows of `--length` as 32,768 tokens hold, at least one;
 bf16 autocast, compiled. The tokens are random; their values do not change the time. A step's milliseconds are sorted
 by what the GPU did, from PyTorch's profiler over three steps; "idle" is the rest of the step.

@@ -21,7 +21,9 @@ def test_models_differ_in_their_attention_alone() -> None:
     assert plain[0] == plain[1] == plain[2]
     assert models()["static"] == FibAttnConfig()
     assert hybrid.layer_types == ["full_attention"] * 2
-    assert models()["hybrid"] == model_config(PRESETS[DEFAULT], FibAttnConfig.vocab_size, separator=0)
+    default = model_config(PRESETS[DEFAULT], FibAttnConfig.vocab_size, separator=0)
+    default.full_reach = PRESETS[DEFAULT].length - 1
+    assert models()["hybrid"] == default
 
 
 def test_warmup_is_not_counted() -> None:

@@ -11,7 +11,7 @@ import pytest
 from fibattn import InputError
 from fibattn.study.presets import HYBRID, STUDIES, Run, Study, find_study, lengthened
 from fibattn.study.store import key_of
-from fibattn.training.recipe import Recipe
+from fibattn.training.recipe import DEFAULT, PRESETS, Recipe
 from fibattn.training.run import model_config
 
 EVERY = [(name, run.name) for name, study in STUDIES.items() for run in study.runs]
@@ -75,6 +75,7 @@ def test_default_recipe_is_in_paper_and_beyond_as_one_run() -> None:
     keys = {key_of(resolved(STUDIES[study], named(study, "hybrid")), "data") for study in ("paper", "beyond")}
     assert len(keys) == 1
     assert HYBRID.model.full_layers == (7, 15)
+    assert replace(HYBRID.model, bound_full_layers=True) == PRESETS[DEFAULT].model
 
 
 def test_budget_scales_steps_and_a_long_warm_up() -> None:

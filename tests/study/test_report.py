@@ -149,7 +149,7 @@ def test_the_longest_training_windows_lead_and_the_largest_budget_has_the_headli
     recipe = next(one["recipe"] for one in records if one["run"] == "hybrid")
     for name in ("dense", "hybrid"):
         record = changed(next(one for one in records if one["run"] == name), key=name, tokens=10**9)
-        for lengths in record["evaluation"].values():
+        for lengths in (*record["evaluation"].values(), *record["bounded"]["32"].values()):
             for row in lengths.values():
                 row["nll"] = 1.0 if name == "hybrid" else 2.0
         Store(tmp_path).append(record)

@@ -17,10 +17,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from fibattn.pattern import Schedule, layer_alphas, layer_patterns, union_coverage
 from fibattn.study.cost import mean_keys
-from fibattn.study.drawing import LOOKS, QUIET, Page, drawn, kind, look_of, powers_of_two
+from fibattn.study.drawing import LOOKS, QUIET, Page, drawn, look_of, powers_of_two
 from fibattn.study.recalled import recalled
-from fibattn.study.results import PLAIN, Group, Model, mean_loss, papers_gain
-from fibattn.training.recipe import ModelRecipe, Recipe
+from fibattn.study.results import PLAIN, Group, Model, as_saved, mean_loss, papers_gain
+from fibattn.training.recipe import DEFAULT, ModelRecipe, Recipe
 from fibattn.training.run import model_config
 
 _THIN = {"linewidth": 1, "marker": "", "alpha": 0.7}
@@ -92,7 +92,10 @@ class _Curve:
 
 
 def _curves(group: Group) -> list[_Curve]:
-    """The first run of each leading model, also in its other ways, and thin every other whose seed dense has."""
+    """The first run of each leading model, also in its other ways, and thin every other whose seed dense has.
+
+    Its own way is the plain one, that of the default recipe the one in which it is saved.
+    """
     reference = _reference(group)
     seeds = {run["seed"]: run for run in reference.runs}
 
@@ -103,12 +106,17 @@ def _curves(group: Group) -> list[_Curve]:
     curves = []
     for model in _leading(group):
         look = look_of(model) | {"linewidth": 2, "markersize": 5}
-        curves.append(_Curve(model.label, ratios(model.first), look))
-        for way, style in zip(model.ways(), itertools.cycle(_DASHES), strict=False):
-            curves.append(_Curve(model.label_of_tried(way), ratios(model.tried(way), way), look | {"linestyle": style}))
-        others = [run for run in model.runs[1:] if run["seed"] in seeds]
+        own = as_saved if model.name == DEFAULT else lambda _: PLAIN
+        main = own(model.first)
+        curves.append(_Curve(model.label_of(main), ratios(model.first, main), look))
+        others = [way for way in (PLAIN, *model.ways()) if way != main]
+        for way, style in zip(others, itertools.cycle(_DASHES), strict=False):
+            label = f"{model.label}, unbounded" if way == PLAIN else model.label_of_tried(way)
+            curves.append(_Curve(label, ratios(model.tried(way), way), look | {"linestyle": style}))
         curves += [
-            _Curve(f"{model.label}, seed {run['seed']}", ratios(run), look | _THIN, further=True) for run in others
+            _Curve(f"{model.label}, seed {run['seed']}", ratios(run, own(run)), look | _THIN, further=True)
+            for run in model.runs[1:]
+            if run["seed"] in seeds
         ]
     return curves
 
@@ -119,13 +127,9 @@ def _reference(group: Group) -> Model:
 
 
 def _leading(group: Group) -> list[Model]:
-    """The models to draw where there is no room for all; the plain window is that nearest to the hybrid's."""
-    dense, linear, hybrid, fixed = (group.get(name) for name in ("dense", "linear-w12", "hybrid", "fixed-w12"))
-    windows = [model for model in group.models if kind(model) == "window"]
-    near = hybrid.recipe["window"] if hybrid else 0
-    windows.sort(key=lambda model: abs(model.recipe["window"] - near))
-    found = [model for model in (dense, linear, fixed, *windows[:1], hybrid) if model]
-    return found or list(group.models[:5])
+    """The models to draw where there is no room for all."""
+    dense, linear, fixed, ours = (group.get(name) for name in ("dense", "linear-w12", "fixed-w12", DEFAULT))
+    return [model for model in (dense, linear, fixed, group.plain_window, ours) if model] or list(group.models[:5])
 
 
 def positions(group: Group, path: Path) -> Path | None:
@@ -223,7 +227,7 @@ def frontier(group: Group, path: Path) -> Path:
     ratios = {model.name: math.exp(model.loss(group.trained_at) - base) for model in group.models}
     points = {n: {model.name: (_keys(model, n), ratios[model.name]) for model in group.models} for n in ends}
     best = {n: _unbeaten(points[n]) for n in ends}
-    wanted = {"dense", "hybrid"}.union(*(_steps(best[n], ratios) for n in ends))
+    wanted = {"dense", DEFAULT}.union(*(_steps(best[n], ratios) for n in ends))
     named = sorted((one for one in group.models if one.name in wanted), key=lambda model: ratios[model.name])
 
     def draw(page: Page) -> Figure:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from fibattn.progress import quantity
 from fibattn.study.findings import Finding, judged, missing, percent, verdict_over
 from fibattn.study.recalled import recalled
-from fibattn.study.results import PLAIN, Group, Model, Probes, in_words, losses, mean_loss
+from fibattn.study.results import PLAIN, Group, Model, Probes, as_saved, in_words, losses, mean_loss
 from fibattn.study.store import ways
+from fibattn.training.recipe import DEFAULT
 
 
 def own_goals(group: Group, probes: Probes) -> list[Finding]:
@@ -26,9 +27,9 @@ def own_goals(group: Group, probes: Probes) -> list[Finding]:
 
 def _better_everywhere(group: Group) -> Finding:
     claim = "The default recipe is better than dense at the training length on every domain"
-    dense, ours = group.get("dense"), group.get("hybrid")
+    dense, ours = group.get("dense"), group.get(DEFAULT)
     if not (dense and ours and ours.beside(dense)):
-        return missing(claim, group, "dense", "hybrid")
+        return missing(claim, group, "dense", DEFAULT)
     evidence, good, overall = {}, [], []
     for own, theirs in ours.beside(dense):
         other = losses(theirs, group.trained_at)
@@ -44,38 +45,40 @@ def _better_everywhere(group: Group) -> Finding:
 
 
 def _no_worse_when_long(group: Group) -> Finding:
-    ours, longest = group.get("hybrid"), group.lengths[-1]
+    ours, longest = group.get(DEFAULT), group.lengths[-1]
     factor = longest // group.trained_at
     claim = f"The default recipe gets no worse at {factor} times the training length"
     if ours is None:
-        return missing(claim, group, "hybrid")
+        return missing(claim, group, DEFAULT)
     evidence, good = {}, []
     for run in ours.runs:
-        near = losses(run, group.trained_at)
-        changes = {name: loss - near[name] for name, loss in losses(run, longest).items()}
+        way, near = as_saved(run), losses(run, group.trained_at)
+        changes = {name: loss - near[name] for name, loss in losses(run, longest, way).items()}
         good += [change <= 0 for change in changes.values()]
         words = [f"{name} {percent(change)}" for name, change in changes.items()]
-        best = min(group.lengths, key=lambda length: mean_loss(run, length))
-        from_best = percent(mean_loss(run, longest) - mean_loss(run, best))
-        evidence[run["seed"]] = ", ".join(words) + f", best at {best // group.trained_at}×, {from_best} from there"
+        best = min(group.lengths, key=lambda length: mean_loss(run, length, way))
+        words.append(f"best at {best // group.trained_at}×")
+        if best < longest:
+            words.append(f"{percent(mean_loss(run, longest, way) - mean_loss(run, best, way))} from there")
+        evidence[run["seed"]] = ", ".join([in_words(way), *words])
     return Finding(claim, verdict_over(good), _by_seed(evidence))
 
 
 def _helped_dense(group: Group) -> Finding:
     claim = "The default recipe is ahead of dense past the training length, however dense is helped there"
-    dense, ours = group.get("dense"), group.get("hybrid")
+    dense, ours = group.get("dense"), group.get(DEFAULT)
     pairs = [(own, theirs) for own, theirs in ours.beside(dense) if ways(theirs)] if dense and ours else []
     if not pairs:
-        return missing(claim, group, "dense", "hybrid")
+        return missing(claim, group, "dense", DEFAULT)
     evidence, good = {}, []
     for own, theirs in pairs:
         words = []
         for length in (length for length in group.lengths if length > group.trained_at):
             best, way = min((mean_loss(theirs, length, way), way) for way in (PLAIN, *ways(theirs)))
-            gap = mean_loss(own, length) - best
+            gap = mean_loss(own, length, as_saved(own)) - best
             good.append(gap < 0)
             words.append(f"{length // group.trained_at}×: {percent(gap)} ({in_words(way)})")
-        evidence[own["seed"]] = ", ".join(words)
+        evidence[own["seed"]] = ", ".join([in_words(as_saved(own)), *words])
     tried = ", ".join(dict.fromkeys(in_words(way) for _, theirs in pairs for way in ways(theirs)))
     against = f"against the best of {tried}: {_by_seed(evidence)}"
     helps = {"bounded": "bounded", "lengthened": "trained on in longer windows"}
@@ -86,11 +89,11 @@ def _helped_dense(group: Group) -> Finding:
 
 
 def _bounded(group: Group) -> Finding:
-    claim = "With bounded full layers, at constant cost, the default recipe is no worse in the longest windows"
-    ours, longest = group.get("hybrid"), group.lengths[-1]
+    claim = "In the longest windows the default recipe is no worse for its bound, which makes its cost constant"
+    ours, longest = group.get(DEFAULT), group.lengths[-1]
     runs = [run for run in ours.runs if run.get("bounded")] if ours else []
     if not runs:
-        return Finding(claim, "not run", "needs a run of hybrid that was evaluated so")
+        return Finding(claim, "not run", f"needs a run of {DEFAULT} that was evaluated so")
     evidence, good = {}, []
     for run in runs:
         gaps = {int(n): mean_loss(run, longest, n) - mean_loss(run, longest) for n in run["bounded"]}
@@ -101,9 +104,9 @@ def _bounded(group: Group) -> Finding:
 
 def _trains_as_fast(group: Group) -> Finding:
     claim = "The default recipe trains at least as fast as dense at the training length"
-    dense, ours = group.get("dense"), group.get("hybrid")
+    dense, ours = group.get("dense"), group.get(DEFAULT)
     if not (dense and ours):
-        return missing(claim, group, "dense", "hybrid")
+        return missing(claim, group, "dense", DEFAULT)
     theirs = dense.alone()
     pairs = [(own, other) for own in ours.alone() for other in theirs if own["hardware"] == other["hardware"]]
     if not pairs:
@@ -147,11 +150,11 @@ def _rungs_against_window(group: Group) -> Finding:
 
 
 def _copies_farther(group: Group) -> Finding:
-    claim = "From text alone the default recipe learns to copy from where a plain window of its width does not"
-    ours, window = group.get("hybrid"), group.plain_window
+    claim = "From text alone the default recipe learns to copy from where a plain window of as many keys does not"
+    ours, window = group.get(DEFAULT), group.plain_window
     asked = {model.name: _copied(model) for model in (ours, window, group.get("dense")) if model}
     if not (ours and window and asked[ours.name] and asked[window.name]):
-        return missing(claim, group, "hybrid", window.name if window else "window-w132")
+        return missing(claim, group, DEFAULT, window.name if window else "window-w132")
     own, control = asked[ours.name], asked[window.name]
     far = [n for n in sorted(own) if ours.recipe["window"] < n <= group.trained_at // 2]
     good = [min(own[n]) - max(control[n]) >= 0.01 for n in far if n in control]

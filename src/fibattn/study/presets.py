@@ -12,7 +12,7 @@ from typing import Literal
 
 from fibattn.errors import InputError, suggestion
 from fibattn.pattern import Base, Schedule, key_count, layer_patterns
-from fibattn.training.recipe import PRESETS, ModelRecipe, OptimizerRecipe, Recipe
+from fibattn.training.recipe import DEFAULT, PRESETS, ModelRecipe, OptimizerRecipe, Recipe
 
 RopeScaling = Literal["linear", "yarn"]
 
@@ -150,11 +150,14 @@ _full = replace(PRESETS["paper"], save_every=2000, keep_checkpoints=1)
 DENSE = Run("dense", ModelRecipe(attention="full"), rope_scaling=("yarn", "linear"), full_windows=(1,), lengthened=True)
 """The baseline, with all that helps it past its training length."""
 
-HYBRID = Run("hybrid", PRESETS["hybrid"].model, full_windows=(1, 4))
-"""The project's default recipe: linear stagger, W = 128, two full-attention layers without RoPE."""
+HYBRID = Run(DEFAULT, replace(PRESETS[DEFAULT].model, bound_full_layers=False), full_windows=(1,))
+"""The project's default recipe: linear stagger, W = 64, two full-attention layers without RoPE.
 
-_narrow = tuple(_hybrid(f"hybrid-w{window}", _stagger(window), HYBRID.model.full_layers) for window in (64, 32, 12))
-"""The same with narrower windows; the first two are its rivals."""
+It is trained the same with and without its bound, so a run without one is evaluated both ways.
+"""
+
+_widths = tuple(_hybrid(f"hybrid-w{window}", _stagger(window), HYBRID.model.full_layers) for window in (128, 32, 12))
+"""The same with other windows; the first two are its rivals."""
 
 _KINDS: tuple[tuple[Schedule, Base], ...] = (
     ("linear", "fibonacci"),
@@ -204,7 +207,7 @@ STUDIES: dict[str, Study] = {
     "seeds": Study(
         "two more seeds of dense, the five models with W = 12, the default recipe and its rivals",
         _full,
-        tuple(run.repeated(seed) for seed in (SEED + 1, SEED + 2) for run in (DENSE, HYBRID, *_narrow[:2], *_W12)),
+        tuple(run.repeated(seed) for seed in (SEED + 1, SEED + 2) for run in (DENSE, HYBRID, *_widths[:2], *_W12)),
     ),
     "beyond": Study(
         "past the paper: wider windows, staggered heads, plain windows of the same cost, hybrids, stretched RoPE",
@@ -215,7 +218,7 @@ STUDIES: dict[str, Study] = {
             _controls[0],
             _stagger(128),
             _stagger(128, heads=True),
-            *_narrow,
+            *_widths,
             _hybrid("hybrid-heads", _stagger(128, heads=True), HYBRID.model.full_layers),
             _hybrid("hybrid-window", _controls[0], HYBRID.model.full_layers),
             _hybrid("hybrid-window-w70", _control(_stagger(64)), HYBRID.model.full_layers),

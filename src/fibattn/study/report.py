@@ -35,8 +35,8 @@ _CAPTIONS = {
     "recall": "How often a value is found again that stands so far back; small models, trained for it: the median of "
     "their seeds, which are the thin lines.",
     "frontier": "Quality at the training length, against cost there and in the longest windows; each point is the "
-    "first seed of a model; down and to the left is better. The line joins those that no other beats in both; numbers "
-    "name its steps of 2 % and more, dense and the default recipe.",
+    "first seed of a model, its full layers unbounded; down and to the left is better. The line joins those that no "
+    "other beats in both; numbers name its steps of 2 % and more, dense and the default recipe.",
 }
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from fibattn import files
 from fibattn.errors import InputError
 from fibattn.study.store import LENGTHENED, Store, ways
+from fibattn.training.recipe import DEFAULT
 
 PLAIN = "plain"
 ROPE_NAMES = {"yarn": "YaRN", "linear": "linear scaling"}
@@ -48,6 +49,15 @@ def in_words(way: str) -> str:
         return ROPE_NAMES[way]
     tokens = f"{int(way.removeprefix(LENGTHENED)):,}"
     return f"a tenth more at {tokens}" if way.startswith(LENGTHENED) else f"bounded to {tokens}"
+
+
+def as_saved(run: dict[str, Any]) -> str:
+    """The way in which a finished model of the default recipe looks back: no farther than it was trained to.
+
+    `PLAIN` where it was not evaluated so.
+    """
+    way = str(run["trained_at"])
+    return way if way in ways(run) else PLAIN
 
 
 def _measured(run: dict[str, Any], length: int, way: str) -> dict[str, dict[str, Any]]:
@@ -94,6 +104,11 @@ class Model:
     def recipe(self) -> dict[str, Any]:
         """The model's part of its recipe."""
         return self.first["recipe"]["model"]
+
+    @property
+    def keys(self) -> float:
+        """Keys that a query reads at the training length, the mean over layers and positions."""
+        return self.first["model"]["keys"]
 
     @property
     def is_papers(self) -> bool:
@@ -227,13 +242,13 @@ class Group:
 
     @property
     def plain_window(self) -> Model | None:
-        """The plain window whose width is nearest to the default recipe's; without that one, the widest."""
+        """The plain window that reads nearest to as many keys as the default recipe; without that one, the widest."""
         windows = [one for one in self.models if one.recipe["attention"] == "sliding" and not one.recipe["full_layers"]]
         if not windows:
             return None
-        ours = self.get("hybrid")
-        wanted = ours.recipe["window"] if ours else max(one.recipe["window"] for one in windows)
-        return min(windows, key=lambda one: abs(one.recipe["window"] - wanted))
+        ours = self.get(DEFAULT)
+        wanted = ours.keys if ours else max(one.keys for one in windows)
+        return min(windows, key=lambda one: abs(one.keys - wanted))
 
     def compared(self, models: Sequence[Model]) -> dict[str, float]:
         """The mean loss of each at the training length, by name, best first, over the seeds that all of them have.

@@ -176,7 +176,7 @@ PRESETS: dict[str, Recipe] = {
     "hybrid": replace(
         _paper,
         out=Path("runs/hybrid"),
-        model=ModelRecipe(window=128, full_layers=(7, 15), full_layers_rope=False),
+        model=ModelRecipe(window=64, full_layers=(7, 15), full_layers_rope=False, bound_full_layers=True),
     ),
     "small": Recipe(
         out=Path("runs/small"),
@@ -190,7 +190,8 @@ PRESETS: dict[str, Recipe] = {
     ),
 }
 """`paper` is the paper's linear stagger, `dense` its baseline, `hybrid` the project's own: a wider window and two
-layers of full attention without rotary positions, in the study ahead of both. `small` trains on a laptop."""
+layers of full attention without rotary positions, bounded once they are trained; in the study ahead of both.
+`small` trains on a laptop."""
 
 DEFAULT = "hybrid"
 """The recipe of who names none."""
