@@ -89,7 +89,13 @@ def test_full_layers_can_be_bounded(data: Path, tmp_path: Path) -> None:
     whole, bounded = losses(), losses("--full-reach", "15")
     assert bounded[0] == pytest.approx(whole[0], abs=1e-5)
     assert abs(bounded[1] - whole[1]) > 1e-3
-    assert main(["eval", str(tmp_path / "full"), "--data", str(data), "--full-reach", "0"]) == 2
+    assert json.loads((tmp_path / "result.json").read_text())["full_reach"] == 15
+    made.config.full_reach = 15
+    made.config.save_pretrained(tmp_path / "full")
+    assert losses() == bounded, "as it was saved"
+    assert json.loads((tmp_path / "result.json").read_text())["full_reach"] == 15
+    assert losses("--full-reach", "0") == whole
+    assert "full_reach" not in json.loads((tmp_path / "result.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -99,7 +105,7 @@ def test_full_layers_can_be_bounded(data: Path, tmp_path: Path) -> None:
         (["--lengths", "0"], "each must be at least 1"),
         (["--tokens", "0"], "each must be at least 1"),
         (["--batch-tokens", "0"], "batch_tokens 0: each must be at least 1"),
-        (["--full-reach", "0"], "full_reach is 0; it must be at least 1"),
+        (["--full-reach", "-1"], "full_reach is -1; it must be at least 1, 0 for no bound, or left out"),
         (
             ["--lengths", "9999999"],
             "fewer than one window of 9999999; evaluate shorter lengths, raise the limit, or hold out more text",

@@ -27,7 +27,7 @@ class Arguments:
     batch_tokens: int = 32_768
     """Tokens of a forward pass; fewer need less memory."""
     full_reach: int | None = None
-    """Let full-attention layers look back only so far."""
+    """Let full-attention layers look back only so far, 0 to the beginning; left out: as the model was saved."""
     out: Path | None = None
     """Where the JSON goes; when left out beside the model of a run, without --full-reach into its card, too."""
 
@@ -57,8 +57,8 @@ def run(arguments: list[str]) -> None:
         model, data, lengths=lengths, sets=list(chosen.sets), tokens=chosen.tokens, batch_tokens=chosen.batch_tokens
     )
     result["model"] = str(folder)
-    if chosen.full_reach is not None:
-        result["full_reach"] = chosen.full_reach
+    if (bound := getattr(model.config, "full_reach", None)) is not None:
+        result["full_reach"] = bound
     console = Console()
     for table in tables(result):
         console.print(table)

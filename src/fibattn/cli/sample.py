@@ -33,7 +33,7 @@ class Arguments:
     """Of the draws: the same seed, the same text on the same machine."""
     full_reach: int | None = None
     """Let full-attention layers look back only so far: constant memory, and often better text past the training
-    length."""
+    length. 0 lets them see everything; left out: as the model was saved."""
     compile: bool = False
     """Compile the step: takes a while to begin, then runs faster."""
 

@@ -63,17 +63,19 @@ def load_model(folder: Path, **changes: Any) -> PreTrainedModel:
 def load_bounded(folder: Path, full_reach: int | None) -> PreTrainedModel:
     """The model in `folder`, its full-attention layers looking back `full_reach` tokens at most.
 
+    0 takes a bound away that the model was saved with; None leaves the model as it is.
+
     Raises:
         InputError: as `load_model`, and for a bound on a model that is not this project's.
     """
     if full_reach is None:
         return load_model(folder)
-    if full_reach < 1:
-        raise InputError(f"full_reach is {full_reach}; it must be at least 1, or left out for no bound")
+    if full_reach < 0:
+        raise InputError(f"full_reach is {full_reach}; it must be at least 1, 0 for no bound, or left out")
     kind = files.read_json(folder / "config.json").get("model_type")
     if kind != FibAttnConfig.model_type:
         raise InputError(f"{folder} is a {kind} model; only fibattn models take a full reach, leave it out")
-    return load_model(folder, full_reach=full_reach)
+    return load_model(folder, full_reach=full_reach or None)
 
 
 def sweep(
