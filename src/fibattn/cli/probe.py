@@ -114,7 +114,8 @@ class Harness:
 
 @dataclass(frozen=True)
 class Latency:
-    """The time of a forward pass at the paper's shape: static offsets, learned scales, dense."""
+    """The time of a forward pass at the paper's shape: static offsets, learned scales, the default
+    recipe (hybrid) and dense."""
 
     lengths: tuple[int, ...] = (1024, 4096, 16_384, 65_536, 131_072)
     tokens: int = 8192

@@ -54,7 +54,8 @@ def _models(group: Group, models: Sequence[Model], title: str) -> Table:
         f"Perplexity at {group.trained_at:,} tokens on each held-out set, first seed, best first; data "
         f"{group.data_fingerprint[:12]}. Keys: what a query reads at that length, the mean over positions and layers. "
         "Against dense: the mean over the seeds that both have, so many. σ: the same in standard deviations over the "
-        "seeds of one model, pooled over the two; a difference of two runs has √2 of that.",
+        "seeds of one model, pooled over the two; a difference of two runs has √2 of that. The "
+        "change is without a bound.",
         (
             "model",
             "keys",
@@ -157,8 +158,8 @@ def copying_table(groups: Sequence[Group]) -> Table | None:
     return Table(
         "Copying",
         "The part of random tokens, read a second time so many tokens after the first, that a model names. Two copies "
-        "fit into a training window up to half its length. Runs from before this was measured are left out; older "
-        "ones were not asked past the training window.",
+        "fit into a training window up to half its length. Full layers are unbounded. Runs from before this was "
+        "measured are left out; older ones were not asked past the training window.",
         ("model", "training tokens", "seed", *(f"{int(distance):,} tokens" for distance in distances)),
         tuple(rows),
     )

@@ -105,7 +105,8 @@ def _last_positions(group: Group) -> Table:
     return Table(
         "Table 2, the other convention. The last 256 positions of every window",
         "Perplexity (geometric mean over the sets) where context is longest. Windows of different lengths end at "
-        "different tokens, so compare down a column, not along a row. RoPE is plain.",
+        "different tokens, so compare down a column, not along a row. RoPE is plain, full layers are "
+        "unbounded.",
         ("model", *(f"{length // group.trained_at}×" for length in group.lengths)),
         tuple((model.label, *(f"{math.exp(model.last(n)):.2f}" for n in group.lengths)) for model in order),
     )
