@@ -23,7 +23,7 @@ import triton
 from decode_models import MODELS
 from transformers import StaticCache
 
-from fibattn import FibAttnConfig, FibAttnForCausalLM, Pattern, attend_cached
+from fibattn import FibAttnForCausalLM, Pattern, attend_cached
 
 CONTEXTS = (1024, 4096, 16384, 65536, 262144, 1048576)
 
@@ -83,7 +83,7 @@ class Decoder:
         torch.manual_seed(0)
         torch._dynamo.reset()
         self.batch = batch
-        model = FibAttnForCausalLM(FibAttnConfig(**MODELS[name])).to("cuda", torch.bfloat16).eval()
+        model = FibAttnForCausalLM(MODELS[name]).to("cuda", torch.bfloat16).eval()
         self.cache = StaticCache(config=model.config, max_cache_len=room)
         self.token = torch.zeros(batch, 1, dtype=torch.int64, device="cuda")
         model(self.token, past_key_values=self.cache, use_cache=True)

@@ -19,7 +19,7 @@ from decode_models import MODELS
 from matplotlib import pyplot as plt
 from transformers import StaticCache
 
-from fibattn import FibAttnConfig, FibAttnForCausalLM, plotting
+from fibattn import FibAttnForCausalLM, plotting
 
 Row = tuple[str, int, float, float]
 
@@ -28,7 +28,7 @@ def measure(name: str, context: int, device: str, repeats: int) -> Row:
     """Milliseconds a token, the median, and MiB of cache, with `context` tokens in it."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = FibAttnForCausalLM(FibAttnConfig(**MODELS[name])).to(device, dtype).eval()
+    model = FibAttnForCausalLM(MODELS[name]).to(device, dtype).eval()
     cache = StaticCache(config=model.config, max_cache_len=context + 3 * repeats)
     token = torch.zeros(1, 1, dtype=torch.int64, device=device)
     model(token, past_key_values=cache, use_cache=True)

@@ -1,18 +1,15 @@
-"""The models whose decoding is measured: what they differ in from the paper's 60 M-parameter configuration."""
+"""The models whose decoding is measured, of the paper's 60 M-parameter shape: those of the latency probe, and the
+default recipe without its bound."""
 
-from fibattn.training.recipe import PRESETS
+from fibattn import FibAttnConfig
+from fibattn.evaluation.latency import models
+from fibattn.training.recipe import DEFAULT, PRESETS
+from fibattn.training.run import model_config
 
-HYBRID = PRESETS["hybrid"].model
-LAYERS = HYBRID.num_hidden_layers
-KINDS = ["full_attention" if layer in HYBRID.full_layers else "fibonacci_attention" for layer in range(LAYERS)]
-_UNBOUNDED = {
-    "window": HYBRID.window,
-    "layer_types": KINDS,
-    "no_rope_layers": [int(kind != "full_attention") for kind in KINDS],
-}
-MODELS: dict[str, dict[str, object]] = {
-    "linear stagger, W = 12": {},
-    "hybrid": {**_UNBOUNDED, "full_reach": PRESETS["hybrid"].length - 1},
-    "hybrid without its bound": _UNBOUNDED,
-    "dense": {"layer_types": ["full_attention"] * LAYERS},
+_timed = models()
+MODELS: dict[str, FibAttnConfig] = {
+    "linear stagger, W = 12": _timed["static"],
+    "hybrid": _timed["hybrid"],
+    "hybrid without its bound": model_config(PRESETS[DEFAULT], FibAttnConfig.vocab_size, separator=0),
+    "dense": _timed["dense"],
 }

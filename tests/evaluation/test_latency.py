@@ -22,7 +22,8 @@ def test_models_differ_in_their_attention_alone() -> None:
     assert models()["static"] == FibAttnConfig()
     assert hybrid.layer_types == ["full_attention"] * 2
     default = model_config(PRESETS[DEFAULT], FibAttnConfig.vocab_size, separator=0)
-    default.full_reach = PRESETS[DEFAULT].length - 1
+    default.full_reach = PRESETS[DEFAULT].full_reach
+    assert default.full_reach == 1023
     assert models()["hybrid"] == default
 
 

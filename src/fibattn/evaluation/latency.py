@@ -15,23 +15,25 @@ from fibattn.errors import InputError
 from fibattn.evaluation.fit import device
 from fibattn.model import FibAttnConfig, FibAttnForCausalLM
 from fibattn.progress import Meter
+from fibattn.training.recipe import DEFAULT, PRESETS
 
 
 def models(**shape: Any) -> dict[str, FibAttnConfig]:
     """What is compared, at the paper's shape unless `shape` changes fields of the configuration.
 
-    `static` and `learned` have a window of 12; the hybrid is the finished default recipe: a
-    window of 64, and in the middle and at the end a full layer, bounded to the training length.
+    `static` and `learned` have a window of 12; the hybrid is the finished default recipe, its full layers in the
+    middle and at the end.
     """
+    default = PRESETS[DEFAULT]
     layers = shape.get("num_hidden_layers", FibAttnConfig.num_hidden_layers)
     full = [layer in (layers // 2 - 1, layers - 1) for layer in range(layers)]
     return {
         "static": FibAttnConfig(schedule="linear", **shape),
         "learned": FibAttnConfig(schedule="learned", **shape),
         "hybrid": FibAttnConfig(
-            window=64,
-            full_reach=FibAttnConfig.max_position_embeddings - 1,
-            max_offset=FibAttnConfig.max_position_embeddings - 1,
+            window=default.model.window,
+            full_reach=default.full_reach,
+            max_offset=default.length - 1,
             layer_types=["full_attention" if one else "fibonacci_attention" for one in full],
             no_rope_layers=[int(not one) for one in full],
             **shape,

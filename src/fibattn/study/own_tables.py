@@ -41,7 +41,7 @@ def _models(group: Group, models: Sequence[Model], title: str) -> Table:
         rows.append(
             (
                 model.label,
-                f"{model.first['model']['keys']:.0f}",
+                f"{model.keys:.0f}",
                 *(f"{math.exp(losses[name]):.2f}" for name in group.sets),
                 gap,
                 away,

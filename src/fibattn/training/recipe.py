@@ -119,6 +119,11 @@ class Recipe:
         """Training targets in all."""
         return self.steps * self.windows_per_step * self.length
 
+    @property
+    def full_reach(self) -> int | None:
+        """How far back the full layers of the finished model look; None: to the beginning."""
+        return max(self.length - 1, 1) if self.model.bound_full_layers else None
+
     def micro_batches(self, processes: int) -> int:
         """How many micro-batches each of `processes` takes a step.
 

@@ -220,8 +220,8 @@ def _finish(
             tokenizer.chat_template = tokenizer.chat_template or _PLAIN_CHAT
             tokenizer.save_pretrained(staged)
             config = FibAttnConfig.from_pretrained(staged)
-            if recipe.model.bound_full_layers:
-                config.full_reach = max(recipe.length - 1, 1)
+            if recipe.full_reach is not None:
+                config.full_reach = recipe.full_reach
                 config.save_pretrained(staged)
             write_card(staged, config, parameters, recipe, data)
             checkpoints.seal(staged)
