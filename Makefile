@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)
-	@$(RUN) -m fibattn demo || \
+	@$(RUN) -m examples.demo || \
 	$(FAIL) 'the demonstration failed, as said above. Run make demo again: it goes on where it stopped'
 
 test: $(STAMP)

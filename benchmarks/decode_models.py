@@ -2,9 +2,9 @@
 default recipe without its bound."""
 
 from fibattn import FibAttnConfig
-from fibattn.evaluation.latency import models
 from fibattn.training.recipe import DEFAULT, PRESETS
 from fibattn.training.run import model_config
+from study.probes.latency import models
 
 _timed = models()
 MODELS: dict[str, FibAttnConfig] = {

@@ -5,7 +5,7 @@
 Prints the fastest configurations and the built-in one, in microseconds: medians by events on the GPU over
 replays of a CUDA graph, the L2 cache flushed between runs. What does not compile is left out. Most of the time goes
 into compiling: several runs side by side fill the cache, a last one alone has the times that count. The comparison
-with other providers is `fibattn bench attention`.
+with other providers is `python -m benchmarks operator`.
 """
 
 import argparse
@@ -16,13 +16,13 @@ from typing import Any
 import torch
 import triton
 
+from benchmarks.operator.cases import SHAPES, Case
 from fibattn.attention.ops import NO_LIMIT
 from fibattn.attention.triton.columns import fixed_columns, offset_table
 from fibattn.attention.triton.key_gradients import RungTiles, WindowTiles
 from fibattn.attention.triton.launch import Tiles
 from fibattn.attention.triton.scaled import interpolated_columns, resolve
 from fibattn.attention.triton.shape import shape_of
-from fibattn.bench.cases import SHAPES, Case
 from fibattn.pattern import base_rungs
 
 FORWARD, BACKWARD, KEYS = (

@@ -24,13 +24,13 @@ import triton
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
+from fibattn.data.prepared import TokenStream
+from fibattn.data.sequences import TrainingWindows
 from fibattn.data.shards import write_shard
-from fibattn.data.stream import TokenStream
-from fibattn.data.windows import TrainingWindows
-from fibattn.study.presets import STUDIES
 from fibattn.training.recipe import PRESETS, ModelRecipe, Recipe
 from fibattn.training.run import build_model
 from fibattn.training.trainer import FibTrainer
+from study.presets import STUDIES
 
 STANDARD = ("dense", "stagger", "learned", "hybrid")
 MODELS = {

@@ -13,7 +13,8 @@ import fibattn
 from fibattn.data.plan import Plan
 from fibattn.data.prepare import prepare
 from fibattn.data.sources import parse_source
-from fibattn.evaluation.sweep import load_model, sweep
+from fibattn.evaluation.sweep import sweep
+from fibattn.model.loading import load_model
 from fibattn.training.recipe import ModelRecipe, OptimizerRecipe, Recipe
 from fibattn.training.run import train
 

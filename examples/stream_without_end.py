@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fibattn import FibAttnConfig, FibAttnForCausalLM
-from fibattn.model.stream import stream
+from fibattn.model.streaming import stream
 
 if len(sys.argv) > 1:
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()

@@ -10,7 +10,6 @@ import pytest
 
 from fibattn import files
 from fibattn.cli.main import main
-from fibattn.study.presets import STUDIES
 from fibattn.training.recipe import PRESETS, to_json
 
 TINY = ["--length=32", "--windows-per-step=2", "--micro-batch=2", "--steps=2", "--save-every=1", "--log-every=1"]
@@ -194,48 +193,3 @@ def test_disk_that_is_full_is_said_in_one_line(prepared: Path, tmp_path: Path) -
     assert not list(run.glob("checkpoint-*"))
     assert main(words) == 0
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("study papr", "unknown study 'papr': did you mean 'paper'?"),
-        ("study paper", "which data? Give --data"),
-        ("study smoke --shard 2/2", "--shard is '2/2'; expected I/N"),
-        ("study smoke --processes 0", "--processes is 0; it must be at least 1"),
-        ("study smoke --eval-tokens many", "'many' is not a count"),
-        ("study smoke --minutes -1", "--minutes is -1; it must be above 0"),
-        ("study smoke --minutes nan", "--minutes is nan; it must be above 0"),
-        ("report nowhere", "nowhere does not exist"),
-    ],
-)
-def test_studies_that_cannot_be(capsys: pytest.CaptureFixture[str], words: str, message: str) -> None:
-    assert message in says(capsys, *words.split())
-
-
-@pytest.mark.parametrize("flag", ["--out", "--work"])
-def test_a_file_where_a_study_wants_a_folder_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str
-) -> None:
-    file = tmp_path / "file"
-    file.touch()
-    for given in (file, file / "folder"):
-        line = says(capsys, "study", "smoke", "--out", tmp_path / "new", flag, given)
-        assert f"{flag} is {given}, but {file} is a file; give a folder" in line
-
-
-def test_a_study_under_torchrun_is_refused(tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--tee=2"]
-    study = ["-m", "fibattn", "study", "smoke", "--out", str(tmp_path / "out")]
-    done = subprocess.run([*torchrun, f"--log-dir={tmp_path}", *study], capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "fibattn study: torchrun started 2 processes" in done.stderr
-    assert "`fibattn study smoke --processes 2`" in done.stderr
-    assert not (tmp_path / "out").exists()
-
-
-def test_help_of_study_says_what_the_studies_are(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["study", "--help"])
-    printed = " ".join(capsys.readouterr().out.split())
-    assert all(f"{name} {study.about}" in printed for name, study in STUDIES.items())

@@ -11,7 +11,7 @@ import torch
 
 from fibattn import FibAttnConfig, FibAttnForCausalLM
 from fibattn.cli.main import main
-from fibattn.data.stream import PreparedData
+from fibattn.data.prepared import PreparedData
 from fibattn.evaluation.sweep import default_output
 
 

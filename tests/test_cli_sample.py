@@ -58,8 +58,8 @@ def test_a_bound_makes_a_model_with_full_layers_go_on_for_ever(folder, tmp_path,
     import json
     import shutil
 
-    from fibattn.evaluation.sweep import load_bounded
-    from fibattn.model.stream import growing_layers
+    from fibattn.model.loading import load_bounded
+    from fibattn.model.streaming import growing_layers
 
     full = shutil.copytree(folder, tmp_path / "full")
     settings = json.loads((full / "config.json").read_text())

@@ -12,13 +12,15 @@ from pathlib import Path
 import pytest
 
 import fibattn
-from fibattn.cli.main import VERBS
+from fibattn.cli.main import PROGRAM
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "fibattn"
 HEAVY = {"numpy", "torch", "transformers", "triton", "datasets", "tokenizers", "matplotlib", "rich", "tyro"}
 # From the ground up: a room may import those before it. The files of no room are below all of them.
-ROOMS = ["pattern", "attention", "model", "data", "training", "evaluation", "bench", "study", "cli"]
+ROOMS = ["pattern", "attention", "model", "data", "training", "evaluation", "cli"]
+# Beside the library; each may import the library and those before it.
+BESIDE = ["study", "benchmarks", "examples"]
 
 
 def run(code: str) -> None:
@@ -55,35 +57,48 @@ def test_help_imports_nothing_heavy() -> None:
     assert not found & HEAVY
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", PROGRAM.verbs)
 def test_help_of_a_verb_imports_no_torch(verb: str) -> None:
     assert not imported(verb, "--help") & {"torch", "transformers", "triton"}
 
 
 def imports(path: Path) -> list[tuple[str, str]]:
-    """(module, name) of every import from this package in a file, also inside functions."""
+    """(module, name) of every import in a file, also inside functions."""
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fibattn":
+        if isinstance(node, ast.ImportFrom):
             found += [(node.module or "", alias.name) for alias in node.names]
         if isinstance(node, ast.Import):
-            found += [(alias.name, "") for alias in node.names if alias.name.split(".")[0] == "fibattn"]
+            found += [(alias.name, "") for alias in node.names]
     return found
 
 
 def room(module: str) -> str:
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else ""
+    """The room that a module is in; nothing for what is of no room, or of another project."""
+    first, *rest = module.split(".")
+    if first in BESIDE:
+        return first
+    return rest[0] if first == "fibattn" and rest and rest[0] in ROOMS else ""
 
 
-@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: path.relative_to(SOURCE).as_posix())
+def module_of(path: Path) -> str:
+    inside = path.relative_to(SOURCE.parent if path.is_relative_to(SOURCE) else ROOT)
+    return inside.with_suffix("").as_posix().replace("/", ".")
+
+
+PROGRAMS = [path for folder in (SOURCE, *(ROOT / name for name in BESIDE)) for path in folder.rglob("*.py")]
+PROGRAMS = [path for path in PROGRAMS if "tests" not in path.parts[len(ROOT.parts) :]]
+
+
+@pytest.mark.parametrize("path", sorted(PROGRAMS), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_rooms_know_only_those_below(path: Path) -> None:
-    own = room("fibattn." + path.relative_to(SOURCE).with_suffix("").as_posix().replace("/", "."))
+    """The library imports nothing of the study; a room nothing of those after it, nor another's private names."""
+    order, own = [*ROOMS, *BESIDE], room(module_of(path))
     for module, name in imports(path):
         other = room(module) or room(f"{module}.{name}")
         if own and other:
-            assert ROOMS.index(other) <= ROOMS.index(own), f"{own} imports {module}.{name}"
-        if other != own:
+            assert order.index(other) <= order.index(own), f"{own} imports {module}.{name}"
+        if other != own and module.split(".")[0] in ("fibattn", *BESIDE):
             assert not name.startswith("_") or name == "__version__", f"{module}.{name} is {other}'s own"
         if not own and other:
             assert path.name in ("__init__.py", "__main__.py"), f"{path.name} is below all rooms, but imports {module}"

@@ -17,8 +17,8 @@ from corpus_files import fingerprints, write_jsonl
 from fibattn import files
 from fibattn.data.plan import Plan
 from fibattn.data.prepare import prepare
+from fibattn.data.prepared import PreparedData
 from fibattn.data.sources import Source, parse_source
-from fibattn.data.stream import PreparedData
 from fibattn.data.tokenizer import load_tokenizer
 from fibattn.errors import InputError
 from fibattn.lock import locked
@@ -358,7 +358,9 @@ def test_training_needs_no_datasets_package(whole):
     code = """
 import sys
 sys.modules["datasets"] = None
-from fibattn.data import order, stream, windows
+from fibattn.data import prepared as stream
+from fibattn.data import sequences as windows
+from fibattn.data import order
 data = stream.PreparedData.open(sys.argv[1])
 assert len(windows.held_out_windows(data.validation["books"], 64)) > 1
 """

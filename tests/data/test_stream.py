@@ -3,9 +3,9 @@ import pickle
 import numpy as np
 import pytest
 
+from fibattn.data.prepared import TokenStream
+from fibattn.data.sequences import TrainingWindows, held_out_windows
 from fibattn.data.shards import write_shard
-from fibattn.data.stream import TokenStream
-from fibattn.data.windows import TrainingWindows, held_out_windows
 from fibattn.errors import InputError
 
 U2 = np.dtype("<u2")

@@ -9,7 +9,7 @@ from torch.nn import functional
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from fibattn import FibAttnForCausalLM
-from fibattn.data.stream import PreparedData
+from fibattn.data.prepared import PreparedData
 from fibattn.errors import InputError
 from fibattn.evaluation import loss
 from fibattn.evaluation.loss import PositionLoss, position_loss

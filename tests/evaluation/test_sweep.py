@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from fibattn import FibAttnForCausalLM, files
-from fibattn.data.stream import PreparedData
+from fibattn.data.prepared import PreparedData
 from fibattn.errors import InputError
-from fibattn.evaluation.sweep import change, default_output, find_model, load_model, sweep, tables
+from fibattn.evaluation.sweep import change, default_output, sweep, tables
+from fibattn.model.loading import find_model, load_model
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,14 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from fibattn.data.prepared import TokenStream
+from fibattn.data.sequences import TrainingWindows
 from fibattn.data.shards import write_shard
-from fibattn.data.stream import TokenStream
-from fibattn.data.windows import TrainingWindows
-from fibattn.evaluation.recall import recall
-from fibattn.evaluation.retrieval import build, retrieval, set_width
 from fibattn.training.recipe import ModelRecipe, OptimizerRecipe, Recipe
 from fibattn.training.run import build_model
 from fibattn.training.trainer import FibTrainer
+from study.probes.recall import recall
+from study.probes.retrieval import build, retrieval, set_width
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,7 +13,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 
 from fibattn import FibAttnConfig, FibAttnForCausalLM, InputError
 from fibattn.model.cache import DynamicRingLayer, StaticRingLayer
-from fibattn.model.stream import stream
+from fibattn.model.streaming import stream
 
 LENGTH = 70
 CACHES = {

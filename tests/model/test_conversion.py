@@ -22,9 +22,9 @@ from transformers import (
 
 import fibattn
 from fibattn import InputError, Pattern
-from fibattn.evaluation.sweep import load_model
 from fibattn.model.conversion import ARCHITECTURES
-from fibattn.model.stream import growing_layers, stream
+from fibattn.model.loading import load_model
+from fibattn.model.streaming import growing_layers, stream
 
 KEPT = {"none": [], "one": [1], "two": [0, 3]}
 

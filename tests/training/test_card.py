@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from fibattn import FibAttnConfig, files
+from fibattn import FibAttnConfig, files, sealed
 from fibattn.cli.main import main
-from fibattn.data.stream import PreparedData
-from fibattn.training import checkpoints
+from fibattn.data.prepared import PreparedData
 from fibattn.training.card import add_results, write_card
 from fibattn.training.recipe import Recipe
 from fibattn.training.run import model_config, train
@@ -86,7 +85,7 @@ def test_evaluation_goes_into_the_card_and_edits_stay(model: Path, recipe: Recip
     ]
     assert "# My model\n" in card.text
     assert "## How to load" in card.text
-    checkpoints.verify(model)
+    sealed.verify(model)
 
 
 def test_a_card_without_a_place_for_results_is_left_alone(tmp_path: Path) -> None:

@@ -18,12 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fibattn import files
+from fibattn import files, sealed
 from fibattn.cli.main import main
 from fibattn.errors import InputError
-from fibattn.evaluation.sweep import load_model
 from fibattn.lock import locked
-from fibattn.model.stream import growing_layers
+from fibattn.model.loading import load_model
+from fibattn.model.streaming import growing_layers
 from fibattn.pattern import Schedule
 from fibattn.training import checkpoints
 from fibattn.training.recipe import ModelRecipe, Recipe, to_json
@@ -206,7 +206,7 @@ def test_a_run_of_an_older_version_goes_on(recipe: Recipe) -> None:
         values = files.read_json(path)
         del values["gradient_checkpointing"], values["model"]["full_layers_rope"]
         files.write_json(path, values)
-    checkpoints.seal(recipe.out / "checkpoint-3")
+    sealed.seal(recipe.out / "checkpoint-3")
     shutil.rmtree(recipe.out / "model")
     train(replace(recipe, steps=3))
 
@@ -252,7 +252,7 @@ def poison(checkpoint: Path, value: float) -> None:
     weights = load_file(path)
     weights["model.norm.weight"][3] = value
     save_file(weights, path, metadata={"format": "pt"})
-    checkpoints.seal(checkpoint)
+    sealed.seal(checkpoint)
 
 
 def test_infinite_loss_stops_with_the_step_its_windows_and_a_checkpoint(recipe: Recipe) -> None:

@@ -10,11 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fibattn import files
-from fibattn.data.stream import PreparedData
+from fibattn import files, sealed
+from fibattn.data.prepared import PreparedData
 from fibattn.errors import InputError
 from fibattn.model import FibAttnForCausalLM
-from fibattn.training import checkpoints
 from fibattn.training.recipe import Recipe, load_recipe, to_json
 from fibattn.training.run import build_model, train
 from fibattn.training.start import load_weights
@@ -120,6 +119,6 @@ def test_a_start_with_another_tokenizer_is_refused(recipe: Recipe, finished: Pat
     a, b = list(words)[-2:]
     words[a], words[b] = words[b], words[a]
     files.write_json(other / "tokenizer.json", tokenizer)
-    checkpoints.seal(other)
+    sealed.seal(other)
     with pytest.raises(InputError, match=r"other was trained with another tokenizer .* --tokenizer .*other"):
         train(longer(recipe, other))

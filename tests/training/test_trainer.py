@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from fibattn.data.stream import PreparedData
+from fibattn.data.prepared import PreparedData
 from fibattn.errors import InputError
 from fibattn.training.recipe import ModelRecipe, OptimizerRecipe, Recipe
 from fibattn.training.run import build_model, train

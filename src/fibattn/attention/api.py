@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fibattn.attention import decode, ops, reference
+from fibattn.attention import ops, reference, ring
 from fibattn.errors import InputError, whole_number
 from fibattn.pattern import Pattern
 
@@ -237,14 +237,14 @@ def _take(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The keys and values that a chunk may attend to, how far back each query may look; the ring takes the chunk."""
     rows = k_cache.shape[1]
-    earlier = [decode.before(ring, cache_positions, min(reach, rows)) for ring in (k_cache, v_cache)]
+    earlier = [ring.before(cache, cache_positions, min(reach, rows)) for cache in (k_cache, v_cache)]
     if rows < reach and not _readable(cache_positions):
         # Too few rows cannot be refused here; they must not give plausible numbers.
         lost = (cache_positions[:, :1] > rows)[..., None, None]
         earlier = [x.masked_fill(lost, torch.nan) for x in earlier]
     keys, values = (torch.cat(pair, dim=1) for pair in zip(earlier, (k, v), strict=True))
-    decode.store(k_cache, k, cache_positions)
-    decode.store(v_cache, v, cache_positions)
+    ring.store(k_cache, k, cache_positions)
+    ring.store(v_cache, v, cache_positions)
     return keys, values, cache_positions if positions is None else torch.minimum(cache_positions, positions)
 
 

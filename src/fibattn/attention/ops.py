@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fibattn.attention import cpu, decode
+from fibattn.attention import cpu
+from fibattn.attention import ring as decode
 from fibattn.pattern import Pattern, interpolate
 
 NO_LIMIT = 2**31 - 1

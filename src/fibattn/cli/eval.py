@@ -37,10 +37,11 @@ def run(arguments: list[str]) -> None:
     chosen = parse(Arguments, arguments, "fibattn eval")
     from rich.console import Console
 
-    from fibattn.data.stream import PreparedData
+    from fibattn.data.prepared import PreparedData
     from fibattn.data.tokenizer import check_same_vocabulary
     from fibattn.errors import InputError
-    from fibattn.evaluation.sweep import default_output, find_model, load_bounded, sweep, tables
+    from fibattn.evaluation.sweep import default_output, sweep, tables
+    from fibattn.model.loading import find_model, load_bounded
     from fibattn.training.card import add_results
 
     if any(length < 1 for length in chosen.lengths) or chosen.tokens < 1 or chosen.batch_tokens < 1:

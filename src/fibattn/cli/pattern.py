@@ -71,7 +71,7 @@ def run(arguments: list[str]) -> None:
     console.print(_table(layer_alphas(chosen.schedule, layers=chosen.layers), patterns, chosen.context))
     for line in _summary(patterns, composition, chosen.context):
         console.print(line, soft_wrap=True, highlight=False)
-    from fibattn.study.pattern_figure import draw_patterns  # matplotlib takes a while to import
+    from fibattn.cli.pattern_figure import draw_patterns  # matplotlib takes a while to import
 
     console.print(f"drawn in {draw_patterns(patterns, composition, chosen.context, chosen.out)}", soft_wrap=True)
 

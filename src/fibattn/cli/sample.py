@@ -43,8 +43,8 @@ def run(arguments: list[str]) -> None:
     chosen = parse(Arguments, arguments, "fibattn sample")
     limit, prompt = _limit(chosen.max_new_tokens), _prompt(chosen)
     from fibattn.data.tokenizer import load_tokenizer, separator
-    from fibattn.evaluation.sweep import find_model, load_bounded
-    from fibattn.model.stream import growing_layers, stream
+    from fibattn.model.loading import find_model, load_bounded
+    from fibattn.model.streaming import growing_layers, stream
 
     folder = find_model(chosen.model)
     model, tokenizer = load_bounded(folder, chosen.full_reach).eval(), load_tokenizer(folder)
@@ -148,6 +148,6 @@ def _memory() -> str:
 
     if torch.cuda.is_available():
         return f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB of GPU memory at most"
-    from fibattn.bench.memory import process_peak
+    from fibattn.machine import process_peak
 
     return f"{process_peak() / 2**20:.0f} MiB of memory at most"

@@ -19,10 +19,10 @@ from fibattn import files
 from fibattn.data import held_out as split
 from fibattn.data import tokenizer as tokenization
 from fibattn.data.plan import Plan, largest_shares, shares
+from fibattn.data.prepared import PreparedData, fingerprint
 from fibattn.data.record import DATA, UNFINISHED, Record
 from fibattn.data.shards import save_array, token_dtype, write_shard
 from fibattn.data.sources import Source, resolve
-from fibattn.data.stream import PreparedData, fingerprint
 from fibattn.errors import InputError
 from fibattn.lock import locked
 from fibattn.progress import Meter

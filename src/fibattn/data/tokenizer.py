@@ -21,7 +21,7 @@ from fibattn.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from fibattn.data.stream import PreparedData
+    from fibattn.data.prepared import PreparedData
 
 BOS, PAD = "<|bos|>", "<|pad|>"
 WORDS = (

@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from fibattn.data.stream import TokenStream
-from fibattn.data.windows import held_out_windows
+from fibattn.data.prepared import TokenStream
+from fibattn.data.sequences import held_out_windows
 from fibattn.errors import InputError
 from fibattn.progress import Meter
 

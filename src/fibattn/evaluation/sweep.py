@@ -4,78 +4,15 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
+from transformers import PreTrainedModel
 
-from fibattn import files
-from fibattn.data.stream import PreparedData
+from fibattn.data.prepared import PreparedData
 from fibattn.errors import InputError, suggestion
 from fibattn.evaluation.loss import LAST, position_loss
-from fibattn.model import FibAttnConfig  # makes the model known to the Auto classes, too
-from fibattn.model.conversion import STORED_PATTERN, convert
-from fibattn.training import checkpoints
-from fibattn.training.card import model_name
+from fibattn.model.loading import model_name
 
 CONVENTION = "disjoint windows, every position; the same tokens at every length"
-
-
-def find_model(path: Path) -> Path:
-    """The model folder that `path` names: itself, or the finished model of a run.
-
-    Raises:
-        InputError: when there is no model, or a sealed one was cut short or changed.
-    """
-    for folder in (path, path / "model"):
-        if (folder / "config.json").exists():
-            if checkpoints.is_sealed(folder):
-                checkpoints.verify(folder)
-            return folder
-    raise InputError(f"{path} holds no model (config.json is missing); give a model folder or a finished run")
-
-
-def load_model(folder: Path, **changes: Any) -> PreTrainedModel:
-    """The model in `folder`, float32, on the GPU where there is one; `changes` go into its configuration.
-
-    A converted model (`fibattn.convert`) is converted again, to the pattern it was saved with.
-
-    Raises:
-        InputError: when the files are not those of a causal language model, or weights are missing or cut short.
-    """
-    disable_progress_bar()
-    repair = "restore it or train it anew"
-    try:
-        model, found = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-            folder, dtype=torch.float32, output_loading_info=True, **changes
-        )
-    except (ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{folder} holds no model that can be loaded ({error}); {repair}") from None
-    if found["missing_keys"]:
-        names = sorted(found["missing_keys"])
-        raise InputError(f"{folder} lacks {len(names)} weights, {names[0]} among them; {repair}")
-    if hasattr(model.config, STORED_PATTERN):
-        convert(model)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def load_bounded(folder: Path, full_reach: int | None) -> PreTrainedModel:
-    """The model in `folder`, its full-attention layers looking back `full_reach` tokens at most.
-
-    0 takes a bound away that the model was saved with; None leaves the model as it is.
-
-    Raises:
-        InputError: as `load_model`, and for a bound on a model that is not this project's.
-    """
-    if full_reach is None:
-        return load_model(folder)
-    if full_reach < 0:
-        raise InputError(f"full_reach is {full_reach}; it must be at least 1, 0 for no bound, or left out")
-    kind = files.read_json(folder / "config.json").get("model_type")
-    if kind != FibAttnConfig.model_type:
-        raise InputError(f"{folder} is a {kind} model; only fibattn models take a full reach, leave it out")
-    return load_model(folder, full_reach=full_reach or None)
 
 
 def sweep(

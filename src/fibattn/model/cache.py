@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from fibattn.attention import decode
+from fibattn.attention import ring as decode
 from fibattn.errors import InputError
 
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"

@@ -9,12 +9,13 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from fibattn import files
 from fibattn._version import __version__
-from fibattn.data.stream import PreparedData
+from fibattn.data.prepared import PreparedData
 from fibattn.model import FibAttnConfig
+from fibattn.model.loading import model_name
 from fibattn.progress import quantity
+from fibattn.sealed import CARD
 from fibattn.training.recipe import Recipe
 
-CARD = "README.md"
 _TEMPLATE = Path(__file__).parent / "templates" / "card.md.j2"
 _BEGIN, _END = "<!-- results: `fibattn eval` writes here -->", "<!-- end of results -->"
 _ATTENTION = {
@@ -22,11 +23,6 @@ _ATTENTION = {
     "sliding_attention": "window only",
     "full_attention": "full",
 }
-
-
-def model_name(folder: Path) -> str:
-    """What a model folder is called: by the run that it is in, or by its own name."""
-    return (folder.parent if folder.name == "model" else folder).name
 
 
 def write_card(folder: Path, config: FibAttnConfig, parameters: int, recipe: Recipe, data: PreparedData) -> None:

@@ -11,11 +11,11 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
-from fibattn import files
+from fibattn import files, sealed
 from fibattn.data.order import load_order, make_order
-from fibattn.data.stream import PreparedData
+from fibattn.data.prepared import PreparedData
+from fibattn.data.sequences import TrainingWindows
 from fibattn.data.tokenizer import load_tokenizer
-from fibattn.data.windows import TrainingWindows
 from fibattn.errors import InputError
 from fibattn.model import FibAttnConfig, FibAttnForCausalLM
 from fibattn.progress import Meter, quantity
@@ -89,7 +89,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
             inputs["start_sha256"] = _start(recipe, config, data)
         _claim(recipe, inputs)
     finished = recipe.out / "model"
-    if checkpoints.is_sealed(finished):
+    if sealed.is_sealed(finished):
         _verify_finished(finished)
         state.print(f"{finished} is finished already")
         return finished
@@ -203,7 +203,7 @@ def _check_trackers(recipe: Recipe) -> None:
 
 def _verify_finished(model: Path) -> None:
     try:
-        checkpoints.verify(model)
+        sealed.verify(model)
     except InputError as error:
         raise InputError(f"{error}, or remove {model}: the same command makes it anew from the last one") from None
 
@@ -224,7 +224,7 @@ def _finish(
                 config.full_reach = recipe.full_reach
                 config.save_pretrained(staged)
             write_card(staged, config, parameters, recipe, data)
-            checkpoints.seal(staged)
+            sealed.seal(staged)
             staged.replace(finished)
     trainer.accelerator.wait_for_everyone()
 

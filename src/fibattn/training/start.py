@@ -5,11 +5,11 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import load_model
 
-from fibattn.data.stream import PreparedData
+from fibattn import sealed
+from fibattn.data.prepared import PreparedData
 from fibattn.data.tokenizer import check_same_vocabulary
 from fibattn.errors import InputError
 from fibattn.model import FibAttnForCausalLM
-from fibattn.training import checkpoints
 
 _WEIGHTS = "model.safetensors"
 
@@ -21,7 +21,7 @@ def fingerprint(start: Path, data: PreparedData) -> str:
         InputError: where no finished model is, it was cut short or changed, or it was trained with another tokenizer.
     """
     folder = _model(start)
-    sums = checkpoints.verify(folder)
+    sums = sealed.verify(folder)
     check_same_vocabulary(folder, data)
     return sums[_WEIGHTS]
 
@@ -51,6 +51,6 @@ def load_weights(model: FibAttnForCausalLM, start: Path) -> None:
 
 def _model(start: Path) -> Path:
     for folder in (start, start / "model"):
-        if checkpoints.is_sealed(folder) and (folder / "tokenizer.json").exists():  # a checkpoint has none
+        if sealed.is_sealed(folder) and (folder / "tokenizer.json").exists():  # a checkpoint has none
             return folder
     raise InputError(f"{start} holds no finished model; give a finished run of `fibattn train`, or its model folder")

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fibattn import files
-from fibattn.data.windows import TrainingWindows
+from fibattn.data.sequences import TrainingWindows
 from fibattn.errors import InputError
 from fibattn.progress import Meter
 from fibattn.training import checkpoints

@@ -1,0 +1,21 @@
+"""`python -m benchmarks VERB`: the measurements that `docs/performance.md` quotes."""
+
+from collections.abc import Sequence
+
+from fibattn.cli.door import Program, enter
+
+PROGRAM = Program(
+    name="python -m benchmarks",
+    about="how fast it is, on this machine",
+    verbs={"operator": "the attention operator against dense and masked attention"},
+    package="benchmarks",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit status, as `fibattn` does."""
+    return enter(PROGRAM, arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,46 @@
+"""Fixtures that several rooms share: a small corpus, prepared once, and a browser to look at pages with."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser import CHROMIUM, Browser
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Tests that run side by side share the cores; threads that spin for a core would take it from each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def sentence(number: int) -> str:
+    """Text with structure at several scales, the same every time."""
+    word = LETTERS[number % 26] * (1 + number % 4)
+    return f"{word} {number * number % 97} follows {LETTERS[number * 7 % 26]}{number % 10}; so says line {number}.\n"
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared folder with some 40 k training tokens and a held-out set, vocabulary 512."""
+    folder = tmp_path_factory.mktemp("prepared")
+    texts = folder / "texts"
+    texts.mkdir()
+    for document in range(40):
+        lines = (sentence(document * 31 + line) for line in range(60))
+        (texts / f"{document:02d}.txt").write_text("".join(lines), encoding="utf-8")
+    command = [sys.executable, "-m", "fibattn", "prepare", str(folder / "data"), str(texts)]
+    subprocess.run([*command, "--vocab-size", "512", "--held-out", "0.15"], check=True, capture_output=True)
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """Headless Chromium."""
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed (Debian: apt install chromium)")
+    with Browser(tmp_path_factory.mktemp("profile")) as started:
+        yield started

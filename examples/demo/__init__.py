@@ -1,0 +1,1 @@
+"""The effect in five minutes: `python -m examples.demo`."""

@@ -1,0 +1,29 @@
+"""`python -m examples.demo`: train a dense and a staggered model on Python's standard library, and show both."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from fibattn.cli.flags import parse
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Train a dense and a staggered model on Python's standard library and show both past their training length."""
+
+    out: Path = Path("demo")
+    """Folder for the data, the models and the report."""
+    steps: int = 900
+    """Training steps of each model."""
+
+
+def run(arguments: list[str]) -> None:
+    """Run the demonstration."""
+    chosen = parse(Arguments, arguments, "python -m examples.demo")
+    from examples.demo.demo import run_demo
+
+    run_demo(chosen.out, steps=chosen.steps)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])

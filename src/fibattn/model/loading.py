@@ -1,0 +1,76 @@
+"""Models on disk: which folder is meant, and the model in it, whole."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from fibattn import files
+from fibattn.errors import InputError
+from fibattn.model.configuration import FibAttnConfig
+from fibattn.model.conversion import STORED_PATTERN, convert
+from fibattn.sealed import is_sealed, verify
+
+
+def model_name(folder: Path) -> str:
+    """What a model folder is called: by the run that it is in, or by its own name."""
+    return (folder.parent if folder.name == "model" else folder).name
+
+
+def find_model(path: Path) -> Path:
+    """The model folder that `path` names: itself, or the finished model of a run.
+
+    Raises:
+        InputError: when there is no model, or a sealed one was cut short or changed.
+    """
+    for folder in (path, path / "model"):
+        if (folder / "config.json").exists():
+            if is_sealed(folder):
+                verify(folder)
+            return folder
+    raise InputError(f"{path} holds no model (config.json is missing); give a model folder or a finished run")
+
+
+def load_model(folder: Path, **changes: Any) -> PreTrainedModel:
+    """The model in `folder`, float32, on the GPU where there is one; `changes` go into its configuration.
+
+    A converted model (`fibattn.convert`) is converted again, to the pattern it was saved with.
+
+    Raises:
+        InputError: when the files are not those of a causal language model, or weights are missing or cut short.
+    """
+    disable_progress_bar()
+    repair = "restore it or train it anew"
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+            folder, dtype=torch.float32, output_loading_info=True, **changes
+        )
+    except (ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{folder} holds no model that can be loaded ({error}); {repair}") from None
+    if found["missing_keys"]:
+        names = sorted(found["missing_keys"])
+        raise InputError(f"{folder} lacks {len(names)} weights, {names[0]} among them; {repair}")
+    if hasattr(model.config, STORED_PATTERN):
+        convert(model)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_bounded(folder: Path, full_reach: int | None) -> PreTrainedModel:
+    """The model in `folder`, its full-attention layers looking back `full_reach` tokens at most.
+
+    0 takes a bound away that the model was saved with; None leaves the model as it is.
+
+    Raises:
+        InputError: as `load_model`, and for a bound on a model that is not this project's.
+    """
+    if full_reach is None:
+        return load_model(folder)
+    if full_reach < 0:
+        raise InputError(f"full_reach is {full_reach}; it must be at least 1, 0 for no bound, or left out")
+    kind = files.read_json(folder / "config.json").get("model_type")
+    if kind != FibAttnConfig.model_type:
+        raise InputError(f"{folder} is a {kind} model; only fibattn models take a full reach, leave it out")
+    return load_model(folder, full_reach=full_reach or None)

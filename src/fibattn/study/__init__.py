@@ -1,1 +1,0 @@
-"""The study: runs that belong together, and the report that shows them."""

@@ -1,0 +1,161 @@
+"""What is measured on one finished model, and written down of the machine it was trained on."""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import statistics
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from fibattn import files
+from fibattn._version import __version__
+from fibattn.data.prepared import PreparedData
+from fibattn.data.tokenizer import load_tokenizer
+from fibattn.evaluation.sweep import sweep
+from fibattn.model.cost import coverage, flops, mean_keys
+from fibattn.model.loading import load_model
+from study.presets import RopeScaling, Study
+from study.probes.copying import copying, distances
+from study.probes.lego import lego
+from study.probes.ruler import ruler
+from study.turns import processes_a_gpu
+
+_CURVE_POINTS = 60
+_PACKAGES = ("torch", "transformers", "accelerate", "triton", "numpy")
+
+
+def evaluate(folder: Path, data: PreparedData, study: Study) -> dict[str, Any]:
+    """What a finished model is, costs and does, as JSON values.
+
+    `evaluation` is the length sweep on every held-out set, `copying` the accuracy by distance. `ruler` and `lego` are
+    the rows of the probes of these names, one for each length of the chain: `hops` or `length`, `accuracy`, `margin`
+    and `margin_error` (nats), `chance` and `items`. Results of earlier versions lack these two.
+    """
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    config: Any = model.config
+    trained_at = config.max_position_embeddings
+    lengths = [factor * trained_at for factor in study.factors]
+    result = sweep(model, data, lengths=lengths, sets=[], tokens=study.eval_tokens, quiet=True)
+    cost = flops(config, trained_at)
+    return {
+        "model": {
+            "parameters": model.num_parameters(),
+            "keys": statistics.mean(mean_keys(config, trained_at)),
+            "coverage": coverage(config, trained_at),
+            "layer_types": config.layer_types,
+            "layer_offsets": config.layer_offsets,
+            "learned_alphas": _learned_alphas(model),
+        },
+        "flops_per_token": {
+            "projections": cost.projections,
+            "attention": cost.attention,
+            "head": cost.head,
+            "attention_share": cost.attention_share,
+        },
+        "convention": result["convention"],
+        "evaluation": result["sets"],
+        "copying": copying(model, distances(trained_at)),
+        "ruler": ruler(model, tokenizer, items=study.items, quiet=True)["rows"],
+        "lego": lego(model, tokenizer, items=study.items, quiet=True)["rows"],
+    }
+
+
+def evaluate_stretched(
+    folder: Path, data: PreparedData, kind: RopeScaling, plain: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """The sweep `plain` again, past the training length, with RoPE stretched at each length by what it needs.
+
+    One fixed factor would also cost at the shorter lengths, so this is the kindest way to treat a model that
+    was trained without.
+    """
+    saved = files.read_json(folder / "config.json")
+    trained_at, theta = saved["max_position_embeddings"], saved["rope_parameters"]["rope_theta"]
+    sets: dict[str, dict[str, Any]] = {name: {} for name in plain}
+    for length in sorted({int(length) for lengths in plain.values() for length in lengths if int(length) > trained_at}):
+        parameters: dict[str, Any] = {"rope_type": kind, "rope_theta": theta, "factor": length / trained_at}
+        if kind == "yarn":
+            parameters["original_max_position_embeddings"] = trained_at
+        model = load_model(folder, rope_parameters=parameters)
+        for name, row in _again(model, data, plain, [length]).items():
+            sets[name] |= row
+    return sets
+
+
+def evaluate_bounded(folder: Path, data: PreparedData, tokens: int, plain: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The sweep `plain` again, in windows longer than `tokens`, with full layers that see the last `tokens` alone."""
+    model = load_model(folder, full_reach=tokens - 1)
+    return _again(model, data, plain, [int(n) for n in next(iter(plain.values())) if int(n) > tokens])
+
+
+def evaluate_lengthened(folder: Path, data: PreparedData, plain: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The sweep `plain` again, at every length, with a model that was trained on in longer windows."""
+    return _again(load_model(folder), data, plain, [int(length) for length in next(iter(plain.values()))])
+
+
+def _again(model: PreTrainedModel, data: PreparedData, plain: dict[str, Any], lengths: list[int]) -> dict[str, Any]:
+    """The sweep `plain` at some of its lengths with another model, over the same targets."""
+    sets: dict[str, Any] = {}
+    for name, rows in plain.items():
+        targets = next(iter(rows.values()))["targets"]
+        sets |= sweep(model, data, lengths=lengths, sets=[name], tokens=targets, quiet=True)["sets"]
+    return sets
+
+
+def training_summary(run: Path) -> dict[str, Any]:
+    """The loss over training and its speed, from a run's `metrics.jsonl`.
+
+    `alone`: with the GPU for itself, at least for its turn. Results of earlier versions lack it; where processes shared
+    a GPU, those were disturbed by evaluations.
+    """
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    last = lines[-max(len(lines) // 20, 1) :]
+    step = max(len(lines) // _CURVE_POINTS, 1)
+    speeds = [line["tokens_per_second"] for line in lines[1:]] or [lines[0]["tokens_per_second"]]
+    return {
+        "final_loss": statistics.mean(line["loss"] for line in last),
+        "curve": [[line["tokens"], round(line["loss"], 4)] for line in lines[step - 1 :: step]],
+        "tokens_per_second": statistics.median(speeds),
+        "alone": True,
+        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """The hardware of this process."""
+    on_gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "cuda": torch.version.cuda if on_gpu else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "processes_a_gpu": processes_a_gpu(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions that may move a result."""
+    found = {"fibattn": f"{__version__} (source {_source_digest()})", "python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _source_digest() -> str:
+    """Which state of the package's source this is: the first digits of a SHA-256 over its files."""
+    root = Path(__file__).parents[1]
+    parts = [f"{path.relative_to(root)} {files.sha256(path)}" for path in sorted(root.rglob("*.py"))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def _learned_alphas(model: PreTrainedModel) -> list[float] | None:
+    """The scale of every layer that learnt one, None where no layer did."""
+    layers: Any = model.base_model.layers
+    alphas = [float(layer.self_attn.alpha.detach()) for layer in layers if layer.self_attn.theta is not None]
+    return alphas or None

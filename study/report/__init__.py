@@ -1,0 +1,1 @@
+"""The report: tables, claims, figures and the page, from the results."""

@@ -1,0 +1,172 @@
+"""Results: append-only JSON Lines, one small file a run, and an SQLite index that is always rebuilt from them.
+
+`RESULTS/STUDY/RUN.jsonl` has a line for every time the run was finished (`"kind": "run"`) or failed
+(`"kind": "failure"`). A run is known by its key, a digest of its recipe and its data, so studies that share a
+run share its result.
+"""
+
+import hashlib
+import json
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fibattn import files
+from fibattn.errors import InputError
+from fibattn.training.recipe import Recipe, to_json
+
+INDEX = "index.sqlite"
+
+_ANY = {"key": str, "time": str, "study": str, "run": str}
+_RUN = {
+    **dict.fromkeys(("seed", "tokens", "trained_at"), int),
+    **dict.fromkeys(("recipe", "inputs", "hardware", "versions", "training", "seconds", "model"), dict),
+    **dict.fromkeys(("flops_per_token", "evaluation", "rope_scaling"), dict),
+    "convention": str,
+}
+_FIELDS: dict[str, dict[str, type]] = {
+    "run": {**_ANY, **_RUN},
+    "failure": {**_ANY, "error": str},
+}
+"""What a line of each kind has at least."""
+
+_HOUSEKEEPING = ("data", "out", "compile", "log_every", "save_every", "keep_checkpoints", "track", "micro_batch")
+
+
+def recipe_of(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe moves the result, as JSON: without folders, logging and how the work is cut."""
+    return {name: value for name, value in to_json(recipe).items() if name not in _HOUSEKEEPING}
+
+
+def key_of(recipe: Recipe, data_fingerprint: str) -> str:
+    """The digest by which a run of `recipe` on these data is known."""
+    return _digest(recipe_of(recipe), data_fingerprint)
+
+
+def _digest(recipe: dict[str, Any], data_fingerprint: str) -> str:
+    text = json.dumps([recipe, data_fingerprint], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _completed(stored: Any, default: Any) -> Any:
+    """A stored recipe with the fields that recipes have gained since, at their defaults."""
+    if not (isinstance(stored, dict) and isinstance(default, dict)):
+        return stored
+    return default | {name: _completed(value, default.get(name)) for name, value in stored.items()}
+
+
+@dataclass(frozen=True)
+class Store:
+    """The results in one folder."""
+
+    folder: Path
+
+    def append(self, record: dict[str, Any]) -> Path:
+        """Add one line to the file of `record["study"]` and `record["run"]`, in place of one that a kill cut short."""
+        path = self.folder / record["study"] / f"{record['run']}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        return path
+
+    def records(self) -> list[dict[str, Any]]:
+        """All lines of all files, oldest first; a last line without its end was cut short by a kill, and is none.
+
+        Raises:
+            InputError: when the folder does not exist, or a whole line is not a result.
+        """
+        if not self.folder.is_dir():
+            raise InputError(f"{self.folder} does not exist; give the folder that `python -m study run` wrote")
+        found = [record for path in sorted(self.folder.glob("*/*.jsonl")) for record in _read(path)]
+        return sorted(found, key=lambda record: record["time"])
+
+    def finished(self) -> dict[str, dict[str, Any]]:
+        """The newest result of every finished run, by key."""
+        if not self.folder.is_dir():
+            return {}
+        default, found = recipe_of(Recipe()), {}
+        for record in (one for one in self.records() if one["kind"] == "run"):
+            recipe = _completed(record["recipe"], default)
+            key = _digest(recipe, record["inputs"]["data_fingerprint"])
+            found[key] = record | {"recipe": recipe, "key": key}
+        return found
+
+    def failed(self) -> set[str]:
+        """The keys of runs that failed once, finished since or not."""
+        if not self.folder.is_dir():
+            return set()
+        return {record["key"] for record in self.records() if record["kind"] == "failure"}
+
+    def index(self) -> Path:
+        """Rebuild the SQLite index: the tables `runs`, `evaluations` (one row a set and length) and `failures`."""
+        path = self.folder / INDEX
+        finished, records = self.finished().values(), self.records()
+        with files.replacing(path) as temporary, closing(sqlite3.connect(temporary)) as database, database:
+            database.executescript(_SCHEMA)
+            for record in finished:
+                database.execute(f"insert into runs values ({', '.join('?' * 12)})", _run_row(record))
+                database.executemany(f"insert into evaluations values ({', '.join('?' * 8)})", _evaluation_rows(record))
+            failures = [record for record in records if record["kind"] == "failure"]
+            rows = [(one["key"], one["study"], one["run"], one["time"], one["error"]) for one in failures]
+            database.executemany("insert into failures values (?, ?, ?, ?, ?)", rows)
+        return path
+
+
+_SCHEMA = """
+create table runs (key text primary key, study text, run text, seed integer, tokens integer, time text,
+    parameters integer, keys real, final_loss real, tokens_per_second real, seconds real, record text);
+create table evaluations (key text references runs, way text, "set" text, length integer, perplexity real,
+    nll real, bits_per_byte real, last_256_perplexity real);
+create table failures (key text, study text, run text, time text, error text);
+"""
+
+
+LENGTHENED = "lengthened "
+
+
+def ways(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The other evaluations of a finished model, by name.
+
+    RoPE stretched (`yarn`, `linear`), full layers bounded to so many tokens (`1024`), or a copy trained on in windows
+    of so many (`lengthened 16384`). Results of earlier versions lack the last two.
+    """
+    longer = {f"{LENGTHENED}{length}": sets for length, sets in record.get("lengthened", {}).items()}
+    return record["rope_scaling"] | record.get("bounded", {}) | longer
+
+
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    *whole, _cut = path.read_bytes().split(b"\n")
+    for number, line in enumerate(whole, start=1):
+        try:
+            record = json.loads(line)
+            wrong = [name for name, kind in _FIELDS[record["kind"]].items() if not isinstance(record[name], kind)]
+            if wrong:
+                raise TypeError(f"{wrong[0]} is {record[wrong[0]]!r}")
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}, line {number} is not a result ({error!r}); restore the file") from None
+        yield record
+
+
+def _run_row(record: dict[str, Any]) -> tuple[Any, ...]:
+    training, model = record["training"], record["model"]
+    return (
+        *(record[name] for name in ("key", "study", "run", "seed", "tokens", "time")),
+        *(model["parameters"], model["keys"], training["final_loss"], training["tokens_per_second"]),
+        *(record["seconds"]["all"], json.dumps(record, ensure_ascii=False)),
+    )
+
+
+def _evaluation_rows(record: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+    for way, sets in {"plain": record["evaluation"], **ways(record)}.items():
+        for name, lengths in sets.items():
+            for length, row in lengths.items():
+                values = (row[column] for column in ("perplexity", "nll", "bits_per_byte", "last_256_perplexity"))
+                yield (record["key"], way, name, int(length), *values)

@@ -1,0 +1,113 @@
+"""The tables of runs: what is in them, and that every one can be built."""
+
+import json
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+from fibattn import InputError
+from fibattn.training.recipe import DEFAULT, PRESETS, Recipe
+from fibattn.training.run import model_config
+from study.presets import HYBRID, STUDIES, Run, Study, find_study, lengthened
+from study.store import key_of
+
+EVERY = [(name, run.name) for name, study in STUDIES.items() for run in study.runs]
+
+
+def resolved(study: Study, run: Run, tokens: int | None = None) -> Recipe:
+    return study.resolved(run, data=Path("data"), out=Path("out"), tokens=tokens, compiled=False)
+
+
+def named(study: str, run: str) -> Run:
+    return next(one for one in STUDIES[study].runs if one.name == run)
+
+
+@pytest.mark.parametrize(("study", "name"), EVERY)
+def test_every_run_can_be_built_and_differs_in_its_attention_alone(study: str, name: str) -> None:
+    whole = STUDIES[study]
+    recipe = resolved(whole, named(study, name))
+    recipe.check()
+    recipe.micro_batches(1)
+    model_config(recipe, 512, 0)
+    first = resolved(whole, whole.runs[0])
+    same = replace(recipe, model=first.model, init_seed=first.init_seed, data_seed=first.data_seed)
+    assert same == first
+    assert recipe.init_seed == recipe.data_seed
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_names_are_unique(study: str) -> None:
+    names = [run.name for run in STUDIES[study].runs]
+    assert len(set(names)) == len(names)
+
+
+def test_paper_has_the_published_matrix() -> None:
+    published = json.loads(files("study").joinpath("paper.json").read_text())["matrix"]
+    wanted = {(row["base"], row["schedule"], row["window"]) for row in published}
+    runs = [run for run in STUDIES["paper"].runs if run.name not in ("dense", "hybrid")]
+    assert len(wanted) == len(runs) == 21
+    assert {(run.model.base, run.model.schedule, run.model.window) for run in runs} == wanted
+    assert not any(run.model.clip_offsets for run in runs)
+
+
+def test_paper_keeps_rungs_past_the_training_length_and_beyond_does_not() -> None:
+    def farthest(study: str, run: str) -> int:
+        config = model_config(resolved(STUDIES[study], named(study, run)), 512, 0)
+        return max(offset for sets in config.layer_offsets if sets for offsets in sets for offset in offsets)
+
+    assert farthest("paper", "linear-w12") == 1480
+    assert max(farthest("beyond", name) for name in ("hybrid", "stagger-w12", "heads-w128")) <= 1023
+
+
+def test_controls_read_as_many_keys_as_the_stagger() -> None:
+    beyond = STUDIES["beyond"]
+    windows = [run.model.window for run in beyond.runs if run.model.attention == "sliding"]
+    for window in (12, 32, 64, 128, 256):
+        config = model_config(resolved(beyond, named("beyond", f"stagger-w{window}")), 512, 0)
+        keys = window + 1 + mean(len(offsets) for sets in config.layer_offsets if sets for offsets in sets)
+        assert min(abs(keys - (control + 1)) for control in windows) <= 0.5
+
+
+def test_default_recipe_is_in_paper_and_beyond_as_one_run() -> None:
+    keys = {key_of(resolved(STUDIES[study], named(study, "hybrid")), "data") for study in ("paper", "beyond")}
+    assert len(keys) == 1
+    assert HYBRID.model.full_layers == (7, 15)
+    assert replace(HYBRID.model, bound_full_layers=True) == PRESETS[DEFAULT].model
+
+
+def test_budget_scales_steps_and_a_long_warm_up() -> None:
+    study, run = STUDIES["paper"], STUDIES["paper"].runs[0]
+    quarter, tiny = resolved(study, run, 106_000_000), resolved(study, run, 1_000_000)
+    assert (quarter.steps, quarter.optimizer.warmup_steps) == (3234, 300)
+    assert (tiny.steps, tiny.optimizer.warmup_steps) == (30, 3)
+    assert resolved(study, run).tokens == 425_984_000
+    with pytest.raises(InputError, match=r"32000 tokens is less than one step of 32,768"):
+        resolved(study, run, 32_000)
+
+
+def test_lengthening_is_a_tenth_of_the_tokens_in_the_longest_windows() -> None:
+    recipe = resolved(STUDIES["paper"], named("paper", "dense"), 106_000_000)
+    longer = lengthened(recipe, 16)
+    assert (longer.length, longer.start) == (16_384, Path("out/model"))
+    assert longer.windows_per_step * longer.length == recipe.windows_per_step * recipe.length
+    assert 0.099 < longer.tokens / recipe.tokens < 0.1
+    longer.micro_batches(1)
+    slowest = [model_config(one, 512, 0).rope_parameters["rope_theta"] ** -(62 / 64) for one in (recipe, longer)]
+    assert slowest[1] * 16 == pytest.approx(slowest[0])
+    same = {"length": 1024, "windows_per_step": 32, "micro_batch": 32, "steps": recipe.steps, "start": None}
+    assert replace(longer, out=recipe.out, model=recipe.model, optimizer=recipe.optimizer, **same) == recipe
+
+
+def test_runs_are_chosen_by_pattern() -> None:
+    chosen = STUDIES["paper"].chosen(["pow2-*-w8", "dense"])
+    assert [run.name for run in chosen] == ["dense", "pow2-fixed-w8", "pow2-linear-w8"]
+    with pytest.raises(InputError, match="no run of the study is named 'linaer-w12': did you mean 'linear-w12'"):
+        STUDIES["paper"].chosen(["linaer-w12"])
+
+
+def test_unknown_study_is_refused() -> None:
+    with pytest.raises(InputError, match="unknown study 'papre': did you mean 'paper'"):
+        find_study("papre")

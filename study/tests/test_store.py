@@ -1,0 +1,111 @@
+"""Results on disk: appended, cut short, damaged, indexed, and known again by what they are results of."""
+
+import json
+import sqlite3
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fibattn import InputError
+from fibattn.training.recipe import Recipe
+from study.runner import Job
+from study.store import Store, key_of
+
+
+def record(name: str = "dense", **more: object) -> dict:
+    return {"kind": "failure", "study": "smoke", "run": name, "key": "k", "time": "2026-01-01", "error": "e", **more}
+
+
+def test_lines_are_appended_and_read_back(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    written = [record(time="2026-01-02"), record(time="2026-01-01"), record("other", time="2026-01-03")]
+    paths = [store.append(one) for one in written]
+    assert paths[0] == paths[1] != paths[2]
+    assert store.records() == [written[1], written[0], written[2]]
+
+
+@pytest.mark.parametrize(
+    "tail", ['{"kind": "run", "stu', '{"kind": "run", "recipe": {"model": {}}', json.dumps(record("x"))]
+)
+def test_a_line_cut_by_a_kill_is_passed_over_and_not_built_upon(tmp_path: Path, tail: str) -> None:
+    store = Store(tmp_path)
+    path = store.append(record())
+    path.write_text(path.read_text() + tail)
+    assert store.records() == [record()]
+    store.append(record(time="2026-02-01"))
+    assert store.records() == [record(), record(time="2026-02-01")]
+    assert path.read_text().count("\n") == 2
+
+
+def test_a_first_line_cut_by_a_kill_is_replaced(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    path = store.append(record())
+    path.write_bytes(path.read_bytes()[:-1])
+    assert store.records() == []
+    store.append(record())
+    assert store.records() == [record()]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"a": 1}',
+        "[]",
+        "{nonsense}",
+        '{"kind": "run", "key": "x", "time": "t"}',
+        json.dumps(record(time=2026)),
+        json.dumps({name: value for name, value in record().items() if name != "study"}),
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
+    path = Store(tmp_path).append(record())
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(InputError, match=r"dense\.jsonl, line 2 is not a result"):
+        Store(tmp_path).records()
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    assert Store(tmp_path / "none").finished() == {}
+    with pytest.raises(InputError, match=r"none does not exist; give the folder that `python -m study run` wrote"):
+        Store(tmp_path / "none").records()
+
+
+def test_key_is_of_what_moves_the_result() -> None:
+    recipe = Recipe()
+    key = key_of(recipe, "data")
+    for same in (replace(recipe, out=Path("x")), replace(recipe, save_every=7), replace(recipe, data=Path("y"))):
+        assert key_of(same, "data") == key
+    changed = replace(recipe, model=replace(recipe.model, window=13))
+    others = {key_of(changed, "data"), key_of(replace(recipe, init_seed=1), "data"), key_of(recipe, "other")}
+    assert len(others | {key}) == 4
+
+
+def test_a_result_older_than_a_field_of_the_recipe_is_still_known(job: Job, tmp_path: Path) -> None:
+    old = next(one for one in Store(job.out).records() if one["run"] == "dense")
+    trimmed = json.loads(json.dumps(old))
+    del trimmed["recipe"]["model"]["stagger_heads"]
+    Store(tmp_path).append(trimmed)
+    assert list(Store(tmp_path).finished()) == [old["key"]]
+
+
+def test_index_has_what_the_files_have(job: Job, tmp_path: Path) -> None:
+    store, runs = Store(tmp_path), Store(job.out).records()
+    for one in runs:
+        store.append(one)
+    store.append(record())
+    for _ in range(2):  # rebuilding changes nothing
+        with closing(sqlite3.connect(store.index())) as database:
+            rows = database.execute(
+                "select run, \"set\", length, perplexity from runs join evaluations using (key) where way = 'plain'"
+            ).fetchall()
+            assert database.execute("select run, error from failures").fetchall() == [("dense", "e")]
+        expected = {
+            (one["run"], name, int(length), row["perplexity"])
+            for one in runs
+            for name, lengths in one["evaluation"].items()
+            for length, row in lengths.items()
+        }
+        assert set(rows) == expected
+        assert len(rows) == len(expected)
