@@ -1,0 +1,51 @@
+"""The report of the published results, held cell for cell against what it was before it was written anew."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from study.report.write import write_report
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report's folder, made of a copy of the published results."""
+    folder = tmp_path_factory.mktemp("published")
+    for source in (ROOT / "study" / "results").glob("*/*.json*"):
+        copy = folder / source.parent.name / source.name
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(source.read_bytes())
+    return write_report(folder).parent
+
+
+def tables(markdown: str) -> dict[str, list[list[str]]]:
+    """The cells of every table by its title, rows of one cell for what is written beside them."""
+    found: dict[str, list[list[str]]] = {}
+    title = ""
+    for line in filter(None, markdown.splitlines()):
+        if line.startswith("### "):
+            title = line
+            assert title not in found
+            found[title] = []
+        elif title:
+            found[title].append([cell.strip() for cell in line.strip("|").split(" | ")])
+    return found
+
+
+def test_every_table_has_the_cells_that_it_had(report: Path) -> None:
+    expected = tables((GOLDEN / "tables.md").read_text(encoding="utf-8"))
+    assert len(expected) == 21
+    found = tables((report / "tables.md").read_text(encoding="utf-8"))
+    assert list(found) == list(expected)
+    for title, rows in expected.items():
+        assert found[title] == rows, title
+
+
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.csv")), ids=lambda path: path.stem)
+def test_every_figure_has_the_numbers_that_it_had(report: Path, path: Path) -> None:
+    expected, found = (list(csv.reader(one.open(encoding="utf-8"))) for one in (path, report / path.name))
+    assert found == expected
