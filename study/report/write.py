@@ -1,6 +1,5 @@
 """The report: one self-contained page, the same tables in Markdown, and the figures with their numbers."""
 
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -8,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from fibattn import files
-from fibattn.errors import InputError
 from fibattn.progress import quantity
 from study.report import charts
 from study.report.findings import Finding
@@ -22,9 +20,6 @@ from study.report.provenance import provenance
 from study.report.results import Group, Results
 from study.report.tables import Table
 from study.store import Store
-
-MARK = "<!-- written by python -m study report --into -->"
-"""Stands in a document before the tables."""
 
 _CAPTIONS = {
     "positions": "Loss over the training window, and what the stagger gains over fixed distances in each part of it, "
@@ -76,22 +71,6 @@ def write_report(folder: Path) -> Path:
         failed=failed,
         provenance=about,
     )
-
-
-def insert_tables(folder: Path, document: Path) -> None:
-    """Put the tables of `folder`'s report into a Markdown document, in place of all that follows its `MARK`.
-
-    Raises:
-        InputError: when there is no such document, or no such line in it.
-    """
-    if not document.is_file():
-        raise InputError(f"{document} does not exist; name a Markdown document that has the line {MARK!r}")
-    text = document.read_text(encoding="utf-8")
-    mark = re.search(rf"^{re.escape(MARK)}$", text, re.MULTILINE)
-    if mark is None:
-        raise InputError(f"{document} has no line {MARK!r}; put it where the tables shall begin")
-    tables = (folder / "report" / "tables.md").read_text(encoding="utf-8")
-    files.write_text(document, f"{text[: mark.end()]}\n\n{tables}")
 
 
 def _figures(results: Results, out: Path) -> dict[str, dict[str, Any]]:

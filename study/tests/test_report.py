@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from study.report.own_tables import asked_tables, copying_table, cost_table
 from study.report.paper_tables import extrapolation, papers_tables
 from study.report.probe_tables import other_probes, retrieval_table
 from study.report.results import PLAIN, Results, mean_loss, paper
-from study.report.write import MARK, insert_tables, write_report
+from study.report.write import write_report
 from study.runner import Job
 from study.store import Store
 
@@ -205,43 +204,12 @@ def test_probes_are_shown(job: Job, tmp_path: Path) -> None:
     assert '<figure id="recall">' in write_report(tmp_path).read_text()
 
 
-def test_the_documentation_has_the_tables_of_the_results(tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
-    results, document = tmp_path / "results", tmp_path / "results.md"
-    shutil.copytree(root / "results", results, ignore=shutil.ignore_patterns("report", "index.sqlite", "work", "data"))
-    shutil.copy(root / "docs" / "results.md", document)
-    write_report(results)
-    insert_tables(results, document)
-    assert document.read_text() == (root / "docs" / "results.md").read_text()
-    for name in ("extrapolation", "extrapolation-longest"):
-        figure = root / "docs" / "figures" / f"study-{name}.csv"
-        assert figure.read_text() == (results / "report" / f"{name}.csv").read_text()
-
-
-def test_a_document_without_a_place_for_the_tables_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "notes.md").write_text("# Notes\n")
-    with pytest.raises(InputError, match=r"notes\.md has no line '<!-- written by python -m study report --into -->'"):
-        insert_tables(tmp_path, tmp_path / "notes.md")
-    with pytest.raises(InputError, match=r"missing\.md does not exist"):
-        insert_tables(tmp_path, tmp_path / "missing.md")
-
-
 @pytest.mark.parametrize("text", ["{}", "[]", '{"probe": "recall", "rows": []}'])
 def test_a_file_that_is_no_probe_is_named(job: Job, tmp_path: Path, text: str) -> None:
     copied(job, tmp_path)
     files.write_text(tmp_path / "probes" / "a.json", text)
     with pytest.raises(InputError, match=r"a\.json is not a result of `python -m study probe`"):
         write_report(tmp_path)
-
-
-def test_the_place_for_tables_may_be_the_first_line_or_the_last(job: Job, tmp_path: Path) -> None:
-    copied(job, tmp_path)
-    write_report(tmp_path)
-    tables = (tmp_path / "report" / "tables.md").read_text()
-    for text, head in ((f"{MARK}\nold\n", ""), (f"# Title\n{MARK}", "# Title\n")):
-        (tmp_path / "document.md").write_text(text)
-        insert_tables(tmp_path, tmp_path / "document.md")
-        assert (tmp_path / "document.md").read_text() == f"{head}{MARK}\n\n{tables}"
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
