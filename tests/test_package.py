@@ -62,6 +62,23 @@ def test_help_of_a_verb_imports_no_torch(verb: str) -> None:
     assert not imported(verb, "--help") & {"torch", "transformers", "triton"}
 
 
+@pytest.mark.parametrize("command", [["fibattn", "--version"], ["study", "--help"], ["examples.demo", "--help"]])
+def test_threads_of_a_command_sleep_while_they_wait(command: list[str]) -> None:
+    """On a busy machine threads that spin take the cores from each other: OpenMP says what it was told at its start."""
+    code = f"import runpy, sys; sys.argv = {command!r}\ntry: runpy.run_module({command[0]!r}, run_name='__main__')\n"
+    code += "except SystemExit: import torch; print(torch.ones(10**6).sum())"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | {"OMP_DISPLAY_ENV": "true"},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr
+
+
 def imports(path: Path) -> list[tuple[str, str]]:
     """(module, name) of every import in a file, also inside functions."""
     found = []

@@ -4,6 +4,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from fibattn.cli.door import guarded
 from fibattn.cli.flags import parse
 
 
@@ -17,8 +18,12 @@ class Arguments:
     """Training steps of each model."""
 
 
-def run(arguments: list[str]) -> None:
-    """Run the demonstration."""
+def main(arguments: Sequence[str]) -> int:
+    """Run the demonstration and return the exit status, as `fibattn` does."""
+    return guarded("demo", lambda: _run(arguments), "; the same command goes on where it stopped")
+
+
+def _run(arguments: Sequence[str]) -> None:
     chosen = parse(Arguments, arguments, "python -m examples.demo")
     from examples.demo.demo import run_demo
 
@@ -26,4 +31,4 @@ def run(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(sys.argv[1:])
+    raise SystemExit(main(sys.argv[1:]))

@@ -8,7 +8,7 @@ import errno
 import importlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fibattn._version import __version__
@@ -31,21 +31,24 @@ class Program:
 
 
 def enter(program: Program, arguments: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit status: 0 done, 1 failed, 2 a mistake in the input, 130 interrupted."""
+    """Run one verb and return the exit status, as `guarded` gives it."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     verb, rest = (words[0], words[1:]) if words else ("--help", [])
+    return guarded(f"{program.name} {verb}", lambda: _open(program, verb, rest), program.resumed.get(verb, ""))
+
+
+def guarded(name: str, work: Callable[[], None], resumed: str = "") -> int:
+    """Do the work of a command and return the exit status: 0 done, 1 failed, 2 a mistake in the input, 130 interrupted.
+
+    A mistake of the user's is one line that begins with `name`; `resumed` is said after an interruption.
+    """
+    # Before torch loads: threads that spin at barriers take the cores of a busy machine from each other.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
-        if verb in ("-h", "--help"):
-            print(_help(program))
-        elif verb == "--version":
-            print(f"fibattn {__version__}")
-        elif verb in program.verbs:
-            importlib.import_module(f"{program.package}.{verb.replace('-', '_')}").run(rest)
-        else:
-            raise InputError(f"unknown verb {verb!r}: {suggestion(verb, program.verbs, 'verbs')}")
+        work()
         sys.stdout.flush()  # here, where a reader that went away is expected
     except KeyboardInterrupt:
-        print(f"\ninterrupted{program.resumed.get(verb, '')}", file=sys.stderr)
+        print(f"\ninterrupted{resumed}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - so that the flush at exit stays silent
@@ -53,9 +56,20 @@ def enter(program: Program, arguments: Sequence[str] | None = None) -> int:
     except (InputError, ImportError, OSError) as error:
         if os.environ.get("FIBATTN_TRACEBACK"):
             raise
-        print(f"{program.name} {verb}: {_explain(error)}", file=sys.stderr)
+        print(f"{name}: {_explain(error)}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     return 0
+
+
+def _open(program: Program, verb: str, rest: list[str]) -> None:
+    if verb in ("-h", "--help"):
+        print(_help(program))
+    elif verb == "--version":
+        print(f"fibattn {__version__}")
+    elif verb in program.verbs:
+        importlib.import_module(f"{program.package}.{verb.replace('-', '_')}").run(rest)
+    else:
+        raise InputError(f"unknown verb {verb!r}: {suggestion(verb, program.verbs, 'verbs')}")
 
 
 def _explain(error: Exception) -> str:
