@@ -1,6 +1,7 @@
 """`python -m examples.demo`: train a dense and a staggered model on Python's standard library, and show both."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
