@@ -1,20 +1,17 @@
 """What is measured on one finished model, and written down of the machine it was trained on."""
 
-import contextlib
 import hashlib
 import json
-import os
-import platform
 import statistics
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+import fibattn
 from fibattn import files
-from fibattn._version import __version__
+from fibattn import machine as hardware
 from fibattn.data.prepared import PreparedData
 from fibattn.data.tokenizer import load_tokenizer
 from fibattn.evaluation.sweep import sweep
@@ -27,7 +24,6 @@ from study.probes.ruler import ruler
 from study.turns import processes_a_gpu
 
 _CURVE_POINTS = 60
-_PACKAGES = ("torch", "transformers", "accelerate", "triton", "numpy")
 
 
 def evaluate(folder: Path, data: PreparedData, study: Study) -> dict[str, Any]:
@@ -127,30 +123,24 @@ def training_summary(run: Path) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """The hardware of this process."""
-    on_gpu = torch.cuda.is_available()
-    return {
-        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
-        "cuda": torch.version.cuda if on_gpu else None,
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpus": os.cpu_count(),
-        "processes_a_gpu": processes_a_gpu(),
-    }
+    """The hardware of this process, and how many share it."""
+    return {**hardware.description(), "processes_a_gpu": processes_a_gpu()}
 
 
 def versions() -> dict[str, str]:
     """The versions that may move a result."""
-    found = {"fibattn": f"{__version__} (source {_source_digest()})", "python": platform.python_version()}
-    for name in _PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+    found = hardware.versions()
+    return {**found, "fibattn": f"{found['fibattn']} (source {_source_digest()})"}
 
 
 def _source_digest() -> str:
-    """Which state of the package's source this is: the first digits of a SHA-256 over its files."""
-    root = Path(__file__).parents[1]
-    parts = [f"{path.relative_to(root)} {files.sha256(path)}" for path in sorted(root.rglob("*.py"))]
+    """Which state of the library's and the study's source this is: the first digits of a SHA-256 over their files."""
+    roots = [Path(package).parent for package in (fibattn.__file__, __file__)]
+    parts = [
+        f"{root.name}/{path.relative_to(root)} {files.sha256(path)}"
+        for root in roots
+        for path in sorted(root.rglob("*.py"))
+    ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 

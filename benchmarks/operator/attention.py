@@ -1,21 +1,17 @@
 """The run: every provider on every case, checked before it is timed, written down as it goes."""
 
 import gc
-import platform
-import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from benchmarks import timing
+from benchmarks.environment import environment
 from benchmarks.operator import check, memory
 from benchmarks.operator.cases import Case, Grid
 from benchmarks.operator.providers import PROVIDERS, Call, Provider
-from fibattn._version import __version__
 from fibattn.errors import InputError
 
 PASSES = ("forward", "forward_backward")
@@ -50,23 +46,6 @@ def obstacles(cases: Iterable[tuple[Case, list[str]]]) -> list[tuple[Case, str, 
     ]
 
 
-def environment(device: str) -> dict[str, Any]:
-    """Where a measurement was made."""
-    where = torch.cuda.get_device_name() if device == "cuda" else f"{_processor()}, {torch.get_num_threads()} threads"
-    found: dict[str, Any] = {
-        "device": where,
-        "fibattn": __version__,
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
-    }
-    if device == "cuda":
-        found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-    return found
-
-
 def run(
     cases: Sequence[tuple[Case, list[str]]], device: str, save: Callable[[Result], None], say: Callable[[str], None]
 ) -> Result:
@@ -77,7 +56,7 @@ def run(
     the times in microseconds, useful gigabytes a second, and the relative `errors`; or why there are none.
     """
     bandwidth = timing.copy_bandwidth(device)
-    result: Result = {"environment": environment(device), "copy_bytes_per_second": bandwidth, "rows": []}
+    result: Result = {"environment": environment(), "copy_bytes_per_second": bandwidth, "rows": []}
     say(f"{result['environment']['device']}: copies {bandwidth / 1e9:,.0f} GB/s, read and written")
     for case, names in cases:
         for name in names:
@@ -148,20 +127,3 @@ def _clean(device: str) -> None:
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    """The processor's name where Linux says it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()

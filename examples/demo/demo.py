@@ -6,7 +6,6 @@ finished already, so an interrupted demonstration goes on where it was.
 
 import platform
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from examples.demo.figures import Curve, distances, extrapolation
-from fibattn import files
-from fibattn._version import __version__
+from fibattn import files, machine
 from fibattn.data.prepare import prepare
 from fibattn.data.prepared import PreparedData
 from fibattn.evaluation.sweep import change, sweep
@@ -187,11 +185,6 @@ def _provenance(out: Path, data: PreparedData, model: PreTrainedModel) -> dict[s
         "seeds": f"weights {recipe['init_seed']}, data {recipe['data_seed']}",
         "text": f"{quantity(len(data.train))} training tokens; whole files held out",
         "data fingerprint": data.fingerprint,
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU, {torch.get_num_threads()} threads",
-        "versions": ", ".join(
-            [f"fibattn {__version__}", f"Python {platform.python_version()}"]
-            + [f"{name} {version(name)}" for name in ("torch", "transformers")]
-        ),
+        "device": machine.device_name(),
+        "versions": ", ".join(f"{name} {number}" for name, number in machine.versions().items()),
     }

@@ -179,7 +179,7 @@ def _write(path: Path, result: dict[str, Any]) -> None:
 
 def _measure(name: str, chosen: Any) -> dict[str, Any]:
     """Call the function of the probe's name in the module of its name, with a trained model where it takes one."""
-    probe = getattr(importlib.import_module(f"fibattn.evaluation.{name}"), name)
+    probe = getattr(importlib.import_module(f"study.probes.{name}"), name)
     given = {field: value for field, value in vars(chosen).items() if field not in ("out", "model")}
     if name in _TRAINING:
         earlier = files.read_json(chosen.out) if chosen.out.exists() else None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fibattn.errors import InputError
+from fibattn.machine import device_name
 from fibattn.model import FibAttnConfig, FibAttnForCausalLM
 from fibattn.progress import Meter
 from fibattn.training.recipe import DEFAULT, PRESETS
@@ -111,7 +112,7 @@ def latency(
                 meter.update(1, f"{name} {batch} x {length}: {rows[-1]['median_ms']:.2f} ms")
     return {
         "probe": "latency",
-        "device": torch.cuda.get_device_name() if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "device": device_name(),
         "dtype": "bfloat16" if where.type == "cuda" else "float32",
         "torch": torch.__version__,
         "compiled": compiled,

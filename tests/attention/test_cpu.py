@@ -296,7 +296,7 @@ def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
 LONG = """
 import sys, torch
 from fibattn import Pattern, attend, attend_scaled
-from benchmarks.operator.memory import process_peak
+from fibattn.machine import process_peak
 torch.manual_seed(0)
 learns = sys.argv[1] == "learned"
 q = torch.randn(1, 65536, 8, 64, requires_grad=True)

@@ -146,8 +146,7 @@ class _Meter:
 def _memory() -> str:
     import torch
 
-    if torch.cuda.is_available():
-        return f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB of GPU memory at most"
-    from fibattn.machine import process_peak
+    from fibattn.machine import peak_memory
 
-    return f"{process_peak() / 2**20:.0f} MiB of memory at most"
+    kind = "GPU memory" if torch.cuda.is_available() else "memory"
+    return f"{peak_memory() / 2**20:.0f} MiB of {kind} at most"

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
-from fibattn import files, sealed
+from fibattn import files, machine, sealed
 from fibattn.data.order import load_order, make_order
 from fibattn.data.prepared import PreparedData
 from fibattn.data.sequences import TrainingWindows
@@ -230,5 +230,5 @@ def _finish(
 
 
 def _device(state: PartialState) -> str:
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    name = machine.device_name()
     return name if state.num_processes == 1 else f"{state.num_processes} × {name}"
