@@ -7,7 +7,10 @@ from fibattn.cli.door import Program, enter
 PROGRAM = Program(
     name="python -m benchmarks",
     about="how fast it is, on this machine",
-    verbs={"operator": "the attention operator against dense and masked attention"},
+    verbs={
+        "operator": "the attention operator against dense and masked attention",
+        "compare": "one source tree against another: times, and outputs bit by bit",
+    },
     package="benchmarks",
 )
 

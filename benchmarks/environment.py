@@ -4,7 +4,10 @@ import sys
 import time
 from typing import Any
 
+import torch
+
 from fibattn import machine
+from fibattn.errors import InputError
 
 
 def environment() -> dict[str, Any]:
@@ -20,3 +23,15 @@ def environment() -> dict[str, Any]:
 def heading() -> str:
     """The machine and the versions in a line."""
     return f"{machine.device_name()}: {', '.join(f'{name} {number}' for name, number in machine.versions().items())}"
+
+
+def device_of(asked: str) -> str:
+    """`cuda` or `cpu`; `auto` is the GPU where there is one.
+
+    Raises:
+        InputError: for a GPU that is not there.
+    """
+    found = torch.cuda.is_available()
+    if asked == "cuda" and not found:
+        raise InputError("--device cuda was given, but PyTorch finds no NVIDIA GPU here; use --device cpu")
+    return ("cuda" if found else "cpu") if asked == "auto" else asked

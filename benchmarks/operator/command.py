@@ -65,15 +65,11 @@ def run(arguments: list[str]) -> None:
 
 
 def _cases(chosen: Arguments):
-    import torch
-
+    from benchmarks.environment import device_of
     from benchmarks.operator.attention import plan
     from benchmarks.operator.cases import SUITES, Grid
 
-    found = torch.cuda.is_available()
-    device = ("cuda" if found else "cpu") if chosen.device == "auto" else chosen.device
-    if device == "cuda" and not found:
-        raise InputError("--device cuda was given, but PyTorch finds no NVIDIA GPU here; use --device cpu")
+    device = device_of(chosen.device)
     if not chosen.lengths and (chosen.shape, chosen.windows, chosen.tokens) != ("small", (12,), 1):
         raise InputError("--shape, --windows and --tokens go with --lengths; say which lengths")
     dtype = ("bfloat16" if device == "cuda" else "float32") if chosen.dtype == "auto" else chosen.dtype
