@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+import benchmarks.__main__
 import fibattn
+import study.__main__
 from fibattn.cli.main import PROGRAM
 
 ROOT = Path(__file__).parent.parent
@@ -33,33 +35,62 @@ def test_import_needs_neither_triton_nor_a_gpu() -> None:
     run("import fibattn, torch; assert not torch.cuda.is_initialized()")
 
 
-def test_import_registers_the_model() -> None:
-    run("import fibattn, transformers; transformers.AutoConfig.for_model('fibattn')")
+IMPORTS = [
+    "import fibattn, transformers",
+    "import transformers, fibattn",
+    "import fibattn; from transformers import AutoConfig",
+    "import fibattn, importlib.util; importlib.util.find_spec('transformers')",
+    "import fibattn.model.configuration",
+    "from fibattn import attend",
+]
+
+
+@pytest.mark.parametrize("first", IMPORTS)
+def test_importing_means_the_same_in_every_program_and_order(first: str, tmp_path: Path) -> None:
+    program = tmp_path / "fibattn"  # a name like that of the command changes nothing
+    program.write_text(
+        f"{first}\nimport fibattn, transformers\n"
+        "config = transformers.AutoConfig.for_model('fibattn', vocab_size=8, hidden_size=16, num_attention_heads=2)\n"
+        "assert isinstance(transformers.AutoModelForCausalLM.from_config(config), fibattn.FibAttnForCausalLM)\n"
+        "assert callable(fibattn.attend)\n"
+    )
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_public_names_exist() -> None:
     assert all(hasattr(fibattn, name) for name in fibattn.__all__)
+    assert set(fibattn.__all__) <= set(dir(fibattn))
+    assert not hasattr(fibattn, "atend")
     assert fibattn.__version__ == version("fibattn")
 
 
-def imported(*words: str) -> set[str]:
+def imported(*words: str, program: str = "fibattn") -> set[str]:
     """The top-level modules that a command imports."""
-    command = [sys.executable, "-m", "fibattn", *words]
+    command = [sys.executable, "-m", program, *words]
     environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return {name.split(".")[0] for name in re.findall(r"\|\s+([\w.]+)$", done.stderr, re.MULTILINE)}
 
 
-def test_help_imports_nothing_heavy() -> None:
-    found = imported("--help")
+@pytest.mark.parametrize("program", ["fibattn", "study", "benchmarks"])
+def test_help_imports_nothing_heavy(program: str) -> None:
+    found = imported("--help", program=program)
     assert "fibattn" in found
     assert not found & HEAVY
 
 
-@pytest.mark.parametrize("verb", PROGRAM.verbs)
-def test_help_of_a_verb_imports_no_torch(verb: str) -> None:
-    assert not imported(verb, "--help") & {"torch", "transformers", "triton"}
+@pytest.mark.parametrize(
+    ("program", "verb"),
+    [
+        (one.name.split()[-1], verb)
+        for one in (PROGRAM, study.__main__.PROGRAM, benchmarks.__main__.PROGRAM)
+        for verb in one.verbs
+    ],
+)
+def test_help_of_a_verb_imports_no_torch(program: str, verb: str) -> None:
+    assert not imported(verb, "--help", program=program) & {"torch", "transformers", "triton"}
 
 
 @pytest.mark.parametrize("command", [["fibattn", "--version"], ["study", "--help"], ["examples.demo", "--help"]])

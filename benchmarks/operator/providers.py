@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.operator.cases import DTYPES, SHAPES, Case
 from fibattn.attention import attend, attend_scaled
+from fibattn.errors import how_to_install
 from fibattn.pattern import Pattern, base_rungs
 
 _MOST_QUADRATIC = 8 * 2**30
@@ -121,7 +122,7 @@ def flex_blocks(pattern: Pattern, length: int) -> tuple[Tensor, Tensor]:
 
 def _missing_triton(case: Case, backward: bool) -> str | None:
     if case.device == "cuda" and importlib.util.find_spec("triton") is None:
-        return "needs Triton: pip install 'fibattn[triton]'"
+        return f"needs Triton: {how_to_install('triton')}"
     return None
 
 

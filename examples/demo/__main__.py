@@ -21,7 +21,7 @@ class Arguments:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the demonstration and return the exit status, as `fibattn` does."""
-    return guarded("demo", lambda: _run(arguments), "; the same command goes on where it stopped")
+    return guarded("demo", _run, arguments, "; the same command goes on where it stopped")
 
 
 def _run(arguments: Sequence[str]) -> None:

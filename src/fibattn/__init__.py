@@ -1,40 +1,85 @@
 """Fixed-offset sparse attention: a dense local window plus a few Fibonacci-spaced distances.
 
 `attend` is the operator, `Pattern` says which distances, `FibAttnForCausalLM` is a Hugging Face model made
-of both. Importing the package registers the model with Transformers' Auto classes.
+of both. Names are imported on first use, so what needs no PyTorch loads none. The model is registered with the Auto
+classes as soon as both this package and Transformers are imported, whichever comes first.
 """
 
+import importlib
 import sys
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from fibattn._version import __version__
 
-
-def _is_command_line() -> bool:
-    """Whether this is the `fibattn` command, which imports only the rooms that its verb needs."""
-    return Path(sys.argv[0]).stem == "fibattn" or sys.orig_argv[1:3] == ["-m", "fibattn"]
-
-
-if not _is_command_line():
+if TYPE_CHECKING:
     from fibattn.attention import attend, attend_cached, attend_scaled, attend_scaled_cached
     from fibattn.errors import InputError
     from fibattn.model import FibAttnConfig, FibAttnForCausalLM, FibAttnModel
     from fibattn.model.conversion import convert, restore
     from fibattn.pattern import Pattern, layer_alphas, layer_patterns
 
-    __all__ = [
-        "FibAttnConfig",
-        "FibAttnForCausalLM",
-        "FibAttnModel",
-        "InputError",
-        "Pattern",
-        "__version__",
-        "attend",
-        "attend_cached",
-        "attend_scaled",
-        "attend_scaled_cached",
-        "convert",
-        "layer_alphas",
-        "layer_patterns",
-        "restore",
-    ]
+__all__ = [
+    "FibAttnConfig",
+    "FibAttnForCausalLM",
+    "FibAttnModel",
+    "InputError",
+    "Pattern",
+    "__version__",
+    "attend",
+    "attend_cached",
+    "attend_scaled",
+    "attend_scaled_cached",
+    "convert",
+    "layer_alphas",
+    "layer_patterns",
+    "restore",
+]
+_HOMES = {
+    "attention": ("attend", "attend_cached", "attend_scaled", "attend_scaled_cached"),
+    "errors": ("InputError",),
+    "model": ("FibAttnConfig", "FibAttnForCausalLM", "FibAttnModel"),
+    "model.conversion": ("convert", "restore"),
+    "pattern": ("Pattern", "layer_alphas", "layer_patterns"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = next((home for home, names in _HOMES.items() if name in names), None)
+    if home is None:
+        raise AttributeError(f"module 'fibattn' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"fibattn.{home}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _AfterTransformers:
+    """Finds Transformers as the finders behind it do, and has the model registered once it is imported."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != "transformers":
+            return None
+        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is not None and spec.loader is not None:
+            spec.loader.exec_module = partial(_load_and_register, spec.loader.exec_module)
+        return spec
+
+
+def _load_and_register(load: Callable[[ModuleType], None], module: ModuleType) -> None:
+    load(module)
+    importlib.import_module("fibattn.model")
+
+
+if "transformers" in sys.modules:
+    importlib.import_module("fibattn.model")
+else:
+    sys.meta_path.insert(0, _AfterTransformers())

@@ -96,7 +96,7 @@ class Lego:
 
 @dataclass(frozen=True)
 class Harness:
-    """LAMBADA, BLiMP and any other task of lm-eval (pip install 'fibattn[evaluation]')."""
+    """LAMBADA, BLiMP and any other task of lm-eval (the extra evaluation)."""
 
     model: Model
     """A model folder, or a finished run."""

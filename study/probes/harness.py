@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fibattn.errors import InputError
+from fibattn.errors import InputError, MissingExtraError
 
 TASKS = ("lambada_openai", "blimp")
 
@@ -35,9 +35,7 @@ def language_model(
     try:
         from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise InputError(
-            f"the harness needs lm-eval ({error}); install it with: pip install 'fibattn[evaluation]'"
-        ) from None
+        raise MissingExtraError(f"the harness needs lm-eval ({error})", "evaluation") from None
     wrap: Any = HFLM
     return wrap(
         pretrained=model,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="Triton is not installed (pip install 'fibattn[triton]')")
+triton = pytest.importorskip("triton", reason="Triton is not installed (the extra triton)")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402

@@ -10,9 +10,29 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
 from fibattn._version import __version__
 from fibattn.errors import InputError, suggestion
+
+_DISK = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota of this user on the disk is used up",
+    errno.EFBIG: "a file grew larger than the system allows",
+}
+_NO_PLACE = "cannot be read or written here: the system does not permit it; choose another place, or change its rights"
+_FILE = {
+    errno.ENOENT: "does not exist; check the path",
+    errno.EACCES: _NO_PLACE,
+    errno.EPERM: _NO_PLACE,
+    errno.EROFS: "is on a file system that can only be read; choose another place",
+    errno.EISDIR: "is a folder, and a file was expected; check the path",
+    errno.ENOTDIR: "lies in a file, and a folder was expected; check the path",
+    errno.EEXIST: "is there already, as something else; choose another place",
+    errno.ENAMETOOLONG: "is too long a name; choose a shorter one",
+    errno.ELOOP: "is a link that leads back to itself; check the path",
+}
 
 
 @dataclass(frozen=True)
@@ -34,18 +54,20 @@ def enter(program: Program, arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status, as `guarded` gives it."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     verb, rest = (words[0], words[1:]) if words else ("--help", [])
-    return guarded(f"{program.name} {verb}", lambda: _open(program, verb, rest), program.resumed.get(verb, ""))
+    return guarded(f"{program.name} {verb}", partial(_open, program, verb), rest, program.resumed.get(verb, ""))
 
 
-def guarded(name: str, work: Callable[[], None], resumed: str = "") -> int:
-    """Do the work of a command and return the exit status: 0 done, 1 failed, 2 a mistake in the input, 130 interrupted.
+def guarded(name: str, work: Callable[[Sequence[str]], None], words: Sequence[str], resumed: str = "") -> int:
+    """Do the work of a command; the exit status: 0 done, 1 failed, 2 a mistake in the input, 130 interrupted.
 
-    A mistake of the user's is one line that begins with `name`; `resumed` is said after an interruption.
+    A mistake in the input, a full disk, and what is wrong with a file that the user named are one line that begins with
+    `name`. Whatever else goes wrong is a fault of the program, and keeps its traceback. `resumed` is said after an
+    interruption.
     """
     # Before torch loads: threads that spin at barriers take the cores of a busy machine from each other.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
-        work()
+        work(words)
         sys.stdout.flush()  # here, where a reader that went away is expected
     except KeyboardInterrupt:
         print(f"\ninterrupted{resumed}", file=sys.stderr)
@@ -53,32 +75,43 @@ def guarded(name: str, work: Callable[[], None], resumed: str = "") -> int:
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - so that the flush at exit stays silent
         return 1
-    except (InputError, ImportError, OSError) as error:
-        if os.environ.get("FIBATTN_TRACEBACK"):
+    except (InputError, OSError) as error:
+        message = str(error) if isinstance(error, InputError) else _of_a_file(error, words)
+        if message is None or os.environ.get("FIBATTN_TRACEBACK"):
             raise
-        print(f"{name}: {_explain(error)}", file=sys.stderr)
+        print(f"{name}: {message}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     return 0
 
 
-def _open(program: Program, verb: str, rest: list[str]) -> None:
+def _open(program: Program, verb: str, rest: Sequence[str]) -> None:
     if verb in ("-h", "--help"):
         print(_help(program))
     elif verb == "--version":
         print(f"fibattn {__version__}")
     elif verb in program.verbs:
-        importlib.import_module(f"{program.package}.{verb.replace('-', '_')}").run(rest)
+        importlib.import_module(f"{program.package}.{verb.replace('-', '_')}").run(list(rest))
     else:
         raise InputError(f"unknown verb {verb!r}: {suggestion(verb, program.verbs, 'verbs')}")
 
 
-def _explain(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" while writing {error.filename}" if error.filename else ""
-        return f"the disk is full{where}; free some space and run the same command again"
-    if isinstance(error, ImportError):
-        return f"{error}; set FIBATTN_TRACEBACK=1 to see where"
-    return str(error)
+def _of_a_file(error: OSError, words: Sequence[str]) -> str | None:
+    """What is wrong with a file that the user named, or with the disk; None for any other error."""
+    path = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes, os.PathLike)) else None
+    if error.errno in _DISK:
+        where = f" while writing {path}" if path else ""
+        return f"{_DISK[error.errno]}{where}; make room and run the same command again"
+    if error.errno not in _FILE or path is None or not _is_named(Path(path), words):
+        return None
+    return f"{path} {_FILE[error.errno]}"
+
+
+def _is_named(path: Path, words: Sequence[str]) -> bool:
+    """Whether a path was named on the command line, lies in or above one that was, or is in the current folder."""
+    place = Path(os.path.abspath(path))  # noqa: PTH100 - as it was named, links and all
+    names = {name for word in words for name in (word, word.partition("=")[2], word.rpartition("=")[2]) if name}
+    places = [Path(os.path.abspath(name)) for name in names]  # noqa: PTH100
+    return not path.is_absolute() or any(place == one or place in one.parents or one in place.parents for one in places)
 
 
 def _help(program: Program) -> str:

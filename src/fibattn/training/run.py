@@ -16,7 +16,7 @@ from fibattn.data.order import load_order, make_order
 from fibattn.data.prepared import PreparedData
 from fibattn.data.sequences import TrainingWindows
 from fibattn.data.tokenizer import load_tokenizer
-from fibattn.errors import InputError
+from fibattn.errors import InputError, MissingExtraError
 from fibattn.model import FibAttnConfig, FibAttnForCausalLM
 from fibattn.progress import Meter, quantity
 from fibattn.training import checkpoints, start
@@ -198,7 +198,7 @@ def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
 def _check_trackers(recipe: Recipe) -> None:
     missing = [name for name in recipe.track if find_spec(name) is None]
     if missing:
-        raise InputError(f"track asks for {', '.join(missing)}, not installed here; pip install 'fibattn[tracking]'")
+        raise MissingExtraError(f"track asks for {', '.join(missing)}", "tracking")
 
 
 def _verify_finished(model: Path) -> None:

@@ -13,10 +13,12 @@ In kernels, names begin with what they are: `p_` a pointer, `i_` which program o
 of values, `m_` a mask. Capitals are known when a kernel is compiled.
 """
 
+from fibattn.errors import MissingExtraError
+
 try:
     import triton as _triton  # noqa: F401
 except ImportError as error:
-    raise ImportError("attention on a GPU needs Triton; run `pip install 'fibattn[triton]'`") from error
+    raise MissingExtraError("attention on a GPU needs Triton", "triton") from error
 
 from fibattn.attention.triton.fixed import fixed_backward, fixed_decode, fixed_forward
 from fibattn.attention.triton.scaled import scaled_backward, scaled_decode, scaled_forward
