@@ -1,0 +1,46 @@
+"""The documentation: links lead somewhere, and the blocks of the pages that run as they stand do."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("study/*.md")])
+
+
+def _prose(page: Path) -> str:
+    """The page without its code, where brackets are no links."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"`[^`]*`", "", text)
+
+
+def _anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_to_a_file_or_heading_leads_there(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", _prose(page)):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{page.name}: {link}"
+        assert not anchor or anchor in _anchors(target), f"{page.name}: {link}"
+
+
+@pytest.mark.parametrize("name", ["tutorial", "operator"])
+def test_every_block_of_the_page_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    page = ROOT / "docs" / f"{name}.md"
+    text = page.read_text(encoding="utf-8")
+    blocks = list(re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
+    assert len(blocks) == text.count("```python\n") > 3
+    names: dict[str, Any] = {}
+    for block in blocks:
+        before = text.count("\n", 0, block.start(1))
+        # The names of its lines are those of the page.
+        exec(compile("\n" * before + block[1], str(page), "exec"), names)
+    assert capsys.readouterr().out
