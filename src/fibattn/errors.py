@@ -25,7 +25,7 @@ class MissingExtraError(InputError, ImportError):
 def how_to_install(extra: str) -> str:
     """The command that installs what an extra brings: from the clone that this is, else its packages by their names.
 
-    It never asks an index for this package by its name: nothing of ours is there.
+    It never asks an index for this package by name: it is not published on any.
     """
     clone = Path(__file__).resolve().parents[2]
     if (clone / "pyproject.toml").exists():
@@ -41,7 +41,7 @@ def whole_number(name: str, value: object) -> int:
     """`value`, of Python's or another integer type, as a Python integer.
 
     Raises:
-        InputError: for what is no whole number, or has more than 63 bits.
+        InputError: for anything but a whole number of at most 63 bits.
     """
     try:
         number = operator.index(value)  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: everything is written beside its place, then renamed."""
+"""Files that are either whole or absent: everything is written under a temporary name beside its own, then renamed."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """The temporary files right in `folder` that a kill left there while they were written."""
+    """The temporary files in `folder` itself that a killed process left there."""
     return [path for path in folder.glob(".*.tmp") if path.is_file()]
 
 

@@ -1,4 +1,4 @@
-"""One process a folder: what two of them would write into each other's way is refused, not mended."""
+"""One process per folder: a second one is refused, so that two never write over each other's files."""
 
 import fcntl
 import os
@@ -13,11 +13,11 @@ from fibattn.errors import InputError
 def locked(folder: Path) -> Iterator[bool]:
     """Hold a folder, made if need be, for this process alone; yields False when another process holds it.
 
-    A kill lets go of it. A folder that was made for it and is still empty in the end is removed. On a file system that
-    cannot lock a folder (NFS is one) nobody is kept out.
+    The lock ends with the process, however that ends. A folder that was made for it and is still empty in the end is
+    removed. On a file system that cannot lock a folder (NFS is one) every process gets it.
 
     Raises:
-        InputError: where there is a file.
+        InputError: when `folder` is a file, or lies in one.
     """
     new = not folder.exists()
     descriptor = _held(folder)
@@ -30,7 +30,7 @@ def locked(folder: Path) -> Iterator[bool]:
         if new:
             with suppress(OSError):
                 folder.rmdir()
-        # Child processes of one that failed may still hold the folder open: closing it would not do.
+        # Child processes of a failed one may still hold the folder open, so closing it would not release the lock.
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)

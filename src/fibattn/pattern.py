@@ -3,7 +3,7 @@
 A query at position `i` attends to the positions `i - d` for every distance `d` of its layer's pattern: the
 dense local window `0 … window` and a few far offsets, `round(alpha * rung)` for the rungs of a base
 sequence (arXiv 2606.28560, section 3). Offsets are resolved here, once, in float64 with Python's rounding
-(half to even), and are integers ever after; nothing else in the package rounds.
+(half to even), and stay integers; nothing else in the package rounds.
 """
 
 import math
@@ -19,7 +19,7 @@ Base = Literal["fibonacci", "power_of_two"]
 Schedule = Literal["fixed", "linear", "coprime", "learned"]
 
 _MOST_RUNGS = 90
-"""So many Fibonacci rungs, scaled by up to 1.5 and more, are distances of 63 bits."""
+"""The Fibonacci numbers up to here still fit into 63 bits when they are scaled by 1.5."""
 
 
 def base_rungs(base: Base, *, count: int = 15, reach: int = 1023) -> tuple[int, ...]:
@@ -79,8 +79,8 @@ class Pattern:
     input; an offset as long as the sequence or longer simply has no key there.
 
     Raises:
-        InputError: for a negative window, offsets that are not strictly increasing and beyond it, and for what is no
-            whole number of 63 bits.
+        InputError: for a negative window, for offsets that are not strictly increasing and beyond it, and for anything
+            but whole numbers below 2**63.
     """
 
     window: int
@@ -202,7 +202,7 @@ def _check_alpha(alpha: float, rungs: Sequence[int]) -> None:
 
 
 def key_count(patterns: Sequence[Pattern]) -> float:
-    """How many keys a query attends to, the mean over the patterns, where the beginning of the text cuts none off."""
+    """How many keys a query far from the beginning of the text attends to: the mean over the patterns."""
     return statistics.mean(len(pattern.distances) for pattern in patterns)
 
 

@@ -7,7 +7,7 @@ from fibattn import files
 from fibattn.errors import InputError
 
 CARD = "README.md"
-"""A model card is there to be read and edited; nothing depends on it."""
+"""A model card may be edited; nothing depends on it, so it is not in the manifest."""
 _MANIFEST = "COMPLETE.json"
 _UNSEALED = (_MANIFEST, CARD)
 

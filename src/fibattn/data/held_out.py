@@ -1,4 +1,4 @@
-"""Which documents are held out: a property of the document's key alone, so every run decides alike.
+"""Which documents are held out: it depends on the document's key alone, so every run decides the same.
 
 A document whose key hashes below the share is held out and never trained on. Since identical text has an
 identical key, duplicates fall on one side. Where keys are separate from texts, and between sources, the
@@ -41,7 +41,7 @@ class Survey:
 
 
 def survey(label: str, source: Source, seed: int, *, quiet: bool = False) -> Survey:
-    """Read a source once, so that all that is wrong with its files is said before any long work begins."""
+    """Read a source once, so that whatever is wrong with its files is reported before any long work begins."""
     digest, texts = hashlib.sha256(), array("Q")
     size, lowest, highest = 0, SPAN, -1
     with Meter(f"read {label}", None, "B", quiet=quiet) as meter:

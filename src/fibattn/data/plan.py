@@ -11,10 +11,10 @@ from fibattn.errors import InputError, suggestion
 
 @dataclass(frozen=True)
 class Plan:
-    """All that decides the bytes of a prepared folder, beside the texts themselves.
+    """Everything but the texts themselves that decides the contents of a prepared folder.
 
     `weights` are each source's part of the training tokens (made to sum to 1); without them, and with a
-    budget `tokens`, the sources share alike. Without a budget the weights take as many tokens as all
+    budget `tokens`, all sources have the same. Without a budget the weights take as many tokens as all
     sources can fill; with neither, everything is taken. `validation` names a held-out source for a training
     source; the others have `held_out` of their documents held out, until there are `held_out_tokens`.
     `tokenizer` is a folder or an id of the Hub; without it one of `vocab_size` is trained.

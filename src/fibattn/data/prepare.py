@@ -28,7 +28,7 @@ from fibattn.lock import locked
 from fibattn.progress import Meter
 
 TOKENIZER_CHARACTERS = 200_000_000  # of the mixture, to train the tokenizer on
-DOCUMENT_CHARACTERS = 250_000  # of one document, so that none of them rules the vocabulary
+DOCUMENT_CHARACTERS = 250_000  # of one document, so that none dominates the vocabulary
 
 
 def prepare(out: Path, plan: Plan, *, quiet: bool = False) -> PreparedData:
@@ -64,7 +64,7 @@ class _Preparation:
         self.held_out_texts: dict[str, array] = {}
         self.excluded: set[int] = set()
         self.excluded_at_first: set[int] = set()
-        """What a first run knows of while it trains the tokenizer; one that makes it anew must know no more."""
+        """What is excluded when the tokenizer is trained the first time; training it again must exclude no more."""
         self.thresholds: dict[str, int] = {}
 
     def _pin(self, name: str, source: Source) -> Source:
@@ -99,7 +99,7 @@ class _Preparation:
         if self.record.published and not damaged and self._is_whole():
             return True
         self.record.save()
-        # Only now: a folder without either is nobody's.
+        # Only now: a folder with neither file would not be recognised as one that was begun.
         (self.out / DATA).unlink(missing_ok=True)
         return False
 
@@ -205,7 +205,7 @@ class _Preparation:
         name, stream, limit = source.name, f"{source.name}/val", self.thresholds[source.name]
         if self._held_out(name) is not None or (name not in self.validation and limit == 0):
             return
-        self.record.forget(stream)  # it is small, and its texts are noted while it is written
+        self.record.forget(stream)  # begun but not complete: written again from its first document, to note its texts
         if name in self.validation:
             texts = self.held_out_texts[name]
             documents = (text for _, text in self.validation[name].documents())

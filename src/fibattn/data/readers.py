@@ -105,7 +105,7 @@ def _not_utf8(what: str, error: UnicodeDecodeError) -> str:
 
 
 def _lines_of_json(path: Path) -> Iterator[Mapping[str, Any]]:
-    """The rows of a file of JSON lines; blank lines are none."""
+    """The rows of a file of JSON lines; blank lines are skipped."""
     for number, line in enumerate(_lines(path), start=1):
         where = f"line {number} of {path}"
         try:
@@ -133,7 +133,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def _parquet(path: Path) -> Iterator[Mapping[str, Any]]:
-    """The rows of a Parquet file, streamed; whatever the reader below says of a damaged file names the file here."""
+    """The rows of a Parquet file, streamed; errors of the library below are raised again with the name of the file."""
     try:
         from datasets import load_dataset
     except ImportError:

@@ -80,12 +80,12 @@ class Record:
         files.write_json(self.folder / UNFINISHED, value)
 
     def forget(self, stream: str) -> None:
-        """Have a stream written from its beginning."""
+        """Forget a stream, so that it is written again from its beginning."""
         self.shards.pop(stream, None)
         self.complete.discard(stream)
 
     def use_tokenizer(self, sha256: str) -> None:
-        """Tokens of another tokenizer (its file was lost, and a newer library trains another) are of no use."""
+        """Note the tokenizer; tokens made with another one (whose file was lost, say) are written again."""
         if self.tokenizer not in (None, sha256):
             for stream in list(self.shards):
                 self.forget(stream)

@@ -29,7 +29,7 @@ WORDS = (
     r"|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 SMALLEST, LARGEST = 256 + 2, 2**24
-LONGEST = 1024  # bytes of a token: merges of one endless line would double beyond any table
+LONGEST = 1024  # bytes of a token: in one very long line merges would double without end
 PIECE = 2**20  # characters given to the encoder at once: a book of any length takes bounded memory
 BATCH = 2**23
 
@@ -80,10 +80,10 @@ def check_vocab_size(vocab_size: int) -> None:
 
 
 def check_same_vocabulary(model: Path, data: "PreparedData") -> None:
-    """Whether a model folder's tokenizer, where it has one, is that of the data; as many ids do not make it so.
+    """Check that the tokenizer in a model folder, if there is one, has the vocabulary of the data's.
 
     Raises:
-        InputError: when it gives an id another meaning.
+        InputError: when an id means something else, even where there are as many.
     """
     if not (model / "tokenizer.json").exists():
         return

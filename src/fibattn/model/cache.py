@@ -178,7 +178,7 @@ class DynamicRingLayer(RingLayer, DynamicLayer):
         return tuple(decode.before(ring, last, min(self.reach, self.length)) for ring in rings)
 
     def get_seq_length(self) -> int:
-        """How many tokens the sequence has had, most of them long forgotten."""
+        """How many tokens the sequence has had; the ring holds the last of them."""
         return self.length
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -287,7 +287,7 @@ def ring_of(cache: Cache, layer: int, owner: object, reach: int) -> RingLayer:
                 f"layer {layer} of the cache is a {type(found).__name__} that a model without sparse layers has "
                 "written; a cache belongs to the model that made it: begin a new one"
             )
-        # A bounded full layer had a cache that can go back unasked; it records where the rings beside it do.
+        # The cache of a full layer can always be cropped; the ring of a bounded one records if the rings beside it do.
         recording = any(getattr(one, "record_past", False) for one in cache.layers)
         found = StaticRingLayer() if isinstance(found, StaticLayer) else DynamicRingLayer()
         if isinstance(found, DynamicRingLayer):

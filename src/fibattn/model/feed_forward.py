@@ -1,4 +1,4 @@
-"""The feed-forward products at sizes that a GPU likes, whatever size the model has.
+"""The feed-forward products padded to sizes at which tensor cores are fast, whatever size the model has.
 
 The paper's feed-forward size, 1366, is no multiple of 8, so rows of 16-bit matrices start at odd addresses and
 their products run at a fraction of the speed. Parameters and checkpoints keep the model's size.
@@ -12,7 +12,7 @@ from torch.nn import functional
 
 
 def padded_swiglu(hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, multiple: int = 64) -> Tensor:
-    """SwiGLU of weights padded with zeros to a feed-forward size that tensor cores like, gate and up in one product.
+    """SwiGLU of weights padded with zeros to a multiple of `multiple`, gate and up in one product.
 
     The padding adds exact zeros, so values and gradients are those of the plain formula. The products run in
     the autocast dtype where that is on.
@@ -21,7 +21,7 @@ def padded_swiglu(hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, multip
         hidden: (batch, tokens, hidden size).
         gate, up: (feed-forward size, hidden size).
         down: (hidden size, feed-forward size).
-        multiple: of what the padded size is.
+        multiple: what the padded feed-forward size is a multiple of.
     """
     dtype = _product_dtype(hidden)
     gate, up, down = gate.to(dtype), up.to(dtype), down.to(dtype)

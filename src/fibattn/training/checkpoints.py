@@ -1,8 +1,8 @@
 """Checkpoints that are whole or absent, and known to be whole.
 
 A checkpoint is written into a staging folder, its files are listed with size and SHA-256 in `COMPLETE.json`,
-and only then does the folder take its name. What a kill leaves behind is a staging folder, which nobody reads.
-The recipe and the fingerprints of the inputs are among the files: a checkpoint knows which run it is of.
+and only then does the folder take its name. A killed run leaves a staging folder, which is never read.
+The recipe and the fingerprints of the inputs are among the files, so a checkpoint says which run it belongs to.
 """
 
 import os
@@ -20,7 +20,7 @@ _PREFIX = "checkpoint-"
 def publish(run: Path, step: int, keep: int) -> Path:
     """Give the staged checkpoint of `step` its name, and remove all but it and the newest `keep - 1` before it.
 
-    A later one can only be damaged: the run was not gone on with from there.
+    Checkpoints of later steps are removed too: they were damaged, or the run would have resumed from them.
     """
     staged, final = run / STAGING / f"{_PREFIX}{step}", run / f"{_PREFIX}{step}"
     for name in ("recipe.json", "inputs.json"):
