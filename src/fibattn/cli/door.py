@@ -1,4 +1,4 @@
-"""The door of a program with verbs: finds the verb, imports only what it needs, and turns a mistake into one line.
+"""The entry of a program with verbs: finds the verb, imports only what it needs, and turns a mistake into one line.
 
 A verb is a module with a function `run(arguments)`, of the package that the program names. Its table of verbs is all
 that `--help` needs, so it answers before anything heavy is imported.

@@ -30,7 +30,7 @@ class Arguments:
     base: Base = "fibonacci"
     """The sequence of the rungs."""
     schedule: Schedule = "linear"
-    """How the rungs' scale alpha goes over depth; a learned one is shown where it starts."""
+    """How the rungs' scale alpha changes over depth; a learned one is shown at its start."""
     window: int = 12
     """Distances 0 … WINDOW are always attended to."""
     rungs: int = 15

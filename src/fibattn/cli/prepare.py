@@ -48,7 +48,7 @@ class Arguments:
     ]
     """What to read, see above."""
     weights: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=NUMBER ...", help_behavior_hint="")] = ()
-    """Each source's part of the training tokens. Without it everything is taken."""
+    """Each source's share of the training tokens. Without it everything is taken."""
     tokens: Annotated[str | None, tyro.conf.arg(metavar="COUNT", help_behavior_hint="")] = None
     """Training tokens in all, such as 426M. Without it as many as there are, in --weights' proportions."""
     val: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=WHAT ...", help_behavior_hint="")] = ()

@@ -24,13 +24,13 @@ class Arguments:
     prompt_file: Path | None = None
     """Read the prompt from this file instead."""
     max_new_tokens: str = "256"
-    """How many tokens; 0 or inf goes on until interrupted, through the ends of documents."""
+    """How many tokens; 0 or inf goes on until interrupted, past the ends of documents."""
     temperature: float = 0.8
     """Divides the logits; 0 takes the most likely token."""
     top_p: float = 0.95
     """Draw from the fewest tokens that together have this probability."""
     seed: int = 0
-    """Of the draws: the same seed, the same text on the same machine."""
+    """For the random draws: the same seed gives the same text on the same machine."""
     full_reach: int | None = None
     """Let full-attention layers look back only so far: constant memory, and often better text past the training
     length. 0 lets them see everything; left out: as the model was saved."""

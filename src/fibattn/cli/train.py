@@ -22,7 +22,7 @@ def run(arguments: list[str]) -> None:
 
     from fibattn.training.run import train
 
-    # Of several processes of one training the first stands for all.
+    # Of several processes of one training the first holds the lock for all.
     with locked(recipe.out) if os.environ.get("RANK", "0") == "0" else nullcontext(True) as free:
         if not free:
             raise InputError(f"another process is training in {recipe.out}; wait for it, or give another --out")

@@ -140,14 +140,14 @@ class FibAttnConfig(PreTrainedConfig):
         return base_rungs(self.base, count=self.rungs, reach=1 if self.rung_reach is None else self.rung_reach)  # pyright: ignore[reportArgumentType]
 
     def layer_patterns(self, layer: int) -> tuple[Pattern, ...] | None:
-        """The patterns of a layer's KV heads (one when they share it); None for boundless attention, learned rungs."""
+        """The patterns of a layer's KV heads (one when they share it); None for unbounded attention and learned rungs."""
         if self.full_reach is not None and (self.layer_types or [])[layer] == "full_attention":
             return (Pattern(self.full_reach, ()),)
         sets = (self.layer_offsets or [])[layer]
         return None if sets is None else tuple(Pattern(self.window, tuple(offsets)) for offsets in sets)
 
     def layer_reach(self, layer: int) -> int | None:
-        """The farthest distance a layer looks back; None for boundless attention. A learned scale stays below 1.5."""
+        """The farthest distance a layer looks back; None for unbounded attention. A learned scale stays below 1.5."""
         if self.learns_alpha(layer):
             return scaled_reach(self.base_rungs, 1.5, self.window, self.max_offset)
         patterns = self.layer_patterns(layer)
