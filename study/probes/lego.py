@@ -20,7 +20,7 @@ ITEMS = 120
 
 
 def chains(length: int, count: int = ITEMS, seed: int = 0) -> list[Item]:
-    """`count` items with `length` variables; as many with the answer 0 as with 1, so that a fixed answer scores one half.
+    """`count` items with `length` variables; as many have the answer 0 as 1, so a fixed answer scores one half.
 
     Raises:
         InputError: for a chain of fewer than one variable, or more than there are letters.

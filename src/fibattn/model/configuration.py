@@ -140,7 +140,7 @@ class FibAttnConfig(PreTrainedConfig):
         return base_rungs(self.base, count=self.rungs, reach=1 if self.rung_reach is None else self.rung_reach)  # pyright: ignore[reportArgumentType]
 
     def layer_patterns(self, layer: int) -> tuple[Pattern, ...] | None:
-        """The patterns of a layer's KV heads (one when they share it); None for unbounded attention and learned rungs."""
+        """The patterns of a layer's KV heads (one when they share it); None for unbounded attention, learned rungs."""
         if self.full_reach is not None and (self.layer_types or [])[layer] == "full_attention":
             return (Pattern(self.full_reach, ()),)
         sets = (self.layer_offsets or [])[layer]
