@@ -2,6 +2,8 @@
 
 import csv
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,32 @@ def test_table_and_csv_equal_what_is_counted_by_hand(tmp_path: Path, capsys: pyt
     assert found == {d: str(fewest.get(d, "")) for d in range(max(fewest) + 1)}
     assert (tmp_path / "stack.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "stack.svg").read_text()
+
+
+NO_MATPLOTLIB = """
+import sys
+import importlib.machinery
+found = importlib.machinery.PathFinder.find_spec
+def find(name, *rest):
+    return None if name.partition(".")[0] == "matplotlib" else found(name, *rest)
+importlib.machinery.PathFinder.find_spec = find
+from fibattn.cli.main import main
+raise SystemExit(main(sys.argv[1:]))
+"""
+
+
+def test_only_a_drawing_needs_matplotlib_and_says_how_to_get_it(tmp_path: Path) -> None:
+    def pattern(*flags: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", NO_MATPLOTLIB, "pattern", "--layers", "2", *flags]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    printed = pattern()
+    assert printed.returncode == 0, printed.stderr
+    assert "union coverage: " in printed.stdout
+    asked = pattern("--out", "stack.svg")
+    assert (asked.returncode, asked.stdout, asked.stderr.count("\n")) == (2, "", 1)
+    assert "--out draws with matplotlib, which is not installed; install it: pip install" in asked.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("schedule", "union", "beyond"), [("fixed", 19, 10), ("linear", 133, 124)])

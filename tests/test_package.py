@@ -3,9 +3,12 @@
 import ast
 import os
 import re
+import shlex
 import subprocess
 import sys
+import tarfile
 import tomllib
+import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,10 +18,11 @@ import benchmarks.__main__
 import fibattn
 import study.__main__
 from fibattn.cli.main import PROGRAM
+from fibattn.errors import how_to_install
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "fibattn"
-HEAVY = {"numpy", "torch", "transformers", "triton", "datasets", "tokenizers", "matplotlib", "rich", "tyro"}
+HEAVY = {"numpy", "torch", "transformers", "triton", "pyarrow", "tokenizers", "matplotlib", "rich", "tyro"}
 # From the ground up: a room may import those before it. The files of no room are below all of them.
 ROOMS = ["pattern", "attention", "model", "data", "training", "evaluation", "cli"]
 # Beside the library; each may import the library and those before it.
@@ -152,11 +156,84 @@ def test_rooms_know_only_those_below(path: Path) -> None:
             assert path.name in ("__init__.py", "__main__.py"), f"{path.name} is below all rooms, but imports {module}"
 
 
-def test_constraints_pin_what_is_installed_by_setup() -> None:
+def test_the_library_is_small() -> None:
+    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCE.rglob("*.py"))
+    assert lines <= 10_500
+
+
+def names(requirements: list[str]) -> set[str]:
+    """The projects that requirements ask for."""
+    return {re.split(r"[<>=;\[ ]", line, maxsplit=1)[0].lower().replace("-", "_") for line in requirements}
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
+
+
+def test_constraints_pin_what_make_installs() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.lower().split("==") for line in lines if line and not line.startswith("#"))
     assert pins["torch"] == "2.13.0"
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
-    names = {re.split(r"[<>=;\[ ]", line, maxsplit=1)[0].lower().replace("-", "_") for line in wanted}
-    assert names <= {name.replace("-", "_") for name in pins}
+    installed = {
+        extra
+        for found in re.findall(r"'\.\[([\w,]+)\]'", (ROOT / "Makefile").read_text())
+        for extra in found.split(",")
+    }
+    assert installed >= {"dev", "docs", "study"}
+    wanted = names([line for extra in installed - {"triton"} for line in EXTRAS[extra]] + PROJECT["dependencies"])
+    assert wanted <= {name.replace("-", "_") for name in pins}
+
+
+def test_what_draws_or_makes_tables_comes_with_extras() -> None:
+    assert not names(PROJECT["dependencies"]) & {"matplotlib", "pandas", "jinja2", "datasets"}
+    used = {module.split(".")[0] for path in SOURCE.rglob("*.py") for module, _ in imports(path)}
+    assert not used & {"pandas", "jinja2"}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel and the source distribution."""
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "hatchling", "build", "--directory", out]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+def test_the_wheel_holds_the_library_alone(built: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    found = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    tracked = (path for path in SOURCE.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    assert found == {path.relative_to(SOURCE.parent).as_posix() for path in tracked}
+
+
+def test_the_source_distribution_holds_what_the_tests_need(built: Path) -> None:
+    (archive,) = built.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        found = {name.partition("/")[2] for name in opened.getnames()}
+    for name in ("Makefile", "constraints.txt", "conftest.py", "README.md", "mkdocs.yml", ".ci/run"):
+        assert name in found
+    for folder in ("src", "study", "benchmarks", "examples", "tests", "docs"):
+        kept = (path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".md", ".json"))
+        wanted = {path.relative_to(ROOT).as_posix() for path in kept if not ({"work", "report"} & {*path.parts[-3:-1]})}
+        assert wanted <= found
+
+
+def test_an_extra_is_installed_from_where_the_package_is_from(built: Path, tmp_path: Path) -> None:
+    """From the clone by its path, from a wheel by the packages' own names: ours is nobody's on an index."""
+    assert how_to_install("plots") == f"pip install --editable {shlex.quote(f'{ROOT}[plots]')}"
+    (wheel,) = built.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = "from fibattn.errors import how_to_install as how; print(how('plots'), how('tracking'), how('triton'), sep='\\n')"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    for line, extra in zip(done.stdout.splitlines(), ("plots", "tracking", "triton"), strict=True):
+        assert shlex.split(line)[:2] == ["pip", "install"]
+        assert names(shlex.split(line)[2:]) == names(EXTRAS[extra])
+
+
+def test_no_message_asks_an_index_for_our_name() -> None:
+    for path in SOURCE.rglob("*.py"):
+        assert not re.search(r"pip install '?fibattn", path.read_text(encoding="utf-8")), path

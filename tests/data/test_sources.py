@@ -38,6 +38,43 @@ def test_parquet_and_joined_fields_with_a_key(tmp_path):
     assert list(source.documents()) == [("p", "p\n\ns"), ("q", "q\n\nt")]
 
 
+def test_of_parquet_only_the_columns_that_are_asked_for_matter(tmp_path):
+    """Columns of other types, unknown features in the metadata among them, are nobody's business."""
+    uuids = pa.array([bytes(range(16))] * 3, pa.binary(16)).cast(pa.binary(16))
+    columns = {
+        "text": pa.array(["one", "zwei ü", " "]).dictionary_encode(),
+        "map": pa.array([[("a", 1)], [], None], pa.map_(pa.string(), pa.int64())),
+        "id": pa.ExtensionArray.from_storage(pa.uuid(), uuids),
+        "audio": pa.array([{"bytes": b"RIFF", "path": None}] * 3),
+        "dot.ted": pa.array(["a", "b", "c"], pa.large_string()),
+        "nested": pa.array([[{"deep": [1.5]}]] * 3),
+    }
+    features = {"audio": {"_type": "Audio"}, "map": {"_type": "NoSuchFeature"}, "text": {"_type": "AlsoNone"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), tmp_path / "m.parquet")
+    assert texts(tmp_path / "m.parquet") == ["one", "zwei ü"]
+    dotted = Source("m", (tmp_path / "m.parquet",), text=("dot.ted",))
+    assert [text for _, text in dotted.documents()] == ["a", "b", "c"]
+    for fields, message in (
+        (
+            ("body",),
+            "has no field 'body'; it has 'text', 'map', 'id', 'audio', 'dot.ted', 'nested': name the right one",
+        ),
+        (("map",), "field 'map' in row 1 of .* is list, text was expected"),
+    ):
+        with pytest.raises(InputError, match=message):
+            list(Source("m", (tmp_path / "m.parquet",), text=fields).documents())
+
+
+def test_parquet_of_many_row_groups_and_files_without_rows(tmp_path):
+    many = [f"text {number}" for number in range(1000)]
+    pq.write_table(pa.table({"text": many}), tmp_path / "m.parquet", row_group_size=70)
+    assert texts(tmp_path / "m.parquet") == many
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "none.parquet")
+    with pytest.raises(InputError, match=r"none.parquet has no rows"):
+        texts(tmp_path / "none.parquet")
+
+
 def test_a_folder_is_every_known_file_sorted_hidden_and_empty_ones_left_out(tmp_path):
     for name in ("b.md", "a/z.py", "a/c.rst", ".git/x.txt", "a/image.png", "a/empty.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

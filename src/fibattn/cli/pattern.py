@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from fibattn.cli.flags import parse
-from fibattn.errors import InputError
+from fibattn.errors import InputError, MissingExtraError
 from fibattn.pattern import (
     Base,
     Composition,
@@ -25,7 +26,7 @@ _FARTHEST = 200_000  # takes seconds
 
 @dataclass(frozen=True)
 class Arguments:
-    """Show which distances every layer attends to and which ones the layers reach together, and draw both."""
+    """Show which distances every layer attends to and which ones the layers reach together; --out draws both."""
 
     base: Base = "fibonacci"
     """The sequence of the rungs."""
@@ -43,15 +44,17 @@ class Arguments:
     """Coverage is counted inside this many tokens; a power-of-two base goes up to CONTEXT - 1."""
     farthest: int | None = None
     """The farthest distance to ask about; the sum of all layers' reaches when left out."""
-    out: Path = Path("pattern.svg")
-    """The figure; a PNG and a CSV go beside it."""
+    out: Path | None = None
+    """Draw a figure there, such as pattern.svg; a PNG and a CSV go beside it."""
 
 
 def run(arguments: list[str]) -> None:
-    """Print the table and the summary, write the figure."""
+    """Print the table and the summary, and write the figure where one is asked for."""
     chosen = parse(Arguments, arguments, "fibattn pattern")
-    if chosen.out.suffix != ".svg":
+    if chosen.out is not None and chosen.out.suffix != ".svg":
         raise InputError(f"--out is {chosen.out}; expected a name that ends in .svg, a .png and a .csv go beside it")
+    if chosen.out is not None and find_spec("matplotlib") is None:
+        raise MissingExtraError("--out draws with matplotlib", "plots")
     if chosen.context < 2:
         raise InputError(f"context is {chosen.context}; it must be at least 2 tokens")
     patterns = layer_patterns(
@@ -71,9 +74,10 @@ def run(arguments: list[str]) -> None:
     console.print(_table(layer_alphas(chosen.schedule, layers=chosen.layers), patterns, chosen.context))
     for line in _summary(patterns, composition, chosen.context):
         console.print(line, soft_wrap=True, highlight=False)
-    from fibattn.cli.pattern_figure import draw_patterns  # matplotlib takes a while to import
+    if chosen.out is not None:
+        from fibattn.cli.pattern_figure import draw_patterns  # matplotlib takes a while to import
 
-    console.print(f"drawn in {draw_patterns(patterns, composition, chosen.context, chosen.out)}", soft_wrap=True)
+        console.print(f"drawn in {draw_patterns(patterns, composition, chosen.context, chosen.out)}", soft_wrap=True)
 
 
 def _table(alphas: Sequence[float], patterns: Sequence[Pattern], context: int) -> Table:

@@ -1,16 +1,14 @@
 """Reads the documents of one local file: plain text, JSON lines or Parquet, as it is or compressed.
 
 A plain text file is one document; a row of JSON lines or Parquet is one document. Lines of JSON are read one by one: a
-library that makes columns of them refuses files whose other fields change their type. Parquet is streamed through
-`datasets`, imported only when there is any.
+library that makes columns of them refuses files whose other fields change their type. Of Parquet only the columns that
+are asked for are read, so that the others may hold anything.
 """
 
-import glob
 import gzip
 import json
-import logging
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ ROWS = (".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
 
 _BLOCK = 1 << 20
+_ROWS = 64  # of Parquet at once: each may be a book
 
 
 def kind(path: Path) -> str | None:
@@ -44,10 +43,11 @@ def read_file(path: Path, fields: tuple[str, ...], key: str | None) -> Iterator[
         if text.strip():
             yield text, text
         return
-    number, rows = 0, _lines_of_json if kind(path) == ".jsonl" else _parquet
+    number, wanted = 0, (*fields, *((key,) if key else ()))
     if path.stat().st_size == 0:
         raise InputError(f"{path} is empty; a file with rows was expected: fetch it again or leave it out")
-    for number, row in enumerate(rows(path), start=1):
+    rows = _lines_of_json(path) if kind(path) == ".jsonl" else _parquet(path, wanted)
+    for number, row in enumerate(rows, start=1):
         document = from_row(row, fields, key, f"row {number} of {path}")
         if document[1].strip():
             yield document
@@ -132,18 +132,26 @@ def _lines(path: Path) -> Iterator[bytes]:
     yield b"".join(rest)
 
 
-def _parquet(path: Path) -> Iterator[Mapping[str, Any]]:
-    """The rows of a Parquet file, streamed; errors of the library below are raised again with the name of the file."""
+def _parquet(path: Path, wanted: tuple[str, ...]) -> Iterator[Mapping[str, Any]]:
+    """The rows of a Parquet file, the wanted columns alone, a few at a time."""
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
     try:
-        from datasets import load_dataset
-    except ImportError:
-        raise InputError(f"{path} needs the package datasets to be read: pip install 'datasets>=4'") from None
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it would print the error that is raised below too
-    try:
-        yield from load_dataset("parquet", data_files=[glob.escape(str(path))], split="train", streaming=True)
-    except (ValueError, OSError, EOFError, RuntimeError, TypeError) as error:
+        with ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if missing := [name for name in wanted if name not in names]:
+                raise InputError(_no_field(f"each row of {path}", missing[0], names))
+            for batch in file.iter_batches(_ROWS, columns=list(dict.fromkeys(wanted))):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         message = " ".join(str(error).split())
         raise InputError(f"{path} is not valid parquet ({message}); check it or fetch it again") from None
+
+
+def _no_field(where: str, field: str, have: Iterable[str]) -> str:
+    names = ", ".join(map(repr, have))
+    return f"{where} has no field {field!r}; it has {names}: name the right one with --text or --key"
 
 
 def from_row(row: Mapping[str, Any], fields: tuple[str, ...], key: str | None, where: str) -> tuple[str, str]:
@@ -151,8 +159,7 @@ def from_row(row: Mapping[str, Any], fields: tuple[str, ...], key: str | None, w
     parts = []
     for field in (*fields, *((key,) if key else ())):
         if field not in row:
-            have = ", ".join(map(repr, row))
-            raise InputError(f"{where} has no field {field!r}; it has {have}: name the right one with --text or --key")
+            raise InputError(_no_field(where, field, row))
         if not isinstance(row[field], str):
             got = type(row[field]).__name__
             raise InputError(f"field {field!r} in {where} is {got}, text was expected: name another field with --text")

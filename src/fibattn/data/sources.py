@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fibattn.data import readers
-from fibattn.errors import InputError
+from fibattn.errors import InputError, MissingExtraError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 HUB = re.compile(r"hf:(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]*))?(:(?P<split>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
@@ -143,7 +143,10 @@ def resolve(source: Source) -> Source:
 
 
 def _stream(source: Source) -> Iterator[tuple[str, str]]:
-    from datasets import load_dataset
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise MissingExtraError(f"{source} needs the package datasets", "hub") from None
 
     assert source.hub is not None
     try:

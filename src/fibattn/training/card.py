@@ -5,8 +5,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
-
 from fibattn import files
 from fibattn._version import __version__
 from fibattn.data.prepared import PreparedData
@@ -16,7 +14,6 @@ from fibattn.progress import quantity
 from fibattn.sealed import CARD
 from fibattn.training.recipe import Recipe
 
-_TEMPLATE = Path(__file__).parent / "templates" / "card.md.j2"
 _BEGIN, _END = "<!-- results: `fibattn eval` writes here -->", "<!-- end of results -->"
 _ATTENTION = {
     "fibonacci_attention": "window and distances",
@@ -24,28 +21,34 @@ _ATTENTION = {
     "full_attention": "full",
 }
 
+_LOAD = """## How to load
+
+```
+pip install PATH/TO/fibattn    # a clone of its repository; it is not on PyPI
+```
+
+```python
+import fibattn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/or/id/of/this/model")
+tokenizer = AutoTokenizer.from_pretrained("path/or/id/of/this/model")
+```
+
+Programs that do not import `fibattn` themselves load it with `trust_remote_code=True`; the package must be installed there
+too."""
+
 
 def write_card(folder: Path, config: FibAttnConfig, parameters: int, recipe: Recipe, data: PreparedData) -> None:
     """Write the card of a model folder; its results are filled in by `add_results`."""
-    card = ModelCard.from_template(
-        ModelCardData(
-            library_name="transformers", pipeline_tag="text-generation", tags=["fibattn", "sparse-attention"]
-        ),
-        template_path=str(_TEMPLATE),
-        title=recipe.out.name,
-        parameters=quantity(parameters),
-        version=__version__,
-        length=recipe.length,
-        window=config.window,
-        layers=list(_layers(config)),
-        tokens=quantity(recipe.tokens),
-        recipe=recipe,
-        start=None if recipe.start is None else model_name(recipe.start.resolve()),
-        sources=", ".join(f"{source['name']} ({_taken(source)} tokens)" for source in data.sources if source["train"]),
-        fingerprint=data.fingerprint,
-        results=f"{_BEGIN}\nNot evaluated yet.\n{_END}",
+    sections = (
+        _head(recipe, parameters),
+        _attention(config),
+        _training(recipe, data),
+        f"## Results\n\n{_BEGIN}\nNot evaluated yet.\n{_END}",
+        _LOAD,
     )
-    files.write_text(folder / CARD, f"{card}\n")
+    files.write_text(folder / CARD, "\n\n".join(sections) + "\n")
 
 
 def add_results(folder: Path, result: dict[str, Any]) -> bool:
@@ -58,6 +61,55 @@ def add_results(folder: Path, result: dict[str, Any]) -> bool:
         return False
     files.write_text(path, f"{before}{begin}\n{_results(result)}\n{end}{after}")
     return True
+
+
+def _head(recipe: Recipe, parameters: int) -> str:
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- fibattn
+- sparse-attention
+---
+
+# {recipe.out.name}
+
+A decoder of {quantity(parameters)} parameters, trained with fibattn {__version__}
+([fixed-offset sparse attention](https://arxiv.org/abs/2606.28560)) on windows of {recipe.length} tokens. It is a base
+model: it goes on with a text."""
+
+
+def _attention(config: FibAttnConfig) -> str:
+    rows = (f"| {row['layers']} | {row['attention']} | {row['rope']} | {row['distances']} |" for row in _layers(config))
+    return "\n".join(
+        (
+            "## Attention",
+            "",
+            f"In a layer with a window, every token attends to the {config.window} tokens before it; where there are "
+            "distances, also to",
+            "the single tokens that far back.",
+            "",
+            "| layers | attention | RoPE | distances beyond the window |",
+            "| --- | --- | --- | --- |",
+            *rows,
+        )
+    )
+
+
+def _training(recipe: Recipe, data: PreparedData) -> str:
+    sources = ", ".join(f"{source['name']} ({_taken(source)} tokens)" for source in data.sources if source["train"])
+    optimizer = recipe.optimizer
+    rows = {
+        "tokens": f"{quantity(recipe.tokens)}: {recipe.steps} steps of {recipe.windows_per_step} windows of "
+        f"{recipe.length}",
+        "began with": recipe.start and f"the weights of {model_name(recipe.start.resolve())}",
+        "text": sources,
+        "data fingerprint": f"`{data.fingerprint}`",
+        "seeds": f"weights {recipe.init_seed}, data {recipe.data_seed}",
+        "peak learning rate": f"{optimizer.peak_rate}, {optimizer.warmup_steps} steps of warm-up",
+    }
+    lines = (f"| {name} | {value} |" for name, value in rows.items() if value)
+    return "\n".join(("## Training", "", "| | |", "| --- | --- |", *lines))
 
 
 def _layers(config: FibAttnConfig) -> Iterator[dict[str, str]]:
