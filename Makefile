@@ -14,13 +14,15 @@ SEES_GPU := import sys, pytest, torch; sys.exit(not torch.cuda.is_available())
 GPU_PYTHON ?= $(shell for one in $(RUN) python3; do \
 	"$$one" -c "$(SEES_GPU)" >/dev/null 2>&1 && { echo "$$one"; break; }; done)
 
-.PHONY: help setup demo test lint gpu-test hf-tests
+.PHONY: help setup demo test lint docs dist gpu-test hf-tests
 
 help:
 	@echo 'make setup     a .venv with the package and all it needs'
 	@echo 'make demo      the set-up, then the demonstration: two models, a table, a page in demo/report'
 	@echo 'make test      the set-up, then all tests'
 	@echo 'make lint      ruff and pyright'
+	@echo 'make docs      the documentation as a site, in site/index.html'
+	@echo 'make dist      a wheel and a source distribution in dist/, checked, the wheel in an empty environment'
 	@echo 'make gpu-test  the tests that need an NVIDIA GPU'
 	@echo 'make hf-tests  the tests of a causal language model that Transformers has, on ours'
 
@@ -33,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(RUN) -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv || \
 	$(FAIL) 'setup 1/2 failed: the virtual environment, as said above. Mend that, then run the same command again'
 	@echo 'setup 2/2: the package and what it needs (torch is large)'
-	@$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,triton]' || \
+	@$(RUN) -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev,docs,study,hub,triton]' || \
 	$(FAIL) 'setup 2/2 failed: pip, as said above. Check the network and the free disk space, then run the same '\
 	'command again; what was downloaded is kept'
 	@touch $@
@@ -49,6 +51,14 @@ lint: $(STAMP)
 	@$(RUN) -m ruff check || $(FAIL) 'ruff check failed. Most of it mends itself: $(RUN) -m ruff check --fix'
 	@$(RUN) -m ruff format --check || $(FAIL) 'the format differs. Mend it: $(RUN) -m ruff format'
 	@$(RUN) -m pyright || $(FAIL) 'pyright failed, as said above'
+
+docs: $(STAMP)
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict || $(FAIL) 'the site was not built, as said above'
+	@echo 'the documentation is in site/index.html'
+
+dist: $(STAMP)
+	@rm -rf dist && $(RUN) -m hatchling build --directory dist && $(RUN) -m twine check --strict dist/* && \
+	.ci/prove-wheel "$(RUN)" || $(FAIL) 'there is no good distribution, as said above'
 
 gpu-test:
 	@python="$(GPU_PYTHON)"; test -n "$$python" || { $(FAIL) 'no Python with pytest and a torch that sees a GPU '\

@@ -1,10 +1,14 @@
 """The documentation: links lead somewhere, and the blocks of the pages that run as they stand do."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+import fibattn
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("study/*.md")])
@@ -44,3 +48,17 @@ def test_every_block_of_the_page_runs(name: str, capsys: pytest.CaptureFixture[s
         # The names of its lines are those of the page.
         exec(compile("\n" * before + block[1], str(page), "exec"), names)
     assert capsys.readouterr().out
+
+
+def test_the_site_builds_with_every_page_and_fetches_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for page in PAGES:
+        inside = page.relative_to(ROOT / "docs" if page.parent.name == "docs" else ROOT).with_suffix(".html")
+        found = tmp_path / inside.with_name(inside.name.replace("README", "index"))
+        assert found.exists() or page == ROOT / "README.md", found
+        if found.exists():
+            assert not re.search(r"<(script|link|img)[^>]*(src|href)=\"(https?:)?//", found.read_text(encoding="utf-8"))
+    api = (tmp_path / "api.html").read_text(encoding="utf-8")
+    assert all(f'id="fibattn.{name}"' in api for name in fibattn.__all__ if not name.startswith("_"))

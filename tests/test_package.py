@@ -224,7 +224,7 @@ def test_an_extra_is_installed_from_where_the_package_is_from(built: Path, tmp_p
     assert how_to_install("plots") == f"pip install --editable {shlex.quote(f'{ROOT}[plots]')}"
     (wheel,) = built.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    code = "from fibattn.errors import how_to_install as how; print(how('plots'), how('tracking'), how('triton'), sep='\\n')"
+    code = "import fibattn.errors as e; print(*map(e.how_to_install, ('plots', 'tracking', 'triton')), sep='\\n')"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
@@ -236,4 +236,4 @@ def test_an_extra_is_installed_from_where_the_package_is_from(built: Path, tmp_p
 
 def test_no_message_asks_an_index_for_our_name() -> None:
     for path in SOURCE.rglob("*.py"):
-        assert not re.search(r"pip install '?fibattn", path.read_text(encoding="utf-8")), path
+        assert not re.search(r"pip install ['\"]?fibattn\[", path.read_text(encoding="utf-8")), path

@@ -35,8 +35,8 @@ model = AutoModelForCausalLM.from_pretrained("path/or/id/of/this/model")
 tokenizer = AutoTokenizer.from_pretrained("path/or/id/of/this/model")
 ```
 
-Programs that do not import `fibattn` themselves load it with `trust_remote_code=True`; the package must be installed there
-too."""
+Programs that do not import `fibattn` themselves load it with `trust_remote_code=True`; the package must be installed
+there too."""
 
 
 def write_card(folder: Path, config: FibAttnConfig, parameters: int, recipe: Recipe, data: PreparedData) -> None:
