@@ -9,6 +9,9 @@ PROGRAM = Program(
     about="how fast it is, on this machine",
     verbs={
         "operator": "the attention operator against dense and masked attention",
+        "decoding": "a decoded token over the length of its context",
+        "training-step": "a training step of the project's trainer, and where its time goes (GPU)",
+        "tile-sweep": "one kernel at a time over its tile sizes (GPU)",
         "compare": "one source tree against another: times, and outputs bit by bit",
     },
     package="benchmarks",

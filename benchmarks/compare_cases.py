@@ -77,7 +77,7 @@ def operator(device: str, shape: str, size: tuple[int, int], window: int, learne
     return Case(work, work)
 
 
-def model_of(name: str, device: str, full_reach: int | None) -> FibAttnForCausalLM:
+def model_of(name: str, device: str, full_reach: int | None) -> Any:
     """The paper's shape on a GPU and a small one on a CPU, with the weights of one seed."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
     shape: dict[str, Any] = {} if device == "cuda" else {**sizes, "vocab_size": 256}
@@ -125,10 +125,11 @@ def decoding(device: str, name: str, batch: int) -> Case:
     with torch.no_grad():
         model(token, past_key_values=cache, use_cache=True)
     torch.manual_seed(2)
-    for layer in cache.layers:
-        layer.keys.normal_()  # pyright: ignore[reportOptionalMemberAccess]
-        layer.values.normal_()  # pyright: ignore[reportOptionalMemberAccess]
-        layer.cumulative_length.fill_(2048)  # pyright: ignore
+    layers: list[Any] = list(cache.layers)
+    for layer in layers:
+        layer.keys.normal_()
+        layer.values.normal_()
+        layer.cumulative_length.fill_(2048)
     step = torch.compile(model.forward, fullgraph=True) if device == "cuda" else model.forward
 
     @torch.no_grad()

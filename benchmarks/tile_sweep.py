@@ -1,28 +1,27 @@
-"""Time one kernel at a time over its tile sizes on an NVIDIA GPU: how the built-in sizes were chosen.
+"""`python -m benchmarks tile-sweep`: one kernel at a time over its tile sizes; how the built-in sizes were chosen.
 
-    PYTHONPATH=src python benchmarks/tile_sweep.py --kernels forward query rungs window --shapes small large [--learned]
-
-Prints the fastest configurations and the built-in one, in microseconds: medians by events on the GPU over
-replays of a CUDA graph, the L2 cache flushed between runs. What does not compile is left out. Most of the time goes
-into compiling: several runs side by side fill the cache, a last one alone has the times that count. The comparison
-with other providers is `python -m benchmarks operator`.
+What does not compile is left out. Most of the time goes into compiling: several runs side by side fill the cache, a
+last one alone has the times that count.
 """
 
-import argparse
 import importlib
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-import triton
 
-from benchmarks.operator.cases import SHAPES, Case
+from benchmarks.environment import heading
+from benchmarks.operator.cases import Case
+from benchmarks.timing import measure
 from fibattn.attention.ops import NO_LIMIT
 from fibattn.attention.triton.columns import fixed_columns, offset_table
 from fibattn.attention.triton.key_gradients import RungTiles, WindowTiles
 from fibattn.attention.triton.launch import Tiles
 from fibattn.attention.triton.scaled import interpolated_columns, resolve
 from fibattn.attention.triton.shape import shape_of
+from fibattn.cli.flags import parse
+from fibattn.errors import InputError
 from fibattn.pattern import base_rungs
 
 FORWARD, BACKWARD, KEYS = (
@@ -64,19 +63,26 @@ KERNELS = {
 }
 
 
+@dataclass(frozen=True)
+class Arguments:
+    """Time kernels over their tile sizes on an NVIDIA GPU; prints the fastest and the built-in ones."""
+
+    kernels: tuple[Literal["forward", "query", "rungs", "window"], ...] = ("forward", "query", "rungs", "window")
+    """The forward pass, and the gradients of queries, of keys at rungs and of keys in the window."""
+    shapes: tuple[Literal["small", "large"], ...] = ("small", "large")
+    """8/2 heads of 64, and 32/8 heads of 128."""
+    windows: tuple[int, ...] = (12, 128)
+    learned: bool = False
+    """With a learned scale."""
+    top: int = 6
+    """How many of the fastest to print."""
+
+
 class NotLaunched:
     """Stands in for a kernel that is not the one being timed."""
 
     def __getitem__(self, grid: object) -> Callable[..., None]:
         return lambda *arguments, **options: None
-
-
-def microseconds(work: Callable[[], object]) -> float:
-    work()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return 1000 * triton.testing.do_bench(graph.replay, warmup=10, rep=50, return_mode="median")
 
 
 def works(case: Case, learned: bool) -> tuple[Callable[[], object], Callable[[], object]]:
@@ -109,7 +115,7 @@ def time_kernel(case: Case, kernel: str, learned: bool) -> list[tuple[float, Any
         for other, place in KERNELS.items():
             setattr(*place, kept[other] if other == kernel else NotLaunched())
         try:
-            rows.append((microseconds(forward if kernel == "forward" else backward), tiles))
+            rows.append((measure(forward if kernel == "forward" else backward, "cuda").median, tiles))
         except Exception:
             continue
         finally:
@@ -119,26 +125,19 @@ def time_kernel(case: Case, kernel: str, learned: bool) -> list[tuple[float, Any
     return sorted(rows, key=lambda row: row[0])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernels", nargs="+", default=list(SPACE), choices=list(SPACE))
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--windows", nargs="+", type=int, default=[12, 128])
-    parser.add_argument("--learned", action="store_true")
-    parser.add_argument("--top", type=int, default=6)
-    arguments = parser.parse_args()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}")
-    for shape in arguments.shapes:
+def run(arguments: list[str]) -> None:
+    """Time, and print the fastest tiles of each kernel and the built-in ones, in microseconds."""
+    chosen = parse(Arguments, arguments, "python -m benchmarks tile-sweep")
+    if not torch.cuda.is_available():
+        raise InputError("kernels are timed on a GPU, and PyTorch finds no NVIDIA GPU here; run it where one is")
+    print(heading())
+    for shape in chosen.shapes:
         length, batch = (1024, 32) if shape == "small" else (8192, 2)
-        for window in arguments.windows:
+        for window in chosen.windows:
             case = Case(shape, window, length, batch, "bfloat16", "cuda")
             standard = shape_of(*case.inputs()[:2])
-            for kernel in arguments.kernels:
+            for kernel in chosen.kernels:
                 print(f"{case.label} {kernel} (head size {standard.size})")
-                for place, (time, tiles) in enumerate(time_kernel(case, kernel, arguments.learned)):
-                    if place < arguments.top or tiles is None:
+                for place, (time, tiles) in enumerate(time_kernel(case, kernel, chosen.learned)):
+                    if place < chosen.top or tiles is None:
                         print(f"   {time:8.1f}  {tiles or 'built in'}", flush=True)
-
-
-if __name__ == "__main__":
-    main()

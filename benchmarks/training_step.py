@@ -1,32 +1,29 @@
-"""Time a training step of the paper's 60 M-parameter model under the project's own trainer, and say where it goes.
+"""`python -m benchmarks training-step`: real steps of the project's trainer, and where their time goes.
 
-    PYTHONPATH=src python benchmarks/training_step.py [--models dense stagger ...] [--length 1024] [--json FILE]
-
-A model is `stagger`, `learned` or a run of the study `beyond`, such as `hybrid-w128`.
-Real steps of `fibattn.training.trainer.FibTrainer`: as many windows of `--length` as 32,768 tokens hold, at least one;
-bf16 autocast, compiled. The tokens are random; their values do not change the time. A step's milliseconds are sorted
-by what the GPU did, from PyTorch's profiler over three steps; "idle" is the rest of the step.
+The trainer owns its loop, so the clock is a callback, and reads the wall every ten steps: what a step waits for counts.
+A step's milliseconds are sorted by what the GPU did, from PyTorch's profiler over three steps; "idle" is the rest.
 """
 
-import argparse
-import json
 import statistics
 import tempfile
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import transformers
-import triton
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
+from benchmarks.environment import environment, heading
+from fibattn import files
+from fibattn.cli.flags import parse
 from fibattn.data.prepared import TokenStream
 from fibattn.data.sequences import TrainingWindows
 from fibattn.data.shards import write_shard
+from fibattn.errors import InputError, suggestion
 from fibattn.training.recipe import PRESETS, ModelRecipe, Recipe
 from fibattn.training.run import build_model
 from fibattn.training.trainer import FibTrainer
@@ -41,16 +38,32 @@ MODELS = {
 WARM, PROFILED = 12, 3
 STEP_TOKENS = 32_768
 GROUPS = (
-    (
-        "attention",
-        ("forward_kernel", "query_grad", "rung_grad", "window_grad", "resolve", "fmha", "flash"),
-    ),
+    ("attention", ("forward_kernel", "query_grad", "rung_grad", "window_grad", "resolve", "fmha", "flash")),
     ("attention", ("cudnn_generated", "sdpa")),
     ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "sm90_")),
     ("optimizer and clipping", ("multi_tensor", "adam", "foreach", "lpnorm")),
     ("copies", ("memcpy", "memset")),
     ("fused element by element", ("triton_",)),
 )
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Time training steps of the paper's 60 M-parameter model under the project's own trainer, on an NVIDIA GPU.
+
+    A step has 32,768 tokens, or one sequence where that is longer; bf16 autocast, compiled. The tokens are random.
+    """
+
+    models: tuple[str, ...] = STANDARD
+    """`stagger`, `learned`, or runs of the study `beyond`, such as `hybrid-w128`."""
+    sequence_length: int = 1024
+    """Tokens of a training sequence."""
+    timed: int = 40
+    """Steps to time, a multiple of ten."""
+    kernels: int = 0
+    """How many single kernels to name."""
+    out: Path = Path("bench/training-step.json")
+    """Where the JSON goes."""
 
 
 class Clock(TrainerCallback):
@@ -61,7 +74,7 @@ class Clock(TrainerCallback):
         self.times: list[float] = []
         self.kernels: Counter[str] = Counter()
 
-    def on_step_begin(self, args, state, control, **_) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Begin a measurement where one is due."""
         if state.global_step == WARM:
             torch.cuda.synchronize()
@@ -70,7 +83,7 @@ class Clock(TrainerCallback):
             self._profile = profile(activities=[ProfilerActivity.CUDA])
             self._profile.__enter__()
 
-    def on_step_end(self, args, state, control, **_) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Take the time of ten steps at once, so that waiting for the GPU does not slow them down."""
         done = state.global_step - WARM
         if 0 < done <= self.timed and done % 10 == 0:
@@ -92,7 +105,7 @@ def recipe_of(model: ModelRecipe, length: int, timed: int) -> Recipe:
     return replace(PRESETS["paper"], model=model, steps=WARM + timed + PROFILED, save_every=10**6, **size)
 
 
-def run(recipe: Recipe, folder: Path) -> Clock:
+def clocked(recipe: Recipe, folder: Path) -> Clock:
     """Train a little."""
     recipe = replace(recipe, out=folder)
     rng = np.random.default_rng(0)
@@ -113,37 +126,46 @@ def group_of(kernel: str) -> str:
     return next((name for name, words in GROUPS if any(word in kernel.lower() for word in words)), "other")
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(STANDARD), choices=list(MODELS), metavar="MODEL")
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--timed", type=int, default=40, help="steps to time, a multiple of ten")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--kernels", type=int, default=0, help="how many single kernels to name")
-    arguments = parser.parse_args()
-    versions = f"torch {torch.__version__}, Triton {triton.__version__}, Transformers {transformers.__version__}"
-    print(f"{torch.cuda.get_device_name()}, {versions}")
-    results = {"device": torch.cuda.get_device_name(), "versions": versions, "length": arguments.length, "models": {}}
-    for name in arguments.models:
-        recipe = recipe_of(MODELS[name], arguments.length, arguments.timed)
+def row_of(clock: Clock, tokens: int) -> dict[str, Any]:
+    """Milliseconds of a step of so many tokens, the median, in all and by what the GPU did."""
+    step = statistics.median(clock.times)
+    groups: Counter[str] = Counter()
+    for kernel, milliseconds in clock.kernels.items():
+        groups[group_of(kernel)] += milliseconds  # pyright: ignore[reportArgumentType]
+    groups["idle"] = step - sum(groups.values())  # pyright: ignore[reportArgumentType]
+    return {"ms": step, "tokens_per_second": 1000 * tokens / step, "groups": dict(groups.most_common())}
+
+
+def run(arguments: list[str]) -> None:
+    """Time, print a line for each model, write the JSON."""
+    chosen = parse(Arguments, arguments, "python -m benchmarks training-step")
+    for name in chosen.models:
+        if name not in MODELS:
+            raise InputError(f"there is no model {name!r}: {suggestion(name, MODELS, 'models')}")
+    if chosen.timed < 10 or chosen.timed % 10 or chosen.sequence_length < 1:
+        raise InputError(
+            f"timed is {chosen.timed}, sequence_length {chosen.sequence_length}; "
+            "expected a multiple of 10, and at least 1"
+        )
+    if not torch.cuda.is_available():
+        raise InputError(
+            "the kernels of a GPU are what is timed, and PyTorch finds no NVIDIA GPU here; run it where one is"
+        )
+    print(heading(), flush=True)
+    result: dict[str, Any] = {"environment": environment(), "sequence_length": chosen.sequence_length, "rows": []}
+    for name in chosen.models:
+        recipe = recipe_of(MODELS[name], chosen.sequence_length, chosen.timed)
         with tempfile.TemporaryDirectory() as folder:
-            clock = run(recipe, Path(folder))
-        step, tokens = statistics.median(clock.times), recipe.windows_per_step * recipe.length
-        groups: Counter[str] = Counter()
-        for kernel, milliseconds in clock.kernels.items():
-            groups[group_of(kernel)] += milliseconds
-        groups["idle"] = step - sum(groups.values())
-        results["models"][name] = {"ms": step, "tokens_per_second": 1000 * tokens / step, "groups": dict(groups)}
-        parts = ", ".join(f"{group} {milliseconds:.1f}" for group, milliseconds in groups.most_common())
-        print(f"{name}: {step:.1f} ms a step, {tokens / step:,.0f} k tokens/s ({parts})", flush=True)
-        for kernel, milliseconds in clock.kernels.most_common(arguments.kernels):
+            clock = clocked(recipe, Path(folder))
+        row = {"model": name, **row_of(clock, recipe.windows_per_step * recipe.length)}
+        result["rows"].append(row)
+        files.write_json(chosen.out, result)
+        parts = ", ".join(f"{group} {milliseconds:.1f}" for group, milliseconds in row["groups"].items())
+        print(
+            f"{name}: {row['ms']:.1f} ms a step, {row['tokens_per_second'] / 1e3:,.0f} k tokens/s ({parts})", flush=True
+        )
+        for kernel, milliseconds in clock.kernels.most_common(chosen.kernels):
             print(f"    {milliseconds:7.2f}  {group_of(kernel):<24} {kernel[:100]}", flush=True)
-        torch._dynamo.reset()
+        torch.compiler.reset()
         torch.cuda.empty_cache()
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+    print(f"written to {chosen.out}")

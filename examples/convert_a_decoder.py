@@ -5,19 +5,21 @@ python examples/convert_a_decoder.py MODEL      # the folder or hub name of a Ll
 """
 
 import sys
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import fibattn
 
+model: Any
 if len(sys.argv) > 1:
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
     tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
     ids = tokenizer("The river rose all night, and in the morning", return_tensors="pt").input_ids
 else:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    sizes: dict = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=256, eos_token_id=None, pad_token_id=0, **sizes)).eval()
     tokenizer = None
     ids = torch.tensor([list(b"The river rose all night, and in the morning")])

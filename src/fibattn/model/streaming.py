@@ -6,7 +6,7 @@ ever at constant cost.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ def stream(
     seed: int | None = None,
     stop: Collection[int] = (),
     compiled: bool = False,
-) -> Iterator[int]:
+) -> Generator[int, None, None]:
     """Yield the tokens that follow `prompt`, each as soon as it is drawn.
 
     Args:
