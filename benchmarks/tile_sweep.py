@@ -1,66 +1,10 @@
-"""`python -m benchmarks tile-sweep`: one kernel at a time over its tile sizes; how the built-in sizes were chosen.
+"""`python -m benchmarks tile-sweep`: one kernel at a time over its tile sizes; how the built-in sizes were chosen."""
 
-What does not compile is left out. Most of the time goes into compiling: several runs side by side fill the cache, a
-last one alone has the times that count.
-"""
-
-import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-
-from benchmarks.environment import heading
-from benchmarks.operator.cases import Case
-from benchmarks.timing import measure
-from fibattn.attention.ops import NO_LIMIT
-from fibattn.attention.triton.columns import fixed_columns, offset_table
-from fibattn.attention.triton.key_gradients import RungTiles, WindowTiles
-from fibattn.attention.triton.launch import Tiles
-from fibattn.attention.triton.scaled import interpolated_columns, resolve
-from fibattn.attention.triton.shape import shape_of
 from fibattn.cli.flags import parse
 from fibattn.errors import InputError
-from fibattn.pattern import base_rungs
-
-FORWARD, BACKWARD, KEYS = (
-    importlib.import_module(f"fibattn.attention.triton.{room}") for room in ("forward", "backward", "key_gradients")
-)
-
-ROWS = [
-    Tiles(batches, columns, near, warps, stages, registers)
-    for batches, columns, warps in ((1, 16, 1), (2, 16, 1), (2, 16, 2), (4, 16, 4), (8, 16, 4), (1, 32, 1), (2, 32, 2))
-    for near in (32, 64)
-    for stages in (1, 2)
-    for registers in (None, 168, 128, 96, 80)
-]
-SPACE: dict[str, list[Any]] = {
-    "forward": ROWS,
-    "query": ROWS,
-    "rungs": [
-        RungTiles(keys, part, unroll, warps)
-        for keys, warps in ((64, 4), (64, 8), (128, 8), (128, 16), (256, 16), (256, 32))
-        for part in (32, 64)
-        for unroll in (1, 2, 4)
-    ],
-    "window": [
-        WindowTiles(keys, rows, warps, stages)
-        for keys, rows, warps in ((16, 16, 1), (16, 32, 1), (32, 16, 1), (32, 16, 2), (64, 32, 4), (64, 64, 4))
-        for stages in (1, 2, 3, 4)
-    ],
-}
-CHOICE = {
-    "forward": (FORWARD, "tiles_for"),
-    "query": (BACKWARD, "query_tiles_for"),
-    "rungs": (KEYS, "rung_tiles_for"),
-    "window": (KEYS, "window_tiles_for"),
-}
-KERNELS = {
-    "query": (BACKWARD, "query_grad_kernel"),
-    "rungs": (KEYS, "rung_grad_kernel"),
-    "window": (KEYS, "window_grad_kernel"),
-}
 
 
 @dataclass(frozen=True)
@@ -78,58 +22,19 @@ class Arguments:
     """How many of the fastest to print."""
 
 
-class NotLaunched:
-    """Stands in for a kernel that is not the one being timed."""
-
-    def __getitem__(self, grid: object) -> Callable[..., None]:
-        return lambda *arguments, **options: None
-
-
-def works(case: Case, learned: bool) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Forward and backward of a case."""
-    q, k, v = case.inputs()
-    offsets, window, scale = (case.pattern.offsets,), case.pattern.window, q.shape[-1] ** -0.5
-    columns, table = fixed_columns(q, k, window, offsets), offset_table(offsets, q.device)
-    if learned:
-        found = resolve(torch.ones(1, device="cuda"), base_rungs("fibonacci"), window, NO_LIMIT)
-        columns, table = interpolated_columns(q, k, window, found), found.table
-
-    def forward() -> tuple[torch.Tensor, torch.Tensor]:
-        return FORWARD.forward(q, k, v, None, scale, columns)
-
-    out, lse = forward()
-    grad = torch.randn_like(out)
-    return forward, lambda: BACKWARD.backward(grad, None, out, lse, q, k, v, None, scale, columns, table)
-
-
-def time_kernel(case: Case, kernel: str, learned: bool) -> list[tuple[float, Any]]:
-    """The times of one kernel for every configuration that runs, fastest first; None stands for the built-in one."""
-    forward, backward = works(case, learned)
-    room, name = CHOICE[kernel]
-    standard = getattr(room, name)
-    kept = {other: getattr(*place) for other, place in KERNELS.items()}
-    rows = []
-    for tiles in (None, *SPACE[kernel]):
-        if tiles is not None:
-            setattr(room, name, lambda *shape, tiles=tiles: tiles)
-        for other, place in KERNELS.items():
-            setattr(*place, kept[other] if other == kernel else NotLaunched())
-        try:
-            rows.append((measure(forward if kernel == "forward" else backward, "cuda").median, tiles))
-        except Exception:
-            continue
-        finally:
-            setattr(room, name, standard)
-            for other, place in KERNELS.items():
-                setattr(*place, kept[other])
-    return sorted(rows, key=lambda row: row[0])
-
-
 def run(arguments: list[str]) -> None:
     """Time, and print the fastest tiles of each kernel and the built-in ones, in microseconds."""
     chosen = parse(Arguments, arguments, "python -m benchmarks tile-sweep")
+    import torch
+
+    from benchmarks.environment import heading
+    from benchmarks.operator.cases import Case
+
     if not torch.cuda.is_available():
         raise InputError("kernels are timed on a GPU, and PyTorch finds no NVIDIA GPU here; run it where one is")
+    from benchmarks.tiles import time_kernel
+    from fibattn.attention.triton.shape import shape_of
+
     print(heading())
     for shape in chosen.shapes:
         length, batch = (1024, 32) if shape == "small" else (8192, 2)

@@ -1,50 +1,13 @@
-"""`python -m benchmarks training-step`: real steps of the project's trainer, and where their time goes.
+"""`python -m benchmarks training-step`: what a step of the project's trainer takes, and where its time goes."""
 
-The trainer owns its loop, so the clock is a callback, and reads the wall every ten steps: what a step waits for counts.
-A step's milliseconds are sorted by what the GPU did, from PyTorch's profiler over three steps; "idle" is the rest.
-"""
-
-import statistics
 import tempfile
-import time
-from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch.profiler import ProfilerActivity, profile
-from transformers import TrainerCallback
-
-from benchmarks.environment import environment, heading
 from fibattn import files
 from fibattn.cli.flags import parse
-from fibattn.data.prepared import TokenStream
-from fibattn.data.sequences import TrainingWindows
-from fibattn.data.shards import write_shard
 from fibattn.errors import InputError, suggestion
-from fibattn.training.recipe import PRESETS, ModelRecipe, Recipe
-from fibattn.training.run import build_model
-from fibattn.training.trainer import FibTrainer
-from study.presets import STUDIES
-
-STANDARD = ("dense", "stagger", "learned", "hybrid")
-MODELS = {
-    "stagger": ModelRecipe(clip_offsets=False),
-    "learned": ModelRecipe(schedule="learned", clip_offsets=False),
-    **{run.name: run.model for run in STUDIES["beyond"].runs},
-}
-WARM, PROFILED = 12, 3
-STEP_TOKENS = 32_768
-GROUPS = (
-    ("attention", ("forward_kernel", "query_grad", "rung_grad", "window_grad", "resolve", "fmha", "flash")),
-    ("attention", ("cudnn_generated", "sdpa")),
-    ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "sm90_")),
-    ("optimizer and clipping", ("multi_tensor", "adam", "foreach", "lpnorm")),
-    ("copies", ("memcpy", "memset")),
-    ("fused element by element", ("triton_",)),
-)
 
 
 @dataclass(frozen=True)
@@ -54,7 +17,7 @@ class Arguments:
     A step has 32,768 tokens, or one sequence where that is longer; bf16 autocast, compiled. The tokens are random.
     """
 
-    models: tuple[str, ...] = STANDARD
+    models: tuple[str, ...] = ("dense", "stagger", "learned", "hybrid")
     """`stagger`, `learned`, or runs of the study `beyond`, such as `hybrid-w128`."""
     sequence_length: int = 1024
     """Tokens of a training sequence."""
@@ -66,87 +29,22 @@ class Arguments:
     """Where the JSON goes."""
 
 
-class Clock(TrainerCallback):
-    """Times `timed` steps after the warm-up, then profiles a few more."""
-
-    def __init__(self, timed: int) -> None:
-        self.timed = timed
-        self.times: list[float] = []
-        self.kernels: Counter[str] = Counter()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Begin a measurement where one is due."""
-        if state.global_step == WARM:
-            torch.cuda.synchronize()
-            self._last = time.perf_counter()
-        if state.global_step == WARM + self.timed:
-            self._profile = profile(activities=[ProfilerActivity.CUDA])
-            self._profile.__enter__()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Take the time of ten steps at once, so that waiting for the GPU does not slow them down."""
-        done = state.global_step - WARM
-        if 0 < done <= self.timed and done % 10 == 0:
-            torch.cuda.synchronize()
-            now = time.perf_counter()
-            self.times.append((now - self._last) * 100)
-            self._last = now
-        if done == self.timed + PROFILED:
-            torch.cuda.synchronize()
-            self._profile.__exit__(None, None, None)
-            for event in self._profile.key_averages():
-                self.kernels[event.key] += event.self_device_time_total / PROFILED / 1000
-
-
-def recipe_of(model: ModelRecipe, length: int, timed: int) -> Recipe:
-    """A short run of the paper's recipe."""
-    windows = max(STEP_TOKENS // length, 1)
-    size = {"length": length, "windows_per_step": windows, "micro_batch": windows}
-    return replace(PRESETS["paper"], model=model, steps=WARM + timed + PROFILED, save_every=10**6, **size)
-
-
-def clocked(recipe: Recipe, folder: Path) -> Clock:
-    """Train a little."""
-    recipe = replace(recipe, out=folder)
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(2, 32_768, 2**20).astype(np.uint16)
-    write_shard(folder / "train.bin", [tokens], np.ones(32_768, np.uint16), np.dtype(np.uint16), 2**20, None)
-    starts = rng.integers(0, 2**20 - recipe.length - 1, recipe.steps * recipe.windows_per_step)
-    windows = TrainingWindows(TokenStream([folder / "train.bin"]), starts, recipe.length)
-    clock = Clock(recipe.steps - WARM - PROFILED)
-    trainer = FibTrainer(build_model(recipe, 32_768, 0), recipe, windows, 1)
-    trainer.args.save_strategy = "no"
-    trainer.add_callback(clock)
-    trainer.train()
-    return clock
-
-
-def group_of(kernel: str) -> str:
-    """What a kernel is for, by its name."""
-    return next((name for name, words in GROUPS if any(word in kernel.lower() for word in words)), "other")
-
-
-def row_of(clock: Clock, tokens: int) -> dict[str, Any]:
-    """Milliseconds of a step of so many tokens, the median, in all and by what the GPU did."""
-    step = statistics.median(clock.times)
-    groups: Counter[str] = Counter()
-    for kernel, milliseconds in clock.kernels.items():
-        groups[group_of(kernel)] += milliseconds  # pyright: ignore[reportArgumentType]
-    groups["idle"] = step - sum(groups.values())  # pyright: ignore[reportArgumentType]
-    return {"ms": step, "tokens_per_second": 1000 * tokens / step, "groups": dict(groups.most_common())}
-
-
 def run(arguments: list[str]) -> None:
     """Time, print a line for each model, write the JSON."""
     chosen = parse(Arguments, arguments, "python -m benchmarks training-step")
-    for name in chosen.models:
-        if name not in MODELS:
-            raise InputError(f"there is no model {name!r}: {suggestion(name, MODELS, 'models')}")
     if chosen.timed < 10 or chosen.timed % 10 or chosen.sequence_length < 1:
         raise InputError(
             f"timed is {chosen.timed}, sequence_length {chosen.sequence_length}; "
             "expected a multiple of 10, and at least 1"
         )
+    import torch
+
+    from benchmarks.environment import environment, heading
+    from benchmarks.steps import MODELS, clocked, group_of, recipe_of, row_of
+
+    for name in chosen.models:
+        if name not in MODELS:
+            raise InputError(f"there is no model {name!r}: {suggestion(name, MODELS, 'models')}")
     if not torch.cuda.is_available():
         raise InputError(
             "the kernels of a GPU are what is timed, and PyTorch finds no NVIDIA GPU here; run it where one is"

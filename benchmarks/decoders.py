@@ -1,0 +1,168 @@
+"""Decoders and the operator's decoding step, timed over the length of the context.
+
+No prompt is run: caches are filled with random keys and values, which a step reads as it would read real ones.
+"""
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib import pyplot as plt
+from transformers import StaticCache
+
+from benchmarks.timing import copy_bandwidth, measure
+from fibattn import FibAttnConfig, FibAttnForCausalLM, Pattern, attend_cached, plotting
+from fibattn.training.recipe import DEFAULT, PRESETS
+from fibattn.training.run import model_config
+from study.probes import latency
+
+MODELS = ("stagger", "hybrid", "hybrid-unbounded", "dense")
+"""Of the paper's 60 M-parameter shape: its linear stagger, the default recipe, the same before it is bounded, dense."""
+WINDOWS = (12, 128)
+"""Of the operator by itself."""
+_ROOM = 256  # for the steps that are timed
+
+Row = dict[str, Any]
+
+
+def operator(contexts: Sequence[int], batch: int, device: str) -> Iterator[Row]:
+    """Microseconds of a step of `attend_cached`, the mean of many in a row, at every context."""
+    steps = 100 if device == "cuda" else 10
+    options: dict[str, Any] = {"device": device, "dtype": _dtype(device)}
+    q = torch.randn(batch, 1, 8, 64, **options)
+    k, v = (torch.randn(batch, 1, 2, 64, **options) for _ in range(2))
+    at = torch.zeros(1, 1, device=device, dtype=torch.int64)
+    for window in WINDOWS:
+        pattern = Pattern.fibonacci(window)
+        rings = torch.randn(2, batch, pattern.reach + 1, 2, 64, **options)
+
+        def work(pattern: Pattern = pattern, rings: torch.Tensor = rings) -> None:
+            for _ in range(steps):
+                attend_cached(q, rings[0], rings[1], k, v, pattern, cache_positions=at)
+                at.add_(1)
+
+        for context in contexts:
+            at.fill_(context)
+            with torch.no_grad():
+                median = measure(work, device, cold=False).median / steps
+            yield {"window": window, "batch": batch, "context": context, "median": median}
+
+
+def models(names: Sequence[str], contexts: Sequence[int], batch: int, device: str) -> Iterator[Row]:
+    """A row for every model and context: microseconds of a step, tokens a second, the cache and the peak memory."""
+    bandwidth = copy_bandwidth(device)
+    known = configurations()
+    for name in names:
+        config = known[name]
+        bounded = all(config.layer_reach(layer) is not None for layer in range(config.num_hidden_layers))
+        decoder: Decoder | None = None
+        for context in contexts:
+            if decoder is None or not bounded:
+                decoder = None
+                gc.collect()
+                if device == "cuda":
+                    torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats()
+                decoder = Decoder(config, batch, contexts[-1] if bounded else context, device)
+            times = decoder.time(context)
+            yield {
+                "model": name,
+                "context": context,
+                "batch": batch,
+                **times,
+                "tokens_per_second": batch / times["median"] * 1e6,
+                "cache_bytes": decoder.cache_bytes,
+                "cache_rows": decoder.cache_rows,
+                "cache_read_us": decoder.cache_bytes / bandwidth * 1e6,
+                "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
+            }
+
+
+def configurations() -> dict[str, FibAttnConfig]:
+    """The models' configurations, by name."""
+    timed = latency.models()
+    unbounded = model_config(PRESETS[DEFAULT], FibAttnConfig.vocab_size, separator=0)
+    found = (timed["static"], timed["hybrid"], unbounded, timed["dense"])
+    return dict(zip(MODELS, found, strict=True))
+
+
+class Decoder:
+    """A model with random weights, a static cache, and the step that draws the next tokens."""
+
+    def __init__(self, config: FibAttnConfig, batch: int, context: int, device: str):
+        torch.manual_seed(0)
+        self.device = device
+        model: Any = FibAttnForCausalLM(config).to(device, _dtype(device)).eval()  # pyright: ignore
+        cache = StaticCache(config=config, max_cache_len=context + _ROOM)
+        token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        with torch.no_grad():
+            model(token, past_key_values=cache, use_cache=True)
+        self.layers: list[Any] = list(cache.layers)
+        step: Callable[..., Any] = model.forward
+        if device == "cuda":
+            torch.compiler.reset()  # or the eighth model would meet the limit on recompilations
+            step = torch.compile(model.forward, fullgraph=True)
+
+        @torch.no_grad()
+        def work() -> None:
+            logits = step(token, past_key_values=cache, use_cache=True).logits
+            token.copy_(logits[:, -1].argmax(-1, keepdim=True))
+
+        self.work = work
+
+    def time(self, context: int) -> Row:
+        """Microseconds of a step with random keys and values in the cache, as if `context` tokens had gone by."""
+        for layer in self.layers:
+            layer.keys.normal_()
+            layer.values.normal_()
+            layer.cumulative_length.fill_(context)
+        return asdict(measure(self.work, self.device, cold=False))
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of all layers and sequences."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+
+    @property
+    def cache_rows(self) -> int:
+        """Of all layers, for one sequence."""
+        return sum(layer.keys.shape[2] for layer in self.layers)
+
+
+def line_of(row: Row) -> str:
+    """A row of a model in words."""
+    peak = "" if row["peak_bytes"] is None else f", peak {row['peak_bytes'] / 2**20:,.0f} MiB"
+    return (
+        f"{row['model']}, {row['context']:,} tokens: {row['median'] / 1000:.2f} ms a step of {row['batch']}, "
+        f"{row['tokens_per_second']:,.0f} tokens/s; cache {row['cache_bytes'] / 2**20:,.0f} MiB "
+        f"({row['cache_rows']:,} rows a sequence; to read it once takes {row['cache_read_us'] / 1000:.2f} ms){peak}"
+    )
+
+
+def draw(rows: Sequence[Row], path: Path) -> Path:
+    """Time and cache over context, axes logarithmic; SVG and PNG, and the CSV beside them."""
+    columns = (("ms", "milliseconds a step"), ("cache_mib", "MiB of cache"))
+    points = [(row["model"], row["context"], row["median"] / 1e3, row["cache_bytes"] / 2**20) for row in rows]
+    contexts = sorted({row["context"] for row in rows})
+    with plt.rc_context(plotting.STYLE):
+        figure, panels = plt.subplots(1, 2, figsize=(9.6, 3.8), layout="constrained")
+        for name, colour in zip(MODELS, plotting.COLOURS, strict=False):
+            own = [point for point in points if point[0] == name]
+            for index, axes in enumerate(panels):
+                xs, ys = [point[1] for point in own], [point[2 + index] for point in own]
+                axes.plot(xs, ys, "o-", color=colour, label=name)
+        for axes, (_, label) in zip(panels, columns, strict=True):
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set_xticks(contexts, [f"{context / 1024:g}k" for context in contexts])
+            axes.set_xlabel("context (tokens, k = 1,024)")
+            axes.set_ylabel(label)
+        panels[0].legend(frameon=False)
+        return plotting.save(figure, path, ("model", "context", *(name for name, _ in columns)), points)
+
+
+def _dtype(device: str) -> torch.dtype:
+    return torch.bfloat16 if device == "cuda" else torch.float32
