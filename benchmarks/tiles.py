@@ -13,10 +13,10 @@ import torch
 from benchmarks.operator.cases import Case
 from benchmarks.timing import measure
 from fibattn.attention.ops import NO_LIMIT
-from fibattn.attention.triton.columns import fixed_columns, offset_table
+from fibattn.attention.triton.columns import fixed_columns
 from fibattn.attention.triton.key_gradients import RungTiles, WindowTiles
 from fibattn.attention.triton.launch import Tiles
-from fibattn.attention.triton.scaled import interpolated_columns, resolve
+from fibattn.attention.triton.learned import learned_columns, resolve
 from fibattn.pattern import base_rungs
 
 FORWARD, BACKWARD, KEYS = (
@@ -69,17 +69,17 @@ def works(case: Case, learned: bool) -> tuple[Callable[[], object], Callable[[],
     """Forward and backward of a case."""
     q, k, v = case.inputs()
     offsets, window, scale = (case.pattern.offsets,), case.pattern.window, q.shape[-1] ** -0.5
-    columns, table = fixed_columns(q, k, window, offsets), offset_table(offsets, q.device)
+    columns = fixed_columns(q, k, window, offsets)
     if learned:
         found = resolve(torch.ones(1, device="cuda"), base_rungs("fibonacci"), window, NO_LIMIT)
-        columns, table = interpolated_columns(q, k, window, found), found.table
+        columns = learned_columns(q, k, window, found)
 
     def forward() -> tuple[torch.Tensor, torch.Tensor]:
         return FORWARD.forward(q, k, v, None, scale, columns)
 
     out, lse = forward()
     grad = torch.randn_like(out)
-    return forward, lambda: BACKWARD.backward(grad, None, out, lse, q, k, v, None, scale, columns, table)
+    return forward, lambda: BACKWARD.backward(grad, None, out, lse, q, k, v, None, scale, columns)
 
 
 def time_kernel(case: Case, kernel: str, learned: bool) -> list[tuple[float, Any]]:

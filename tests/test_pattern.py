@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from fibattn.errors import InputError
 from fibattn.pattern import (
+    LearnedPattern,
     Pattern,
     base_rungs,
     compose,
-    interpolate,
     key_count,
     layer_alphas,
     layer_patterns,
@@ -311,26 +311,30 @@ def kept_literally(rungs: list[int], alpha: float, window: int, max_offset: int 
 def test_learned_rungs_are_kept_by_the_papers_rule(
     rungs: list[int], alpha: float, window: int, limit: int | None
 ) -> None:
-    found = interpolate(rungs, alpha, window, limit)
+    found = LearnedPattern(window, tuple(rungs), limit).at(alpha)
     assert [(rung.index, rung.near, rung.fraction) for rung in found] == kept_literally(rungs, alpha, window, limit)
     assert all(0 <= rung.fraction < 1 for rung in found)
 
 
+def test_rungs_may_be_any_sequence() -> None:
+    assert LearnedPattern(3, range(5, 10, 4)) == LearnedPattern(3, [5, 9]) == LearnedPattern(3, (5, 9))  # pyright: ignore
+
+
 def test_learned_rungs_at_the_start_are_the_fixed_ones_between_keys_zero_and_one() -> None:
-    found = interpolate(FIBONACCI, 1.0, window=8)
+    found = LearnedPattern(8, FIBONACCI).at(1.0)
     assert tuple(rung.near for rung in found) == Pattern.fibonacci(window=8).offsets
     assert {rung.fraction for rung in found} == {0.0}
 
 
 def test_learned_rung_just_beyond_the_window_starts_inside_it() -> None:
     # round(8.6) = 9 is beyond a window of 8, though its nearer key is inside.
-    (rung,) = interpolate([43], 0.2, window=8)
+    (rung,) = LearnedPattern(8, (43,)).at(0.2)
     assert (rung.near, round(rung.fraction, 9)) == (8, 0.6)
-    assert interpolate([42], 0.2, window=8) == ()
+    assert LearnedPattern(8, (42,)).at(0.2) == ()
 
 
 def test_learned_rungs_between_the_same_keys_keep_the_first() -> None:
-    found = interpolate([10, 11, 12], 0.5, window=0)
+    found = LearnedPattern(0, (10, 11, 12)).at(0.5)
     assert [(rung.index, rung.near) for rung in found] == [(0, 5), (2, 6)]
 
 
@@ -361,9 +365,9 @@ def test_learned_rungs_between_the_same_keys_keep_the_first() -> None:
         ),
         (lambda: layer_alphas("linear", layers=0), r"the number of layers is 0; it must be at least 1"),
         (lambda: layer_patterns("fibonacci", "linear", layers=2, window=-1), r"window is -1"),
-        (lambda: interpolate([5], math.nan, 0), r"alpha is nan; it must be a finite number above 0"),
-        (lambda: interpolate([5], -0.5, 0), r"alpha is -0.5; it must be a finite number above 0"),
-        (lambda: interpolate([5], math.inf, 0), r"alpha is inf; it must be a finite number above 0"),
+        (lambda: LearnedPattern(0, (5,)).at(math.nan), r"alpha is nan; it must be a finite number above 0"),
+        (lambda: LearnedPattern(0, (5,)).at(-0.5), r"alpha is -0.5; it must be a finite number above 0"),
+        (lambda: LearnedPattern(0, (5,)).at(math.inf), r"alpha is inf; it must be a finite number above 0"),
         (lambda: compose([[Pattern(1)]], limit=-1), r"limit is -1; it must be 0 or more"),
         (lambda: compose([[Pattern(1)], None]), r"full attention reaches every distance; say how far .*`limit`"),
         (lambda: Pattern(2.5), "window is 2.5; it must be a whole number"),
@@ -376,6 +380,14 @@ def test_learned_rungs_between_the_same_keys_keep_the_first() -> None:
         (lambda: Pattern.fibonacci(max_offset="x"), "max_offset is 'x'; it must be a whole number"),
         (lambda: Pattern.power_of_two(reach=2.5), "the reach of a power-of-two base is 2.5; it must be a whole number"),
         (lambda: Pattern.scaled(3, [3.5]), "rung is 3.5; it must be a whole number"),
+        (lambda: LearnedPattern(-2, (5, 9)), "window is -2; it must be 0 or more"),
+        (lambda: LearnedPattern(2, (5, 9), max_offset=-1), "max_offset is -1; it must be 0 or more, or None"),
+        (lambda: LearnedPattern(2, (9, 5)), r"rungs are \[9, 5\]; they must be positive and strictly increasing"),
+        (lambda: LearnedPattern(2, (5, 5)), r"rungs are \[5, 5\]; they must be positive and strictly increasing"),
+        (lambda: LearnedPattern(2, (0, 5)), r"rungs are \[0, 5\]; they must be positive"),
+        (lambda: LearnedPattern(2, (-3, 5)), r"rungs are \[-3, 5\]; they must be positive"),
+        (lambda: LearnedPattern(2, 5), "rungs are 5; give a sequence of whole numbers"),
+        (lambda: LearnedPattern(2, (5,), largest_alpha=math.inf), "alpha is inf; it must be a finite number above 0"),
         (lambda: base_rungs("fibonacci", count=91), "the number of rungs is 91; it must be from 0 to 90"),
     ],
 )
@@ -396,4 +408,4 @@ def test_alpha_so_large_that_distances_overflow_is_refused(alpha: float) -> None
     with pytest.raises(InputError, match="alpha is 1"):
         Pattern.fibonacci(alpha=alpha)
     with pytest.raises(InputError, match="alpha is 1"):
-        interpolate(FIBONACCI, alpha, window=8)
+        LearnedPattern(8, FIBONACCI).at(alpha)

@@ -11,9 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.operator.cases import DTYPES, SHAPES, Case
-from fibattn.attention import attend, attend_scaled
+from fibattn.attention import attend
 from fibattn.errors import how_to_install
-from fibattn.pattern import Pattern, base_rungs
+from fibattn.pattern import LearnedPattern, Pattern, base_rungs
 
 _MOST_QUADRATIC = 8 * 2**30
 _FLEX_BLOCK = 128
@@ -46,13 +46,13 @@ class Provider:
 
 
 def _ours(case: Case) -> Call:
-    return Call(lambda q, k, v: attend(q, k, v, case.pattern))  # pyright: ignore[reportArgumentType]
+    return Call(lambda q, k, v: attend(q, k, v, case.pattern))
 
 
 def _learned(case: Case) -> Call:
     alpha = torch.ones((), device=case.device, requires_grad=True)
-    rungs = base_rungs("fibonacci")
-    return Call(lambda q, k, v: attend_scaled(q, k, v, case.window, rungs, alpha), (alpha,))  # pyright: ignore
+    pattern = LearnedPattern(case.window, base_rungs("fibonacci"))
+    return Call(lambda q, k, v: attend(q, k, v, pattern, alpha=alpha), (alpha,))
 
 
 def _dense(backend: SDPBackend) -> Callable[[Case], Call]:

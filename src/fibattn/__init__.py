@@ -16,34 +16,34 @@ from typing import TYPE_CHECKING, Any
 from fibattn._version import __version__
 
 if TYPE_CHECKING:
-    from fibattn.attention import attend, attend_cached, attend_scaled, attend_scaled_cached
+    from fibattn.attention import attend, attend_cached
     from fibattn.errors import InputError
     from fibattn.model import FibAttnConfig, FibAttnForCausalLM, FibAttnModel
     from fibattn.model.conversion import convert, restore
-    from fibattn.pattern import Pattern, layer_alphas, layer_patterns
+    from fibattn.pattern import LearnedPattern, Pattern, base_rungs, layer_alphas, layer_patterns
 
 __all__ = [
     "FibAttnConfig",
     "FibAttnForCausalLM",
     "FibAttnModel",
     "InputError",
+    "LearnedPattern",
     "Pattern",
     "__version__",
     "attend",
     "attend_cached",
-    "attend_scaled",
-    "attend_scaled_cached",
+    "base_rungs",
     "convert",
     "layer_alphas",
     "layer_patterns",
     "restore",
 ]
 _HOMES = {
-    "attention": ("attend", "attend_cached", "attend_scaled", "attend_scaled_cached"),
+    "attention": ("attend", "attend_cached"),
     "errors": ("InputError",),
     "model": ("FibAttnConfig", "FibAttnForCausalLM", "FibAttnModel"),
     "model.conversion": ("convert", "restore"),
-    "pattern": ("Pattern", "layer_alphas", "layer_patterns"),
+    "pattern": ("LearnedPattern", "Pattern", "base_rungs", "layer_alphas", "layer_patterns"),
 }
 
 

@@ -126,8 +126,7 @@ class Pattern:
         """Any rungs scaled by `alpha`: `round(alpha * rung)`, kept where beyond the window and within `max_offset`."""
         _check_alpha(alpha, rungs)
         window = whole_number("window", window)
-        if max_offset is not None and whole_number("max_offset", max_offset) < 0:
-            raise InputError(f"max_offset is {max_offset}; it must be 0 or more, or None for no limit")
+        _check_max_offset(max_offset)
         distances = {round(alpha * rung) for rung in rungs}
         limit = math.inf if max_offset is None else max_offset
         return cls(window, tuple(sorted(d for d in distances if window < d <= limit)))
@@ -167,32 +166,68 @@ class InterpolatedRung:
     fraction: float
 
 
-def interpolate(
-    rungs: Sequence[int], alpha: float, window: int, max_offset: int | None = None
-) -> tuple[InterpolatedRung, ...]:
-    """The rungs that a learned scale of `alpha` keeps, in order (paper, section 3.4).
+@dataclass(frozen=True)
+class LearnedPattern:
+    """The distances of a layer that learns how far its rungs are: `0 … window` and `alpha * rung`.
 
-    A rung is kept when its rounded distance is beyond the window and the nearer of its two keys is within
-    `max_offset`; of several rungs between the same two keys the first is kept.
+    `alpha` is a parameter of the model and is given to `fibattn.attend` beside the pattern. A rung between two keys
+    reads their linear interpolation, so that alpha has a gradient (paper, section 3.4).
+
+    Args:
+        window: distances 0 … window are always attended, as in `Pattern`.
+        rungs: the base rungs, positive and strictly increasing; those inside the window count where alpha moves them
+            beyond it.
+        max_offset: rungs whose nearer key is farther than this are dropped; None keeps all.
+        largest_alpha: what alpha never exceeds. Only `reach`, and so the size of a cache, depends on it.
 
     Raises:
-        InputError: when `alpha` is not a finite number above 0.
+        InputError: for values outside the above.
     """
-    _check_alpha(alpha, rungs)
-    kept: dict[int, InterpolatedRung] = {}
-    for index, rung in enumerate(rungs):
-        distance = alpha * rung
-        near = math.floor(distance)
-        if round(distance) > window and (max_offset is None or near <= max_offset) and near not in kept:
-            kept[near] = InterpolatedRung(index, near, distance - near)
-    return tuple(kept.values())
+
+    window: int
+    rungs: tuple[int, ...]
+    max_offset: int | None = None
+    largest_alpha: float = 1.5
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rungs, Sequence):
+            raise InputError(f"rungs are {self.rungs!r}; give a sequence of whole numbers")
+        object.__setattr__(self, "window", Pattern(self.window).window)
+        object.__setattr__(self, "rungs", tuple(whole_number("rung", one) for one in self.rungs))
+        _check_max_offset(self.max_offset)
+        if any(rung <= before for before, rung in zip((0, *self.rungs), self.rungs, strict=False)):
+            raise InputError(f"rungs are {list(self.rungs)}; they must be positive and strictly increasing")
+        _check_alpha(self.largest_alpha, self.rungs)
+
+    def at(self, alpha: float) -> tuple[InterpolatedRung, ...]:
+        """The rungs that this alpha keeps, in order.
+
+        A rung is kept when its rounded distance is beyond the window and the nearer of its two keys is within
+        `max_offset`; of several rungs between the same two keys the first is kept.
+
+        Raises:
+            InputError: when `alpha` is not a finite number above 0.
+        """
+        _check_alpha(alpha, self.rungs)
+        kept: dict[int, InterpolatedRung] = {}
+        for index, rung in enumerate(self.rungs):
+            distance = alpha * rung
+            near = math.floor(distance)
+            within = self.max_offset is None or near <= self.max_offset
+            if round(distance) > self.window and within and near not in kept:
+                kept[near] = InterpolatedRung(index, near, distance - near)
+        return tuple(kept.values())
+
+    @property
+    def reach(self) -> int:
+        """The farthest distance that is read for any alpha up to `largest_alpha`, both keys of a rung counted."""
+        nearer = math.floor(self.largest_alpha * max(self.rungs, default=0))
+        return max(self.window, 1 + (nearer if self.max_offset is None else min(nearer, self.max_offset)))
 
 
-def scaled_reach(rungs: Sequence[int], alpha: float, window: int, max_offset: int | None = None) -> int:
-    """The farthest distance that a learned scale reads for any value up to `alpha`, both keys of a rung counted."""
-    _check_alpha(alpha, rungs)
-    nearer = math.floor(alpha * max(rungs, default=0))
-    return max(window, 1 + (nearer if max_offset is None else min(nearer, max_offset)))
+def _check_max_offset(max_offset: int | None) -> None:
+    if max_offset is not None and whole_number("max_offset", max_offset) < 0:
+        raise InputError(f"max_offset is {max_offset}; it must be 0 or more, or None for no limit")
 
 
 def _check_alpha(alpha: float, rungs: Sequence[int]) -> None:

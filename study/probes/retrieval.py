@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from fibattn.errors import InputError
 from fibattn.model import FibAttnConfig, FibAttnForCausalLM
 from fibattn.model.loss import IGNORED
-from fibattn.model.modeling import FibAttnAttention, Rotation
+from fibattn.model.modeling import FibAttnAttention
+from fibattn.model.rotary import Rotation, rotate
 from fibattn.pattern import layer_alphas
 from fibattn.training.recipe import OptimizerRecipe
 from study.probes.fit import Keep, Stage, autocast, device, fit, rows_of
@@ -103,7 +103,7 @@ class BandAttention(FibAttnAttention):
         tokens = hidden.shape[1]
         shape = (*hidden.shape[:2], -1, self.head_dim)
         q, k, v = (project(hidden).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = apply_rotary_pos_emb(q, k, *(part[:, :, 0] for part in rotation), unsqueeze_dim=2)
+        q, k = rotate(q, rotation), rotate(k, rotation)
         k, v = (x.repeat_interleave(self.num_key_value_groups, dim=2) for x in (k, v))
         index = torch.arange(tokens, device=hidden.device)
         distance = index[:, None] - index

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fibattn import Pattern, attend, attend_scaled
+from fibattn import LearnedPattern, Pattern, attend
 
 FIBONACCI = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377, 610, 987)
 # 12 rungs beyond a window of 4, the farthest at 139.
@@ -86,10 +86,11 @@ def fixed(pattern: Pattern | Sequence[Pattern], backend: str, **options: Any) ->
     return lambda q, k, v: attend(q, k, v, pattern, backend=backend, return_lse=True, **options)
 
 
-def learned(window: int, backend: str, rungs: Sequence[int] = FIBONACCI, **options: Any) -> Call:
-    return lambda q, k, v, alpha: attend_scaled(
-        q, k, v, window, rungs, alpha, backend=backend, return_lse=True, **options
-    )
+def learned(
+    window: int, backend: str, rungs: Sequence[int] = FIBONACCI, max_offset: int | None = None, **options: Any
+) -> Call:
+    pattern = LearnedPattern(window, tuple(rungs), max_offset)
+    return lambda q, k, v, alpha: attend(q, k, v, pattern, alpha=alpha, backend=backend, return_lse=True, **options)
 
 
 def boundaries_to_positions(boundaries: Sequence[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What `attend` and `attend_scaled` accept, what they refuse and how, and which backend they take."""
+"""What `attend` accepts, what they refuse and how, and which backend they take."""
 
 import logging
 import math
@@ -7,10 +7,11 @@ import pytest
 import torch
 from operator_inputs import FIBONACCI, Shape, fixed, learned, random_inputs, run
 
-from fibattn import InputError, Pattern, attend, attend_scaled
+from fibattn import InputError, LearnedPattern, Pattern, attend
 from fibattn.attention import api
 
 PATTERN = Pattern(3, (5, 9))
+LEARNED = LearnedPattern(3, (5, 9))
 
 
 def tensors(dtype: torch.dtype = torch.float32, **changed: tuple[int, ...]) -> dict[str, torch.Tensor]:
@@ -20,11 +21,11 @@ def tensors(dtype: torch.dtype = torch.float32, **changed: tuple[int, ...]) -> d
 
 
 def refuses(message: str, pattern=PATTERN, **arguments) -> None:
-    """Both operators refuse the tensors with the message."""
+    """The tensors are refused with the message, whether alpha is learned or not."""
     with pytest.raises(InputError, match=message):
         attend(pattern=pattern, **arguments)
     with pytest.raises(InputError, match=message):
-        attend_scaled(window=3, rungs=(5, 9), alpha=torch.ones(1), **arguments)
+        attend(pattern=LEARNED, alpha=torch.ones(1), **arguments)
 
 
 def test_errors_are_value_errors() -> None:
@@ -116,16 +117,15 @@ def test_bad_positions_are_refused(positions: torch.Tensor, message: str) -> Non
 @pytest.mark.parametrize(
     ("boundaries", "message"),
     [
-        (torch.tensor([0, 3, 3, 6]), r"cu_seqlens is \[0, 3, 3, 6\]; it must increase strictly from 0 to the 6 tokens"),
-        (torch.tensor([0, 4, 2, 6]), r"cu_seqlens is \[0, 4, 2, 6\]; it must increase strictly"),
+        (torch.tensor([0, 4, 2, 6]), r"cu_seqlens is \[0, 4, 2, 6\]; expected to rise from 0 to the 6 tokens"),
         (torch.tensor([0, 3, 5]), r"cu_seqlens is \[0, 3, 5\]; .* the 6 tokens"),
         (torch.tensor([0, 3, 7]), r"cu_seqlens is \[0, 3, 7\]; .* the 6 tokens"),
         (torch.tensor([1, 3, 6]), r"cu_seqlens is \[1, 3, 6\]; .* from 0 to"),
         (torch.tensor([6]), r"cu_seqlens is \[6\]; "),
         (torch.tensor([], dtype=torch.int32), r"cu_seqlens is \[\]; "),
-        (torch.tensor([[0, 6]]), r"cu_seqlens is torch.int64 \(1, 2\) on cpu; expected integers \(documents \+ 1,\)"),
-        (torch.tensor([0.0, 6.0]), r"cu_seqlens is torch.float32 \(2,\) on cpu; expected integers"),
-        (torch.tensor([0, 6], device="meta"), r"cu_seqlens is torch.int64 \(2,\) on meta; expected integers .* on cpu"),
+        (torch.tensor([[0, 6]]), r"cu_seqlens is torch.int64 \(1, 2\); expected integers \(documents \+ 1,\)"),
+        (torch.tensor([0.0, 6.0]), r"cu_seqlens is torch.float32 \(2,\); expected integers"),
+        (torch.tensor([0, 6], device="meta"), r"cu_seqlens is on meta; expected integers on cpu"),
     ],
 )
 def test_bad_boundaries_are_refused(boundaries: torch.Tensor, message: str) -> None:
@@ -153,7 +153,7 @@ def test_positions_and_boundaries_together_are_refused() -> None:
         ([PATTERN] * 3, r"3 patterns for 2 KV heads; give one, or one for each"),
         ([], r"0 patterns for 2 KV heads"),
         ([Pattern(3), Pattern(4)], r"patterns have windows \[3, 4\]; KV heads of one layer must share their window"),
-        ([1, 2], r"pattern is \[1, 2\]; expected a fibattn.Pattern or a sequence of them"),
+        ([1, 2], r"pattern is \[1, 2\]; expected a fibattn.Pattern, a sequence of them"),
         (["fibonacci", PATTERN], r"pattern is .*'fibonacci'.*; expected a fibattn.Pattern"),
     ],
 )
@@ -183,20 +183,18 @@ def test_what_is_no_pattern_at_all_is_refused(pattern) -> None:
 )
 def test_bad_scales_of_the_rungs_are_refused(alpha: torch.Tensor, message: str, backend: api.Backend) -> None:
     with pytest.raises(InputError, match=message):
-        attend_scaled(**tensors(), window=3, rungs=(5, 9), alpha=alpha, backend=backend)
+        attend(**tensors(), pattern=LEARNED, alpha=alpha, backend=backend)
 
 
-@pytest.mark.parametrize("rungs", [(9, 5), (5, 5), (0, 5), (-3, 5)])
-def test_rungs_out_of_order_are_refused(rungs: tuple[int, ...]) -> None:
-    with pytest.raises(InputError, match=rf"rungs are \[{rungs[0]}, 5\]; they must be positive and strictly incr"):
-        attend_scaled(**tensors(), window=3, rungs=rungs, alpha=torch.ones(1))
-
-
-def test_a_bad_window_or_limit_of_learned_rungs_is_refused() -> None:
-    with pytest.raises(InputError, match="window is -2; it must be 0 or more"):
-        attend_scaled(**tensors(), window=-2, rungs=(5, 9), alpha=torch.ones(1))
-    with pytest.raises(InputError, match="max_offset is -1; it must be 0 or more, or None"):
-        attend_scaled(**tensors(), window=2, rungs=(5, 9), alpha=torch.ones(1), max_offset=-1)
+def test_alpha_and_a_learned_pattern_come_together() -> None:
+    with pytest.raises(InputError, match="alpha is None; the rungs of a LearnedPattern are at alpha times its rungs"):
+        attend(**tensors(), pattern=LEARNED)
+    with pytest.raises(InputError, match=r"alpha is 1\.0; .*: give a tensor with one floating-point number, on cpu"):
+        attend(**tensors(), pattern=LEARNED, alpha=1.0)  # pyright: ignore
+    with pytest.raises(InputError, match="alpha was given, but a Pattern's offsets are fixed"):
+        attend(**tensors(), pattern=PATTERN, alpha=torch.ones(1))
+    with pytest.raises(InputError, match=r"expected a fibattn\.Pattern, a sequence of them or a LearnedPattern"):
+        attend(**tensors(), pattern=[LEARNED, LEARNED], alpha=torch.ones(1))  # pyright: ignore
 
 
 def test_an_unknown_backend_is_refused() -> None:
@@ -231,8 +229,8 @@ def test_the_lse_comes_only_when_asked_for() -> None:
     out, lse = attend(**given, pattern=PATTERN, return_lse=True)
     assert torch.equal(attend(**given, pattern=PATTERN), out)
     assert lse.shape == (2, 4, 6)
-    scaled, lse = attend_scaled(**given, window=3, rungs=(5,), alpha=torch.ones(1), return_lse=True)
-    assert torch.equal(attend_scaled(**given, window=3, rungs=(5,), alpha=torch.ones(1)), scaled)
+    out, lse = attend(**given, pattern=LEARNED, alpha=torch.ones(1), return_lse=True)
+    assert torch.equal(attend(**given, pattern=LEARNED, alpha=torch.ones(1)), out)
     assert lse.shape == (2, 4, 6)
 
 
@@ -251,17 +249,18 @@ def test_boundaries_equal_positions(dtype: torch.dtype) -> None:
     assert torch.equal(found, attend(q, k, v, PATTERN, positions=torch.tensor([positions], dtype=dtype)))
 
 
+@pytest.mark.parametrize("empty", [[0, 0, 7, 20], [0, 7, 7, 7, 20], [0, 7, 20, 20]])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_empty_documents_do_nothing(empty: list[int], backend: api.Backend) -> None:
+    q, k, v = random_inputs(Shape(20))
+    expected = attend(q, k, v, PATTERN, cu_seqlens=torch.tensor([0, 7, 20]), backend=backend)
+    assert torch.equal(attend(q, k, v, PATTERN, cu_seqlens=torch.tensor(empty), backend=backend), expected)
+
+
 def test_positions_beyond_the_first_key_do_no_harm() -> None:
     q, k, v = random_inputs(Shape(20, batch=2))
     far = torch.full((1, 20), 10**6)
     assert torch.equal(attend(q, k, v, PATTERN, positions=far), attend(q, k, v, PATTERN))
-
-
-@pytest.mark.parametrize("rungs", [[5, 9], (5, 9), range(5, 10, 4)])
-def test_rungs_may_be_any_sequence(rungs) -> None:
-    given = tensors()
-    expected = attend_scaled(**given, window=3, rungs=(5, 9), alpha=torch.ones(1))
-    assert torch.equal(attend_scaled(**given, window=3, rungs=rungs, alpha=torch.ones(1)), expected)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
@@ -269,7 +268,7 @@ def test_alpha_may_have_any_shape_of_one_element(shape: tuple[int, ...]) -> None
     q, k, v = (x.requires_grad_() for x in random_inputs(Shape(20)))
     for backend in ("cpu", "reference"):
         alpha = torch.full(shape, 0.9, dtype=torch.float64, requires_grad=True)
-        out = attend_scaled(q, k, v, 3, (5, 9), alpha, backend=backend)
+        out = attend(q, k, v, LEARNED, alpha=alpha, backend=backend)
         assert out.shape == q.shape
         out.sum().backward()
         assert alpha.grad.shape == shape

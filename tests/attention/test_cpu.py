@@ -21,7 +21,7 @@ from operator_inputs import (
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fibattn import Pattern, attend, attend_scaled
+from fibattn import LearnedPattern, Pattern, attend
 from fibattn.attention import cpu
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -144,14 +144,15 @@ def test_packed_documents_equal_documents_on_their_own(boundaries: list[int]) ->
     alpha = torch.tensor([0.83], dtype=torch.float64)
     parts = [slice(*ends) for ends in pairwise(boundaries)]
     alone = [attend(q[:, s], k[:, s], v[:, s], PATTERN) for s in parts]
-    scaled = [attend_scaled(q[:, s], k[:, s], v[:, s], 4, FIBONACCI, alpha) for s in parts]
+    pattern = LearnedPattern(4, FIBONACCI)
+    moved = [attend(q[:, s], k[:, s], v[:, s], pattern, alpha=alpha) for s in parts]
     for given in (
         {"cu_seqlens": torch.tensor(boundaries, dtype=torch.int32)},
         {"positions": boundaries_to_positions(boundaries)},
     ):
         torch.testing.assert_close(attend(q, k, v, PATTERN, **given), torch.cat(alone, 1), rtol=1e-12, atol=1e-12)
-        found = attend_scaled(q, k, v, 4, FIBONACCI, alpha, **given)
-        torch.testing.assert_close(found, torch.cat(scaled, 1), rtol=1e-12, atol=1e-12)
+        found = attend(q, k, v, pattern, alpha=alpha, **given)
+        torch.testing.assert_close(found, torch.cat(moved, 1), rtol=1e-12, atol=1e-12)
 
 
 def test_positions_may_differ_over_the_batch_and_come_with_fewer_queries() -> None:
@@ -295,7 +296,7 @@ def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
 
 LONG = """
 import sys, torch
-from fibattn import Pattern, attend, attend_scaled
+from fibattn import LearnedPattern, Pattern, attend
 from fibattn.machine import process_peak
 torch.manual_seed(0)
 learns = sys.argv[1] == "learned"
@@ -303,7 +304,8 @@ q = torch.randn(1, 65536, 8, 64, requires_grad=True)
 k, v = (torch.randn(1, 65536, 2, 64, requires_grad=True) for _ in range(2))
 alpha = torch.ones(1, requires_grad=True)
 rungs = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377, 610, 987)
-out = attend_scaled(q, k, v, 12, rungs, alpha) if learns else attend(q, k, v, Pattern.fibonacci(12))
+pattern = LearnedPattern(12, rungs) if learns else Pattern.fibonacci(12)
+out = attend(q, k, v, pattern, alpha=alpha if learns else None)
 out.sum().backward()
 assert all(torch.isfinite(x.grad).all() for x in (q, k, v))
 print(process_peak())

@@ -15,7 +15,7 @@ from operator_inputs import (
 )
 from torch import Tensor
 
-from fibattn import Pattern, attend, attend_scaled
+from fibattn import LearnedPattern, Pattern, attend
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -68,7 +68,8 @@ def test_a_window_of_w_is_w_plus_one_keys_as_flash_attention_and_transformers_co
 
 def outputs(inputs: list[Tensor], learns: bool) -> Tensor:
     if learns:
-        return attend_scaled(*inputs, 4, FIBONACCI, torch.tensor([1.0], dtype=inputs[0].dtype), max_offset=150)
+        alpha = torch.tensor([1.0], dtype=inputs[0].dtype)
+        return attend(*inputs, LearnedPattern(4, FIBONACCI, max_offset=150), alpha=alpha)
     return attend(*inputs, PATTERN)
 
 
@@ -93,7 +94,7 @@ def test_a_token_reaches_the_two_rows_around_each_learned_distance(changed: int)
     other[1][:, changed] += 1
     other[2][:, changed] -= 2
     scale = torch.tensor([alpha], dtype=torch.float64)
-    found = [attend_scaled(*some, 4, FIBONACCI, scale) for some in (inputs, other)]
+    found = [attend(*some, LearnedPattern(4, FIBONACCI), alpha=scale) for some in (inputs, other)]
     moved = (found[0] != found[1]).any(dim=-1).any(dim=-1)[0]
     distances = {*range(5)}
     for rung in FIBONACCI:

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from fibattn.attention import attend, attend_cached, attend_scaled, attend_scaled_cached
+from fibattn.attention import attend, attend_cached
 from fibattn.errors import InputError
-from fibattn.pattern import Pattern, interpolate, scaled_reach
+from fibattn.pattern import LearnedPattern, Pattern
 
 RUNGS = (1, 2, 3, 5, 8, 13)
 PATTERN = Pattern(3, (5, 8, 11))
@@ -85,14 +85,14 @@ def test_every_remainder_around_the_wrap(prefill):
 @pytest.mark.parametrize("lengths", [[], [7, 1, 20], [29, 2]])
 def test_a_learned_scale(alpha, window, lengths):
     q, k, v = tensors()
-    alpha, reach = torch.tensor(alpha), scaled_reach(RUNGS, 1.5, window, 15)
+    alpha, pattern = torch.tensor(alpha), LearnedPattern(window, RUNGS, max_offset=15)
 
-    def scaled(*inputs, **how):
-        return attend_scaled_cached(*inputs, window, RUNGS, alpha, reach=reach, max_offset=15, **how)
+    def moved(*inputs, **how):
+        return attend_cached(*inputs, pattern, alpha=alpha, **how)
 
-    right = attend_scaled(q, k, v, window, RUNGS, alpha, max_offset=15)
+    right = attend(q, k, v, pattern, alpha=alpha)
     for growing in (False, True):
-        ours = chunked(q, k, v, lengths, scaled, reach + 1, growing=growing)
+        ours = chunked(q, k, v, lengths, moved, pattern.reach + 1, growing=growing)
         torch.testing.assert_close(ours, right, rtol=0, atol=1e-12)
 
 
@@ -192,13 +192,9 @@ def test_the_operators_pass_torchs_checks():
     q, k, v = (x[:, :1] for x in tensors(dtype=torch.float32))
     at, positions = torch.tensor([[14]]), torch.tensor([[14], [4]])
     caches = [torch.randn(2, 12, 2, 8) for _ in range(2)]
-    torch.library.opcheck(
-        torch.ops.fibattn.attend_step, (q, *caches, k, v, at, positions, 0.3, 3, [5, 8, 11], [3]), {"interpret": False}
-    )
-    alpha = torch.tensor(0.8)
-    torch.library.opcheck(
-        torch.ops.fibattn.attend_scaled_step, (q, *caches, k, v, at, None, 0.3, 3, alpha, [1, 2, 3, 5, 8], 10)
-    )
+    step, given = torch.ops.fibattn.attend_step, (q, *caches, k, v, at)
+    torch.library.opcheck(step, (*given, None, positions, 0.3, 3, [5, 8, 11], [3], 99), {"interpret": False})
+    torch.library.opcheck(step, (*given, torch.tensor(0.8), None, 0.3, 3, [1, 2, 3, 5, 8], [5], 10))
 
 
 def test_compiles_whole_once_for_all_tokens():
@@ -222,9 +218,10 @@ def test_compiles_whole_once_for_all_tokens():
 
 def test_a_far_rung_of_a_learned_scale_is_refused():
     q, k, v = (x[:, :1] for x in tensors())
-    how = {"reach": 11, "cache_positions": torch.tensor([[30]])}
+    pattern, alpha = LearnedPattern(3, RUNGS, largest_alpha=0.8), torch.tensor(1.2)
+    assert pattern.reach == 11
     with pytest.raises(InputError, match="the cache has 12 rows"):
-        attend_scaled_cached(q, *rings(k, 12), k, v, 3, RUNGS, torch.tensor(1.2), **how)
+        attend_cached(q, *rings(k, 12), k, v, pattern, alpha=alpha, cache_positions=torch.tensor([[30]]))
 
 
 @pytest.mark.parametrize(
@@ -274,7 +271,6 @@ def test_positions_of_more_than_32_bits_are_no_limit(place):
 
 def test_reach_of_a_learned_scale():
     for window, max_offset in itertools.product((0, 4, 30), (None, 0, 6, 100)):
-        reach = scaled_reach(RUNGS, 1.5, window, max_offset)
+        pattern = LearnedPattern(window, RUNGS, max_offset)
         for step in range(1, 151):
-            kept = interpolate(RUNGS, step / 100, window, max_offset)
-            assert max((rung.near + 1 for rung in kept), default=window) <= reach
+            assert max((rung.near + 1 for rung in pattern.at(step / 100)), default=window) <= pattern.reach

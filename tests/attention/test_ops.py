@@ -7,7 +7,7 @@ import torch
 from operator_inputs import FIBONACCI, Shape, fixed, learned, random_inputs, run
 from torch import Tensor
 
-from fibattn import Pattern, attend, attend_scaled
+from fibattn import LearnedPattern, Pattern, attend
 from fibattn.errors import InputError
 
 NO_LIMIT = 2**31 - 1
@@ -15,58 +15,47 @@ OPS = torch.ops.fibattn
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
-def arguments(dtype: torch.dtype, packed: bool, keys: int | None = None) -> tuple[Any, ...]:
+FIXED = (0.3, 3, [5, 9, 40], [3], NO_LIMIT)
+FOR_EACH_HEAD = (0.3, 3, [5, 9, 40, 7], [3, 1], NO_LIMIT)
+LEARNED = (0.3, 3, [5, 8, 13, 21], [4], 30)
+
+
+def arguments(dtype: torch.dtype, packed: bool, keys: int | None = None, learns: bool = False) -> tuple[Any, ...]:
     q, k, v = random_inputs(Shape(20, batch=2, kv_heads=2, group=2, size=8, keys=keys), dtype)
     # A view, as a projection's heads are: the results must not inherit its strides.
     q = q.transpose(1, 2).contiguous().transpose(1, 2)
-    positions = torch.arange(20, dtype=torch.int32)[None] % 7 if packed else None
-    return q, k, v, positions, 0.3, 3
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("keys", [None, 33])
-def test_fixed_operators_keep_pytorchs_contract(dtype: torch.dtype, packed: bool, keys: int | None) -> None:
-    inputs = arguments(dtype, packed, keys)
-    for sets in (([5, 9, 40], [3]), ([5, 9, 40, 7], [3, 1])):
-        torch.library.opcheck(OPS.attend_forward.default, (*inputs, *sets), test_utils=CHECKS)
-        out, lse = OPS.attend_forward(*inputs, *sets)
-        for grad_lse in (None, torch.randn_like(lse)):
-            saved = (torch.randn_like(out), grad_lse, out, lse)
-            torch.library.opcheck(OPS.attend_backward.default, (*saved, *inputs, *sets), test_utils=CHECKS)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("keys", [None, 33])
-def test_learned_operators_keep_pytorchs_contract(dtype: torch.dtype, packed: bool, keys: int | None) -> None:
     alpha = torch.tensor([0.83], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    inputs = (*arguments(dtype, packed, keys), alpha, [5, 8, 13, 21], NO_LIMIT)
-    torch.library.opcheck(OPS.attend_scaled_forward.default, inputs, test_utils=CHECKS)
-    out, lse = OPS.attend_scaled_forward(*inputs)
+    positions = torch.arange(20, dtype=torch.int32)[None] % 7 if packed else None
+    return q, k, v, alpha if learns else None, positions
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("keys", [None, 33])
+@pytest.mark.parametrize("pattern", [FIXED, FOR_EACH_HEAD, LEARNED], ids=["fixed", "for each head", "learned"])
+def test_the_operators_keep_pytorchs_contract(
+    dtype: torch.dtype, packed: bool, keys: int | None, pattern: tuple[Any, ...]
+) -> None:
+    inputs = (*arguments(dtype, packed, keys, learns=pattern is LEARNED), *pattern)
+    torch.library.opcheck(OPS.attend_forward.default, inputs, test_utils=CHECKS)
+    out, lse = OPS.attend_forward(*inputs)
     for grad_lse in (None, torch.randn_like(lse)):
         saved = (torch.randn_like(out), grad_lse, out, lse)
-        torch.library.opcheck(OPS.attend_scaled_backward.default, (*saved, *inputs), test_utils=CHECKS)
+        torch.library.opcheck(OPS.attend_backward.default, (*saved, *inputs), test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_results_without_data_have_the_layout_of_real_ones(dtype: torch.dtype) -> None:
-    inputs, alpha = arguments(dtype, packed=True, keys=33), torch.tensor([0.83])
+@pytest.mark.parametrize("pattern", [FIXED, LEARNED], ids=["fixed", "learned"])
+def test_results_without_data_have_the_layout_of_real_ones(dtype: torch.dtype, pattern: tuple[Any, ...]) -> None:
+    inputs = arguments(dtype, packed=True, keys=33, learns=pattern is LEARNED)
 
-    def layouts(*tensors: Tensor | None) -> list[tuple]:
-        return [(x.shape, x.dtype, x.stride()) for x in tensors if x is not None]
+    def everything(*tensors: Tensor | None) -> list[tuple]:
+        out, lse = OPS.attend_forward(*tensors, *pattern)
+        grads = OPS.attend_backward(out, lse, out, lse, *tensors, *pattern)
+        return [(x.shape, x.dtype, x.stride()) for x in (out, lse, *grads)]
 
-    def everything(*inputs: Any) -> list[tuple]:
-        *tensors, alpha = inputs
-        fixed_arguments, scaled_arguments = ([5, 9], [2]), (alpha, [5, 9], NO_LIMIT)
-        out, lse = OPS.attend_forward(*tensors, *fixed_arguments)
-        grads = OPS.attend_backward(out, lse, out, lse, *tensors, *fixed_arguments)
-        scaled, scaled_lse = OPS.attend_scaled_forward(*tensors, *scaled_arguments)
-        more = OPS.attend_scaled_backward(scaled, None, scaled, scaled_lse, *tensors, *scaled_arguments)
-        return layouts(out, lse, *grads, scaled, scaled_lse, *more)
-
-    meta = [x.to("meta") if isinstance(x, Tensor) else x for x in (*inputs, alpha)]
-    assert everything(*meta) == everything(*inputs, alpha)
+    meta = [None if x is None else x.to("meta") for x in inputs]
+    assert everything(*meta) == everything(*inputs)
 
 
 class Counter:
@@ -85,19 +74,20 @@ class Counter:
 def test_one_graph_serves_every_length(learns: bool, packed: bool) -> None:
     torch._dynamo.reset()
     counter = Counter()
-    alpha = (torch.tensor([0.83], dtype=torch.float64),) if learns else ()
+    alpha = torch.tensor([0.83], dtype=torch.float64) if learns else None
+    pattern = LearnedPattern(4, FIBONACCI) if learns else Pattern.fibonacci(4, max_offset=60)
 
-    def forward(q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, *alpha: Tensor) -> tuple[Tensor, Tensor]:
-        if learns:
-            return attend_scaled(q, k, v, 4, FIBONACCI, *alpha, positions=positions, return_lse=True)
-        return attend(q, k, v, Pattern.fibonacci(4, max_offset=60), positions=positions, return_lse=True)
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, alpha: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return attend(q, k, v, pattern, alpha=alpha, positions=positions, return_lse=True)
 
     compiled = torch.compile(forward, fullgraph=True, backend=counter)
     for tokens in (20, 33, 64, 65, 100, 128, 257):
         q, k, v = random_inputs(Shape(tokens, batch=2, kv_heads=2, group=2))
         positions = torch.arange(tokens)[None] % 19 if packed else None
-        found = compiled(q, k, v, positions, *alpha)
-        expected = forward(q, k, v, positions, *alpha)
+        found = compiled(q, k, v, positions, alpha)
+        expected = forward(q, k, v, positions, alpha)
         assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
     # One of the first length, and one of all others.
     assert counter.graphs <= 2

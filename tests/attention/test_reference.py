@@ -8,7 +8,7 @@ import torch
 from operator_inputs import Shape, boundaries_to_positions, random_inputs
 from torch import Tensor
 
-from fibattn import Pattern, attend, attend_scaled
+from fibattn import LearnedPattern, Pattern, attend
 
 
 def softmax_sum(scores: list[float], values: list[list[float]]) -> tuple[list[float], float]:
@@ -47,7 +47,7 @@ def attend_by_loops(q, k, v, sets: Sequence[Sequence[int]], scale: float, positi
     return by_loops(q, k, v, row, positions)
 
 
-def attend_scaled_by_loops(
+def attend_interpolated_by_loops(
     q, k, v, window: int, rungs: Sequence[int], alpha: float, scale: float, positions=None, max_offset=None
 ) -> tuple[Tensor, Tensor]:
     def row(query, keys, values, head, own, limit):
@@ -132,30 +132,21 @@ def test_every_row_of_a_batch_can_be_packed_differently() -> None:
 @pytest.mark.parametrize("max_offset", [None, 7])
 def test_learned_offsets_equal_the_loops(shape: Shape, alpha: float, max_offset: int | None) -> None:
     q, k, v = random_inputs(shape)
-    arguments = (2, [1, 2, 3, 5, 8, 13], torch.tensor([alpha], dtype=torch.float64))
-    found = attend_scaled(q, k, v, *arguments, max_offset=max_offset, return_lse=True, backend="reference")
-    expected = attend_scaled_by_loops(q, k, v, *arguments[:2], alpha, shape.size**-0.5, max_offset=max_offset)
+    rungs, scale = (1, 2, 3, 5, 8, 13), torch.tensor([alpha], dtype=torch.float64)
+    found = attend(q, k, v, LearnedPattern(2, rungs, max_offset), alpha=scale, return_lse=True, backend="reference")
+    expected = attend_interpolated_by_loops(q, k, v, 2, rungs, alpha, shape.size**-0.5, max_offset=max_offset)
     check(found, expected)
 
 
 @pytest.mark.parametrize("window", [0, 1, 30])
 def test_learned_offsets_of_packed_documents_equal_the_loops(window: int) -> None:
     q, k, v = random_inputs(Shape(16, kv_heads=2, group=2, size=3))
-    boundaries, rungs, alpha = [0, 5, 6, 16], [1, 2, 3, 5, 8], 0.9
+    boundaries, rungs, alpha = [0, 5, 6, 16], (1, 2, 3, 5, 8), 0.9
     positions = boundaries_to_positions(boundaries)
-    expected = attend_scaled_by_loops(q, k, v, window, rungs, alpha, 3**-0.5, positions.tolist())
+    expected = attend_interpolated_by_loops(q, k, v, window, rungs, alpha, 3**-0.5, positions.tolist())
     for given in ({"positions": positions}, {"cu_seqlens": torch.tensor(boundaries)}):
-        found = attend_scaled(
-            q,
-            k,
-            v,
-            window,
-            rungs,
-            torch.tensor(alpha, dtype=torch.float64),
-            return_lse=True,
-            backend="reference",
-            **given,
-        )
+        pattern, scale = LearnedPattern(window, rungs), torch.tensor(alpha, dtype=torch.float64)
+        found = attend(q, k, v, pattern, alpha=scale, return_lse=True, backend="reference", **given)
         check(found, expected)
 
 

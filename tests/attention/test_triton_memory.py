@@ -20,7 +20,7 @@ from fibattn.attention.triton.launch import FUSED, row_options  # noqa: E402
 from fibattn.attention.triton.shape import shape_of  # noqa: E402
 
 SMALL_GPU, SHARED_MEMORY = 86, 101_376
-POINTERS = dict.fromkeys(("p_positions", "p_table", "p_rungs"), "i32")
+POINTERS = dict.fromkeys(("p_positions", "p_cache_positions", "p_table", "p_rungs"), "i32")
 POINTERS |= dict.fromkeys(("p_fractions", "p_factors", "p_grad_lse"), "fp32")
 
 
@@ -33,20 +33,21 @@ def shared_memory(kernel: Any, sizes: dict[str, Any], dtype: str, absent: set[st
             signature[name], constants[name] = "constexpr", None if name in absent else sizes[name]
         elif name.startswith("p_"):
             signature[name] = "*" + pointers.get(name, dtype)
+        elif name.startswith("stride_") and not name.endswith(("set", "positions")):
+            signature[name] = ("i32",) * 3
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or (name.startswith("stride_") and name[7:] not in ("set", "positions"))
-    }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    places = [(i, signature[name]) for i, name in enumerate(kernel.arg_names)]
+    aligned = [(i,) for i, kind in places if isinstance(kind, str) and kind.startswith("*")]
+    aligned += [(i, part) for i, kind in places if isinstance(kind, tuple) for part in range(3)]
+    attributes = {place: [["tt.divisibility", 16]] for place in aligned}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = FUSED | {name: sizes[name] for name in ("num_warps", "num_stages")}
     return triton.compile(source, target=GPUTarget("cuda", SMALL_GPU, 32), options=options).metadata.shared
 
 
 @pytest.mark.parametrize(
-    ("dtype", "size", "group", "dense", "scaled"),
+    ("dtype", "size", "group", "dense", "learned"),
     [
         (torch.bfloat16, 64, 4, True, False),
         (torch.bfloat16, 128, 4, True, False),
@@ -59,33 +60,33 @@ def shared_memory(kernel: Any, sizes: dict[str, Any], dtype: str, absent: set[st
         (torch.float32, 256, 4, False, True),
     ],
 )
-def test_kernels_fit_a_small_gpu(dtype: torch.dtype, size: int, group: int, dense: bool, scaled: bool) -> None:
+def test_kernels_fit_a_small_gpu(dtype: torch.dtype, size: int, group: int, dense: bool, learned: bool) -> None:
     q, k = (torch.empty(1, 1, heads, size, dtype=dtype, device="meta") for heads in (group, 1))
     shape, word = shape_of(q, k), "fp32" if dtype == torch.float32 else "bf16"
     window = 128 if dense else 12
-    rungs = torch.zeros(1, 1) if scaled else None
-    columns = Columns(torch.zeros(1, 1), window, 0 if dense else 64, rungs)
+    table = torch.zeros(1, 1)
+    columns = Columns(table, window, 0 if dense else 64, table, table if learned else None)
     delta = backward.GIVEN if shape.exact else backward.FROM_OUTPUT
-    others = {"HAS_GRAD_LSE": False, "AFTER_RUNGS": True, "DELTA": delta.value}
-    absent = {"p_positions", "p_grad_lse"} | (set() if scaled else {"p_rungs", "p_fractions", "p_factors", "p_partial"})
+    others = {"AFTER_RUNGS": True, "DELTA": delta.value}
+    absent = {"p_positions", "p_grad_lse"} | (set() if learned else {"p_fractions", "p_factors", "p_partial"})
     for kernel, tiles in (
         (forward.forward_kernel, forward.tiles_for(shape, columns)),
         (backward.query_grad_kernel, backward.query_tiles_for(shape, columns)),
     ):
-        sizes = others | row_options(shape, tiles, columns, None, wide=False)
+        sizes = others | row_options(shape, tiles, columns, wide=False)
         assert shared_memory(kernel, sizes, word, absent) <= SHARED_MEMORY
-    given = {name: sizes[name] for name in ("GROUP", "GP", "SIZE", "BD", "HAS_POSITIONS", "EXACT", "WIDE", "SCALED")}
+    given = {name: sizes[name] for name in ("GROUP", "GP", "SIZE", "BD", "EXACT", "WIDE")}
     tiles = key_gradients.window_tiles_for(shape, window)
     sizes = given | others | {"BN": tiles.keys, "BR": max(tiles.rows, shape.padded_group)}
     sizes |= {"num_warps": tiles.warps, "num_stages": tiles.stages}
     assert shared_memory(key_gradients.window_grad_kernel, sizes, word, absent) <= SHARED_MEMORY
-    tiles = key_gradients.rung_tiles_for(shape, scaled)
+    tiles = key_gradients.rung_tiles_for(shape, learned)
     sizes = given | {"BN": tiles.keys, "BP": tiles.part, "UNROLL": tiles.unroll}
     sizes |= {"num_warps": tiles.warps, "num_stages": 3}
     assert shared_memory(key_gradients.rung_grad_kernel, sizes, word, absent) <= SHARED_MEMORY
 
 
-@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "size", "group"),
     [
@@ -96,12 +97,12 @@ def test_kernels_fit_a_small_gpu(dtype: torch.dtype, size: int, group: int, dens
         (torch.float32, 256, 4),
     ],
 )
-def test_decoding_fits_a_small_gpu(dtype: torch.dtype, size: int, group: int, scaled: bool) -> None:
+def test_decoding_fits_a_small_gpu(dtype: torch.dtype, size: int, group: int, learned: bool) -> None:
     q, k = (torch.empty(1, 1, heads, size, dtype=dtype, device="meta") for heads in (group, 1))
     shape = shape_of(q, k)
     columns, stages = decode.tiles_for(shape, window=128)
     sizes = {"GROUP": group, "SIZE": size, "BD": shape.padded_size, "ROWS": max(16, shape.padded_group)}
-    sizes |= {"BN": columns, "HAS_POSITIONS": False, "SCALED": scaled, "num_warps": 4, "num_stages": stages}
-    absent = {"p_positions"} | (set() if scaled else {"p_fractions"})
+    sizes |= {"BN": columns, "num_warps": 4, "num_stages": stages}
+    absent = {"p_positions"} | (set() if learned else {"p_fractions"})
     word = "fp32" if shape.exact else "bf16"
     assert shared_memory(decode.decode_kernel, sizes, word, absent) <= SHARED_MEMORY

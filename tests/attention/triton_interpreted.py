@@ -8,9 +8,9 @@ import pytest
 import torch
 import triton.runtime.interpreter as interpreter
 
-from fibattn.attention import attend, attend_cached, attend_scaled, attend_scaled_cached
+from fibattn.attention import attend, attend_cached
 from fibattn.errors import InputError
-from fibattn.pattern import Pattern, scaled_reach
+from fibattn.pattern import LearnedPattern, Pattern
 
 _patch_tensor = interpreter._patch_lang_tensor
 
@@ -151,25 +151,32 @@ def test_packed_documents_equal_documents_on_their_own():
 # 1.3125 * 8 = 10.5 and 1.1875 * 8 = 9.5 round to even; 0.5 puts 1 and 2, 3 … between the same keys.
 @pytest.mark.parametrize("alpha", [1.0, 1.07, 0.5, 1.3125, 1.1875])
 @pytest.mark.parametrize("packed", [False, True])
-def test_attend_scaled(alpha, packed):
-    positions = DOCUMENTS if packed else None
+def test_a_learned_alpha(alpha, packed):
+    positions, pattern = DOCUMENTS if packed else None, LearnedPattern(3, RUNGS, max_offset=40)
 
-    def scaled(q, k, v, alpha, **how):
-        return attend_scaled(q, k, v, 3, RUNGS, alpha, positions=positions, max_offset=40, **how)
+    def moved(q, k, v, alpha, **how):
+        return attend(q, k, v, pattern, alpha=alpha, positions=positions, **how)
 
-    agree(scaled, [*tensors(1, 39, 39, 4, 2, 16), torch.tensor(alpha)])
+    agree(moved, [*tensors(1, 39, 39, 4, 2, 16), torch.tensor(alpha)])
 
 
 @pytest.mark.parametrize("rungs", [(), (1, 2, 3)], ids=["none", "all inside the window"])
-def test_attend_scaled_without_a_rung_left(rungs):
-    inputs = [*tensors(1, 39, 39, 4, 2, 16), torch.tensor(1.1)]
-    agree(lambda q, k, v, alpha, **how: attend_scaled(q, k, v, 5, rungs, alpha, **how), inputs)
+def test_a_learned_alpha_without_a_rung_left(rungs):
+    inputs, pattern = [*tensors(1, 39, 39, 4, 2, 16), torch.tensor(1.1)], LearnedPattern(5, rungs)
+    agree(lambda q, k, v, alpha, **how: attend(q, k, v, pattern, alpha=alpha, **how), inputs)
+
+
+@pytest.mark.parametrize("window", [3, 70])
+def test_a_learned_alpha_in_half_precision(window):
+    """Rungs in 16 bits, beside columns and beside a dense window."""
+    inputs, pattern = [*tensors(1, 39, 39, 4, 2, 16, torch.float16), torch.tensor(0.83)], LearnedPattern(window, RUNGS)
+    agree(lambda q, k, v, alpha, **how: attend(q, k, v, pattern, alpha=alpha, **how), inputs, tolerance=2e-3)
 
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
-def test_an_impossible_scale_gives_no_plausible_numbers(alpha):
+def test_an_impossible_alpha_gives_no_plausible_numbers(alpha):
     q, k, v = tensors(1, 39, 39, 4, 2, 16)
-    out = attend_scaled(q, k, v, 3, RUNGS, torch.tensor(alpha), backend="triton")
+    out = attend(q, k, v, LearnedPattern(3, RUNGS), alpha=torch.tensor(alpha), backend="triton")
     assert out.isnan().any()
 
 
@@ -204,8 +211,8 @@ def test_decode(heads, kv_heads, size):
 def test_decode_from_rings_that_still_grow():
     inputs, first, alpha = tensors(2, 9, 9, 4, 2, 16), torch.tensor([[0], [1]]), torch.tensor(1.3125)
     decode_agrees(lambda *x, **how: attend_cached(*x, Pattern(5, (7, 13, 21)), **how), inputs, 10, first)
-    scaled = lambda *x, **how: attend_scaled_cached(*x, 3, RUNGS[:6], alpha, reach=21, **how)  # noqa: E731
-    decode_agrees(scaled, inputs, 10, first)
+    moved = lambda *x, **how: attend_cached(*x, LearnedPattern(3, RUNGS[:6]), alpha=alpha, **how)  # noqa: E731
+    decode_agrees(moved, inputs, 10, first)
 
 
 @pytest.mark.parametrize("pattern", [Pattern(0), Pattern(40, (70,)), [Pattern(3, (7, 9, 13)), Pattern(3, (4, 30))]])
@@ -223,24 +230,25 @@ def test_decode_with_padding_and_half_precision():
 
 @pytest.mark.parametrize("alpha", [1.0, 0.6, 1.3125])
 @pytest.mark.parametrize("window", [0, 3])
-def test_decode_scaled(alpha, window):
-    rungs, alpha = RUNGS[:6], torch.tensor(alpha)
-    reach = scaled_reach(rungs, 1.5, window)
+def test_decode_with_a_learned_alpha(alpha, window):
+    pattern, alpha = LearnedPattern(window, RUNGS[:6]), torch.tensor(alpha)
 
     def call(*x, **how):
-        return attend_scaled_cached(*x, window, rungs, alpha, reach=reach, **how)
+        return attend_cached(*x, pattern, alpha=alpha, **how)
 
-    decode_agrees(call, tensors(2, 9, 9, 4, 2, 16), reach + 1, FIRST)
-    decode_agrees(call, tensors(2, 9, 9, 4, 2, 16), reach + 1, FIRST + 30, positions=torch.tensor([[-2], [5]]))
+    decode_agrees(call, tensors(2, 9, 9, 4, 2, 16), pattern.reach + 1, FIRST)
+    decode_agrees(call, tensors(2, 9, 9, 4, 2, 16), pattern.reach + 1, FIRST + 30, positions=torch.tensor([[-2], [5]]))
 
 
 def test_decode_beyond_the_ring_gives_no_plausible_numbers():
     q, k, v = tensors(2, 1, 1, 4, 2, 16)
     rings = torch.randn(2, 2, 22, 2, 16)
-    how = {"reach": 21, "cache_positions": FIRST + 60, "backend": "triton"}
-    assert attend_scaled_cached(q, *rings, k, v, 3, RUNGS, torch.tensor(1.4), **how).isnan().all()
+    pattern = LearnedPattern(3, RUNGS, largest_alpha=0.6)
+    assert pattern.reach == 21
+    how = {"alpha": torch.tensor(1.4), "cache_positions": FIRST + 60, "backend": "triton"}
+    assert attend_cached(q, *rings, k, v, pattern, **how).isnan().all()
     # Where positions can be read, as here, too few rows are refused; the kernel alone shows what a GPU does.
-    step = (q, *rings, k, v, FIRST, None, 0.25, 3, [7, 22], [2], True)
+    step = (q, *rings, k, v, FIRST, None, None, 0.25, 3, [7, 22], [2], 99, True)
     assert torch.ops.fibattn.attend_step(*step).isnan().flatten(1).all(1).tolist() == [False, True]
 
 

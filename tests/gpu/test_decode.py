@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fibattn import FibAttnConfig, FibAttnForCausalLM
-from fibattn.attention import attend, attend_cached, attend_scaled, attend_scaled_cached
-from fibattn.pattern import Pattern, base_rungs, scaled_reach
+from fibattn.attention import attend, attend_cached
+from fibattn.pattern import LearnedPattern, Pattern, base_rungs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -93,33 +93,28 @@ def test_rings_laid_out_by_head():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("alpha", [1.0, 0.5, 0.73, 1.0625, 1.4999])
 @pytest.mark.parametrize("window", [0, 12])
-def test_a_learned_scale(alpha, window, dtype):
-    reach = scaled_reach(RUNGS, 1.5, window)
+def test_a_learned_alpha(alpha, window, dtype):
+    pattern = LearnedPattern(window, RUNGS)
 
     def call(q, *rest, **how):
-        scale = torch.tensor(alpha, device=q.device)
-        return attend_scaled_cached(q, *rest, window, RUNGS, scale, reach=reach, **how)
+        return attend_cached(q, *rest, pattern, alpha=torch.tensor(alpha, device=q.device), **how)
 
     at, positions = torch.tensor([[3000], [400]], device="cuda"), torch.tensor([[89], [500]], device="cuda")
-    check(call, inputs(2, 8, 2, 64, reach + 1, dtype), cache_positions=at)
-    check(call, inputs(2, 8, 2, 64, reach + 1, dtype), cache_positions=at, positions=positions)
+    check(call, inputs(2, 8, 2, 64, pattern.reach + 1, dtype), cache_positions=at)
+    check(call, inputs(2, 8, 2, 64, pattern.reach + 1, dtype), cache_positions=at, positions=positions)
 
 
 @pytest.mark.parametrize("learned", [False, True])
 def test_a_graph_replayed_token_by_token_equals_the_whole(learned):
-    tokens, reach = 1200, 110
-    pattern, alpha, rungs = Pattern.fibonacci(window=12, max_offset=110), torch.tensor([1.07], device="cuda"), RUNGS[:9]
+    tokens, alpha = 1200, torch.tensor([1.07], device="cuda") if learned else None
+    pattern = LearnedPattern(12, RUNGS[:9], max_offset=109) if learned else Pattern.fibonacci(window=12, max_offset=110)
     q, _, _, k, v = inputs(2, 8, 2, 64, 1, torch.float32, tokens)
-    rings = [torch.zeros(2, reach + 1, 2, 64, device="cuda") for _ in range(2)]
+    rings = [torch.zeros(2, pattern.reach + 1, 2, 64, device="cuda") for _ in range(2)]
     new = [x[:, :1].clone() for x in (q, k, v)]
     at = torch.zeros(1, 1, dtype=torch.int64, device="cuda")
 
     def step():
-        if learned:
-            return attend_scaled_cached(
-                new[0], *rings, *new[1:], 12, rungs, alpha, reach=reach, cache_positions=at, max_offset=109
-            )
-        return attend_cached(new[0], *rings, *new[1:], pattern, cache_positions=at)
+        return attend_cached(new[0], *rings, *new[1:], pattern, alpha=alpha, cache_positions=at)
 
     step()
     graph = torch.cuda.CUDAGraph()
@@ -132,7 +127,7 @@ def test_a_graph_replayed_token_by_token_equals_the_whole(learned):
         at.fill_(token)
         graph.replay()
         outs.append(out.clone())
-    right = attend_scaled(q, k, v, 12, rungs, alpha, max_offset=109) if learned else attend(q, k, v, pattern)
+    right = attend(q, k, v, pattern, alpha=alpha)
     torch.testing.assert_close(torch.cat(outs, 1), right, rtol=1e-4, atol=1e-5)
 
 

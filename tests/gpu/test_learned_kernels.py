@@ -1,4 +1,4 @@
-"""The kernels on a GPU with a learned scale: precision, its gradient, its rungs. `pytest tests/gpu`"""
+"""The kernels on a GPU with a learned alpha: precision, its gradient, its rungs. `pytest tests/gpu`"""
 
 import importlib
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from comparison import DTYPES, RUNGS, assert_precise, tensors, with_gradients
 
-from fibattn.attention import attend_scaled, ops, reference
-from fibattn.pattern import interpolate
+from fibattn.attention import attend, ops, reference
+from fibattn.pattern import LearnedPattern
 
 pytestmark = [
     pytest.mark.gpu,
@@ -15,17 +15,19 @@ pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
 ]
 
+PATTERN = LearnedPattern(12, RUNGS)
 
-def torch_attend_scaled(q, k, v, alpha, window, rungs, scale):
-    """`attend_scaled` in PyTorch's operators, in the precision of q: keys and values interpolated, then attended."""
+
+def torch_attend_learned(q, k, v, alpha, pattern, scale):
+    """`attend` in PyTorch's operators, in the precision of q: keys and values interpolated, then attended."""
     group = q.shape[2] // k.shape[2]
     q, k, v = q.transpose(1, 2), *(x.repeat_interleave(group, 2).transpose(1, 2) for x in (k, v))
     own = torch.arange(q.shape[2], device=q.device)
     distance = own[:, None] - own[None]
-    near = (q @ k.transpose(-1, -2) * scale).masked_fill(~((distance >= 0) & (distance <= window)), -torch.inf)
+    near = (q @ k.transpose(-1, -2) * scale).masked_fill(~((distance >= 0) & (distance <= pattern.window)), -torch.inf)
     columns, values = [near], []
-    for rung in interpolate(rungs, float(alpha.detach()), window):
-        fraction = (alpha.double() * rungs[rung.index] - rung.near).to(q.dtype)
+    for rung in pattern.at(float(alpha.detach())):
+        fraction = (alpha.double() * pattern.rungs[rung.index] - rung.near).to(q.dtype)
         lo, hi = (own - rung.near).clamp(min=0), (own - rung.near - 1).clamp(min=0)
         key, value = ((1 - fraction) * x[:, :, lo] + fraction * x[:, :, hi] for x in (k, v))
         values.append(value)
@@ -40,71 +42,63 @@ def torch_attend_scaled(q, k, v, alpha, window, rungs, scale):
 
 @pytest.mark.parametrize("alpha", [1.0, 0.5, 0.73, 1.0625, 1.4999])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_learned_scale(alpha, dtype):
+def test_learned_alpha(alpha, dtype):
     inputs = [*tensors(2, 700, 8, 2, 64, dtype), torch.tensor(alpha, device="cuda", dtype=torch.float32)]
-    check_scaled(inputs)
+    check_learned(inputs)
 
 
 @pytest.mark.parametrize(("size", "heads"), [(40, (7, 1)), (128, (8, 2)), (128, (2, 2))])
-def test_learned_scale_of_other_shapes(size, heads):
-    check_scaled([*tensors(2, 300, *heads, size), torch.tensor(1.1, device="cuda")])
+def test_learned_alpha_of_other_shapes(size, heads):
+    check_learned([*tensors(2, 300, *heads, size), torch.tensor(1.1, device="cuda")])
 
 
-def check_scaled(inputs, window=12):
+def check_learned(inputs):
     scale = inputs[0].shape[-1] ** -0.5
-    ours, upstream = with_gradients(
-        lambda q, k, v, a: attend_scaled(q, k, v, window, RUNGS, a, return_lse=True), inputs
-    )
-    theirs, _ = with_gradients(
-        lambda q, k, v, a: torch_attend_scaled(q, k, v, a, window, RUNGS, scale), inputs, upstream
-    )
+    ours, upstream = with_gradients(lambda q, k, v, a: attend(q, k, v, PATTERN, alpha=a, return_lse=True), inputs)
+    theirs, _ = with_gradients(lambda q, k, v, a: torch_attend_learned(q, k, v, a, PATTERN, scale), inputs, upstream)
     exact = [x.double() for x in inputs]
-    right, _ = with_gradients(
-        lambda q, k, v, a: reference.attend_scaled(q, k, v, window, RUNGS, a, scale, None, None), exact, upstream
-    )
+    right, _ = with_gradients(lambda q, k, v, a: reference.attend(q, k, v, PATTERN, scale, None, a), exact, upstream)
     assert_precise(ours[:5], theirs[:5], right[:5], inputs[0].dtype)
     return [(x[5].double() - right[5]).abs() for x in (ours, theirs)]
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0625])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_gradient_of_the_scale(alpha, dtype):
+def test_the_gradient_of_alpha(alpha, dtype):
     """One number is right or wrong by luck, so its error is the mean over a few inputs."""
     errors = []
     for seed in range(8):
         torch.manual_seed(seed)
-        errors.append(check_scaled([*tensors(1, 300, 8, 2, 64, dtype), torch.tensor(alpha, device="cuda")]))
+        errors.append(check_learned([*tensors(1, 300, 8, 2, 64, dtype), torch.tensor(alpha, device="cuda")]))
     ours, theirs = torch.tensor(errors).mean(0)
     assert ours <= 2 * theirs
 
 
 def test_rungs_are_resolved_as_in_the_pattern():
-    scaled, columns, shape = (
-        importlib.import_module(f"fibattn.attention.triton.{room}") for room in ("scaled", "columns", "shape")
-    )
+    learned, shape = (importlib.import_module(f"fibattn.attention.triton.{room}") for room in ("learned", "shape"))
     for alpha in [*torch.linspace(0.4, 1.6, 241, dtype=torch.float64).tolist(), 0.7, 1.3125, 1.1875]:
         for max_offset in (ops.NO_LIMIT, 400):
-            found = scaled.resolve(torch.tensor(alpha, dtype=torch.float64, device="cuda"), RUNGS, 12, max_offset)
-            right = interpolate(RUNGS, alpha, 12, max_offset)
-            count = int(found.table[0, 0])
-            assert found.table[0, 1 : 1 + count].tolist() == [rung.near for rung in right]
+            found = learned.resolve(torch.tensor(alpha, dtype=torch.float64, device="cuda"), RUNGS, 12, max_offset)
+            right = LearnedPattern(12, RUNGS, max_offset).at(alpha)
+            count = int(found.rungs[0, 0])
+            assert found.rungs[0, 1 : 1 + count].tolist() == [rung.near for rung in right]
             assert found.factors[:count].tolist() == [RUNGS[rung.index] for rung in right]
             exact = torch.tensor([rung.fraction for rung in right]).float()
             assert found.fractions[:count].tolist() == exact.tolist()
             # The kernels' tiles read past the last rung, where there must be no key.
-            past = found.table.as_strided((columns.MOST_RUNGS,), (1,), 1 + count)
+            past = found.rungs.as_strided((learned.MOST_RUNGS,), (1,), 1 + count)
             assert (past == shape.UNREACHABLE).all()
-            assert (found.fractions[count : count + columns.MOST_RUNGS] == 0).all()
+            assert (found.fractions[count : count + learned.MOST_RUNGS] == 0).all()
 
 
-def test_learned_scale_with_documents():
+def test_learned_alpha_with_documents():
     documents = torch.cat([torch.arange(n) for n in (1, 100, 17, 182)])[None].cuda()
     inputs = [*tensors(2, 300, 8, 2, 64, torch.float32), torch.tensor(1.05, device="cuda")]
     ours, upstream = with_gradients(
-        lambda q, k, v, a: attend_scaled(q, k, v, 12, RUNGS, a, positions=documents, return_lse=True), inputs
+        lambda q, k, v, a: attend(q, k, v, PATTERN, alpha=a, positions=documents, return_lse=True), inputs
     )
     right, _ = with_gradients(
-        lambda q, k, v, a: reference.attend_scaled(q, k, v, 12, RUNGS, a, 0.125, documents, None),
+        lambda q, k, v, a: reference.attend(q, k, v, PATTERN, 0.125, documents, a),
         [x.double() for x in inputs],
         upstream,
     )

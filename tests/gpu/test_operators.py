@@ -6,15 +6,17 @@ import pytest
 import torch
 from comparison import FIBONACCI, RUNGS, tensors, with_gradients
 
-from fibattn.attention import attend, attend_scaled, ops
+from fibattn.attention import attend, ops
 from fibattn.errors import InputError
-from fibattn.pattern import Pattern
+from fibattn.pattern import LearnedPattern, Pattern
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU (torch.cuda.is_available() is false)"),
     pytest.mark.usefixtures("poisoned_memory"),
 ]
+
+LEARNED = LearnedPattern(12, RUNGS)
 
 
 @pytest.mark.parametrize("learned", [False, True])
@@ -24,9 +26,7 @@ def test_the_backward_repeats_bit_for_bit(learned):
         inputs.append(torch.tensor(1.03, device="cuda"))
 
     def function(q, k, v, alpha=None):
-        if alpha is None:
-            return attend(q, k, v, FIBONACCI, return_lse=True)
-        return attend_scaled(q, k, v, 12, RUNGS, alpha, return_lse=True)
+        return attend(q, k, v, LEARNED if learned else FIBONACCI, alpha=alpha, return_lse=True)
 
     first, upstream = with_gradients(function, inputs)
     for _ in range(30):
@@ -37,10 +37,10 @@ def test_the_backward_repeats_bit_for_bit(learned):
 @pytest.mark.parametrize("learned", [False, True])
 def test_opcheck(learned):
     q, k, v = tensors(2, 40, 4, 2, 64, torch.float32)
-    rest = (None, 0.125, 5)
-    rest += (torch.tensor(1.1, device="cuda"), [1, 8, 21], ops.NO_LIMIT) if learned else ([9, 30], [2])
-    name = "attend_scaled" if learned else "attend"
-    forward, backward = (getattr(torch.ops.fibattn, f"{name}_{way}").default for way in ("forward", "backward"))
+    alpha = torch.tensor(1.1, device="cuda") if learned else None
+    offsets = [1, 8, 21] if learned else [9, 30]
+    rest = (alpha, None, 0.125, 5, offsets, [len(offsets)], ops.NO_LIMIT)
+    forward, backward = torch.ops.fibattn.attend_forward.default, torch.ops.fibattn.attend_backward.default
     torch.library.opcheck(forward, (q, k, v, *rest))
     out, lse = forward(q, k, v, *rest)
     torch.library.opcheck(backward, (torch.randn_like(out), None, out, lse, q, k, v, *rest))
@@ -67,9 +67,7 @@ def test_twenty_lengths_compile_twice_at_most(learned):
         return graph.forward
 
     def function(q, k, v, alpha):
-        if learned:
-            return attend_scaled(q, k, v, 12, RUNGS, alpha)
-        return attend(q, k, v, FIBONACCI)
+        return attend(q, k, v, LEARNED, alpha=alpha) if learned else attend(q, k, v, FIBONACCI)
 
     torch._dynamo.reset()
     compiled = torch.compile(function, backend=counting, fullgraph=True)
@@ -103,7 +101,7 @@ def test_nothing_waits_for_the_gpu():
     def work():
         attend(*inputs, FIBONACCI).sum().backward()
         attend(*packed, FIBONACCI, cu_seqlens=ends).sum().backward()
-        attend_scaled(*inputs, 12, RUNGS, alpha).sum().backward()
+        attend(*inputs, LEARNED, alpha=alpha).sum().backward()
 
     work()
     torch.cuda.set_sync_debug_mode("error")

@@ -7,7 +7,6 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from fibattn import FibAttnForCausalLM
-from fibattn.pattern import interpolate
 
 
 def llama_config(config, **changes) -> LlamaConfig:
@@ -33,7 +32,7 @@ def interpolated(q: Tensor, k: Tensor, v: Tensor, layer, scale: float) -> Tensor
     for i in range(q.shape[1]):
         keys = [k[:, i - d] for d in range(min(config.window, i) + 1)]
         values = [v[:, i - d] for d in range(min(config.window, i) + 1)]
-        for rung in interpolate(config.base_rungs, alpha, config.window, config.max_offset):
+        for rung in config.learned_pattern.at(alpha):
             if i >= rung.near:
                 part, near, far = alpha * config.base_rungs[rung.index] - rung.near, i - rung.near, i - rung.near - 1
                 keys.append((1 - part) * k[:, near] + part * k[:, max(far, 0)])

@@ -85,7 +85,7 @@ class FixedRungs:
             into[:, some, keys] += grad[:, some, first:, index]
 
 
-class ScaledRungs:
+class LearnedRungs:
     """Real-valued distances: each rung is read between two neighbouring keys, and learns where it should be."""
 
     def __init__(self, rungs: Sequence[InterpolatedRung], device: torch.device):

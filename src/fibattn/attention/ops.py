@@ -1,9 +1,9 @@
 """The operator as PyTorch sees it: schemas, shapes without data, and gradients.
 
-Each device's implementation is a set of plain functions behind `torch.ops.fibattn`, so that
-`torch.compile` treats a call as one node; the autograd functions stand outside. Offsets travel as integers;
-where every KV head has a pattern of its own, `offsets` holds them one after the other and `set_sizes` says
-where to cut. Kernels are imported on first use.
+Each device's implementation is a set of plain functions behind `torch.ops.fibattn`, so that `torch.compile` treats a
+call as one node; the autograd function stands outside. A pattern travels as integers: where every KV head has offsets
+of its own, `offsets` holds them one after the other and `set_sizes` says where to cut. With an `alpha`, `offsets` are
+the base rungs of a learned pattern. Kernels are imported on first use.
 """
 
 from collections.abc import Sequence
@@ -13,31 +13,65 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fibattn.attention import cpu
-from fibattn.attention import ring as decode
-from fibattn.pattern import Pattern, interpolate
+from fibattn.attention import cpu, ring
+from fibattn.attention.reference import Patterns
+from fibattn.pattern import InterpolatedRung, LearnedPattern, Pattern
 
 NO_LIMIT = 2**31 - 1
-"""The `max_offset` of a schema where the caller set none."""
+"""The `max_offset` of a schema where there is none."""
 
 _library = torch.library.Library("fibattn", "DEF")
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? positions, float scale, int window"
-_SAVED = "Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse"
-_FIXED = "int[] offsets, int[] set_sizes"
-_SCALED = "Tensor alpha, int[] rungs, int max_offset"
+_PATTERN = "float scale, int window, int[] offsets, int[] set_sizes, int max_offset"
 _INTERPRET = "bool interpret=False"
 """Whether CPU tensors go through the GPU's kernels, in Triton's interpreter. On a GPU it says nothing."""
-_library.define(f"attend_forward({_INPUTS}, {_FIXED}, {_INTERPRET}) -> (Tensor, Tensor)")
-_library.define(f"attend_backward({_SAVED}, {_INPUTS}, {_FIXED}, {_INTERPRET}) -> (Tensor, Tensor, Tensor)")
-_library.define(f"attend_scaled_forward({_INPUTS}, {_SCALED}, {_INTERPRET}) -> (Tensor, Tensor)")
-_library.define(
-    f"attend_scaled_backward({_SAVED}, {_INPUTS}, {_SCALED}, {_INTERPRET}) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-
+_INPUTS = f"Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? positions, {_PATTERN}, {_INTERPRET}"
+_SAVED = "Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse"
 _RING = "Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_positions"
-_STEP = f"{_RING}, Tensor? positions, float scale, int window"
-_library.define(f"attend_step({_STEP}, {_FIXED}, {_INTERPRET}) -> Tensor")
-_library.define(f"attend_scaled_step({_STEP}, {_SCALED}, {_INTERPRET}) -> Tensor")
+_library.define(f"attend_forward({_INPUTS}) -> (Tensor, Tensor)")
+# The last gradient is alpha's; without one it is empty.
+_library.define(f"attend_backward({_SAVED}, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)")
+_library.define(f"attend_step({_RING}, Tensor? alpha, Tensor? positions, {_PATTERN}, {_INTERPRET}) -> Tensor")
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor | None,
+    positions: Tensor | None,
+    scale: float,
+    patterns: Patterns,
+    interpret: bool,
+) -> tuple[Tensor, Tensor]:
+    """Output and natural log-sum-exp, with gradients in q, k, v and alpha."""
+    return Attend.apply(q, k, v, alpha, positions, scale, *_as_integers(patterns), interpret)
+
+
+def step(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache_positions: Tensor,
+    alpha: Tensor | None,
+    positions: Tensor | None,
+    scale: float,
+    patterns: Patterns,
+    interpret: bool,
+) -> Tensor:
+    """The output of one token, which the rings receive; no gradients."""
+    cached = (q, k_cache, v_cache, k, v, cache_positions)
+    return torch.ops.fibattn.attend_step(*cached, alpha, positions, scale, *_as_integers(patterns), interpret)
+
+
+def _as_integers(patterns: Patterns) -> tuple[int, list[int], list[int], int]:
+    """Window, offsets, sizes of the sets and limit, as schemas have them."""
+    if isinstance(patterns, LearnedPattern):
+        limit = NO_LIMIT if patterns.max_offset is None else patterns.max_offset
+        return patterns.window, list(patterns.rungs), [len(patterns.rungs)], limit
+    offsets = [offset for one in patterns for offset in one.offsets]
+    return patterns[0].window, offsets, [len(one.offsets) for one in patterns], NO_LIMIT
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -50,14 +84,14 @@ def kept_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
 
 
-def split_offsets(offsets: Sequence[int], set_sizes: Sequence[int]) -> list[tuple[int, ...]]:
+def _split(offsets: Sequence[int], set_sizes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """The offsets of every KV head (or the one set that all share)."""
     ends = [sum(set_sizes[: i + 1]) for i in range(len(set_sizes))]
-    return [tuple(offsets[end - size : end]) for end, size in zip(ends, set_sizes, strict=True)]
+    return tuple(tuple(offsets[end - size : end]) for end, size in zip(ends, set_sizes, strict=True))
 
 
-def _fixed_rungs(q: Tensor, window: int, offsets: Sequence[int], set_sizes: Sequence[int]) -> cpu.FixedRungs:
-    return cpu.FixedRungs([Pattern(window, some) for some in split_offsets(offsets, set_sizes)], q.device)
+def _interpolated(alpha: Tensor, window: int, rungs: Sequence[int], max_offset: int) -> tuple[InterpolatedRung, ...]:
+    return LearnedPattern(window, tuple(rungs), max_offset).at(float(alpha))
 
 
 def _kernels() -> Any:
@@ -67,165 +101,163 @@ def _kernels() -> Any:
     return triton
 
 
-def _scaled_rungs(alpha: Tensor, rungs: Sequence[int], window: int, max_offset: int) -> cpu.ScaledRungs:
-    return cpu.ScaledRungs(interpolate(rungs, float(alpha), window, max_offset), alpha.device)
-
-
 @torch.library.impl(_library, "attend_forward", "CUDA")
-def _triton_forward(q, k, v, positions, scale, window, offsets, set_sizes, interpret=False):
-    return _kernels().fixed_forward(q, k, v, positions, scale, window, tuple(split_offsets(offsets, set_sizes)))
+def _triton_forward(
+    q, k, v, alpha, positions, scale, window, offsets, set_sizes, max_offset, interpret=False
+) -> tuple[Tensor, Tensor]:
+    sets = _split(offsets, set_sizes)
+    return _kernels().attend_forward(q, k, v, alpha, positions, scale, window, sets, max_offset)
 
 
 @torch.library.impl(_library, "attend_backward", "CUDA")
 def _triton_backward(
-    grad_out, grad_lse, out, lse, q, k, v, positions, scale, window, offsets, set_sizes, interpret=False
-):
-    sets = tuple(split_offsets(offsets, set_sizes))
-    return _kernels().fixed_backward(grad_out, grad_lse, out, lse, q, k, v, positions, scale, window, sets)
-
-
-@torch.library.impl(_library, "attend_scaled_forward", "CUDA")
-def _triton_scaled_forward(q, k, v, positions, scale, window, alpha, rungs, max_offset, interpret=False):
-    return _kernels().scaled_forward(q, k, v, positions, scale, window, alpha, rungs, max_offset)
-
-
-@torch.library.impl(_library, "attend_scaled_backward", "CUDA")
-def _triton_scaled_backward(
-    grad_out, grad_lse, out, lse, q, k, v, positions, scale, window, alpha, rungs, max_offset, interpret=False
-):
-    saved = (grad_out, grad_lse, out, lse)
-    return _kernels().scaled_backward(*saved, q, k, v, positions, scale, window, alpha, rungs, max_offset)
-
-
-@torch.library.impl(_library, "attend_forward", "CPU")
-def _(q, k, v, positions, scale, window, offsets, set_sizes, interpret=False):
-    if interpret:
-        return _triton_forward(q, k, v, positions, scale, window, offsets, set_sizes)
-    out, lse = cpu.forward(q, k, v, window, _fixed_rungs(q, window, offsets, set_sizes), scale, positions)
-    return out, lse.to(kept_dtype(q.dtype))
-
-
-@torch.library.impl(_library, "attend_backward", "CPU")
-def _(grad_out, grad_lse, out, lse, q, k, v, positions, scale, window, offsets, set_sizes, interpret=False):
-    if interpret:
-        inputs = (q, k, v, positions, scale, window, offsets, set_sizes)
-        return _triton_backward(grad_out, grad_lse, out, lse, *inputs)
-    rungs = _fixed_rungs(q, window, offsets, set_sizes)
-    return cpu.backward(grad_out, grad_lse, q, k, v, out, lse, window, rungs, scale, positions)
-
-
-@torch.library.impl(_library, "attend_scaled_forward", "CPU")
-def _(q, k, v, positions, scale, window, alpha, rungs, max_offset, interpret=False):
-    if interpret:
-        return _triton_scaled_forward(q, k, v, positions, scale, window, alpha, rungs, max_offset)
-    out, lse = cpu.forward(q, k, v, window, _scaled_rungs(alpha, rungs, window, max_offset), scale, positions)
-    return out, lse.to(kept_dtype(q.dtype))
-
-
-@torch.library.impl(_library, "attend_scaled_backward", "CPU")
-def _(grad_out, grad_lse, out, lse, q, k, v, positions, scale, window, alpha, rungs, max_offset, interpret=False):
-    if interpret:
-        inputs = (q, k, v, positions, scale, window, alpha, rungs, max_offset)
-        return _triton_scaled_backward(grad_out, grad_lse, out, lse, *inputs)
-    some = _scaled_rungs(alpha, rungs, window, max_offset)
-    grads = cpu.backward(grad_out, grad_lse, q, k, v, out, lse, window, some, scale, positions)
-    # d alpha = sum of d fraction * rung, since a rung's distance is alpha * rung.
-    total = sum(grad * rungs[rung.index] for grad, rung in zip(some.fraction_grad, some.rungs, strict=True))
-    return *grads, torch.full_like(alpha, total)
+    grad_out,
+    grad_lse,
+    out,
+    lse,
+    q,
+    k,
+    v,
+    alpha,
+    positions,
+    scale,
+    window,
+    offsets,
+    set_sizes,
+    max_offset,
+    interpret=False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = (q, k, v, alpha, positions, scale, window, _split(offsets, set_sizes), max_offset)
+    *grads, grad_alpha = _kernels().attend_backward(grad_out, grad_lse, out, lse, *inputs)
+    return *grads, q.new_empty(0) if alpha is None else grad_alpha
 
 
 @torch.library.impl(_library, "attend_step", "CUDA")
 def _triton_step(
-    q, k_cache, v_cache, k, v, cache_positions, positions, scale, window, offsets, set_sizes, interpret=False
-):
-    cached = (q, k_cache, v_cache, k, v, cache_positions, positions)
-    return _kernels().fixed_decode(*cached, scale, window, tuple(split_offsets(offsets, set_sizes)))
+    q,
+    k_cache,
+    v_cache,
+    k,
+    v,
+    cache_positions,
+    alpha,
+    positions,
+    scale,
+    window,
+    offsets,
+    set_sizes,
+    max_offset,
+    interpret=False,
+) -> Tensor:
+    cached = (q, k_cache, v_cache, k, v, cache_positions)
+    return _kernels().attend_step(*cached, alpha, positions, scale, window, _split(offsets, set_sizes), max_offset)
 
 
-@torch.library.impl(_library, "attend_scaled_step", "CUDA")
-def _triton_scaled_step(
-    q, k_cache, v_cache, k, v, cache_positions, positions, scale, window, alpha, rungs, max_offset, interpret=False
+def _rungs(
+    q: Tensor, alpha: Tensor | None, window: int, offsets: list[int], set_sizes: list[int], max_offset: int
+) -> cpu.FixedRungs | cpu.LearnedRungs:
+    if alpha is None:
+        return cpu.FixedRungs([Pattern(window, some) for some in _split(offsets, set_sizes)], q.device)
+    return cpu.LearnedRungs(_interpolated(alpha, window, offsets, max_offset), q.device)
+
+
+@torch.library.impl(_library, "attend_forward", "CPU")
+def _(q, k, v, alpha, positions, scale, window, offsets, set_sizes, max_offset, interpret=False):
+    pattern = (window, offsets, set_sizes, max_offset)
+    if interpret:
+        return _triton_forward(q, k, v, alpha, positions, scale, *pattern)
+    out, lse = cpu.forward(q, k, v, window, _rungs(q, alpha, *pattern), scale, positions)
+    return out, lse.to(kept_dtype(q.dtype))
+
+
+@torch.library.impl(_library, "attend_backward", "CPU")
+def _(
+    grad_out,
+    grad_lse,
+    out,
+    lse,
+    q,
+    k,
+    v,
+    alpha,
+    positions,
+    scale,
+    window,
+    offsets,
+    set_sizes,
+    max_offset,
+    interpret=False,
 ):
-    cached = (q, k_cache, v_cache, k, v, cache_positions, positions)
-    return _kernels().scaled_decode(*cached, scale, window, alpha, rungs, max_offset)
+    pattern = (window, offsets, set_sizes, max_offset)
+    if interpret:
+        return _triton_backward(grad_out, grad_lse, out, lse, q, k, v, alpha, positions, scale, *pattern)
+    rungs = _rungs(q, alpha, *pattern)
+    grads = cpu.backward(grad_out, grad_lse, q, k, v, out, lse, window, rungs, scale, positions)
+    if not isinstance(rungs, cpu.LearnedRungs):
+        return *grads, q.new_empty(0)
+    # d alpha = sum of d fraction * rung, since a rung's distance is alpha * rung.
+    total = sum(grad * offsets[rung.index] for grad, rung in zip(rungs.fraction_grad, rungs.rungs, strict=True))
+    return *grads, torch.full_like(alpha, total)
 
 
 @torch.library.impl(_library, "attend_step", "CPU")
-def _(q, k_cache, v_cache, k, v, cache_positions, positions, scale, window, offsets, set_sizes, interpret=False):
-    cached = (q, k_cache, v_cache, k, v, cache_positions, positions, scale, window)
+def _(
+    q,
+    k_cache,
+    v_cache,
+    k,
+    v,
+    cache_positions,
+    alpha,
+    positions,
+    scale,
+    window,
+    offsets,
+    set_sizes,
+    max_offset,
+    interpret=False,
+):
+    cached = (q, k_cache, v_cache, k, v, cache_positions)
     if interpret:
-        return _triton_step(*cached, offsets, set_sizes)
-    return decode.step(*cached, split_offsets(offsets, set_sizes))
-
-
-@torch.library.impl(_library, "attend_scaled_step", "CPU")
-def _(q, k_cache, v_cache, k, v, cache_positions, positions, scale, window, alpha, rungs, max_offset, interpret=False):
-    cached = (q, k_cache, v_cache, k, v, cache_positions, positions, scale, window)
-    if interpret:
-        return _triton_scaled_step(*cached, alpha, rungs, max_offset)
-    return decode.scaled_step(*cached, interpolate(rungs, float(alpha), window, max_offset))
+        return _triton_step(*cached, alpha, positions, scale, window, offsets, set_sizes, max_offset)
+    if alpha is None:
+        return ring.step(*cached, positions, scale, window, _split(offsets, set_sizes))
+    rungs = _interpolated(alpha, window, offsets, max_offset)
+    nearer, fractions = tuple(rung.near for rung in rungs), [rung.fraction for rung in rungs]
+    return ring.step(*cached, positions, scale, window, (nearer,), fractions)
 
 
 def _like(q: Tensor) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    batch, tokens, heads, _ = q.shape
+@torch.library.register_fake("fibattn::attend_forward", lib=_library)
+def _(q, k, v, *_, **__):
+    batch, tokens, heads = q.shape[:3]
     return _like(q), q.new_empty(batch, heads, tokens, dtype=kept_dtype(q.dtype))
 
 
-@torch.library.register_fake("fibattn::attend_forward", lib=_library)
-def _(q, k, v, positions, scale, window, offsets, set_sizes, interpret=False):
-    return _outputs(q)
-
-
-@torch.library.register_fake("fibattn::attend_scaled_forward", lib=_library)
-def _(q, k, v, positions, scale, window, alpha, rungs, max_offset, interpret=False):
-    return _outputs(q)
-
-
 @torch.library.register_fake("fibattn::attend_backward", lib=_library)
-def _(grad_out, grad_lse, out, lse, q, k, v, positions, scale, window, offsets, set_sizes, interpret=False):
-    return _like(q), _like(k), _like(v)
-
-
-@torch.library.register_fake("fibattn::attend_scaled_backward", lib=_library)
-def _(grad_out, grad_lse, out, lse, q, k, v, positions, scale, window, alpha, rungs, max_offset, interpret=False):
-    return _like(q), _like(k), _like(v), torch.empty_like(alpha)
+def _(grad_out, grad_lse, out, lse, q, k, v, alpha, *_, **__):
+    return _like(q), _like(k), _like(v), q.new_empty(0) if alpha is None else torch.empty_like(alpha)
 
 
 @torch.library.register_fake("fibattn::attend_step", lib=_library)
-def _(q, k_cache, v_cache, k, v, cache_positions, positions, scale, window, offsets, set_sizes, interpret=False):
-    return _like(q)
-
-
-@torch.library.register_fake("fibattn::attend_scaled_step", lib=_library)
-def _(q, k_cache, v_cache, k, v, cache_positions, positions, scale, window, alpha, rungs, max_offset, interpret=False):
+def _(q, *_, **__):
     return _like(q)
 
 
 class Attend(torch.autograd.Function):
-    """`attend` with gradients in q, k and v."""
+    """The forward operator with gradients in q, k, v and alpha."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        positions: Tensor | None,
-        scale: float,
-        window: int,
-        offsets: list[int],
-        set_sizes: list[int],
-        interpret: bool = False,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, alpha: Tensor | None, positions: Tensor | None, *rest: Any
     ) -> tuple[Tensor, Tensor]:
-        """As every autograd function's."""
-        fixed = (scale, window, offsets, set_sizes, interpret)
-        out, lse = torch.ops.fibattn.attend_forward(q, k, v, positions, *fixed)
-        ctx.save_for_backward(q, k, v, positions, out, lse)
-        ctx.arguments = fixed
+        """As every autograd function's; `rest` are the numbers of the schema."""
+        out, lse = torch.ops.fibattn.attend_forward(q, k, v, alpha, positions, *rest)
+        ctx.save_for_backward(q, k, v, alpha, positions, out, lse)
+        ctx.rest = rest
         ctx.set_materialize_grads(False)
         return out, lse.to(lse_dtype(q.dtype))
 
@@ -233,45 +265,8 @@ class Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         """As every autograd function's."""
-        q, k, v, positions, out, lse = ctx.saved_tensors
+        q, k, v, alpha, positions, out, lse = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        grads = torch.ops.fibattn.attend_backward(grad_out, grad_lse, out, lse, q, k, v, positions, *ctx.arguments)
-        return *grads, None, None, None, None, None, None
-
-
-class AttendScaled(torch.autograd.Function):
-    """`attend_scaled` with gradients in q, k, v and alpha."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        positions: Tensor | None,
-        scale: float,
-        window: int,
-        alpha: Tensor,
-        rungs: list[int],
-        max_offset: int,
-        interpret: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """As every autograd function's."""
-        inputs = (q, k, v, positions, scale, window, alpha, rungs, max_offset, interpret)
-        out, lse = torch.ops.fibattn.attend_scaled_forward(*inputs)
-        ctx.save_for_backward(q, k, v, positions, alpha, out, lse)
-        ctx.arguments = (scale, window, rungs, max_offset, interpret)
-        ctx.set_materialize_grads(False)
-        return out, lse.to(lse_dtype(q.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        """As every autograd function's."""
-        q, k, v, positions, alpha, out, lse = ctx.saved_tensors
-        scale, window, *rest = ctx.arguments
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        *grads, grad_alpha = torch.ops.fibattn.attend_scaled_backward(
-            grad_out, grad_lse, out, lse, q, k, v, positions, scale, window, alpha, *rest
-        )
-        return *grads, None, None, None, grad_alpha, None, None, None
+        saved = (grad_out, grad_lse, out, lse)
+        *grads, grad_alpha = torch.ops.fibattn.attend_backward(*saved, q, k, v, alpha, positions, *ctx.rest)
+        return *grads, None if alpha is None else grad_alpha, *[None] * (1 + len(ctx.rest))

@@ -9,13 +9,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fibattn.pattern import Pattern, interpolate
+from fibattn.pattern import LearnedPattern, Pattern
+
+Patterns = tuple[Pattern, ...] | LearnedPattern
+"""One pattern, or one for every KV head, or one whose rungs a learned alpha moves."""
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, patterns: Sequence[Pattern], scale: float, positions: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    patterns: Patterns,
+    scale: float,
+    positions: Tensor | None,
+    alpha: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `fibattn.attend`; `patterns` holds one pattern, or one for every KV head."""
+    """See `fibattn.attend`."""
+    if isinstance(patterns, LearnedPattern):
+        assert alpha is not None
+        return _attend_interpolated(q, k, v, patterns, alpha, scale, positions)
     heads = [_allowed(q, k, pattern.distances, positions) for pattern in patterns]
     mask = torch.stack(heads, dim=1).repeat_interleave(q.shape[2] // len(heads), dim=1)
     scores = _scores(q, k, scale).masked_fill(~mask, -torch.inf)
@@ -23,25 +35,17 @@ def attend(
     return _result(scores, torch.softmax(scores, dim=-1) @ values, q)
 
 
-def attend_scaled(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int,
-    rungs: Sequence[int],
-    alpha: Tensor,
-    scale: float,
-    positions: Tensor | None,
-    max_offset: int | None,
+def _attend_interpolated(
+    q: Tensor, k: Tensor, v: Tensor, pattern: LearnedPattern, alpha: Tensor, scale: float, positions: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """See `fibattn.attend_scaled`: beside the window, one interpolated key and value for every rung."""
+    """Beside the window, one interpolated key and value for every rung."""
     limit = document_limit(q, k, positions)
-    near_scores = _scores(q, k, scale).masked_fill(~_allowed(q, k, range(window + 1), positions)[:, None], -torch.inf)
-    columns, values = [near_scores], []
+    near_mask = _allowed(q, k, range(pattern.window + 1), positions)[:, None]
+    columns, values = [_scores(q, k, scale).masked_fill(~near_mask, -torch.inf)], []
     keys, own = _by_query_head(k, q), torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=q.device)
     all_values = _by_query_head(v, q)
-    for rung in interpolate(rungs, float(alpha.detach()), window, max_offset):
-        fraction = alpha.double() * rungs[rung.index] - rung.near
+    for rung in pattern.at(float(alpha.detach())):
+        fraction = alpha.double() * pattern.rungs[rung.index] - rung.near
         near = (own - rung.near).clamp(min=0).expand_as(limit)
         far = (own - torch.minimum(limit, torch.tensor(rung.near + 1, device=q.device))).clamp(min=0)
         key = _interpolated(keys, near, far, fraction)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from fibattn.errors import InputError
-from fibattn.pattern import InterpolatedRung
 
 _UNREACHABLE = torch.iinfo(torch.int64).max
 
@@ -50,47 +49,37 @@ def step(
     scale: float,
     window: int,
     sets: Sequence[tuple[int, ...]],
+    fractions: Sequence[float] | None = None,
 ) -> Tensor:
-    """Write one token into the ring and return its output (batch, 1, query heads, head size)."""
-    limit = _write(k_cache, v_cache, k, v, cache_positions, positions)
-    distances = _distances(_held(window, int(cache_positions.max())), tuple(sets))
-    rows = (cache_positions[:, :, None] - distances) % k_cache.shape[1]
-    keys, values = _rows(k_cache, rows), _rows(v_cache, rows)
-    return _attend(q, keys, values, distances > limit[:, :, None], scale)
+    """Write one token into the ring and return its output (batch, 1, query heads, head size).
 
-
-@torch.autocast("cpu", enabled=False)
-def scaled_step(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cache_positions: Tensor,
-    positions: Tensor | None,
-    scale: float,
-    window: int,
-    rungs: Sequence[InterpolatedRung],
-) -> Tensor:
-    """As `step`, with rungs at real-valued distances."""
-    farthest, oldest = max((rung.near + 1 for rung in rungs), default=window), int(cache_positions.max())
-    if min(farthest, oldest) >= k_cache.shape[1]:
-        raise InputError(
-            f"alpha puts a rung between {farthest - 1} and {farthest}, but the cache has {k_cache.shape[1]} rows; "
-            f"it needs {farthest + 1}"
-        )
+    With `fractions` the one set of rungs lies between two keys, each so far beyond its offset.
+    """
+    oldest = int(cache_positions.max())
+    if fractions is not None:
+        _check_farther_keys(sets[0], k_cache.shape[1], oldest)
     limit = _write(k_cache, v_cache, k, v, cache_positions, positions)[:, :, None]
     held = _held(window, oldest)
-    distances = _distances(held, (tuple(rung.near for rung in rungs),))
-    fractions = torch.tensor([0.0] * (held + 1) + [rung.fraction for rung in rungs], dtype=_working(q))
-    # The first key of a document has none before it to interpolate with.
-    fractions = fractions * (distances != limit)
+    distances = _distances(held, tuple(sets))
     rows = (cache_positions[:, :, None] - distances) % k_cache.shape[1]
-    further = (rows - 1) % k_cache.shape[1]
-    keys, values = (
-        _rows(x, rows).lerp(_rows(x, further), fractions[..., None].to(_working(q))) for x in (k_cache, v_cache)
-    )
+    keys, values = _rows(k_cache, rows), _rows(v_cache, rows)
+    if fractions is not None:
+        parts = torch.tensor([0.0] * (held + 1) + list(fractions), dtype=keys.dtype)
+        # The first key of a document has none before it to interpolate with.
+        parts = (parts * (distances != limit))[..., None]
+        farther = (rows - 1) % k_cache.shape[1]
+        keys, values = keys.lerp(_rows(k_cache, farther), parts), values.lerp(_rows(v_cache, farther), parts)
     return _attend(q, keys, values, distances > limit, scale)
+
+
+def _check_farther_keys(nearer: tuple[int, ...], rows: int, oldest: int) -> None:
+    """Where rungs lie between two keys, the farther of both must still be in the ring."""
+    farthest = max((near + 1 for near in nearer), default=0)
+    if min(farthest, oldest) >= rows:
+        raise InputError(
+            f"alpha puts a rung between {farthest - 1} and {farthest}, but the cache has {rows} rows; "
+            f"it needs {farthest + 1}"
+        )
 
 
 def _write(

@@ -10,7 +10,7 @@ from transformers.modeling_rope_utils import RopeParameters
 
 from fibattn import files
 from fibattn.errors import InputError
-from fibattn.pattern import Base, Pattern, Schedule, base_rungs, layer_patterns, scaled_reach
+from fibattn.pattern import Base, LearnedPattern, Pattern, Schedule, base_rungs, layer_patterns
 
 LAYER_TYPES = ("fibonacci_attention", "sliding_attention", "full_attention")
 
@@ -146,10 +146,15 @@ class FibAttnConfig(PreTrainedConfig):
         sets = (self.layer_offsets or [])[layer]
         return None if sets is None else tuple(Pattern(self.window, tuple(offsets)) for offsets in sets)
 
+    @property
+    def learned_pattern(self) -> LearnedPattern:
+        """What the layers attend to that learn an alpha, which stays below 1.5."""
+        return LearnedPattern(self.window, self.base_rungs, self.max_offset, largest_alpha=1.5)
+
     def layer_reach(self, layer: int) -> int | None:
-        """The farthest distance a layer looks back; None for unbounded attention. A learned scale stays below 1.5."""
+        """The farthest distance a layer looks back; None for unbounded attention."""
         if self.learns_alpha(layer):
-            return scaled_reach(self.base_rungs, 1.5, self.window, self.max_offset)
+            return self.learned_pattern.reach
         patterns = self.layer_patterns(layer)
         return None if patterns is None else max(pattern.reach for pattern in patterns)
 

@@ -7,7 +7,7 @@ attention over the keys that are there, nothing for norms, softmax and rotation.
 from dataclasses import dataclass
 
 from fibattn.model import FibAttnConfig
-from fibattn.pattern import Pattern, interpolate, layer_alphas, union_coverage
+from fibattn.pattern import Pattern, layer_alphas, union_coverage
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def _starting_patterns(config: FibAttnConfig, layer: int) -> tuple[Pattern, ...]
 def _layer_keys(config: FibAttnConfig, layer: int, length: int) -> float:
     if config.learns_alpha(layer):
         alpha = layer_alphas("learned", layers=1)[0]
-        rungs = interpolate(config.base_rungs, alpha, config.window, config.max_offset)
+        rungs = config.learned_pattern.at(alpha)
         # A learned rung reads two keys, the farther one where there is one.
         distances = [*range(config.window + 1), *(rung.near + one for rung in rungs for one in (0, 1))]
         return sum(max(length - distance, 0) for distance in distances) / length

@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from fibattn.attention import attend, attend_cached, attend_scaled, attend_scaled_cached
+from fibattn.attention import attend, attend_cached
 from fibattn.errors import InputError
 from fibattn.model.cache import CACHE_NAME, check_full, ring_of
 from fibattn.model.configuration import FibAttnConfig
@@ -40,7 +40,7 @@ class FibAttnAttention(nn.Module):
         self.scaling, self.attention_dropout, self.is_causal = size**-0.5, 0.0, True
         self.full = (config.layer_types or [])[layer] == "full_attention"
         self.rotated = bool((config.no_rope_layers or [])[layer])
-        self.patterns = config.layer_patterns(layer)
+        self.pattern = config.learned_pattern if config.learns_alpha(layer) else config.layer_patterns(layer)
         self.theta = nn.Parameter(torch.zeros(1)) if config.learns_alpha(layer) else None
         self.reach = config.layer_reach(layer)
         self.q_proj = nn.Linear(config.hidden_size, heads * size, bias=False)
@@ -73,7 +73,7 @@ class FibAttnAttention(nn.Module):
         q, k, v = (project(hidden).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.rotated:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        if self.full and self.patterns is None:
+        if self.pattern is None:
             out = self._attend_fully(q, k, v, attention_mask, cache, **kwargs)
         else:
             out = self._attend_sparsely(q, k, v, positions, cache, cache_positions)
@@ -82,18 +82,13 @@ class FibAttnAttention(nn.Module):
     def _attend_sparsely(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, cache: Cache | None, cache_positions: Tensor
     ) -> Tensor:
-        how: dict[str, Any] = {"scale": self.scaling, "positions": positions}
-        if self.patterns is None:
-            learned = (self.config.window, self.config.base_rungs, self.alpha)
-            how["max_offset"] = self.config.max_offset
+        assert self.pattern is not None
+        alpha = None if self.theta is None else self.alpha
         if cache is None:
-            return attend(q, k, v, self.patterns, **how) if self.patterns else attend_scaled(q, k, v, *learned, **how)  # pyright: ignore
-        owner = self.patterns or ("learned", self.config.window, self.config.base_rungs, self.config.max_offset)
-        rings = ring_of(cache, self.layer_idx, owner, self.reach or 0).take(k, v)
-        how["cache_positions"] = cache_positions
-        if self.patterns is not None:
-            return attend_cached(q, *rings, k, v, self.patterns, **how)
-        return attend_scaled_cached(q, *rings, k, v, *learned, reach=self.reach or 0, **how)  # pyright: ignore
+            return attend(q, k, v, self.pattern, alpha=alpha, scale=self.scaling, positions=positions)
+        rings = ring_of(cache, self.layer_idx, self.pattern, self.reach or 0).take(k, v)
+        how: dict[str, Any] = {"alpha": alpha, "scale": self.scaling, "positions": positions}
+        return attend_cached(q, *rings, k, v, self.pattern, cache_positions=cache_positions, **how)
 
     def _attend_fully(
         self,

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
+from fibattn.attention import documents
 from fibattn.errors import InputError
 from fibattn.model.configuration import FibAttnConfig
 
@@ -33,9 +34,7 @@ def document_positions(
     if attention_mask is not None:
         before = attention_mask.shape[-1] - tokens if isinstance(past, Tensor) else past
         _check_mask(attention_mask, batch, before, tokens)
-        index = torch.arange(before, before + tokens, device=hidden.device, dtype=torch.int32)
-        padding = attention_mask.to(torch.int32).argmax(dim=1, keepdim=True)
-        return (index - padding).clamp(min=0).to(torch.int32)
+        return documents.padded_positions(attention_mask, tokens)
     if position_ids is None or isinstance(past, Tensor):
         return None
     if past:
@@ -64,18 +63,12 @@ def packed_positions(
     for name, other in (("attention_mask", attention_mask), ("cache", cache)):
         if other is not None:
             raise InputError(f"cu_seq_lens_q came with {name}; packed documents have none: leave one of the two out")
-    if batch != 1 or cu_seq_lens.dim() != 1 or len(cu_seq_lens) < 2:
+    if batch != 1 or cu_seq_lens.dim() != 1:
         raise InputError(
             f"cu_seq_lens_q has shape {tuple(cu_seq_lens.shape)} for a batch of {batch}; expected (documents + 1,) "
             "and one row with all documents"
         )
-    if cu_seq_lens.device.type == "cpu" and not torch.compiler.is_compiling():
-        ends = cu_seq_lens.tolist()
-        if ends[0] != 0 or ends[-1] != tokens or ends != sorted(ends):
-            raise InputError(f"cu_seq_lens_q is {ends}; expected to rise from 0 to the {tokens} tokens of the row")
-    index = torch.arange(tokens, device=hidden.device, dtype=cu_seq_lens.dtype)
-    starts = cu_seq_lens[torch.searchsorted(cu_seq_lens, index, right=True) - 1]
-    return (index - starts).long()[None]
+    return documents.packed_positions(cu_seq_lens, tokens, "cu_seq_lens_q").long()
 
 
 def _check_order(position_ids: Tensor, past: int) -> None:

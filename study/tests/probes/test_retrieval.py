@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from fibattn import FibAttnForCausalLM, attend_scaled
+from fibattn import FibAttnForCausalLM, LearnedPattern, attend
 from fibattn.errors import InputError
 from fibattn.model.loss import IGNORED
 from study.probes import retrieval
@@ -60,8 +60,7 @@ def test_narrow_band_is_the_rung() -> None:
     hidden = torch.randn(1, 60, 256, generator=torch.Generator().manual_seed(0))
     still = torch.ones(1, 60, 1, 64), torch.zeros(1, 60, 1, 64)
     q, k, v = (project(hidden).view(1, 60, -1, 64) for project in (band.q_proj, band.k_proj, band.v_proj))
-    sparse = attend_scaled(q, k, v, 8, band.config.base_rungs, band.alpha)
-    assert isinstance(sparse, torch.Tensor)
+    sparse = attend(q, k, v, LearnedPattern(8, band.config.base_rungs), alpha=band.alpha)
     torch.testing.assert_close(band(hidden, still), band.o_proj(sparse.flatten(2)), rtol=1e-4, atol=1e-5)
 
 

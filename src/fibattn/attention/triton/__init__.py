@@ -1,16 +1,18 @@
-"""The operator as Triton kernels for NVIDIA GPUs: forward, backward, learned scale, decoding. Imported on first use.
+"""The operator as Triton kernels for NVIDIA GPUs: forward, backward, learned alpha, decoding. Imported on first use.
 
 From the ground up, a room importing those before it:
 
 - `shape.py`, which calls the kernels take;
 - `rows.py` and `scores.py`, the arithmetic of their tiles;
 - `columns.py` and `dense_window.py`, the two ways to the keys of a tile: gathered by a table, or one after the other;
+- `learned.py`, rungs between two keys, where a learned alpha puts them;
 - `launch.py`, tile sizes and the arguments that the kernels share;
 - `forward.py`, `key_gradients.py`, `backward.py` and `decode.py`, the kernels;
-- `fixed.py` and `scaled.py`, which call them for fixed offsets and for a learned scale.
+- `calls.py`, which puts a pattern on the device and calls them.
 
 In kernels, names begin with what they are: `p_` a pointer, `i_` which program or step, `o_` indices, `b_` a block
-of values, `m_` a mask. Capitals are known when a kernel is compiled.
+of values, `m_` a mask. Capitals are known when a kernel is compiled. A pointer that is None stands for what a call does
+without. Strides come as one tuple a tensor: batch, token, head.
 """
 
 from fibattn.errors import MissingExtraError
@@ -20,14 +22,6 @@ try:
 except ImportError as error:
     raise MissingExtraError("attention on a GPU needs Triton", "triton") from error
 
-from fibattn.attention.triton.fixed import fixed_backward, fixed_decode, fixed_forward
-from fibattn.attention.triton.scaled import scaled_backward, scaled_decode, scaled_forward
+from fibattn.attention.triton.calls import attend_backward, attend_forward, attend_step
 
-__all__ = [
-    "fixed_backward",
-    "fixed_decode",
-    "fixed_forward",
-    "scaled_backward",
-    "scaled_decode",
-    "scaled_forward",
-]
+__all__ = ["attend_backward", "attend_forward", "attend_step"]

@@ -15,16 +15,20 @@ from fibattn.attention.triton import launch
 from fibattn.attention.triton.columns import (
     Columns,
     column_keys,
-    column_limit,
     column_mask,
-    rung_keys,
-    rung_mask,
-    rung_values,
-    sum_rungs,
+    set_stride,
 )
 from fibattn.attention.triton.dense_window import dense_window_grad
 from fibattn.attention.triton.key_gradients import key_gradients
 from fibattn.attention.triton.launch import Tiles
+from fibattn.attention.triton.learned import (
+    add_rungs,
+    column_limit,
+    rung_mask,
+    rung_products,
+    rung_tile,
+    rung_values,
+)
 from fibattn.attention.triton.rows import (
     batch_rows,
     load_batches,
@@ -49,9 +53,9 @@ def query_tiles_for(shape: Shape, columns: Columns) -> Tiles:
         return Tiles(launch.fitting_batches(2, shape, columns, 2**14), 16, near=16, warps=4, stages=1)
     if columns.dense:
         batches = launch.fitting_batches(4, shape, columns, 2**14)
-        registers = launch.registers(shape, 128 if columns.scaled else 96)
+        registers = launch.registers(shape, 128 if columns.learned else 96)
         return Tiles(batches, 16, near=32, warps=4, stages=2, registers=registers)
-    return launch.column_tiles(shape, columns, scaled_registers=128)
+    return launch.column_tiles(shape, columns, learned_registers=128)
 
 
 def backward(
@@ -65,17 +69,13 @@ def backward(
     positions: Tensor | None,
     scale: float,
     columns: Columns,
-    table: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v, and of the learned scale, if any, in parts to be added up: (programs,).
-
-    `table` has the rungs as `offset_table` in `columns.py` gives them.
-    """
+    """Gradients of q, k, v, and of the learned alpha, if any, in parts to be added up: (programs,)."""
     shape = shape_of(q, k)
     grad_out, lse = launch.inner_contiguous(grad_out), lse.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     batch, tokens = q.shape[:2]
-    kv_heads, rungs = k.shape[2], table.shape[1] - 1
+    kv_heads, rungs = k.shape[2], columns.rungs.shape[1] - 1
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     delta = torch.empty_like(lse)
     # Two tensors, not halves of one: a pointer's alignment must not follow the length, or binaries would.
@@ -84,7 +84,7 @@ def backward(
     tiles = query_tiles_for(shape, columns)
     blocks = launch.blocks(tokens, tiles.batches * shape.batch_queries)
     sums = torch.float64 if shape.exact else torch.float32
-    partial = q.new_empty(batch * blocks * kv_heads, dtype=sums) if columns.scaled else None
+    partial = q.new_empty(batch * blocks * kv_heads, dtype=sums) if columns.learned else None
     try:
         for delta_from in (FROM_OUTPUT,) if shape.dtype == torch.bfloat16 else (SUMMED, GIVEN):
             query_grad_kernel[(blocks * kv_heads, batch)](
@@ -92,15 +92,14 @@ def backward(
                 *(columns.rungs, columns.fractions, columns.factors),
                 *(dq, delta, weights, grads, partial),
                 *(scale, tokens, k.shape[1], columns.window, kv_heads, rungs),
-                *(columns.near, columns.width, columns.stride_set),
+                *(columns.near, columns.width, set_stride(columns.table)),
                 *launch.strides(q, k, v, grad_out, out, dq),
                 launch.positions_stride(positions),
-                HAS_GRAD_LSE=grad_lse is not None,
                 DELTA=delta_from,
-                **launch.row_options(shape, tiles, columns, positions, wide),
+                **launch.row_options(shape, tiles, columns, wide),
             )
         key_gradients(
-            *(grad_out, grad_lse, lse, delta, q, k, v, positions, scale, columns.window, table, columns.fractions),
+            *(grad_out, grad_lse, lse, delta, q, k, v, positions, scale, columns),
             *(weights, grads, dk, dv, shape, wide),
         )
     except OutOfResources as error:
@@ -142,24 +141,12 @@ def query_grad_kernel(
     near,
     width,
     stride_set,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    stride_gb,
-    stride_gt,
-    stride_gh,
-    stride_ob,
-    stride_ot,
-    stride_oh,
-    stride_dqb,
-    stride_dqt,
-    stride_dqh,
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_do,
+    stride_o,
+    stride_dq,
     stride_positions,
     GROUP: tl.constexpr,
     GP: tl.constexpr,
@@ -171,40 +158,38 @@ def query_grad_kernel(
     BN: tl.constexpr,
     C: tl.constexpr,
     DENSE: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr,
     EXACT: tl.constexpr,
     WIDE: tl.constexpr,
-    HAS_GRAD_LSE: tl.constexpr,
     DELTA: tl.constexpr,
-    SCALED: tl.constexpr,
 ):
     """One program: the gradient of `NB` batches of `BQ` queries, one KV head."""
     BM: tl.constexpr = NB * BQ
     BR: tl.constexpr = NB * ROWS
+    LEARNED: tl.constexpr = p_fractions is not None
     i_block, i_head, i_batch = place(kv_heads)
-    p_q += i_batch * stride_qb + i_head * GROUP * stride_qh
-    p_do += i_batch * stride_gb + i_head * GROUP * stride_gh
-    p_out += i_batch * stride_ob + i_head * GROUP * stride_oh
-    p_k += i_batch * stride_kb + i_head * stride_kh
-    p_v += i_batch * stride_vb + i_head * stride_vh
+    p_q += i_batch * stride_q[0] + i_head * GROUP * stride_q[2]
+    p_do += i_batch * stride_do[0] + i_head * GROUP * stride_do[2]
+    p_out += i_batch * stride_o[0] + i_head * GROUP * stride_o[2]
+    p_k += i_batch * stride_k[0] + i_head * stride_k[2]
+    p_v += i_batch * stride_v[0] + i_head * stride_v[2]
     p_set = p_table + i_head * stride_set
     past = keys - tokens
     first_own = i_block * BM + past
     columns = tl.load(p_set)
 
     o_query, o_group, m_row = batch_rows(i_block, tokens, NB, BQ, ROWS, GP, GROUP)
-    b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row, HAS_POSITIONS)
-    b_do = query_batches(p_do, o_query, o_group, stride_gt, stride_gh, m_row, SIZE, BD, WIDE)
+    b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row)
+    b_do = query_batches(p_do, o_query, o_group, stride_do[1], stride_do[2], m_row, SIZE, BD, WIDE)
     first_lse = (i_batch * kv_heads + i_head) * GROUP * tokens
     o_lse = row_starts(o_group, tokens, WIDE) + o_query
     p_lse += first_lse
     p_delta += first_lse
     b_lse = tl.load(p_lse + o_lse, mask=m_row, other=NO_ROW)
     b_lse_grad = tl.zeros([NB, ROWS], tl.float32)
-    if HAS_GRAD_LSE:
+    if p_grad_lse is not None:
         b_lse_grad = tl.load(p_grad_lse + first_lse + o_lse, mask=m_row, other=0.0).to(tl.float32)
     if DELTA == FROM_OUTPUT:
-        b_out = query_batches(p_out, o_query, o_group, stride_ot, stride_oh, m_row, SIZE, BD, WIDE)
+        b_out = query_batches(p_out, o_query, o_group, stride_o[1], stride_o[2], m_row, SIZE, BD, WIDE)
         b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 2)
         tl.store(p_delta + o_lse, b_delta, mask=m_row)
     elif DELTA == GIVEN:
@@ -219,57 +204,49 @@ def query_grad_kernel(
             *(p_q, p_k, p_v, p_do, p_positions),
             *(tl.reshape(b_lse, [BR]), tl.reshape(b_delta, [BR]), tl.reshape(b_lse_grad, [BR])),
             *(scale, tokens, keys, window, i_block, i_batch),
-            *(stride_qt, stride_qh, stride_kt, stride_vt, stride_gt, stride_gh, stride_positions),
-            *(GROUP, GP, SIZE, BD, BR, BM, BN, HAS_POSITIONS, EXACT, WIDE),
+            *(stride_q[1], stride_q[2], stride_k[1], stride_v[1], stride_do[1], stride_do[2], stride_positions),
+            *(GROUP, GP, SIZE, BD, BR, BM, BN, EXACT, WIDE),
         )
         b_dq = tl.reshape(b_near, [NB, ROWS, BD])
         b_total = tl.reshape(b_near_total, [NB, ROWS])
         b_weight = tl.reshape(b_near_weight, [NB, ROWS])
 
-    b_q = query_batches(p_q, o_query, o_group, stride_qt, stride_qh, m_row, SIZE, BD, WIDE)
+    b_q = query_batches(p_q, o_query, o_group, stride_q[1], stride_q[2], m_row, SIZE, BD, WIDE)
     o_compact = (i_batch * kv_heads + i_head) * rungs_stored * tokens
     p_weights += o_compact * GROUP
     p_grads += o_compact * GROUP
     # Columns of a window alone are a tile or two, of which nothing is worth copying ahead.
-    for first in tl.range(0, columns, C, num_stages=1 if SCALED else None):
+    for first in tl.range(0, columns, C, num_stages=1 if LEARNED else None):
         b_shift, b_bits, o_key, m_key = column_keys(p_set, width, first, first_own, keys, NB, BQ, C)
-        b_k = load_batches(p_k, o_key, stride_kt, m_key, SIZE, BD, WIDE)
-        b_v = load_batches(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)
+        b_k = load_batches(p_k, o_key, stride_k[1], m_key, SIZE, BD, WIDE)
+        b_v = load_batches(p_v, o_key, stride_v[1], m_key, SIZE, BD, WIDE)
         b_s = row_products(b_q, b_k, EXACT)
         b_dp = row_products(b_do, b_v, EXACT)
-        m_entry = column_mask(b_shift, b_bits, b_limit, o_key, ROWS, GP, HAS_POSITIONS)
+        m_entry = column_mask(p_positions, b_shift, b_bits, b_limit, o_key, ROWS, GP)
         b_p = softmax_weights(scaled_scores(b_s, scale, EXACT), b_lse[:, :, None], EXACT)
         b_p = tl.where(m_entry, b_p, 0.0)
         if DELTA == SUMMED:
             b_total += tl.sum(b_p * b_dp, 2)
             b_weight += tl.sum(b_p, 2)
         b_ds = b_p * ((b_dp - b_delta[:, :, None]) + b_lse_grad[:, :, None])
-        if not SCALED and DELTA != SUMMED and first + C > near:
+        if not LEARNED and DELTA != SUMMED and first + C > near:
             # The other entries of a rung's columns are 0.
             rungs = (columns - near) // BQ
             o_rung = (first - near) // BQ + tl.arange(0, C // BQ)
             store_compact(p_weights, sum_rungs(b_p, BQ), o_rung, rungs, o_query, o_group, tokens, m_row, GROUP)
             store_compact(p_grads, sum_rungs(b_ds, BQ), o_rung, rungs, o_query, o_group, tokens, m_row, GROUP)
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
-    if SCALED:
+    if LEARNED:
         rungs = tl.load(p_rungs)
-        o_own, b_reach = column_limit(
-            p_positions, stride_positions, i_batch, i_block, tokens, past, NB, BQ, C, HAS_POSITIONS
-        )
+        o_own, b_reach = column_limit(p_positions, stride_positions, i_batch, i_block, tokens, past, NB, BQ, C)
         b_alpha = tl.zeros([NB, ROWS], tl.float64 if EXACT else tl.float32)
         for first in range(0, rungs, C // BQ):
-            o_near, o_far, m_key = rung_keys(p_rungs, first, o_own, b_reach, BQ)
-            b_k = load_batches(p_k, o_near, stride_kt, m_key, SIZE, BD, WIDE)
-            b_v = load_batches(p_v, o_near, stride_vt, m_key, SIZE, BD, WIDE)
-            b_k_far = load_batches(p_k, o_far, stride_kt, m_key, SIZE, BD, WIDE)
-            b_v_far = load_batches(p_v, o_far, stride_vt, m_key, SIZE, BD, WIDE)
-            b_fraction = rung_values(p_fractions, first, C, BQ)[None, None, :]
-            b_s = row_products(b_q, b_k, EXACT)
-            b_dp = row_products(b_do, b_v, EXACT)
-            b_s_slope = row_products(b_q, b_k_far, EXACT) - b_s
-            b_dp_slope = row_products(b_do, b_v_far, EXACT) - b_dp
-            b_s += b_fraction * b_s_slope
-            b_dp += b_fraction * b_dp_slope
+            m_key, b_fraction, b_k, b_v, b_k_far, b_v_far = rung_tile(
+                *(p_k, p_v, stride_k[1], stride_v[1], p_rungs, p_fractions, first, o_own, b_reach),
+                *(BQ, SIZE, BD, WIDE),
+            )
+            b_s, b_s_slope = rung_products(b_q, b_k, b_k_far, b_fraction, EXACT)
+            b_dp, b_dp_slope = rung_products(b_do, b_v, b_v_far, b_fraction, EXACT)
             b_p = softmax_weights(scaled_scores(b_s, scale, EXACT), b_lse[:, :, None], EXACT)
             b_p = tl.where(rung_mask(m_key, ROWS, GP, BQ), b_p, 0.0)
             if DELTA == SUMMED:
@@ -282,9 +259,7 @@ def query_grad_kernel(
                 store_compact(p_grads, sum_rungs(b_ds, BQ), o_rung, rungs, o_query, o_group, tokens, m_row, GROUP)
                 b_factor = rung_values(p_factors, first, C, BQ)[None, None, :]
                 b_alpha += tl.sum((b_factor * (b_ds * scale * b_s_slope + b_p * b_dp_slope)).to(b_alpha.dtype), 2)
-            b_ds_far = b_ds * b_fraction
-            b_dq = tl.dot((b_ds - b_ds_far).to(b_k.dtype), b_k, b_dq, input_precision="ieee")
-            b_dq = tl.dot(b_ds_far.to(b_k.dtype), b_k_far, b_dq, input_precision="ieee")
+            b_dq = add_rungs(b_dq, b_ds, b_k, b_k_far, b_fraction)
         if DELTA != SUMMED:
             o_program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
             tl.store(p_partial + o_program, tl.sum(tl.sum(b_alpha, 1), 0))
@@ -293,8 +268,8 @@ def query_grad_kernel(
         # Weights add up to 1 but for their rounding, which must not reach the difference.
         tl.store(p_delta + o_lse, b_total / tl.where(m_row, b_weight, 1.0), mask=m_row)
     else:
-        p_dq += i_batch * stride_dqb + i_head * GROUP * stride_dqh
-        store_batches(p_dq, b_dq * scale, o_query, o_group, stride_dqt, stride_dqh, m_row, SIZE, BD, WIDE)
+        p_dq += i_batch * stride_dq[0] + i_head * GROUP * stride_dq[2]
+        store_batches(p_dq, b_dq * scale, o_query, o_group, stride_dq[1], stride_dq[2], m_row, SIZE, BD, WIDE)
 
 
 @triton.jit
@@ -304,3 +279,9 @@ def store_compact(p_x, b_x, o_rung, rungs, o_query, o_group, tokens, m_row, GROU
     p_tile = p_x + o_rung.to(tl.int64)[None, None, :] * tokens * GROUP + o_row[:, :, None]
     m_tile = m_row[:, :, None] & ((o_rung >= 0) & (o_rung < rungs))[None, None, :]
     tl.store(p_tile, b_x.to(p_x.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def sum_rungs(b_x, BQ: tl.constexpr):
+    """The sums over each rung's columns. [NB, ROWS, C] to [NB, ROWS, C // BQ]"""
+    return tl.sum(tl.reshape(b_x, [b_x.shape[0], b_x.shape[1], b_x.shape[2] // BQ, BQ]), 3)

@@ -7,9 +7,7 @@ each query. So a batch is a dense product of 16 rows with a few dozen gathered c
 window of 12, ten rungs and groups of 4) and each row of k and v is read once for the whole group. A window too
 wide for that is left to `dense_window.py`, and only the rungs go through columns.
 
-A learned scale, known to the device alone, puts rungs between two keys. They are in no table of columns: their `BQ`
-columns follow from the near offset, and each stands for two keys, the near one and the one before it. A tile of them is
-two products, of which the fraction makes the scores of one.
+Rungs that a learned alpha puts between two keys are in no table of columns; see `learned.py`.
 """
 
 from collections.abc import Sequence
@@ -23,14 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fibattn.attention.triton.rows import query_limit
 from fibattn.attention.triton.shape import UNREACHABLE, shape_of
 
 WIDEST_NEAR = 64
 """A window that takes more columns than this goes through dense tiles."""
-
-MOST_RUNGS = 16
-"""No tile has more rungs between two keys than this: so far past the last one tiles may read."""
 
 COLUMNS_MULTIPLE = 64
 """The table of columns is padded to a multiple of this, the most columns of a tile."""
@@ -38,23 +32,23 @@ COLUMNS_MULTIPLE = 64
 
 @dataclass(frozen=True)
 class Columns:
-    """What the row kernels read: the columns of every set, and how the window is read."""
+    """What the row kernels read: the columns of every set, how the window is read, and the rungs."""
 
     table: Tensor
     window: int
     near: int
     """Columns of the window."""
-    rungs: Tensor | None = None
-    """Where rungs are interpolated, they are not among the columns: their number, then their near offsets."""
+    rungs: Tensor
+    """Offsets as `offset_table` has them. Where alpha is learned, they are not among the columns, but near offsets."""
     fractions: Tensor | None = None
-    """How far beyond the near offset each of them is."""
+    """Where alpha is learned: how far beyond the near offset each rung is."""
     factors: Tensor | None = None
-    """What each of them is times the learned scale."""
+    """Where alpha is learned: what each rung is times alpha."""
 
     @property
-    def scaled(self) -> bool:
-        """Whether rungs are interpolated."""
-        return self.rungs is not None
+    def learned(self) -> bool:
+        """Whether rungs lie between two keys."""
+        return self.fractions is not None
 
     @property
     def dense(self) -> bool:
@@ -66,10 +60,10 @@ class Columns:
         """Columns the table has room for."""
         return (self.table.shape[1] - 1) // 2
 
-    @property
-    def stride_set(self) -> int:
-        """From one KV head's columns to the next one's; 0 where all share them."""
-        return self.table.stride(0) if self.table.shape[0] > 1 else 0
+
+def set_stride(table: Tensor) -> int:
+    """From one KV head's row of a table to the next one's; 0 where all share it."""
+    return table.stride(0) if table.shape[0] > 1 else 0
 
 
 def fixed_columns(q: Tensor, k: Tensor, window: int, sets: tuple[tuple[int, ...], ...]) -> Columns:
@@ -79,8 +73,8 @@ def fixed_columns(q: Tensor, k: Tensor, window: int, sets: tuple[tuple[int, ...]
 
 @cache
 def _fixed_columns(sets: tuple[tuple[int, ...], ...], window: int, batch_queries: int, device: torch.device) -> Columns:
-    near = near_columns(window, batch_queries)
-    return Columns(column_table(sets, window, batch_queries, device), window, near)
+    table = column_table(sets, window, batch_queries, device)
+    return Columns(table, window, near_columns(window, batch_queries), offset_table(sets, device))
 
 
 def column_table(sets: tuple[tuple[int, ...], ...], window: int, batch_queries: int, device: torch.device) -> Tensor:
@@ -144,9 +138,9 @@ def column_keys(p_set, width, first, first_own, keys, NB: tl.constexpr, BQ: tl.c
 
 
 @triton.jit
-def column_mask(b_shift, b_bits, b_limit, o_key, ROWS: tl.constexpr, GP: tl.constexpr, HAS_POSITIONS: tl.constexpr):
+def column_mask(p_positions, b_shift, b_bits, b_limit, o_key, ROWS: tl.constexpr, GP: tl.constexpr):
     """Which entries of a tile count: the key is one of the row's query's, within its limit. [NB, ROWS, C]"""
-    if HAS_POSITIONS:
+    if p_positions is not None:
         b_slot = tl.arange(0, ROWS) // GP
         m_within = b_shift[None, None, :] <= (b_limit - b_slot[None, :])[:, :, None]
         return m_within & rows_of(b_bits[None, :], ROWS, GP)
@@ -159,51 +153,3 @@ def rows_of(b_bits, ROWS: tl.constexpr, GP: tl.constexpr):
     """The entries of the queries that columns [NB, C] count for. [NB, ROWS, C]"""
     b_slot = tl.arange(0, ROWS) // GP
     return (b_bits[:, None, :] & (1 << b_slot)[None, :, None]) != 0
-
-
-@triton.jit
-def column_limit(
-    p_positions,
-    stride,
-    i_batch,
-    i_block,
-    tokens,
-    past,
-    NB: tl.constexpr,
-    BQ: tl.constexpr,
-    C: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr,
-):
-    """Key index of the query of each column of a tile of rungs for each batch, and how far back it may look. [NB, C]"""
-    o_query = (i_block * NB + tl.arange(0, NB)[:, None]) * BQ + (tl.arange(0, C) % BQ)[None, :]
-    m_query = o_query < tokens
-    b_limit = query_limit(p_positions, stride, i_batch, o_query, past, m_query, HAS_POSITIONS)
-    return o_query + past, tl.where(m_query, b_limit, -1)
-
-
-@triton.jit
-def rung_keys(p_rungs, first, o_own, b_limit, BQ: tl.constexpr):
-    """Near key and far key of each column of a tile of rungs, and whether there are any. [NB, C]"""
-    b_distance = rung_values(p_rungs + 1, first, o_own.shape[1], BQ)[None, :]
-    o_near = o_own - b_distance
-    # The first key of a document has none before it: it is interpolated with itself.
-    return o_near, tl.where(b_distance < b_limit, o_near - 1, o_near), b_distance <= b_limit
-
-
-@triton.jit
-def rung_mask(m_key, ROWS: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr):
-    """Which entries of a tile of rungs count. [NB, ROWS, C]"""
-    o_slot = tl.arange(0, m_key.shape[1]) % BQ
-    return rows_of(tl.where(m_key, 1 << o_slot[None, :], 0), ROWS, GP)
-
-
-@triton.jit
-def rung_values(p_x, first, C: tl.constexpr, BQ: tl.constexpr):
-    """What a table of rungs has for each column of a tile of them. [C]"""
-    return tl.load(p_x + first + tl.arange(0, C) // BQ)
-
-
-@triton.jit
-def sum_rungs(b_x, BQ: tl.constexpr):
-    """The sums over each rung's columns. [NB, ROWS, C] to [NB, ROWS, C // BQ]"""
-    return tl.sum(tl.reshape(b_x, [b_x.shape[0], b_x.shape[1], b_x.shape[2] // BQ, BQ]), 3)

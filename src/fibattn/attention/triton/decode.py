@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from fibattn.attention.triton import launch
+from fibattn.attention.triton.columns import set_stride
 from fibattn.attention.triton.rows import load_rows
 from fibattn.attention.triton.scores import LOG2E, softmax_step
 from fibattn.attention.triton.shape import Shape, shape_of
@@ -37,7 +38,7 @@ def decode(
     positions: Tensor | None,
     scale: float,
     window: int,
-    table: Tensor,
+    rungs: Tensor,
     fractions: Tensor | None = None,
 ) -> Tensor:
     """Output like q (B, 1, Hq, D); writes k and v (B, 1, Hkv, D) into the rings (B, rows, Hkv, D)."""
@@ -47,18 +48,15 @@ def decode(
     columns, stages = tiles_for(shape, window)
     try:
         decode_kernel[(batch * kv_heads,)](
-            *(q, k_cache, v_cache, k, v, out, cache_positions, positions, table, fractions),
-            *(scale, k_cache.shape[1], window, kv_heads, table.stride(0) if table.shape[0] > 1 else 0),
+            *(q, k_cache, v_cache, k, v, out, cache_positions, positions, rungs, fractions),
+            *(scale, k_cache.shape[1], window, kv_heads, set_stride(rungs)),
             *(launch.positions_stride(cache_positions), launch.positions_stride(positions)),
-            *launch.strides(k_cache, v_cache),
-            *(x.stride(dimension) for x in (q, k, v, out) for dimension in (0, 2)),
+            *launch.strides(k_cache, v_cache, q, k, v, out),
             GROUP=shape.group,
             SIZE=shape.size,
             BD=shape.padded_size,
             ROWS=max(16, shape.padded_group),
             BN=columns,
-            HAS_POSITIONS=positions is not None,
-            SCALED=fractions is not None,
             **launch.FUSED,
             num_warps=4,
             num_stages=stages,
@@ -81,7 +79,7 @@ def decode_kernel(
     p_out,
     p_cache_positions,
     p_positions,
-    p_table,
+    p_rungs,
     p_fractions,
     scale,
     rows,
@@ -90,50 +88,40 @@ def decode_kernel(
     stride_set,
     stride_cache_positions,
     stride_positions,
-    stride_kcb,
-    stride_kct,
-    stride_kch,
-    stride_vcb,
-    stride_vct,
-    stride_vch,
-    stride_qb,
-    stride_qh,
-    stride_kb,
-    stride_kh,
-    stride_vb,
-    stride_vh,
-    stride_ob,
-    stride_oh,
+    stride_k_cache,
+    stride_v_cache,
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_o,
     GROUP: tl.constexpr,
     SIZE: tl.constexpr,
     BD: tl.constexpr,
     ROWS: tl.constexpr,
     BN: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr,
-    SCALED: tl.constexpr,
 ):
     """One program: one sequence, one KV head."""
     i_head = (tl.program_id(0) % kv_heads).to(tl.int64)
     i_batch = (tl.program_id(0) // kv_heads).to(tl.int64)
-    p_k_cache += i_batch * stride_kcb + i_head * stride_kch
-    p_v_cache += i_batch * stride_vcb + i_head * stride_vch
-    p_set = p_table + i_head * stride_set
+    p_k_cache += i_batch * stride_k_cache[0] + i_head * stride_k_cache[2]
+    p_v_cache += i_batch * stride_v_cache[0] + i_head * stride_v_cache[2]
+    p_set = p_rungs + i_head * stride_set
     position = tl.load(p_cache_positions + i_batch * stride_cache_positions).to(tl.int64)
     limit = position
-    if HAS_POSITIONS:
+    if p_positions is not None:
         limit = tl.minimum(limit, tl.load(p_positions + i_batch * stride_positions).to(tl.int64))
     own = position % rows
 
     o_size = tl.arange(0, BD)
     m_size = o_size < SIZE
-    b_k_own = tl.load(p_k + i_batch * stride_kb + i_head * stride_kh + o_size, mask=m_size, other=0.0)
-    b_v_own = tl.load(p_v + i_batch * stride_vb + i_head * stride_vh + o_size, mask=m_size, other=0.0)
-    tl.store(p_k_cache + own * stride_kct + o_size, b_k_own, mask=m_size)
-    tl.store(p_v_cache + own * stride_vct + o_size, b_v_own, mask=m_size)
+    b_k_own = tl.load(p_k + i_batch * stride_k[0] + i_head * stride_k[2] + o_size, mask=m_size, other=0.0)
+    b_v_own = tl.load(p_v + i_batch * stride_v[0] + i_head * stride_v[2] + o_size, mask=m_size, other=0.0)
+    tl.store(p_k_cache + own * stride_k_cache[1] + o_size, b_k_own, mask=m_size)
+    tl.store(p_v_cache + own * stride_v_cache[1] + o_size, b_v_own, mask=m_size)
 
     o_group = tl.arange(0, ROWS)
     m_group = o_group < GROUP
-    b_q = load_rows(p_q + i_batch * stride_qb, i_head * GROUP + o_group, stride_qh, m_group, SIZE, BD, True)
+    b_q = load_rows(p_q + i_batch * stride_q[0], i_head * GROUP + o_group, stride_q[2], m_group, SIZE, BD, True)
     b_max = tl.full([ROWS], -float("inf"), tl.float32)
     b_sum = tl.zeros([ROWS], tl.float32)
     b_acc = tl.zeros([ROWS, BD], tl.float32)
@@ -148,16 +136,20 @@ def decode_kernel(
         # What was stored above may not be visible yet to the threads that would load it: distance 0 stays here.
         m_cached, m_own = m_column & (b_distance > 0) & (b_distance < rows), (b_distance == 0)[:, None]
         o_row = ring_row(own, b_distance, rows)
-        b_k = tl.where(m_own, b_k_own[None, :], load_rows(p_k_cache, o_row, stride_kct, m_cached, SIZE, BD, True))
-        b_v = tl.where(m_own, b_v_own[None, :], load_rows(p_v_cache, o_row, stride_vct, m_cached, SIZE, BD, True))
+        b_k = tl.where(
+            m_own, b_k_own[None, :], load_rows(p_k_cache, o_row, stride_k_cache[1], m_cached, SIZE, BD, True)
+        )
+        b_v = tl.where(
+            m_own, b_v_own[None, :], load_rows(p_v_cache, o_row, stride_v_cache[1], m_cached, SIZE, BD, True)
+        )
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-        if SCALED:
+        if p_fractions is not None:
             # The first key of a document has none before it to interpolate with.
             m_between = m_rung & (b_distance < limit)
             m_far = m_between & (b_distance + 1 < rows)
             o_row = ring_row(own, b_distance + 1, rows)
-            b_k_far = load_rows(p_k_cache, o_row, stride_kct, m_far, SIZE, BD, True)
-            b_v_far = load_rows(p_v_cache, o_row, stride_vct, m_far, SIZE, BD, True)
+            b_k_far = load_rows(p_k_cache, o_row, stride_k_cache[1], m_far, SIZE, BD, True)
+            b_v_far = load_rows(p_v_cache, o_row, stride_v_cache[1], m_far, SIZE, BD, True)
             b_f = tl.load(p_fractions + o_rung, mask=m_far, other=0.0)
             # A rung beyond the ring cannot be refused here; it must not give plausible numbers.
             b_f = tl.where(m_between & ~m_far, float("nan"), b_f)[None, :]
@@ -168,13 +160,13 @@ def decode_kernel(
         b_s = tl.where((m_column & (b_distance >= rows))[None, :], float("nan"), b_s)
         b_p, b_shrink, b_max, b_sum = softmax_step(b_s, b_max, b_sum, False)
         b_acc = b_acc * b_shrink[:, None]
-        if SCALED:
+        if p_fractions is not None:
             b_p_far = b_p * b_f
             b_acc = tl.dot(b_p_far.to(b_v_far.dtype), b_v_far, b_acc, input_precision="ieee")
             b_p = b_p - b_p_far
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
 
-    p_out += i_batch * stride_ob + (i_head * GROUP + o_group)[:, None] * stride_oh + o_size[None, :]
+    p_out += i_batch * stride_o[0] + (i_head * GROUP + o_group)[:, None] * stride_o[2] + o_size[None, :]
     b_out = (b_acc / b_sum[:, None]).to(p_out.dtype.element_ty)
     tl.store(p_out, b_out, mask=m_group[:, None] & m_size[None, :])
 

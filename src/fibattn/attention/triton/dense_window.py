@@ -34,7 +34,6 @@ def dense_window(
     BR: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr,
     EXACT: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -42,7 +41,7 @@ def dense_window(
     past = keys - tokens
     first_own = i_block * BM + past
     o_query, o_group, m_row = block_rows(i_block * BM, tokens, BR, GP, GROUP)
-    b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row, HAS_POSITIONS)
+    b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row)
     b_q = query_rows(p_q, o_query, o_group, stride_qt, stride_qh, m_row, SIZE, BD, WIDE)
     b_max = tl.full([BR], -float("inf"), tl.float64 if EXACT else tl.float32)
     b_sum = tl.zeros([BR], tl.float32)
@@ -89,7 +88,6 @@ def dense_window_grad(
     BR: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr,
     EXACT: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -97,7 +95,7 @@ def dense_window_grad(
     past = keys - tokens
     first_own = i_block * BM + past
     o_query, o_group, m_row = block_rows(i_block * BM, tokens, BR, GP, GROUP)
-    b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row, HAS_POSITIONS)
+    b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row)
     b_q = query_rows(p_q, o_query, o_group, stride_qt, stride_qh, m_row, SIZE, BD, WIDE)
     b_do = query_rows(p_do, o_query, o_group, stride_gt, stride_gh, m_row, SIZE, BD, WIDE)
     b_dq = tl.zeros([BR, BD], tl.float32)

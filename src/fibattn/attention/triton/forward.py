@@ -16,14 +16,12 @@ from fibattn.attention.triton import launch
 from fibattn.attention.triton.columns import (
     Columns,
     column_keys,
-    column_limit,
     column_mask,
-    rung_keys,
-    rung_mask,
-    rung_values,
+    set_stride,
 )
 from fibattn.attention.triton.dense_window import dense_window
 from fibattn.attention.triton.launch import Tiles
+from fibattn.attention.triton.learned import add_rungs, column_limit, rung_mask, rung_products, rung_tile
 from fibattn.attention.triton.rows import (
     batch_rows,
     load_batches,
@@ -44,7 +42,7 @@ def tiles_for(shape: Shape, columns: Columns) -> Tiles:
     if columns.dense:
         batches = launch.fitting_batches(4 if shape.padded_size <= 64 else 8, shape, columns, 2**15)
         return Tiles(batches, 16, near=32, warps=4, stages=2, registers=launch.registers(shape, 96))
-    return launch.column_tiles(shape, columns, scaled_registers=96)
+    return launch.column_tiles(shape, columns, learned_registers=96)
 
 
 def forward(
@@ -61,10 +59,10 @@ def forward(
     try:
         forward_kernel[grid](
             *(q, k, v, out, lse, positions, columns.table, columns.rungs, columns.fractions),
-            *(scale, tokens, keys, columns.window, kv_heads, columns.width, columns.stride_set),
+            *(scale, tokens, keys, columns.window, kv_heads, columns.width, set_stride(columns.table)),
             *launch.strides(q, k, v, out),
             launch.positions_stride(positions),
-            **launch.row_options(shape, tiles, columns, positions, launch.wide(q, k, v)),
+            **launch.row_options(shape, tiles, columns, launch.wide(q, k, v)),
         )
     except OutOfResources as error:
         raise launch.explain(error, shape) from error
@@ -94,18 +92,10 @@ def forward_kernel(
     kv_heads,
     width,
     stride_set,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    stride_ob,
-    stride_ot,
-    stride_oh,
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_o,
     stride_positions,
     GROUP: tl.constexpr,
     GP: tl.constexpr,
@@ -117,29 +107,28 @@ def forward_kernel(
     BN: tl.constexpr,
     C: tl.constexpr,
     DENSE: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr,
     EXACT: tl.constexpr,
     WIDE: tl.constexpr,
-    SCALED: tl.constexpr,
 ):
     """One program: `NB` batches of `BQ` queries, one KV head."""
     BM: tl.constexpr = NB * BQ
+    LEARNED: tl.constexpr = p_fractions is not None
     i_block, i_head, i_batch = place(kv_heads)
-    p_q += i_batch * stride_qb + i_head * GROUP * stride_qh
-    p_k += i_batch * stride_kb + i_head * stride_kh
-    p_v += i_batch * stride_vb + i_head * stride_vh
+    p_q += i_batch * stride_q[0] + i_head * GROUP * stride_q[2]
+    p_k += i_batch * stride_k[0] + i_head * stride_k[2]
+    p_v += i_batch * stride_v[0] + i_head * stride_v[2]
     p_set = p_table + i_head * stride_set
     past = keys - tokens
     first_own = i_block * BM + past
     columns = tl.load(p_set)
 
     o_query, o_group, m_row = batch_rows(i_block, tokens, NB, BQ, ROWS, GP, GROUP)
-    b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row, HAS_POSITIONS)
+    b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row)
     if DENSE:
         b_max, b_sum, b_acc = dense_window(
             *(p_q, p_k, p_v, p_positions, scale, tokens, keys, window, i_block, i_batch),
-            *(stride_qt, stride_qh, stride_kt, stride_vt, stride_positions),
-            *(GROUP, GP, SIZE, BD, NB * ROWS, BM, BN, HAS_POSITIONS, EXACT, WIDE),
+            *(stride_q[1], stride_q[2], stride_k[1], stride_v[1], stride_positions),
+            *(GROUP, GP, SIZE, BD, NB * ROWS, BM, BN, EXACT, WIDE),
         )
         b_max = tl.reshape(b_max, [NB, ROWS])
         b_sum = tl.reshape(b_sum, [NB, ROWS])
@@ -149,43 +138,34 @@ def forward_kernel(
         b_sum = tl.zeros([NB, ROWS], tl.float32)
         b_acc = tl.zeros([NB, ROWS, BD], tl.float32)
 
-    b_q = query_batches(p_q, o_query, o_group, stride_qt, stride_qh, m_row, SIZE, BD, WIDE)
+    b_q = query_batches(p_q, o_query, o_group, stride_q[1], stride_q[2], m_row, SIZE, BD, WIDE)
     # Columns of a window alone are a tile or two, of which nothing is worth copying ahead.
-    for first in tl.range(0, columns, C, num_stages=1 if SCALED else None):
+    for first in tl.range(0, columns, C, num_stages=1 if LEARNED else None):
         b_shift, b_bits, o_key, m_key = column_keys(p_set, width, first, first_own, keys, NB, BQ, C)
-        b_k = load_batches(p_k, o_key, stride_kt, m_key, SIZE, BD, WIDE)
-        b_v = load_batches(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)
+        b_k = load_batches(p_k, o_key, stride_k[1], m_key, SIZE, BD, WIDE)
+        b_v = load_batches(p_v, o_key, stride_v[1], m_key, SIZE, BD, WIDE)
         b_s = row_products(b_q, b_k, EXACT)
-        m_entry = column_mask(b_shift, b_bits, b_limit, o_key, ROWS, GP, HAS_POSITIONS)
+        m_entry = column_mask(p_positions, b_shift, b_bits, b_limit, o_key, ROWS, GP)
         b_s = tl.where(m_entry, scaled_scores(b_s, scale, EXACT), -float("inf"))
         b_p, b_shrink, b_max, b_sum = softmax_step(b_s, b_max, b_sum, EXACT)
         b_acc = b_acc * b_shrink[:, :, None]
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
-    if SCALED:
-        o_own, b_reach = column_limit(
-            p_positions, stride_positions, i_batch, i_block, tokens, past, NB, BQ, C, HAS_POSITIONS
-        )
+    if LEARNED:
+        o_own, b_reach = column_limit(p_positions, stride_positions, i_batch, i_block, tokens, past, NB, BQ, C)
         for first in range(0, tl.load(p_rungs), C // BQ):
-            o_near, o_far, m_key = rung_keys(p_rungs, first, o_own, b_reach, BQ)
-            b_k = load_batches(p_k, o_near, stride_kt, m_key, SIZE, BD, WIDE)
-            b_v = load_batches(p_v, o_near, stride_vt, m_key, SIZE, BD, WIDE)
-            b_k_far = load_batches(p_k, o_far, stride_kt, m_key, SIZE, BD, WIDE)
-            b_v_far = load_batches(p_v, o_far, stride_vt, m_key, SIZE, BD, WIDE)
-            b_fraction = rung_values(p_fractions, first, C, BQ)[None, None, :]
-            b_s = row_products(b_q, b_k, EXACT)
-            b_s_far = row_products(b_q, b_k_far, EXACT)
-            b_s += b_fraction * (b_s_far - b_s)
+            m_key, b_fraction, b_k, b_v, b_k_far, b_v_far = rung_tile(
+                *(p_k, p_v, stride_k[1], stride_v[1], p_rungs, p_fractions, first, o_own, b_reach),
+                *(BQ, SIZE, BD, WIDE),
+            )
+            b_s, _ = rung_products(b_q, b_k, b_k_far, b_fraction, EXACT)
             b_s = scaled_scores(b_s, scale, EXACT)
             b_s = tl.where(rung_mask(m_key, ROWS, GP, BQ), b_s, -float("inf"))
             b_p, b_shrink, b_max, b_sum = softmax_step(b_s, b_max, b_sum, EXACT)
-            b_acc = b_acc * b_shrink[:, :, None]
-            b_p_far = b_p * b_fraction
-            b_acc = tl.dot((b_p - b_p_far).to(b_v.dtype), b_v, b_acc, input_precision="ieee")
-            b_acc = tl.dot(b_p_far.to(b_v.dtype), b_v_far, b_acc, input_precision="ieee")
+            b_acc = add_rungs(b_acc * b_shrink[:, :, None], b_p, b_v, b_v_far, b_fraction)
 
-    p_out += i_batch * stride_ob + i_head * GROUP * stride_oh
+    p_out += i_batch * stride_o[0] + i_head * GROUP * stride_o[2]
     b_acc *= (1.0 / b_sum)[:, :, None]
-    store_batches(p_out, b_acc, o_query, o_group, stride_ot, stride_oh, m_row, SIZE, BD, WIDE)
+    store_batches(p_out, b_acc, o_query, o_group, stride_o[1], stride_o[2], m_row, SIZE, BD, WIDE)
     p_lse += (i_batch * kv_heads + i_head) * GROUP * tokens
     kept: tl.constexpr = p_lse.dtype.element_ty
     b_lse = tl.log2(b_sum.to(kept)) * LN2 + b_max.to(kept) * (1.0 if EXACT else LN2)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fibattn.attention.triton import launch
-from fibattn.attention.triton.columns import near_columns
+from fibattn.attention.triton.columns import Columns, near_columns, set_stride
 from fibattn.attention.triton.rows import (
     block_rows,
     load_rows,
@@ -51,12 +51,12 @@ class WindowTiles:
     stages: int
 
 
-def rung_tiles_for(shape: Shape, scaled: bool) -> RungTiles:
+def rung_tiles_for(shape: Shape, learned: bool) -> RungTiles:
     """Tile sizes of the kernel for the rungs: neighbouring rungs share the rows of many keys."""
     part = min(shape.padded_size, 64)
     if shape.exact:
         return RungTiles(keys=32, part=part, unroll=1, warps=4)
-    return RungTiles(keys=128 if scaled else 256, part=part, unroll=2, warps=16)
+    return RungTiles(keys=128 if learned else 256, part=part, unroll=2, warps=16)
 
 
 def window_tiles_for(shape: Shape, window: int) -> WindowTiles:
@@ -81,9 +81,7 @@ def key_gradients(
     v: Tensor,
     positions: Tensor | None,
     scale: float,
-    window: int,
-    table: Tensor,
-    fractions: Tensor | None,
+    columns: Columns,
     weights: Tensor,
     grads: Tensor,
     dk: Tensor,
@@ -93,43 +91,40 @@ def key_gradients(
 ) -> None:
     """Fill `dk` and `dv`; `weights` and `grads` (B, Hkv, rungs, Tq, group) belong to the rungs."""
     batch, keys, kv_heads, _ = k.shape
-    tokens, rungs = q.shape[1], table.shape[1] - 1
+    tokens, rungs = q.shape[1], columns.rungs.shape[1] - 1
     sizes = {
         "GROUP": shape.group,
         "SIZE": shape.size,
         "BD": shape.padded_size,
-        "HAS_POSITIONS": positions is not None,
         "WIDE": wide or rungs * tokens * shape.group >= 2**31,
         "EXACT": shape.exact,
     }
     if rungs:
-        rung_tiles = rung_tiles_for(shape, fractions is not None)
+        rung_tiles = rung_tiles_for(shape, columns.learned)
         parts = shape.padded_size // rung_tiles.part
-        own_keys = rung_tiles.keys - (fractions is not None)
+        own_keys = rung_tiles.keys - columns.learned
         rung_grad_kernel[(launch.blocks(keys, own_keys) * parts * kv_heads, batch)](
-            *(q, grad_out, positions, table, fractions, weights, grads, dk, dv),
-            *(tokens, keys, kv_heads, rungs, table.stride(0) if table.shape[0] > 1 else 0),
+            *(q, grad_out, positions, columns.rungs, columns.fractions, weights, grads, dk, dv),
+            *(tokens, keys, kv_heads, rungs, set_stride(columns.rungs)),
             *launch.strides(q, grad_out, dk, dv),
             launch.positions_stride(positions),
             BN=rung_tiles.keys,
             BP=rung_tiles.part,
             UNROLL=rung_tiles.unroll,
-            SCALED=fractions is not None,
             **sizes,
             **launch.FUSED,
             num_warps=rung_tiles.warps,
         )
-    tiles = window_tiles_for(shape, window)
+    tiles = window_tiles_for(shape, columns.window)
     window_grad_kernel[(launch.blocks(keys, tiles.keys) * kv_heads, batch)](
         *(q, k, v, grad_out, lse, grad_lse, delta, positions, dk, dv),
-        *(scale, tokens, keys, window, kv_heads),
+        *(scale, tokens, keys, columns.window, kv_heads),
         *launch.strides(q, k, v, grad_out, dk, dv),
         launch.positions_stride(positions),
         GP=shape.padded_group,
         BN=tiles.keys,
         BR=max(tiles.rows, shape.padded_group),
         AFTER_RUNGS=rungs > 0,
-        HAS_GRAD_LSE=grad_lse is not None,
         **sizes,
         **launch.FUSED,
         num_warps=tiles.warps,
@@ -146,7 +141,7 @@ def rung_grad_kernel(
     p_q,
     p_do,
     p_positions,
-    p_table,
+    p_rungs,
     p_fractions,
     p_weights,
     p_grads,
@@ -157,18 +152,10 @@ def rung_grad_kernel(
     kv_heads,
     rungs_stored,
     stride_set,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_gb,
-    stride_gt,
-    stride_gh,
-    stride_dkb,
-    stride_dkt,
-    stride_dkh,
-    stride_dvb,
-    stride_dvt,
-    stride_dvh,
+    stride_q,
+    stride_do,
+    stride_dk,
+    stride_dv,
     stride_positions,
     GROUP: tl.constexpr,
     SIZE: tl.constexpr,
@@ -176,10 +163,8 @@ def rung_grad_kernel(
     BN: tl.constexpr,
     BP: tl.constexpr,
     UNROLL: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr,
     EXACT: tl.constexpr,
     WIDE: tl.constexpr,
-    SCALED: tl.constexpr,
 ):
     """One program: what the rungs give to `BP` dimensions of the keys and values of one KV head, before the scale.
 
@@ -188,26 +173,27 @@ def rung_grad_kernel(
     i_block, i_head, i_batch = place(kv_heads * (BD // BP))
     i_part = i_head % (BD // BP)
     i_head = i_head // (BD // BP)
-    p_q += i_batch * stride_qb + i_head * GROUP * stride_qh
-    p_do += i_batch * stride_gb + i_head * GROUP * stride_gh
+    p_q += i_batch * stride_q[0] + i_head * GROUP * stride_q[2]
+    p_do += i_batch * stride_do[0] + i_head * GROUP * stride_do[2]
     p_weights += (i_batch * kv_heads + i_head) * rungs_stored * tokens * GROUP
     p_grads += (i_batch * kv_heads + i_head) * rungs_stored * tokens * GROUP
-    p_set = p_table + i_head * stride_set
+    p_set = p_rungs + i_head * stride_set
     past = keys - tokens
     o_tile = tl.arange(0, BN)
     o_size = i_part.to(tl.int32) * BP + tl.arange(0, BP)
     m_size = o_size < SIZE
-    OWN: tl.constexpr = BN - 1 if SCALED else BN
+    LEARNED: tl.constexpr = p_fractions is not None
+    OWN: tl.constexpr = BN - 1 if LEARNED else BN
     first_query = i_block * OWN - past
     SUMS: tl.constexpr = tl.float64 if EXACT else tl.float32
     b_dk = tl.zeros([BN, BP], SUMS)
     b_dv = tl.zeros([BN, BP], SUMS)
-    if SCALED:
+    if LEARNED:
         b_dk_before = tl.zeros([BN, BP], SUMS)
         b_dv_before = tl.zeros([BN, BP], SUMS)
     for i_group in range(GROUP):
-        p_head_q = p_q + tl.cast(i_group, tl.int64) * stride_qh
-        p_head_do = p_do + tl.cast(i_group, tl.int64) * stride_gh
+        p_head_q = p_q + tl.cast(i_group, tl.int64) * stride_q[2]
+        p_head_do = p_do + tl.cast(i_group, tl.int64) * stride_do[2]
         p_head_grads, p_head_weights = p_grads + i_group, p_weights + i_group
         for i_rung in tl.range(0, tl.load(p_set), loop_unroll_factor=UNROLL):
             near = tl.load(p_set + 1 + i_rung)
@@ -218,16 +204,16 @@ def rung_grad_kernel(
             b_p = tl.load(p_head_weights + o_entry, mask=m_query, other=0.0).to(tl.float32)
             # Where there is no query another one's row is read, for its weight is 0: no mask is faster than one.
             o_query = tl.minimum(tl.maximum(first + o_tile, 0), tokens - 1)
-            p_q_tile = p_head_q + (row_starts(o_query, stride_qt, WIDE)[:, None] + o_size[None, :])
-            p_do_tile = p_head_do + (row_starts(o_query, stride_gt, WIDE)[:, None] + o_size[None, :])
+            p_q_tile = p_head_q + (row_starts(o_query, stride_q[1], WIDE)[:, None] + o_size[None, :])
+            p_do_tile = p_head_do + (row_starts(o_query, stride_do[1], WIDE)[:, None] + o_size[None, :])
             if SIZE == BD:
                 b_q = tl.load(p_q_tile).to(tl.float32)
                 b_do = tl.load(p_do_tile).to(tl.float32)
             else:
                 b_q = tl.load(p_q_tile, mask=m_size[None, :], other=0.0).to(tl.float32)
                 b_do = tl.load(p_do_tile, mask=m_size[None, :], other=0.0).to(tl.float32)
-            if SCALED:
-                b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_query, HAS_POSITIONS)
+            if LEARNED:
+                b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_query)
                 # A document's first key has none before it.
                 b_f = tl.where(b_limit == near, 0.0, tl.load(p_fractions + i_rung))
                 b_dk_before += ((b_ds * b_f)[:, None] * b_q).to(SUMS)
@@ -237,16 +223,16 @@ def rung_grad_kernel(
             b_dk += (b_ds[:, None] * b_q).to(SUMS)
             b_dv += (b_p[:, None] * b_do).to(SUMS)
 
-    if SCALED:
+    if LEARNED:
         o_next = tl.broadcast_to(tl.minimum(o_tile + 1, BN - 1)[:, None], [BN, BP])
         b_dk += tl.gather(b_dk_before, o_next, 0)
         b_dv += tl.gather(b_dv_before, o_next, 0)
     o_key = i_block * OWN + o_tile
     m_tile = ((o_key < keys) & (o_tile < OWN))[:, None] & m_size[None, :]
-    p_dk += i_batch * stride_dkb + i_head * stride_dkh
-    p_dv += i_batch * stride_dvb + i_head * stride_dvh
-    p_dk_tile = p_dk + (row_starts(o_key, stride_dkt, WIDE)[:, None] + o_size[None, :])
-    p_dv_tile = p_dv + (row_starts(o_key, stride_dvt, WIDE)[:, None] + o_size[None, :])
+    p_dk += i_batch * stride_dk[0] + i_head * stride_dk[2]
+    p_dv += i_batch * stride_dv[0] + i_head * stride_dv[2]
+    p_dk_tile = p_dk + (row_starts(o_key, stride_dk[1], WIDE)[:, None] + o_size[None, :])
+    p_dv_tile = p_dv + (row_starts(o_key, stride_dv[1], WIDE)[:, None] + o_size[None, :])
     tl.store(p_dk_tile, b_dk.to(p_dk.dtype.element_ty), mask=m_tile)
     tl.store(p_dv_tile, b_dv.to(p_dv.dtype.element_ty), mask=m_tile)
 
@@ -268,24 +254,12 @@ def window_grad_kernel(
     keys,
     window,
     kv_heads,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    stride_gb,
-    stride_gt,
-    stride_gh,
-    stride_dkb,
-    stride_dkt,
-    stride_dkh,
-    stride_dvb,
-    stride_dvt,
-    stride_dvh,
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_do,
+    stride_dk,
+    stride_dv,
     stride_positions,
     GROUP: tl.constexpr,
     GP: tl.constexpr,
@@ -293,28 +267,26 @@ def window_grad_kernel(
     BD: tl.constexpr,
     BN: tl.constexpr,
     BR: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr,
     EXACT: tl.constexpr,
     WIDE: tl.constexpr,
     AFTER_RUNGS: tl.constexpr,
-    HAS_GRAD_LSE: tl.constexpr,
 ):
     """One program: the gradients of `BN` keys and values of one KV head, from the window and what the rungs left."""
     BM: tl.constexpr = BR // GP
     i_block, i_head, i_batch = place(kv_heads)
-    p_q += i_batch * stride_qb + i_head * GROUP * stride_qh
-    p_do += i_batch * stride_gb + i_head * GROUP * stride_gh
-    p_k += i_batch * stride_kb + i_head * stride_kh
-    p_v += i_batch * stride_vb + i_head * stride_vh
+    p_q += i_batch * stride_q[0] + i_head * GROUP * stride_q[2]
+    p_do += i_batch * stride_do[0] + i_head * GROUP * stride_do[2]
+    p_k += i_batch * stride_k[0] + i_head * stride_k[2]
+    p_v += i_batch * stride_v[0] + i_head * stride_v[2]
     p_lse += (i_batch * kv_heads + i_head) * GROUP * tokens
     p_delta += (i_batch * kv_heads + i_head) * GROUP * tokens
-    if HAS_GRAD_LSE:
+    if p_grad_lse is not None:
         p_grad_lse += (i_batch * kv_heads + i_head) * GROUP * tokens
     past = keys - tokens
     o_key = i_block * BN + tl.arange(0, BN)
     m_key = o_key < keys
-    b_k = load_rows(p_k, o_key, stride_kt, m_key, SIZE, BD, WIDE)
-    b_v = load_rows(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)
+    b_k = load_rows(p_k, o_key, stride_k[1], m_key, SIZE, BD, WIDE)
+    b_v = load_rows(p_v, o_key, stride_v[1], m_key, SIZE, BD, WIDE)
     SUMS: tl.constexpr = tl.float64 if EXACT else tl.float32
     b_dk = tl.zeros([BN, BD], SUMS)
     b_dv = tl.zeros([BN, BD], SUMS)
@@ -323,12 +295,12 @@ def window_grad_kernel(
     end = tl.minimum(i_block * BN - past + BN + tl.minimum(window, keys), tokens)
     for start in range(begin, end, BM):
         o_query, o_group, m_row = block_rows(start, tokens, BR, GP, GROUP)
-        b_q = query_rows(p_q, o_query, o_group, stride_qt, stride_qh, m_row, SIZE, BD, WIDE)
-        b_do = query_rows(p_do, o_query, o_group, stride_gt, stride_gh, m_row, SIZE, BD, WIDE)
+        b_q = query_rows(p_q, o_query, o_group, stride_q[1], stride_q[2], m_row, SIZE, BD, WIDE)
+        b_do = query_rows(p_do, o_query, o_group, stride_do[1], stride_do[2], m_row, SIZE, BD, WIDE)
         o_lse = row_starts(o_group, tokens, WIDE) + o_query
         b_lse = tl.load(p_lse + o_lse, mask=m_row, other=NO_ROW)
         b_delta = tl.load(p_delta + o_lse, mask=m_row, other=0.0)
-        b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row, HAS_POSITIONS)
+        b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row)
         b_distance = (o_query + past)[None, :] - o_key[:, None]
         m_entry = (b_distance >= 0) & (b_distance <= window) & (b_distance <= b_limit[None, :])
         b_s = scaled_scores(row_products(b_k, b_q, EXACT), scale, EXACT)
@@ -336,18 +308,18 @@ def window_grad_kernel(
         b_dv = add_product(b_dv, b_p.to(b_do.dtype), b_do)
         b_dp = row_products(b_v, b_do, EXACT)
         b_dp -= b_delta[None, :]
-        if HAS_GRAD_LSE:
+        if p_grad_lse is not None:
             b_dp += tl.load(p_grad_lse + o_lse, mask=m_row, other=0.0).to(tl.float32)[None, :]
         b_dk = add_product(b_dk, (b_p * b_dp).to(b_q.dtype), b_q)
 
     b_dk *= scale
-    p_dk += i_batch * stride_dkb + i_head * stride_dkh
-    p_dv += i_batch * stride_dvb + i_head * stride_dvh
+    p_dk += i_batch * stride_dk[0] + i_head * stride_dk[2]
+    p_dv += i_batch * stride_dv[0] + i_head * stride_dv[2]
     if AFTER_RUNGS:
-        b_dk += scale * load_rows(p_dk, o_key, stride_dkt, m_key, SIZE, BD, WIDE).to(SUMS)
-        b_dv += load_rows(p_dv, o_key, stride_dvt, m_key, SIZE, BD, WIDE).to(SUMS)
-    store_rows(p_dk, b_dk, o_key, stride_dkt, m_key, SIZE, BD, WIDE)
-    store_rows(p_dv, b_dv, o_key, stride_dvt, m_key, SIZE, BD, WIDE)
+        b_dk += scale * load_rows(p_dk, o_key, stride_dk[1], m_key, SIZE, BD, WIDE).to(SUMS)
+        b_dv += load_rows(p_dv, o_key, stride_dv[1], m_key, SIZE, BD, WIDE).to(SUMS)
+    store_rows(p_dk, b_dk, o_key, stride_dk[1], m_key, SIZE, BD, WIDE)
+    store_rows(p_dv, b_dv, o_key, stride_dv[1], m_key, SIZE, BD, WIDE)
 
 
 @triton.jit

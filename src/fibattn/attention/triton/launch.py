@@ -34,18 +34,18 @@ def registers(shape: Shape, small: int, large: int | None = None) -> int | None:
     return small if shape.padded_size <= 64 else large
 
 
-def column_tiles(shape: Shape, columns: Columns, *, scaled_registers: int) -> Tiles:
-    """Tiles of a row kernel that has columns alone; `scaled_registers` suffice where rungs are interpolated.
+def column_tiles(shape: Shape, columns: Columns, *, learned_registers: int) -> Tiles:
+    """Tiles of a row kernel that has columns alone; `learned_registers` suffice where rungs are interpolated.
 
     Programs of one warp: nothing waits for a barrier, and the next columns are copied while these are multiplied.
     """
-    if columns.scaled:
-        return Tiles(1, 16, near=32, warps=1, stages=2, registers=registers(shape, scaled_registers))
+    if columns.learned:
+        return Tiles(1, 16, near=32, warps=1, stages=2, registers=registers(shape, learned_registers))
     width = 32 if shape.padded_size <= 64 and shape.rows == 16 else 16
     return Tiles(1, width, near=32, warps=1, stages=2, registers=registers(shape, 128, 168))
 
 
-def row_options(shape: Shape, tiles: Tiles, columns: Columns, positions: Tensor | None, wide: bool) -> dict[str, Any]:
+def row_options(shape: Shape, tiles: Tiles, columns: Columns, wide: bool) -> dict[str, Any]:
     """What the row kernels, those of the forward and of the gradient of q, are compiled for."""
     return {
         "GROUP": shape.group,
@@ -58,10 +58,8 @@ def row_options(shape: Shape, tiles: Tiles, columns: Columns, positions: Tensor 
         "BN": max(tiles.near, tiles.batches * shape.batch_queries),
         "C": tiles.columns,
         "DENSE": columns.dense,
-        "HAS_POSITIONS": positions is not None,
         "EXACT": shape.exact,
         "WIDE": wide,
-        "SCALED": columns.scaled,
         **FUSED,
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
@@ -72,7 +70,7 @@ def row_options(shape: Shape, tiles: Tiles, columns: Columns, positions: Tensor 
 def fitting_batches(wanted: int, shape: Shape, columns: Columns, limit: int) -> int:
     """Batches a program, halved until the rows, columns or keys of all of them take at most `limit` bytes."""
     # A tile of columns has 16 keys, or near and far ones; a dense one all the queries' own, for k and for v.
-    keys = max(32 if columns.scaled else 16, 2 * shape.batch_queries if columns.dense else 0)
+    keys = max(32 if columns.learned else 16, 2 * shape.batch_queries if columns.dense else 0)
     while wanted > 1 and wanted * max(shape.rows, keys) * shape.padded_size * shape.dtype.itemsize > limit:
         wanted //= 2
     return wanted
@@ -98,9 +96,9 @@ def positions_stride(positions: Tensor | None) -> int:
     return 0 if positions is None or positions.shape[0] == 1 else positions.stride(0)
 
 
-def strides(*tensors: Tensor) -> list[int]:
-    """Batch, token and head strides of (B, T, H, D) tensors."""
-    return [stride for x in tensors for stride in x.stride()[:3]]
+def strides(*tensors: Tensor) -> list[tuple[int, ...]]:
+    """Batch, token and head strides of each (B, T, H, D) tensor."""
+    return [x.stride()[:3] for x in tensors]
 
 
 def inner_contiguous(x: Tensor) -> Tensor:

@@ -39,10 +39,10 @@ def block_rows(first_query, tokens, BR: tl.constexpr, GP: tl.constexpr, GROUP: t
 
 
 @triton.jit
-def query_limit(p_positions, stride, i_batch, o_query, past, m_row, HAS_POSITIONS: tl.constexpr):
+def query_limit(p_positions, stride, i_batch, o_query, past, m_row):
     """How far back each row may look. [BR]"""
     b_limit = o_query + past
-    if HAS_POSITIONS:
+    if p_positions is not None:
         b_position = tl.load(p_positions + i_batch * stride + o_query, mask=m_row, other=0)
         b_limit = tl.minimum(b_limit, b_position)
     return b_limit

@@ -1,0 +1,137 @@
+"""What the operator refuses. Messages name the value, what is allowed and what to do."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fibattn.attention.documents import packed_positions, readable
+from fibattn.attention.reference import Patterns
+from fibattn.errors import InputError
+from fibattn.pattern import LearnedPattern, Pattern
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> float:
+    """Shapes, dtypes and devices of a call; returns the scale of its dot products."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise InputError(f"{name} has shape {tuple(x.shape)}; expected (batch, tokens, heads, head size)")
+        if x.dtype not in _DTYPES:
+            raise InputError(f"{name} is {x.dtype}; expected one of {', '.join(map(str, _DTYPES))}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise InputError(f"{name} is {x.dtype} on {x.device} but q is {q.dtype} on {q.device}; make them agree")
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise InputError(f"{name} has strides {x.stride()}; the last dimension must be contiguous, copy it first")
+    if k.shape != v.shape:
+        raise InputError(f"k is {tuple(k.shape)} and v is {tuple(v.shape)}; their shapes must be equal")
+    batch, tokens, heads, size = q.shape
+    if k.shape[0] != batch or k.shape[3] != size:
+        raise InputError(f"q is {tuple(q.shape)} and k is {tuple(k.shape)}; batch and head size must be equal")
+    if batch == 0 or size == 0:
+        raise InputError(f"q is {tuple(q.shape)}; batch and head size must be at least 1")
+    if heads == 0 or k.shape[2] == 0 or heads % k.shape[2]:
+        raise InputError(f"{heads} query heads do not divide into {k.shape[2]} KV heads; use a multiple of them")
+    if tokens == 0 or tokens > k.shape[1]:
+        raise InputError(
+            f"{tokens} query tokens and {k.shape[1]} key tokens; queries are the last of the keys, at least 1"
+        )
+    # Not math.isfinite: under torch.compile(dynamic=True) a number is a symbol, and only a comparison can be traced.
+    if scale is not None and not -math.inf < scale < math.inf:
+        raise InputError(f"scale is {scale}; it must be finite, or None for head size ** -0.5")
+    return size**-0.5 if scale is None else scale
+
+
+def check_pattern(
+    pattern: Pattern | Sequence[Pattern] | LearnedPattern, alpha: Tensor | None, q: Tensor, kv_heads: int
+) -> Patterns:
+    """The pattern, or one for every KV head; with an alpha where it learns one, and without where it does not."""
+    if isinstance(pattern, LearnedPattern):
+        if not isinstance(alpha, Tensor):
+            wanted = f"give a tensor with one floating-point number, on {q.device}"
+            raise InputError(
+                f"alpha is {alpha!r}; the rungs of a LearnedPattern are at alpha times its rungs: {wanted}"
+            )
+        if alpha.numel() != 1 or not alpha.is_floating_point() or alpha.device != q.device:
+            found = f"{tuple(alpha.shape)} {alpha.dtype} on {alpha.device}"
+            raise InputError(f"alpha is {found}; it must be one floating-point number on {q.device}")
+        return pattern
+    patterns = tuple(pattern) if isinstance(pattern, Sequence) else (pattern,)
+    if not all(isinstance(one, Pattern) for one in patterns):
+        raise InputError(f"pattern is {pattern!r}; expected a fibattn.Pattern, a sequence of them or a LearnedPattern")
+    if alpha is not None:
+        raise InputError(
+            "alpha was given, but a Pattern's offsets are fixed; give a fibattn.LearnedPattern, or leave alpha out"
+        )
+    if len(patterns) not in (1, kv_heads):
+        raise InputError(f"{len(patterns)} patterns for {kv_heads} KV heads; give one, or one for each")
+    windows = sorted({one.window for one in patterns})
+    if len(windows) != 1:
+        raise InputError(f"the patterns have windows {windows}; KV heads of one layer must share their window")
+    return patterns
+
+
+def check_positions(q: Tensor, k: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
+    """`positions` as int32 (batch or 1, query tokens), made from `cu_seqlens` where that was given."""
+    if cu_seqlens is not None:
+        if positions is not None:
+            raise InputError("both positions and cu_seqlens were given; they say the same, give one")
+        if q.shape[0] != 1 or k.shape[1] != q.shape[1]:
+            raise InputError(
+                f"cu_seqlens needs a batch of one with as many keys as queries, not {q.shape[0]} × {q.shape[1]} "
+                f"queries and {k.shape[1]} keys; pack the documents into one row, or give positions"
+            )
+        if cu_seqlens.device != q.device:
+            raise InputError(f"cu_seqlens is on {cu_seqlens.device}; expected integers on {q.device}")
+        return packed_positions(cu_seqlens, q.shape[1])
+    if positions is None:
+        return None
+    if not isinstance(positions, Tensor):
+        raise InputError(f"positions are a {type(positions).__name__}; give a tensor of integers on {q.device}")
+    if positions.dtype not in (torch.int32, torch.int64) or positions.device != q.device:
+        raise InputError(f"positions are {positions.dtype} on {positions.device}; expected integers on {q.device}")
+    if positions.ndim != 2 or positions.shape[0] not in (1, q.shape[0]) or positions.shape[1] != q.shape[1]:
+        raise InputError(f"positions have shape {tuple(positions.shape)}; expected ({q.shape[0]} or 1, {q.shape[1]})")
+    if readable(positions) and int(positions.min()) < 0:
+        raise InputError(f"positions go down to {int(positions.min())}; a position inside a document is 0 or more")
+    return positions.clamp(max=torch.iinfo(torch.int32).max).to(torch.int32)
+
+
+def check_rings(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor, cache_positions: Tensor, reach: int) -> None:
+    """The rings of a call and the places of its tokens in them."""
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if x.ndim != 4 or (x.shape[0], *x.shape[2:]) != (k.shape[0], *k.shape[2:]):
+            raise InputError(
+                f"{name} has shape {tuple(x.shape)}; for keys of shape {tuple(k.shape)} expected "
+                f"({k.shape[0]}, rows, {k.shape[2]}, {k.shape[3]}): is it the cache of another model?"
+            )
+        if x.dtype != q.dtype or x.device != q.device:
+            raise InputError(f"{name} is {x.dtype} on {x.device} but q is {q.dtype} on {q.device}; make them agree")
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise InputError(f"{name} has strides {x.stride()}; the last dimension must be contiguous")
+        if x.shape[1] < 1 or x.shape[1] != k_cache.shape[1]:
+            raise InputError(f"{name} has {x.shape[1]} rows and k_cache {k_cache.shape[1]}; give as many, at least 1")
+    if k.shape[1] != q.shape[1]:
+        raise InputError(f"{q.shape[1]} query tokens and {k.shape[1]} new keys; with a cache they are the same tokens")
+    _check_places(q, k_cache.shape[1], cache_positions, reach)
+
+
+def _check_places(q: Tensor, rows: int, cache_positions: Tensor, reach: int) -> None:
+    if cache_positions.dtype not in (torch.int32, torch.int64) or cache_positions.device != q.device:
+        found = f"{cache_positions.dtype} on {cache_positions.device}"
+        raise InputError(f"cache_positions are {found}; expected integers on {q.device}")
+    if cache_positions.shape not in ((1, q.shape[1]), (q.shape[0], q.shape[1])):
+        found = tuple(cache_positions.shape)
+        raise InputError(f"cache_positions have shape {found}; expected ({q.shape[0]} or 1, {q.shape[1]})")
+    if not readable(cache_positions):
+        return
+    if int(cache_positions.min()) < 0:
+        raise InputError(f"cache_positions go down to {int(cache_positions.min())}; the first token has position 0")
+    if bool((cache_positions.diff(dim=1) != 1).any()):
+        raise InputError(f"cache_positions are {cache_positions.tolist()}; they must go up by one from token to token")
+    tokens = int(cache_positions.max()) + 1
+    if rows < min(reach + 1, tokens):
+        needed = f"a reach of {reach} needs {reach + 1}, or one for each of the {tokens} tokens"
+        raise InputError(f"the rings have {rows} rows; {needed}")
