@@ -1,7 +1,8 @@
 """Flags of a verb: tyro over a dataclass, in one style for all verbs."""
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -9,7 +10,41 @@ T = TypeVar("T")
 
 
 def parse(kind: type[T], arguments: Sequence[str], program: str, default: T | None = None, **options: Any) -> T:
-    """The dataclass `kind` filled from the command line; prints help and exits on `--help` or a wrong flag."""
+    """The dataclass `kind` filled from the command line; prints help and exits on `--help` or a wrong flag.
+
+    A flag of several values may be given more than once, and all its values count; of a flag with one value the last.
+    """
     if default is not None:
         options["default"] = default
-    return tyro.cli(kind, args=list(arguments), prog=program, **options)
+    return tyro.cli(kind, args=_joined(arguments, set(_of_several(kind))), prog=program, **options)
+
+
+def _of_several(kind: type, prefix: str = "--") -> Iterator[str]:
+    """The flags that take several values, those of a part by their dotted names."""
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        while get_origin(hint) is Annotated:
+            hint = get_args(hint)[0]
+        flag = prefix + name.replace("_", "-")
+        if is_dataclass(hint):
+            yield from _of_several(hint, f"{flag}.")  # pyright: ignore[reportArgumentType]
+        if any(get_origin(one) in (tuple, list, dict) for one in (hint, *get_args(hint))):
+            yield flag
+
+
+def _joined(words: Sequence[str], of_several: set[str]) -> list[str]:
+    """The same words, the values of each flag that is there more than once behind a single mention of it."""
+    end = words.index("--") if "--" in words else len(words)
+    flags = [word.partition("=")[0].replace("_", "-") for word in words[:end]]
+    values: dict[str, list[str]] = {flag: [] for flag in flags if flag in of_several and flags.count(flag) > 1}
+    kept: list[str] = []
+    current = kept
+    for word, flag in zip(words, flags, strict=False):
+        _, equals, value = word.partition("=")
+        if flag in values:
+            values[flag] += [value] if equals else []
+            current = kept if equals else values[flag]
+            continue
+        current = kept if word.startswith("--") else current
+        current.append(word)
+    joined = (word for flag, found in values.items() for word in (flag, *found))
+    return [*kept, *joined, *words[end:]]

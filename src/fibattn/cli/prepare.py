@@ -74,7 +74,7 @@ class Arguments:
 def run(arguments: list[str]) -> None:
     """Prepare what `arguments` say and print what came of it."""
     given = parse(Arguments, arguments, "fibattn prepare", description=DESCRIPTION)
-    plan = _plan(given)
+    plan = plan_of(given)
     from fibattn.data.prepare import prepare
 
     data = prepare(given.out, plan)
@@ -82,7 +82,8 @@ def run(arguments: list[str]) -> None:
     print(f"{given.out}: vocabulary {data.vocab_size:,}, fingerprint {data.fingerprint[:16]}")
 
 
-def _plan(given: Arguments) -> Plan:
+def plan_of(given: Arguments) -> Plan:
+    """The plan that the command line describes."""
     sources: list[Source] = []
     weights = _pairs("--weights", given.weights, float)
     for spec in given.sources:
@@ -125,6 +126,7 @@ def _with_fields(plan: Plan, text: dict[str, str], key: dict[str, str]) -> Plan:
 
 def _pairs(flag: str, words: tuple[str, ...], convert: Callable[[str], T]) -> dict[str, T]:
     pairs: dict[str, T] = {}
+    given: dict[str, str] = {}
     for word in words:
         name, equals, value = word.partition("=")
         try:
@@ -134,6 +136,8 @@ def _pairs(flag: str, words: tuple[str, ...], convert: Callable[[str], T]) -> di
         except ValueError:
             kind = "NAME=NUMBER" if convert is float else "NAME=VALUE"
             raise InputError(f"{flag} was given {word!r}; expected {kind}") from None
+        if given.setdefault(name, value) != value:
+            raise InputError(f"{flag} gives {name!r} twice: {given[name]!r} and {value!r}; leave one out")
     return pairs
 
 
