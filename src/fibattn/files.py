@@ -63,6 +63,10 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} does not exist; check the path") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not valid JSON ({error}); restore it or make it anew") from None
+    except (ValueError, RecursionError):
+        raise InputError(
+            f"{path} has a number of thousands of digits, or brackets nested as deeply; give smaller ones"
+        ) from None
 
 
 def sha256(path: Path) -> str:

@@ -111,6 +111,18 @@ def test_names(tmp_path):
     path.write_bytes(ROWS)
     assert parse_source(str(path)).name == "mybooks"
     assert parse_source(f"x={path}").name == "x"
+    for file, name in (
+        ("dätä ☃.txt", "dätä"),
+        ("da\u0308ta\u0308.txt", "dätä"),
+        ("本の山.txt", "本の山"),
+        ("_x y.txt", "xy"),
+    ):
+        (tmp_path / file).write_text("a")
+        assert parse_source(str(tmp_path / file)).name == name
+        assert parse_source(f"{name}={tmp_path / file}").name == name
+    (tmp_path / "☃.txt").write_text("a")
+    with pytest.raises(InputError, match=r"no name can be made from .*☃.txt'; give one: NAME="):
+        parse_source(str(tmp_path / "☃.txt"))
     with pytest.raises(InputError, match="names a folder"):
         Source("a/b")
 
@@ -151,6 +163,30 @@ def test_other_fields_may_change_their_type_and_text_may_look_like_a_date(tmp_pa
     lines = [json.dumps(row | ({"meta": {"a": 1}} if number == 2 else {})) for number, row in enumerate(rows)]
     (tmp_path / "rows.jsonl").write_text("\ufeff" + "\n\n".join(lines))
     assert texts(tmp_path / "rows.jsonl") == [row["text"] for row in rows]
+
+
+def test_byte_order_marks_of_files_that_were_joined_are_no_text(tmp_path):
+    mark = "\ufeff".encode()
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + mark + b'{"text": "b"}\r\n\n' + mark + b'{"text": "c"}')
+    assert texts(tmp_path / "a.jsonl") == ["a", "b", "c"]
+    (tmp_path / "a.txt").write_bytes(mark + b"one\n" + mark + "two \ufeff three\n".encode())
+    assert texts(tmp_path / "a.txt") == ["one\ntwo \ufeff three\n"]
+
+
+def test_numbers_of_any_length_may_stand_beside_the_text(tmp_path):
+    digits = "7" * 5000
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "a", "n": {digits}}}\n{{"text": "b", "n": [-{digits}, 1]}}\n')
+    assert texts(tmp_path / "a.jsonl") == ["a", "b"]
+    with pytest.raises(InputError, match=r"field 'n' in row 1 of .* is float, text was expected"):
+        list(Source("a", (tmp_path / "a.jsonl",), text=("n",)).documents())
+
+
+@pytest.mark.parametrize("log", [27, 28, 31])
+def test_zstandard_with_a_long_window_is_read(tmp_path, log):
+    parameters = zstandard.ZstdCompressionParameters(window_log=log, enable_ldm=True, compression_level=1)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(compressor.compress(ROWS) + compressor.flush())
+    assert texts(tmp_path / "a.jsonl.zst") == ["one", "zwei ü"]
 
 
 def test_frames_and_members_are_read_to_the_last(tmp_path):

@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from fibattn.data import encoding
 from fibattn.data import tokenizer as tokenization
 from fibattn.errors import InputError
 
@@ -18,7 +19,7 @@ def trained():
 
 
 def encode(tokenizer, texts):
-    return list(tokenization.token_arrays(tokenizer, texts, U2))
+    return list(encoding.encode(tokenizer, texts, tokenization.separator(tokenizer), U2))
 
 
 @settings(max_examples=200, deadline=None)
@@ -51,6 +52,29 @@ def test_training_is_repeatable_and_a_saved_folder_is_a_transformers_tokenizer(t
     assert loaded.encode(SAMPLE[1]) == trained.encode(SAMPLE[1])
 
 
+def test_ids_with_gaps_are_counted_to_the_largest():
+    vocabulary = {character: 3 * index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    made = Tokenizer(models.BPE(vocabulary | {"<bos>": 1000}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(["<bos>"])
+    gaps = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<bos>")
+    assert len(gaps) == 257
+    assert tokenization.vocabulary_size(gaps) == 1001
+    sizes = tokenization.token_bytes(gaps)
+    assert sizes.shape == (1001,)
+    (ids,) = encode(gaps, ["naïve"])
+    assert ids[0] == 1000
+    assert sizes[ids].sum() == len("naïve".encode())
+
+
+def test_batches_are_padded_where_generation_does_not_go_on(trained, tmp_path):
+    tokenization.save_tokenizer(trained, tmp_path / "t")
+    ids = AutoTokenizer.from_pretrained(tmp_path / "t")(["the cat sat", "a"], padding=True)["input_ids"]
+    assert ids[1][0] == trained.pad_token_id
+    assert trained.pad_token_id not in (ids[0][-1], ids[1][-1])
+
+
 def test_digits_go_in_groups_of_at_most_two(trained):
     assert max(len(trained.decode([i])) for w, i in trained.get_vocab().items() if w.isdigit()) <= 2
 
@@ -64,8 +88,8 @@ def test_a_small_sample_gives_a_small_vocabulary_with_every_byte():
 def test_long_documents_are_encoded_in_pieces(trained, monkeypatch):
     text = "the cat sat\non the mat\n\n" * 300
     (whole,) = encode(trained, [text])
-    monkeypatch.setattr(tokenization, "PIECE", 100)
-    monkeypatch.setattr(tokenization, "BATCH", 1000)
+    monkeypatch.setattr(encoding, "PIECE", 100)
+    monkeypatch.setattr(encoding, "BATCH", 1000)
     first, second, third = encode(trained, [text, "x" * 450, ""])
     assert trained.decode(first[1:].tolist()) == trained.decode(whole[1:].tolist()) == text
     assert trained.decode(second[1:].tolist()) == "x" * 450

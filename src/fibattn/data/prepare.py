@@ -9,6 +9,7 @@ import shutil
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ import numpy as np
 from fibattn import files
 from fibattn.data import held_out as split
 from fibattn.data import tokenizer as tokenization
+from fibattn.data.encoding import encode
 from fibattn.data.plan import Plan, largest_shares, shares
 from fibattn.data.prepared import PreparedData, fingerprint
 from fibattn.data.record import DATA, UNFINISHED, Record
-from fibattn.data.shards import save_array, token_dtype, write_shard
+from fibattn.data.shards import byte_count, save_array, token_count, token_dtype, write_shard
 from fibattn.data.sources import Source, resolve
 from fibattn.errors import InputError
 from fibattn.lock import locked
@@ -170,7 +172,7 @@ class _Preparation:
             tokenization.save_tokenizer(self.tokenizer, folder)
         self.tokenizer = tokenization.load_tokenizer(folder)
         self.record.use_tokenizer(files.sha256(folder / "tokenizer.json"))
-        self.dtype = token_dtype(len(self.tokenizer))
+        self.dtype = token_dtype(tokenization.vocabulary_size(self.tokenizer))
         self.sizes = tokenization.token_bytes(self.tokenizer)
         save_array(self.out / "token_bytes.npy", self.sizes)
 
@@ -259,9 +261,9 @@ class _Preparation:
         shards = self.record.shards.setdefault(stream, [])
         documents = islice(documents, self.record.documents(stream), None)
         assert self.tokenizer is not None
-        arrays = tokenization.token_arrays(self.tokenizer, documents, self.dtype)
+        arrays = encode(self.tokenizer, documents, tokenization.separator(self.tokenizer), self.dtype)
         in_bytes = limit is None and size is not None
-        count: Callable[[np.ndarray], int] = (lambda ids: int(self.sizes[ids].sum())) if in_bytes else len
+        count = partial(byte_count, sizes=self.sizes) if in_bytes else token_count
         done = sum(shard.bytes for shard in shards) if in_bytes else self.record.tokens(stream)
         total, unit = (size, "B") if in_bytes else (limit, "tokens")
         with Meter(f"encode {stream}", total, unit, quiet=self.quiet) as meter:
@@ -294,7 +296,7 @@ class _Preparation:
         assert self.tokenizer is not None
         data: dict[str, Any] = {
             "format": 1,
-            "vocab_size": len(self.tokenizer),
+            "vocab_size": tokenization.vocabulary_size(self.tokenizer),
             "separator": tokenization.separator(self.tokenizer),
             "tokenizer_sha256": self.record.tokenizer,
             "token_bytes_sha256": files.sha256(self.out / "token_bytes.npy"),

@@ -14,8 +14,10 @@ import numpy as np
 
 from fibattn import files
 from fibattn.data.record import DATA, UNFINISHED
-from fibattn.data.shards import Shard, is_intact, open_shard
+from fibattn.data.shards import Shard, bytes_path, is_intact, open_shard
 from fibattn.errors import InputError
+
+_SEALS = ("sha256", "starts_sha256", "bytes_sha256")
 
 
 class TokenStream:
@@ -51,12 +53,23 @@ class TokenStream:
             start, length, index = start + len(parts[-1]), length - len(parts[-1]), index + 1
         return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
 
+    def byte_counts(self, start: int, length: int, sizes: np.ndarray) -> np.ndarray:
+        """Bytes of text of each of the tokens start … start+length-1, int64 [length].
+
+        Those beside the shards where the tokenizer does not keep bytes, else those of the table `sizes`.
+        """
+        if not self.paths or not bytes_path(self.paths[0]).exists():
+            return sizes[self.window(start, length)].astype(np.int64)
+        counts = np.concatenate([np.load(bytes_path(path), mmap_mode="r") for path in self.paths])
+        return counts[start : start + length].astype(np.int64)
+
 
 @dataclass(frozen=True)
 class PreparedData:
     """A whole prepared folder.
 
-    `token_bytes` [vocabulary] are the bytes of text each token stands for; `fingerprint` changes when any
+    `token_bytes` [vocabulary] are the bytes of text each token stands for, where its tokenizer keeps bytes (see
+    `TokenStream.byte_counts`); `fingerprint` changes when any
     token does; `separator` is the id that begins every document; `sources` is what `data.json` says of each
     source.
     """
@@ -113,7 +126,7 @@ class PreparedData:
 def fingerprint(data: dict[str, Any]) -> str:
     """SHA-256 over the fingerprints in `data.json`: the tokenizer and every shard in order."""
     shards = [
-        [source["name"], split, shard["sha256"], shard["starts_sha256"]]
+        [source["name"], split, *(shard[name] for name in _SEALS if shard.get(name))]
         for source in data["sources"]
         for split in ("train", "val")
         if source[split]

@@ -19,6 +19,8 @@ ROWS = (".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
 
 _BLOCK = 1 << 20
+_WINDOW = 1 << 31  # what `zstd --long=31` asks for, the most there is
+_MARK = "\ufeff"
 _ROWS = 64  # of Parquet at once: each may be a book
 
 
@@ -56,13 +58,13 @@ def read_file(path: Path, fields: tuple[str, ...], key: str | None) -> Iterator[
 
 
 def read_plain(path: Path) -> str:
-    """The text of a file, UTF-8 and without a byte-order mark."""
+    """The text of a file, UTF-8 and without byte-order marks, which may begin any line of a file that was joined."""
     data = b"".join(_blocks(path))
     if b"\0" in data:
         where = data.index(b"\0")
         raise InputError(f"{path} is binary or UTF-16 (byte 0 at {where}); text in UTF-8 was expected: leave it out")
     try:
-        return data.decode("utf-8-sig")
+        return data.decode("utf-8-sig").replace(f"\n{_MARK}", "\n")
     except UnicodeDecodeError as error:
         raise InputError(_not_utf8(str(path), error)) from None
 
@@ -86,7 +88,7 @@ def _decompressed(blocks: Iterator[bytes]) -> Iterator[bytes]:
     for block in blocks:
         rest = block
         while rest:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            frame = frame or zstandard.ZstdDecompressor(max_window_size=_WINDOW).decompressobj()
             try:
                 yield frame.decompress(rest)
             except zstandard.ZstdError as error:
@@ -109,8 +111,8 @@ def _lines_of_json(path: Path) -> Iterator[Mapping[str, Any]]:
     for number, line in enumerate(_lines(path), start=1):
         where = f"line {number} of {path}"
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            row = json.loads(text) if text else None
+            text = line.decode("utf-8-sig").strip()  # of files that were joined, any line may begin with a mark
+            row = json.loads(text, parse_int=_integer) if text else None
         except UnicodeDecodeError as error:
             raise InputError(_not_utf8(where, error)) from None
         except (ValueError, RecursionError) as error:
@@ -119,6 +121,14 @@ def _lines_of_json(path: Path) -> Iterator[Mapping[str, Any]]:
             yield row
         elif text:
             raise InputError(f"{where} is {text[:40]!r}; an object with fields was expected: {{...}} in each line")
+
+
+def _integer(digits: str) -> int | float:
+    """A number of a row; Python refuses to read those of thousands of digits, and here they are only passed over."""
+    try:
+        return int(digits)
+    except ValueError:
+        return float(digits)
 
 
 def _lines(path: Path) -> Iterator[bytes]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fibattn import files
-from fibattn.data.shards import Shard, cut_shard, is_intact, starts_path
+from fibattn.data.shards import Shard, cut_shard, is_intact, remove_shard
 from fibattn.errors import InputError
 
 UNFINISHED, DATA = "unfinished.json", "data.json"
@@ -146,8 +146,7 @@ class Record:
         for found in (self.folder / "shards").glob("*/*.bin"):
             stream, _, index = found.with_suffix("").name.rpartition("-")
             if int(index) >= len(self.shards.get(f"{found.parent.name}/{stream}", ())):
-                found.unlink()
-                starts_path(found).unlink(missing_ok=True)
+                remove_shard(found)
 
     def fit(self, stream: str, limit: int, sizes: np.ndarray) -> None:
         """Cut a stream to its first `limit` tokens; killed in between, it can be done again."""
@@ -155,8 +154,7 @@ class Record:
         for index, shard in enumerate(self.shards.get(stream, ())):
             path = self.stream_path(stream, index)
             if total >= limit:
-                path.unlink(missing_ok=True)
-                starts_path(path).unlink(missing_ok=True)
+                remove_shard(path)
                 continue
             kept.append(cut_shard(path, sizes, limit - total) if total + shard.tokens > limit else shard)
             total += kept[-1].tokens

@@ -22,7 +22,10 @@ MAX_TOKENS = 2**31 - 1  # the header counts in int32
 
 @dataclass(frozen=True)
 class Shard:
-    """One finished shard; `bytes`: UTF-8 length of its text; `cut`: its last document is not whole."""
+    """One finished shard; `bytes`: UTF-8 length of its text; `cut`: its last document is not whole.
+
+    `bytes_sha256` is there where the bytes of each token lie beside it, see `bytes_path`.
+    """
 
     file: str
     tokens: int
@@ -31,6 +34,7 @@ class Shard:
     cut: bool
     sha256: str
     starts_sha256: str
+    bytes_sha256: str | None = None
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -41,6 +45,21 @@ def token_dtype(vocab_size: int) -> np.dtype:
 def starts_path(path: Path) -> Path:
     """Where the document starts of the shard `path` lie."""
     return path.with_suffix(".starts.npy")
+
+
+def bytes_path(path: Path) -> Path:
+    """Where the bytes of text of each token of the shard `path` lie, if its tokenizer does not keep bytes."""
+    return path.with_suffix(".bytes.npy")
+
+
+def token_count(document: np.ndarray) -> int:
+    """How many tokens there are in a document, with or without their bytes."""
+    return document.shape[-1]
+
+
+def byte_count(document: np.ndarray, sizes: np.ndarray) -> int:
+    """How many bytes of text: those that the tokens come with, else those of the table `sizes`."""
+    return int((sizes[document] if document.ndim == 1 else document[1]).sum(dtype=np.int64))
 
 
 def save_array(path: Path, values: np.ndarray) -> None:
@@ -61,28 +80,36 @@ def write_shard(
 ) -> Shard:
     """Write documents until there are `full` tokens or more, never more than `limit`; the last may be cut.
 
-    `documents` are arrays of token ids; no more of them are taken than go in. `sizes` is the table of bytes
-    of each token, see `tokenizer.token_bytes`. The file appears under its name once it is whole.
+    `documents` are arrays of token ids, or of these above their bytes, see `encoding.encode`; no more of them are
+    taken than go in. `sizes` is the table of bytes of each token, see `tokenizer.token_bytes`. The file appears under
+    its name once it is whole.
     """
     limit = MAX_TOKENS if limit is None else min(limit, MAX_TOKENS)
     starts, total, size, cut = [], 0, 0, False
+    bytes_of_tokens: list[np.ndarray] = []
     with files.replacing(path) as temporary:
         with temporary.open("wb") as file:
             file.write(bytes(HEADER_BYTES))
             for document in documents:
-                cut = len(document) > limit - total
-                document = document[: limit - total]
+                cut = token_count(document) > limit - total
+                document = document[..., : limit - total]
                 starts.append(total)
-                total += len(document)
-                size += int(sizes[document].sum(dtype=np.int64))
+                total += token_count(document)
+                size += byte_count(document, sizes)
+                if document.ndim > 1:
+                    document, bytes_here = document
+                    bytes_of_tokens.append(bytes_here)
                 file.write(np.ascontiguousarray(document, dtype).data)
                 if total >= min(full, limit):
                     break
             file.seek(0)
             file.write(_header(dtype, total))
         save_array(starts_path(path), np.array(starts, np.uint64))
+        if bytes_of_tokens:
+            save_array(bytes_path(path), np.concatenate(bytes_of_tokens))
         digest = files.sha256(temporary)
-    return Shard(path.name, total, len(starts), size, cut, digest, files.sha256(starts_path(path)))
+    of_bytes = files.sha256(bytes_path(path)) if bytes_of_tokens else None
+    return Shard(path.name, total, len(starts), size, cut, digest, files.sha256(starts_path(path)), of_bytes)
 
 
 def _header(dtype: np.dtype, tokens: int) -> bytes:
@@ -94,7 +121,8 @@ def _header(dtype: np.dtype, tokens: int) -> bytes:
 def cut_shard(path: Path, sizes: np.ndarray, limit: int) -> Shard:
     """Rewrite a shard with its first `limit` tokens."""
     tokens, starts = open_shard(path), np.load(starts_path(path))
-    documents = (tokens[a:b] for a, b in pairwise([*starts.tolist(), len(tokens)]))
+    all_of_it = np.stack([tokens, np.load(bytes_path(path))]) if bytes_path(path).exists() else tokens
+    documents = (all_of_it[..., a:b] for a, b in pairwise([*starts.tolist(), len(tokens)]))
     return write_shard(path, documents, sizes, tokens.dtype, limit, limit)
 
 
@@ -115,8 +143,16 @@ def open_shard(path: Path) -> np.ndarray:
     return np.memmap(path, dtype, "r", offset=HEADER_BYTES)
 
 
+def remove_shard(path: Path) -> None:
+    """Remove a shard and what lies beside it."""
+    for file in (path, starts_path(path), bytes_path(path)):
+        file.unlink(missing_ok=True)
+
+
 def is_intact(folder: Path, shard: Shard) -> bool:
     """Whether the files of a shard are there and are what was written."""
     path = folder / shard.file
     expected = {path: shard.sha256, starts_path(path): shard.starts_sha256}
+    if shard.bytes_sha256 is not None:
+        expected[bytes_path(path)] = shard.bytes_sha256
     return all(file.exists() and files.sha256(file) == digest for file, digest in expected.items())

@@ -2,6 +2,7 @@
 
 import glob
 import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from fibattn.data import readers
 from fibattn.errors import InputError, MissingExtraError
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+NAME = re.compile(r"[^\W_][\w.-]*")
 HUB = re.compile(r"hf:(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]*))?(:(?P<split>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
 
 
@@ -94,8 +95,8 @@ def _default_name(what: str) -> str:
     path = Path(what).resolve()
     while glob.has_magic(path.name):
         path = path.parent
-    stem = path.name.split(".")[0]
-    name = re.sub(r"[^A-Za-z0-9_-]+", "", stem)
+    stem = unicodedata.normalize("NFC", path.name.split(".")[0])  # some systems take accents and letters apart
+    name = re.sub(r"[^\w-]+", "", stem).lstrip("_-")
     if not name:
         raise InputError(f"no name can be made from {what!r}; give one: NAME={what}")
     return name

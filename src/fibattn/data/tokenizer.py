@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,8 +30,6 @@ WORDS = (
 )
 SMALLEST, LARGEST = 256 + 2, 2**24
 LONGEST = 1024  # bytes of a token: in one very long line merges would double without end
-PIECE = 2**20  # characters given to the encoder at once: a book of any length takes bounded memory
-BATCH = 2**23
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
@@ -63,6 +61,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
         bos_token=BOS,
         eos_token=BOS,
         pad_token=PAD,
+        padding_side="left",  # generation goes on at the right end
         clean_up_tokenization_spaces=False,
     )
 
@@ -124,6 +123,11 @@ def separator(tokenizer: "PreTrainedTokenizerFast") -> int:
     raise InputError("the tokenizer has neither a bos nor an eos token; one is needed between documents: add it")
 
 
+def vocabulary_size(tokenizer: "PreTrainedTokenizerFast") -> int:
+    """The largest id and one: ids may have gaps, so there can be fewer tokens."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def tokenizer_sha256(tokenizer: "PreTrainedTokenizerFast") -> str:
     """The fingerprint of what the tokenizer does, wherever it was loaded from."""
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
@@ -156,7 +160,7 @@ def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
     if not byte_level and not byte_fallback:
         raise InputError("the tokenizer is not byte-level, so text cannot be given back exactly; choose one that is")
     added = {token["id"]: token for token in settings["added_tokens"]}
-    sizes = np.zeros(len(tokenizer), np.uint16)
+    sizes = np.zeros(vocabulary_size(tokenizer), np.uint16)
     for token, index in backend.get_vocab().items():
         if index in added:
             sizes[index] = 0 if added[index]["special"] else len(token.encode())
@@ -167,46 +171,3 @@ def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
         else:
             sizes[index] = len(token.replace("\u2581", " ").encode())
     return sizes
-
-
-def token_arrays(tokenizer: "PreTrainedTokenizerFast", texts: Iterable[str], dtype: np.dtype) -> Iterator[np.ndarray]:
-    """Encode documents, many at once on all cores; yields an array for each, the separator first.
-
-    What looks like a special token inside a text is encoded as ordinary text.
-    """
-    from tokenizers import Tokenizer
-
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.encode_special_tokens = True
-    backend.no_truncation()
-    backend.no_padding()
-    first = np.array([separator(tokenizer)], dtype)
-    for batch in _batches(texts):
-        pieces = [_pieces(text) for text in batch]
-        flat = [piece for document in pieces for piece in document]
-        encoded = iter(backend.encode_batch_fast(flat, add_special_tokens=False))
-        for document in pieces:
-            yield np.concatenate([first, *(np.array(next(encoded).ids, dtype) for _ in document)])
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _pieces(text: str) -> list[str]:
-    """`text` in pieces of at most PIECE characters, cut after a line's end if there is one."""
-    pieces, start = [], 0
-    while len(text) - start > PIECE:
-        newline = text.rfind("\n", start + PIECE // 2, start + PIECE)
-        end = newline + 1 if newline >= 0 else start + PIECE
-        pieces.append(text[start:end])
-        start = end
-    return [*pieces, text[start:]]

@@ -94,8 +94,7 @@ def position_loss(
     model.eval()
     _check_head(model, windows[0]["input_ids"][None, :16].to(device))
     sums = torch.zeros(length, dtype=torch.float64, device=device)
-    byte_counts = torch.zeros(length, dtype=torch.float64)
-    sizes = torch.from_numpy(token_bytes.astype(np.float64))
+    byte_counts = stream.byte_counts(1, len(windows) * length, token_bytes).reshape(-1, length).sum(axis=0)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
     with Meter(label, len(windows) * length, "tokens", quiet=quiet) as meter, autocast:
         # From pinned memory a copy need not wait for what the GPU still has to do.
@@ -103,9 +102,8 @@ def position_loss(
         for batch in DataLoader(windows, max(1, batch_tokens // length), pin_memory=pinned):  # pyright: ignore
             inputs, targets = (batch[name].to(device, non_blocking=pinned) for name in ("input_ids", "shift_labels"))
             sums += _losses(model, inputs, targets).sum(dim=0, dtype=torch.float64)
-            byte_counts += sizes[batch["shift_labels"]].sum(dim=0)
             meter.update(inputs.numel())
-    return PositionLoss(sums.cpu().numpy(), byte_counts.numpy(), len(windows))
+    return PositionLoss(sums.cpu().numpy(), byte_counts, len(windows))
 
 
 def _check_head(model: nn.Module, inputs: torch.Tensor) -> None:

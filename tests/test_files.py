@@ -1,0 +1,25 @@
+"""JSON files that cannot be read are named in one line, whatever is wrong with them."""
+
+from pathlib import Path
+
+import pytest
+
+from fibattn import files
+from fibattn.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"steps":', "is not valid JSON"),
+        (b'{"steps": "caf\xe9"}', "is not valid JSON"),
+        (b'{"steps": ' + b"9" * 5000 + b"}", "has a number of thousands of digits, or brackets nested as deeply"),
+        (b"[" * 100_000, "has a number of thousands of digits, or brackets nested as deeply"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "recipe.json").write_bytes(content)
+    with pytest.raises(InputError, match=f"recipe.json {message}"):
+        files.read_json(tmp_path / "recipe.json")
+    with pytest.raises(InputError, match=r"none.json does not exist; check the path"):
+        files.read_json(tmp_path / "none.json")
