@@ -226,7 +226,7 @@ def _numpy_state() -> list[Any]:
 
 @pytest.mark.skipif(find_spec("trackio") is not None, reason="trackio is installed")
 def test_a_tracker_that_is_not_installed_is_named(recipe: Recipe) -> None:
-    with pytest.raises(InputError, match=r"track asks for trackio, not installed here; pip install 'fibattn\[track"):
+    with pytest.raises(InputError, match=r"track asks for trackio, which is not installed; install it: pip"):
         train(replace(recipe, track=("trackio",)))
 
 
