@@ -21,6 +21,7 @@ from study.presets import RopeScaling, Study
 from study.probes.copying import copying, distances
 from study.probes.lego import lego
 from study.probes.ruler import ruler
+from study.probes.settings import Lego, Ruler
 from study.turns import processes_a_gpu
 
 _CURVE_POINTS = 60
@@ -57,8 +58,8 @@ def evaluate(folder: Path, data: PreparedData, study: Study) -> dict[str, Any]:
         "convention": result["convention"],
         "evaluation": result["sets"],
         "copying": copying(model, distances(trained_at)),
-        "ruler": ruler(model, tokenizer, items=study.items, quiet=True)["rows"],
-        "lego": lego(model, tokenizer, items=study.items, quiet=True)["rows"],
+        "ruler": ruler(model, tokenizer, Ruler(items=study.items), quiet=True)["rows"],
+        "lego": lego(model, tokenizer, Lego(items=study.items), quiet=True)["rows"],
     }
 
 

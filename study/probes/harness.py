@@ -5,17 +5,14 @@ the bos token, perplexity rolls over each document by itself, and its last windo
 """
 
 import logging
-from collections.abc import Sequence
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fibattn.errors import InputError, MissingExtraError
-
-TASKS = ("lambada_openai", "blimp")
+from study.probes.settings import Harness
 
 
 def language_model(
@@ -46,28 +43,14 @@ def language_model(
     )
 
 
-def harness(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str] = TASKS,
-    *,
-    include: Path | None = None,
-    limit: int | None = None,
-    length: int | None = None,
-    batch: int = 16,
-) -> dict[str, Any]:
+def harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Harness) -> dict[str, Any]:
     """Evaluate on lm-eval tasks; the result is plain JSON values.
-
-    Args:
-        model, tokenizer, length, batch: as in `language_model`.
-        tasks: names of tasks or groups that lm-eval knows.
-        include: a folder with further tasks in lm-eval's YAML.
-        limit: items of each task at most, the first ones.
 
     Raises:
         InputError: for an unknown task, data that cannot be had, or when lm-eval is not installed.
     """
-    wrapped = language_model(model, tokenizer, length=length, batch=batch)
+    tasks, include = settings.tasks, settings.include
+    wrapped = language_model(model, tokenizer, length=settings.length, batch=settings.batch)
     import lm_eval  # pyright: ignore[reportMissingImports]
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
@@ -84,7 +67,12 @@ def harness(
             raise InputError(f"lm-eval knows no task {task!r}: {hint}")
     try:
         found = evaluate(
-            wrapped, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=1000, log_samples=False
+            wrapped,
+            tasks=list(tasks),
+            task_manager=manager,
+            limit=settings.limit,
+            bootstrap_iters=1000,
+            log_samples=False,
         )
     except OSError as error:
         raise InputError(
@@ -95,7 +83,7 @@ def harness(
         "probe": "harness",
         "lm_eval": lm_eval.__version__,
         "length": wrapped.max_length,
-        "limit": limit,
+        "limit": settings.limit,
         "rows": [{"task": task, **_numbers(values)} for task, values in found["results"].items()],
     }
 

@@ -6,7 +6,7 @@ through the same kernels as the static ones.
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from fibattn.model import FibAttnConfig, FibAttnForCausalLM
 from fibattn.progress import Meter
 from fibattn.training.recipe import DEFAULT, PRESETS
 from study.probes.fit import device
+from study.probes.settings import Latency
 
 
 def models(**shape: Any) -> dict[str, FibAttnConfig]:
@@ -59,32 +60,19 @@ def time_calls(call: Callable[[], Any], *, warmup: int, repeats: int) -> list[fl
 
 
 @torch.inference_mode()
-def latency(
-    configs: dict[str, FibAttnConfig] | None = None,
-    *,
-    lengths: Sequence[int] = (1024, 4096, 16_384, 65_536, 131_072),
-    tokens: int = 8192,
-    warmup: int = 5,
-    repeats: int = 20,
-    compiled: bool = False,
-) -> dict[str, Any]:
+def latency(settings: Latency, configs: dict[str, FibAttnConfig] | None = None) -> dict[str, Any]:
     """The time of a forward pass with random weights; the result is plain JSON values.
 
     A pass computes all hidden states and the logits of the last token, as the reading of a prompt does. bfloat16
     weights on a GPU, float32 on the CPU. The batch at a length is as many sequences as `tokens` holds, at least one:
     8 x 1024 comes first.
 
-    Args:
-        configs: what is timed, by name; `models()` when None.
-        lengths: tokens of a sequence.
-        tokens: of a pass.
-        warmup: passes before the clock runs, of every model and length.
-        repeats: passes that are timed.
-        compiled: run through `torch.compile`.
+    `configs` is what is timed, by name; `models()` when None.
 
     Raises:
         InputError: for a length, or another number, below 1.
     """
+    lengths, tokens, warmup, repeats = settings.lengths, settings.tokens, settings.warmup, settings.repeats
     if min(min(lengths, default=0), tokens, repeats) < 1 or warmup < 0:
         raise InputError(
             f"lengths {list(lengths)}, tokens {tokens}, repeats {repeats}: each must be at least 1; warmup is {warmup}"
@@ -98,7 +86,7 @@ def latency(
             model: Any = FibAttnForCausalLM(config).eval().to(where)  # pyright: ignore[reportArgumentType]
             if where.type == "cuda":
                 model = model.to(torch.bfloat16)
-            if compiled:
+            if settings.compiled:
                 model = torch.compile(model)
             for length in lengths:
                 batch = max(1, tokens // length)
@@ -115,7 +103,7 @@ def latency(
         "device": device_name(),
         "dtype": "bfloat16" if where.type == "cuda" else "float32",
         "torch": torch.__version__,
-        "compiled": compiled,
+        "compiled": settings.compiled,
         "warmup": warmup,
         "repeats": repeats,
         "rows": rows,

@@ -13,13 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from fibattn.errors import InputError
 from study.probes.forced_choice import Item, judge
+from study.probes.settings import Lego
 
 LENGTHS = (2, 3, 4)
-ITEMS = 120
-"""Items for each length of the chain."""
 
 
-def chains(length: int, count: int = ITEMS, seed: int = 0) -> list[Item]:
+def chains(length: int, count: int, seed: int = 0) -> list[Item]:
     """`count` items with `length` variables; as many have the answer 0 as 1, so a fixed answer scores one half.
 
     Raises:
@@ -44,21 +43,18 @@ def _item(rng: random.Random, length: int, answer: int) -> Item:
 
 
 def lego(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    items: int = ITEMS,
-    seed: int = 0,
-    batch: int = 16,
-    quiet: bool = False,
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: Lego, *, quiet: bool = False
 ) -> dict[str, Any]:
     """Chains of two, three and four variables; the result is plain JSON values.
 
     `judge` says what is measured and raised.
     """
     rows = [
-        {"length": length, **judge(model, tokenizer, asked, label=f"lego length {length}", batch=batch, quiet=quiet)}
+        {
+            "length": length,
+            **judge(model, tokenizer, asked, label=f"lego length {length}", batch=settings.batch, quiet=quiet),
+        }
         for length in LENGTHS
-        for asked in [chains(length, items, seed)]
+        for asked in [chains(length, settings.items, settings.seed)]
     ]
-    return {"probe": "lego", "seed": seed, "rows": rows}
+    return {"probe": "lego", "seed": settings.seed, "rows": rows}

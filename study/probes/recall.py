@@ -25,6 +25,7 @@ from fibattn.model.loss import IGNORED
 from fibattn.pattern import key_count
 from fibattn.training.recipe import OptimizerRecipe
 from study.probes.fit import Keep, Stage, autocast, device, fit, rows_of
+from study.probes.settings import Recall
 
 Task = Literal["associative", "passkey"]
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -241,39 +242,20 @@ def accuracy(model: nn.Module, rows: RecallRows, batch: int) -> tuple[float, int
 
 
 def recall(
-    *,
-    length: int = 4096,
-    names: Sequence[str] = (),
-    window: int = 128,
-    layers: int = 8,
-    distances: Sequence[int] = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384),
-    steps: int = 4000,
-    batch_tokens: int = 16_384,
-    peak_rate: float = 1e-3,
-    asked: int = 512,
-    seeds: Sequence[int] = (0, 1, 2),
-    earlier: dict[str, Any] | None = None,
-    keep: Keep = lambda result: None,
+    settings: Recall, *, earlier: dict[str, Any] | None = None, keep: Keep = lambda result: None
 ) -> dict[str, Any]:
     """Train the variants on both tasks and ask them at every distance; the result is plain JSON values.
 
     Args:
-        length: tokens of a training row.
-        names: which of `variants`; all when empty.
-        window: of the stagger; the plain window gets as many keys.
-        layers: of every model.
-        distances: the farthest distances of the questions.
-        steps: training steps.
-        batch_tokens: tokens of a training step and, at most, of an evaluation pass (at least one row).
-        peak_rate: the learning rate after warm-up.
-        asked: questions for each task and distance.
-        seeds: of weights and rows; every variant is trained from each of them.
+        settings: what is trained and asked.
         earlier: a result to go on with.
         keep: called with the result so far after every model.
 
     Raises:
         InputError: for an unknown variant, a value that cannot run or an earlier result with other settings.
     """
+    length, layers, steps, asked = settings.length, settings.layers, settings.steps, settings.asked
+    distances, batch_tokens, seeds = settings.distances, settings.batch_tokens, settings.seeds
     if length < 128 or layers < 2 or min(distances, default=0) < SHORTEST:
         raise InputError(
             f"length is {length} (at least 128), layers {layers} (at least 2), distances {list(distances)} "
@@ -284,44 +266,44 @@ def recall(
             f"steps {steps}, batch_tokens {batch_tokens}, asked {asked}, seeds {list(seeds)}: each number must be at "
             f"least 1, and there must be a seed, none below 0"
         )
-    known = variants(length, window=window, layers=layers)
-    unknown = [name for name in names if name not in known]
+    known = variants(length, window=settings.window, layers=layers)
+    unknown = [name for name in settings.names if name not in known]
     if unknown:
         raise InputError(f"unknown variant {unknown[0]!r}; the variants are {', '.join(known)}")
-    optimizer = OptimizerRecipe(peak_rate=peak_rate, warmup_steps=min(200, steps // 10))
+    optimizer = OptimizerRecipe(peak_rate=settings.learning_rate, warmup_steps=min(200, steps // 10))
     optimizer.check()
-    settings = {
+    about: dict[str, Any] = {
         "probe": "recall",
         "trained_at": length,
         "layers": layers,
-        "window": window,
+        "window": settings.window,
         "pairs": dict(PAIRS),
         "values": VALUES,
         "distances": list(distances),
         "lessons": {str(tokens): parts for tokens, parts in lesson_plan(length).items()},
         "steps": steps,
         "batch_tokens": batch_tokens,
-        "peak_rate": peak_rate,
+        "peak_rate": settings.learning_rate,
         "asked": asked,
     }
-    rows = rows_of(earlier, settings)
+    rows = rows_of(earlier, about)
     done = {(row["variant"], row["seed"]) for row in rows}
-    for seed, name in itertools.product(seeds, names or known):
+    for seed, name in itertools.product(seeds, settings.names or known):
         if (name, seed) not in done:
             torch.manual_seed(seed)
             model = FibAttnForCausalLM(known[name]).to(device())  # pyright: ignore[reportArgumentType]
             label = f"recall {name}, seed {seed}"
             loss = fit(model, lessons(length, steps, batch_tokens, seed), optimizer=optimizer, label=label)
-            about = {"variant": name, "seed": seed, "keys": keys(known[name]), "loss": loss}
-            rows += [{**about, "task": task, "accuracy": _asked(model, task, seed, settings)} for task in TASKS]
-            keep(settings | {"rows": list(rows)})
-    return settings | {"rows": rows}
+            made = {"variant": name, "seed": seed, "keys": keys(known[name]), "loss": loss}
+            rows += [{**made, "task": task, "accuracy": _asked(model, task, seed, settings)} for task in TASKS]
+            keep(about | {"rows": list(rows)})
+    return about | {"rows": rows}
 
 
-def _asked(model: nn.Module, task: Task, seed: int, settings: dict[str, Any]) -> dict[str, float]:
+def _asked(model: nn.Module, task: Task, seed: int, settings: Recall) -> dict[str, float]:
     """Accuracy at every distance."""
     found = {}
-    for distance in settings["distances"]:
-        rows = questions(-(-settings["asked"] // PAIRS[task]), distance, task, seed)
-        found[str(distance)] = accuracy(model, rows, max(1, settings["batch_tokens"] // rows.length))[0]
+    for distance in settings.distances:
+        rows = questions(-(-settings.asked // PAIRS[task]), distance, task, seed)
+        found[str(distance)] = accuracy(model, rows, max(1, settings.batch_tokens // rows.length))[0]
     return found

@@ -16,7 +16,7 @@ its bands, as the paper does, and through the operator with the rungs where its 
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,8 +31,7 @@ from fibattn.model.rotary import Rotation, rotate
 from fibattn.pattern import layer_alphas
 from fibattn.training.recipe import OptimizerRecipe
 from study.probes.fit import Keep, Stage, autocast, device, fit, rows_of
-
-Start = Literal["uniform", "staggered", "fixed", "linear"]
+from study.probes.settings import Retrieval, Start
 
 VOCABULARY, LENGTH, DISTANCES = 512, 512, (200, 350)
 WIDEST, NARROWEST, ANNEALED = 40.0, 0.5, 0.8
@@ -191,62 +190,51 @@ def accuracy(model: nn.Module, data: MarkedCopies, batch: int) -> tuple[float, f
 
 
 def retrieval(
-    *,
-    depths: Sequence[int] = (2, 4, 8),
-    starts: Sequence[Start] = ("uniform", "staggered"),
-    seeds: Sequence[int] = (0, 1),
-    steps: int = 4000,
-    batch: int = 32,
-    peak_rate: float = 1e-3,
-    sequences: int = 128,
-    earlier: dict[str, Any] | None = None,
-    keep: Keep = lambda result: None,
+    settings: Retrieval, *, earlier: dict[str, Any] | None = None, keep: Keep = lambda result: None
 ) -> dict[str, Any]:
     """Run the probe for every depth, start and seed; the result is plain JSON values.
 
     Args:
-        depths: layers of the models.
-        starts: `uniform` and `staggered` (learned scales), `fixed` and `linear` (integer offsets).
-        seeds: each seeds the weights and the sequences of one run.
-        steps: training steps of a run.
-        batch: sequences of a step.
-        peak_rate: the learning rate after warm-up.
-        sequences: fresh sequences that accuracy is measured on.
+        settings: what is trained and asked.
         earlier: a result to go on with.
         keep: called with the result so far after every row.
 
     Raises:
         InputError: for a value that cannot run or an earlier result with other settings.
     """
-    if min(min(depths, default=0), steps, batch, sequences, len(starts)) < 1 or min(seeds, default=-1) < 0:
+    depths, starts, seeds, steps = settings.depths, settings.starts, settings.seeds, settings.steps
+    if (
+        min(min(depths, default=0), steps, settings.batch, settings.sequences, len(starts)) < 1
+        or min(seeds, default=-1) < 0
+    ):
         raise InputError(
-            f"depths {list(depths)}, steps {steps}, batch {batch}, sequences {sequences}, starts {list(starts)}, seeds "
-            f"{list(seeds)}: each number must be at least 1, and there must be a start and a seed, none below 0"
+            f"depths {list(depths)}, steps {steps}, batch {settings.batch}, sequences {settings.sequences}, starts "
+            f"{list(starts)}, seeds {list(seeds)}: each number must be at least 1, and there must be a start and a "
+            "seed, none below 0"
         )
-    optimizer = OptimizerRecipe(peak_rate=peak_rate, warmup_steps=min(200, steps // 10))
+    optimizer = OptimizerRecipe(peak_rate=settings.learning_rate, warmup_steps=min(200, steps // 10))
     optimizer.check()
-    settings = {
+    about: dict[str, Any] = {
         "probe": "retrieval",
         "task": {"distances": list(DISTANCES), "length": LENGTH, "vocabulary": VOCABULARY},
         "band": {"widest": WIDEST, "narrowest": NARROWEST, "annealed": ANNEALED},
         "steps": steps,
-        "batch": batch,
-        "peak_rate": peak_rate,
-        "sequences": sequences,
+        "batch": settings.batch,
+        "peak_rate": settings.learning_rate,
+        "sequences": settings.sequences,
         "seeds": list(seeds),
     }
-    rows = {(row["depth"], row["start"]): row for row in rows_of(earlier, settings)}
+    rows = {(row["depth"], row["start"]): row for row in rows_of(earlier, about)}
     for depth, start in itertools.product(depths, starts):
         if (depth, start) not in rows:
-            runs = [_run(depth, start, seed, steps, batch, optimizer, sequences) for seed in seeds]
+            runs = [_run(depth, start, seed, settings, optimizer) for seed in seeds]
             rows[depth, start] = {"depth": depth, "start": start, **_mean(runs), "runs": runs}
-            keep(settings | {"rows": list(rows.values())})
-    return settings | {"rows": list(rows.values())}
+            keep(about | {"rows": list(rows.values())})
+    return about | {"rows": list(rows.values())}
 
 
-def _run(
-    depth: int, start: Start, seed: int, steps: int, batch: int, optimizer: OptimizerRecipe, sequences: int
-) -> dict[str, Any]:
+def _run(depth: int, start: Start, seed: int, settings: Retrieval, optimizer: OptimizerRecipe) -> dict[str, Any]:
+    steps, batch = settings.steps, settings.batch
     model = build(depth, start, seed).to(device())  # pyright: ignore[reportArgumentType]
     loss = fit(
         model,
@@ -256,7 +244,7 @@ def _run(
         before_step=lambda step: set_width(model, band_width(step, steps)),
     )
     set_width(model, NARROWEST)
-    asked = MarkedCopies(sequences, seed, first=_EVALUATED)
+    asked = MarkedCopies(settings.sequences, seed, first=_EVALUATED)
     through_bands = accuracy(model, asked, batch)
     layers = [layer.self_attn for layer in model.model.layers]
     learned = [layer.alpha.item() for layer in layers if isinstance(layer, BandAttention)]  # pyright: ignore

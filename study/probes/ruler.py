@@ -2,6 +2,9 @@
 
 A value is handed on through a chain of variables, hidden among statements that give other variables values of
 their own. The model is asked for the value of the last variable of the chain, among all values in the text.
+
+Own code, since lm-eval's `ruler_vt` is another task: it has the model write down all variables of a chain, over 4,096
+tokens of filler and more, where a small model is at the floor at once. For LEGO lm-eval has no task.
 """
 
 import random
@@ -13,14 +16,13 @@ from transformers import PreTrainedTokenizerBase
 
 from fibattn.errors import InputError
 from study.probes.forced_choice import Item, judge
+from study.probes.settings import Ruler
 
 HOPS = (2, 3, 4)
 DISTRACTORS = 8
-ITEMS = 120
-"""Items for each number of hops."""
 
 
-def variable_tracking(hops: int, count: int = ITEMS, seed: int = 0) -> list[Item]:
+def variable_tracking(hops: int, count: int, seed: int = 0) -> list[Item]:
     """`count` items whose chain takes `hops` steps; nine values, so chance is 1/9.
 
     Raises:
@@ -57,21 +59,15 @@ def _names(rng: random.Random, count: int) -> list[str]:
 
 
 def ruler(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    items: int = ITEMS,
-    seed: int = 0,
-    batch: int = 4,
-    quiet: bool = False,
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: Ruler, *, quiet: bool = False
 ) -> dict[str, Any]:
     """Variable tracking over two, three and four hops; the result is plain JSON values.
 
     `judge` says what is measured and raised.
     """
     rows = [
-        {"hops": hops, **judge(model, tokenizer, asked, label=f"ruler {hops} hops", batch=batch, quiet=quiet)}
+        {"hops": hops, **judge(model, tokenizer, asked, label=f"ruler {hops} hops", batch=settings.batch, quiet=quiet)}
         for hops in HOPS
-        for asked in [variable_tracking(hops, items, seed)]
+        for asked in [variable_tracking(hops, settings.items, settings.seed)]
     ]
-    return {"probe": "ruler", "distractors": DISTRACTORS, "seed": seed, "rows": rows}
+    return {"probe": "ruler", "distractors": DISTRACTORS, "seed": settings.seed, "rows": rows}

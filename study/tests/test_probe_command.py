@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fibattn import FibAttnConfig, FibAttnForCausalLM, files
+from fibattn.machine import device_name
 from study.__main__ import main
 
 Output = pytest.CaptureFixture[str]
@@ -88,6 +89,36 @@ def test_small_models_are_trained_and_probed(tmp_path: Path, capsys: Output) -> 
     assert files.read_json(out)["rows"] == rows
 
 
+def test_a_result_that_is_there_is_kept(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    """Results are published in the place where probes write by themselves."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model, tmp_path / "one")
+    assert probe("lego", "one", "--items", 1) == 0
+    (written,) = (tmp_path / "study" / "results" / "probes").iterdir()
+    before = written.read_bytes()
+    assert probe("lego", "one", "--items", 2) == 2
+    out = written.relative_to(tmp_path)
+    assert f"{out} is there already; give --out {out} to replace it, or another file" in capsys.readouterr().err
+    assert written.read_bytes() == before
+    assert probe("lego", "one", "--items", 2, "--out", out) == 0
+    assert written.read_bytes() != before
+    assert probe("flops") == 0
+    assert probe("flops", "--study", "smoke") == 0
+    assert sorted(path.name for path in written.parent.glob("flops*")) == ["flops-paper.json", "flops-smoke.json"]
+
+
+def test_latency_leaves_the_published_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    published = tmp_path / "study" / "results" / "probes" / "latency.json"
+    files.write_json(published, {"probe": "latency", "device": "another"})
+    assert probe("latency", "--lengths", 16, "--tokens", 16, "--warmup", 0, "--repeats", 1) == 0
+    assert files.read_json(published) == {"probe": "latency", "device": "another"}
+    (written,) = published.parent.glob("latency-*.json")
+    assert files.read_json(written)["device"] == device_name()
+
+
 def test_operations_of_every_model_of_a_study(tmp_path: Path) -> None:
     out = tmp_path / "flops.json"
     assert probe("flops", "--out", out) == 0
@@ -105,7 +136,7 @@ def test_operations_of_every_model_of_a_study(tmp_path: Path) -> None:
         (("retrieval", "--steps", "0"), "steps 0"),
         (("retrieval", "--seeds", "-1"), "none below 0"),
         (("recall", "--seeds", "-1"), "none below 0"),
-        (("recall", "--peak-rate", "nan"), "optimizer.peak_rate is nan; it must be above 0"),
+        (("recall", "--learning-rate", "nan"), "optimizer.peak_rate is nan; it must be above 0"),
     ],
 )
 def test_mistakes_are_one_line(words: tuple[str, ...], message: str, capsys: Output) -> None:

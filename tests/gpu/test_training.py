@@ -16,6 +16,7 @@ from fibattn.training.run import build_model
 from fibattn.training.trainer import FibTrainer
 from study.probes.recall import recall
 from study.probes.retrieval import build, retrieval, set_width
+from study.probes.settings import Recall, Retrieval
 
 pytestmark = [
     pytest.mark.gpu,
@@ -87,8 +88,9 @@ def test_compiled_steps_learn_what_plain_ones_do(changes: dict, micro_batch: int
 def probes() -> list[float]:
     """The losses of short probes: a stagger, a hybrid, and bands whose width shrinks from step to step."""
     options = {"length": 256, "window": 8, "layers": 2, "distances": (32,), "batch_tokens": 2048, "asked": 8}
-    rows = recall(names=("stagger", "hybrid"), steps=30, seeds=(0,), **options)["rows"]
-    rows += retrieval(depths=(2,), starts=("staggered",), seeds=(0,), steps=30, batch=4, sequences=4)["rows"][0]["runs"]
+    rows = recall(Recall(names=("stagger", "hybrid"), steps=30, seeds=(0,), **options))["rows"]
+    copies = Retrieval(depths=(2,), starts=("staggered",), seeds=(0,), steps=30, batch=4, sequences=4)
+    rows += retrieval(copies)["rows"][0]["runs"]
     return [row["loss"] for row in rows]
 
 

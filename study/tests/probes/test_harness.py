@@ -19,6 +19,7 @@ from fibattn.data.tokenizer import token_bytes
 from fibattn.errors import InputError
 from fibattn.evaluation.loss import position_loss
 from study.probes.harness import harness, language_model
+from study.probes.settings import Harness
 
 CHOICE = """
 task: fibattn_choice
@@ -66,7 +67,7 @@ def test_rolling_perplexity_is_ours(
     ours = position_loss(model, TokenStream([tmp_path / "one.bin"]), LENGTH, sizes, limit_tokens=len(tokens))
     (tmp_path / "rows.jsonl").write_text(json.dumps({"text": whole_windows}) + "\n")
     (tmp_path / "rolling.yaml").write_text(ROLLING.format(rows=tmp_path / "rows.jsonl"))
-    row = harness(model, tokenizer, ["fibattn_rolling"], include=tmp_path, length=LENGTH)["rows"][0]
+    row = harness(model, tokenizer, Harness(("fibattn_rolling",), include=tmp_path, length=LENGTH))["rows"][0]
     assert row["bits_per_byte"] == pytest.approx(ours.bits_per_byte, rel=1e-5)
     per_word = ours.sums.sum() / len(whole_windows.split())
     assert math.log(row["word_perplexity"]) == pytest.approx(per_word, rel=0.01)
@@ -115,7 +116,7 @@ def test_choices_against_plain_passes(
     # lm-eval puts a blank between prompt and choice by itself, so the choices come without theirs.
     stripped = [{**row, "choices": [choice.strip() for choice in choices]} for row in rows]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in stripped))
-    result = harness(model, tokenizer, ["fibattn_choice"], include=tmp_path, limit=4)
+    result = harness(model, tokenizer, Harness(("fibattn_choice",), include=tmp_path, limit=4))
     assert result["rows"][0]["acc"] == pytest.approx(sum(right[:4]) / 4)
     assert result["length"] == 64
     assert json.loads(json.dumps(result)) == result
@@ -127,9 +128,9 @@ def test_unknown_task_and_missing_data_are_said(
 ) -> None:
     (tmp_path / "choice.yaml").write_text(CHOICE.format(rows=tmp_path / "nowhere.jsonl"))
     with pytest.raises(InputError, match=r"no task 'fibattn_chioce': did you mean 'fibattn_choice'"):
-        harness(model, tokenizer, ["fibattn_chioce"], include=tmp_path)
+        harness(model, tokenizer, Harness(("fibattn_chioce",), include=tmp_path))
     with pytest.raises(InputError, match=r"data of fibattn_choice cannot be had .*nowhere\.jsonl"):
-        harness(model, tokenizer, ["fibattn_choice"], include=tmp_path)
+        harness(model, tokenizer, Harness(("fibattn_choice",), include=tmp_path))
 
 
 def test_without_lm_eval_the_extra_is_named(
@@ -137,7 +138,7 @@ def test_without_lm_eval_the_extra_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
     with pytest.raises(InputError, match=r"the harness needs lm-eval .*install it: pip install"):
-        harness(model, tokenizer)
+        harness(model, tokenizer, Harness())
 
 
 @pytest.mark.usefixtures("installed")
@@ -156,5 +157,5 @@ def test_lm_evals_own_command_on_a_saved_model(
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(next(tmp_path.glob("out*.json")).read_text())["results"]["fibattn_rolling"]
-    row = harness(model, tokenizer, ["fibattn_rolling"], include=tmp_path, length=LENGTH)["rows"][0]
+    row = harness(model, tokenizer, Harness(("fibattn_rolling",), include=tmp_path, length=LENGTH))["rows"][0]
     assert found["bits_per_byte,none"] == pytest.approx(row["bits_per_byte"], rel=1e-5)

@@ -8,6 +8,7 @@ from fibattn.errors import InputError
 from fibattn.training.recipe import DEFAULT, PRESETS
 from fibattn.training.run import model_config
 from study.probes.latency import latency, models, time_calls
+from study.probes.settings import Latency
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 
@@ -36,7 +37,7 @@ def test_warmup_is_not_counted() -> None:
 
 
 def test_every_model_and_length_has_its_row() -> None:
-    result = latency(models(**SHAPE, vocab_size=64), lengths=(16, 40), tokens=64, warmup=1, repeats=3)
+    result = latency(Latency(lengths=(16, 40), tokens=64, warmup=1, repeats=3), models(**SHAPE, vocab_size=64))
     assert [(row["model"], row["batch"], row["length"]) for row in result["rows"]] == [
         (name, batch, length)
         for name in ("static", "learned", "hybrid", "dense")
@@ -50,4 +51,4 @@ def test_every_model_and_length_has_its_row() -> None:
 @pytest.mark.parametrize("bad", [{"lengths": (0,)}, {"lengths": ()}, {"repeats": 0}, {"warmup": -1}])
 def test_bad_numbers_are_refused(bad: dict) -> None:
     with pytest.raises(InputError, match="must be at least 1"):
-        latency(**bad)
+        latency(Latency(**bad))

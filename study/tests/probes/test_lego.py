@@ -9,6 +9,7 @@ from fibattn import FibAttnForCausalLM
 from fibattn.errors import InputError
 from study.probes.forced_choice import Item
 from study.probes.lego import LENGTHS, chains, lego
+from study.probes.settings import Lego
 
 
 def solve(item: Item) -> tuple[int, int]:
@@ -25,7 +26,7 @@ def solve(item: Item) -> tuple[int, int]:
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_right_answer_follows(length: int) -> None:
-    items = chains(length)
+    items = chains(length, 120)
     assert all(solve(item) == (item.answer, length) for item in items)
     assert all(item.choices == (" 0", " 1") for item in items)
     assert sum(item.answer for item in items) == 60
@@ -43,11 +44,11 @@ def test_items_repeat_with_the_seed() -> None:
 
 
 def test_lego_reports_every_length(model: FibAttnForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
-    result = lego(model, tokenizer, items=4)
+    result = lego(model, tokenizer, Lego(items=4))
     assert [(row["length"], row["chance"]) for row in result["rows"]] == [(2, 0.5), (3, 0.5), (4, 0.5)]
     assert all(row["accuracy"] in (0, 0.25, 0.5, 0.75, 1) for row in result["rows"])
 
 
 def test_impossible_lengths_are_refused() -> None:
     with pytest.raises(InputError, match="length of the chain is 27"):
-        chains(27)
+        chains(27, 1)

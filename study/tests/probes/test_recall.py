@@ -25,6 +25,7 @@ from study.probes.recall import (
     training_rows,
     variants,
 )
+from study.probes.settings import Recall
 
 
 def pairs(ids: list[int]) -> dict[int, tuple[int, int]]:
@@ -179,17 +180,8 @@ def test_hybrids_have_two_full_layers_without_rope() -> None:
 
 def test_every_variant_runs_and_repeats_itself() -> None:
     def once(*names: str) -> dict:
-        return recall(
-            length=128,
-            names=names,
-            window=4,
-            layers=2,
-            distances=(20, 80),
-            steps=2,
-            batch_tokens=128,
-            asked=8,
-            seeds=(3,),
-        )
+        shape: dict = {"length": 128, "window": 4, "layers": 2, "distances": (20, 80)}
+        return recall(Recall(names=names, steps=2, batch_tokens=128, asked=8, seeds=(3,), **shape))
 
     result = once()
     assert [(row["variant"], row["task"]) for row in result["rows"][:3]] == [
@@ -204,23 +196,24 @@ def test_every_variant_runs_and_repeats_itself() -> None:
 def test_a_cut_probe_goes_on_with_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict = {"length": 128, "window": 4, "layers": 2, "distances": (20, 80), "steps": 1, "batch_tokens": 128}
     kept: list[dict] = []
-    first = recall(**options, names=("window",), asked=8, seeds=(0,), keep=kept.append)
+    first = recall(Recall(**options, names=("window",), asked=8, seeds=(0,)), keep=kept.append)
     assert kept == [first]
-    both = recall(**options, names=("window", "dense"), asked=8, seeds=(0, 1), earlier=json.loads(json.dumps(first)))
+    more = Recall(**options, names=("window", "dense"), asked=8, seeds=(0, 1))
+    both = recall(more, earlier=json.loads(json.dumps(first)))
     made = [(row["variant"], row["seed"]) for row in both["rows"][::2]]
     assert made == [("window", 0), ("dense", 0), ("window", 1), ("dense", 1)]
     assert both["rows"][:2] == first["rows"]
     assert both["rows"][0]["loss"] != both["rows"][4]["loss"]
     with pytest.raises(InputError, match=r"asked was 8 and is now 4\. Give a new --out"):
-        recall(**options, names=("dense",), asked=4, earlier=first)
+        recall(Recall(**options, names=("dense",), asked=4), earlier=first)
     monkeypatch.setattr("study.probes.recall.fit", None)
-    assert recall(**options, names=("window", "dense"), asked=8, seeds=(0, 1), earlier=both) == both
+    assert recall(more, earlier=both) == both
 
 
 def test_bad_input_is_refused() -> None:
     with pytest.raises(InputError, match="unknown variant 'densest'; the variants are window, stagger"):
-        recall(names=["densest"])
+        recall(Recall(names=("densest",)))
     with pytest.raises(InputError, match="length is 64"):
-        recall(length=64)
+        recall(Recall(length=64))
     with pytest.raises(InputError, match=r"seeds \[\]: .* there must be a seed"):
-        recall(seeds=())
+        recall(Recall(seeds=()))

@@ -12,6 +12,7 @@ from fibattn.errors import InputError
 from fibattn.model.loss import IGNORED
 from study.probes import retrieval
 from study.probes.retrieval import BandAttention, MarkedCopies, band_width, build, set_width
+from study.probes.settings import Retrieval, Start
 
 
 def test_targets_are_the_ids_at_the_marked_distance() -> None:
@@ -32,7 +33,7 @@ def test_sequences_depend_on_seed_and_number_alone() -> None:
 
 
 def test_starts_are_uniform_and_the_clipped_ramp() -> None:
-    def alphas(start: retrieval.Start) -> list[float]:
+    def alphas(start: Start) -> list[float]:
         return [layer.self_attn.alpha.item() for layer in build(4, start, 0).model.layers]  # pyright: ignore
 
     assert alphas("uniform") == pytest.approx([1.0] * 4)
@@ -87,11 +88,11 @@ def test_a_finished_model_is_asked_through_its_rungs_too(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(retrieval, "accuracy", look)
     options: dict = {"depths": (2,), "seeds": (0,), "steps": 1, "batch": 1, "sequences": 1}
-    (row,) = retrieval.retrieval(starts=("staggered",), **options)["rows"]
+    (row,) = retrieval.retrieval(Retrieval(starts=("staggered",), **options))["rows"]
     assert [bands for bands, _ in seen] == [True, False]
     assert seen[0][1] == seen[1][1] == row["runs"][0]["alphas"]
     assert (row["acc200"], row["rungs200"]) == (0.125, 0.25)
-    (row,) = retrieval.retrieval(starts=("linear",), **options)["rows"]
+    (row,) = retrieval.retrieval(Retrieval(starts=("linear",), **options))["rows"]
     assert len(seen) == 3
     assert row["acc200"] == row["rungs200"]
 
@@ -115,9 +116,8 @@ def test_probe_repeats_itself_and_learns_on_easy_distances(monkeypatch: pytest.M
     monkeypatch.setattr(retrieval, "MarkedCopies", copies)
 
     def probe(steps: int) -> dict:
-        return retrieval.retrieval(
-            depths=(2,), starts=("staggered",), seeds=(0,), steps=steps, batch=8, peak_rate=3e-3, sequences=16
-        )
+        options: dict = {"steps": steps, "batch": 8, "learning_rate": 3e-3, "sequences": 16}
+        return retrieval.retrieval(Retrieval(depths=(2,), starts=("staggered",), seeds=(0,), **options))
 
     assert probe(3) == probe(3)
     row = probe(40)["rows"][0]
@@ -126,25 +126,26 @@ def test_probe_repeats_itself_and_learns_on_easy_distances(monkeypatch: pytest.M
 
 
 def test_static_offsets_go_through_the_operator() -> None:
-    result = retrieval.retrieval(depths=(2,), starts=("linear",), seeds=(0,), steps=1, batch=1, sequences=1)
+    result = retrieval.retrieval(Retrieval(depths=(2,), starts=("linear",), seeds=(0,), steps=1, batch=1, sequences=1))
     assert (result["rows"][0]["alpha_min"], result["rows"][0]["alpha_max"]) == (0.5, 1.5)
     assert not any(isinstance(layer.self_attn, BandAttention) for layer in build(2, "linear", 0).model.layers)
 
 
 def test_nothing_to_run_is_refused() -> None:
     with pytest.raises(InputError, match="steps 0"):
-        retrieval.retrieval(steps=0)
+        retrieval.retrieval(Retrieval(steps=0))
     with pytest.raises(InputError, match=r"depths \[\]"):
-        retrieval.retrieval(depths=())
+        retrieval.retrieval(Retrieval(depths=()))
+    nothing: dict
     for nothing in ({"seeds": ()}, {"starts": ()}):
         with pytest.raises(InputError, match=rf"{next(iter(nothing))} \[\]"):
-            retrieval.retrieval(**nothing)
+            retrieval.retrieval(Retrieval(**nothing))
 
 
 def test_a_cut_probe_goes_on_with_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[dict] = []
     options: dict = {"depths": (1, 2), "starts": ("linear",), "seeds": (0,), "steps": 1, "batch": 1, "sequences": 1}
-    result = retrieval.retrieval(**options, keep=kept.append)
+    result = retrieval.retrieval(Retrieval(**options), keep=kept.append)
     assert [len(one["rows"]) for one in kept] == [1, 2]
     assert kept[-1] == result
 
@@ -154,6 +155,6 @@ def test_a_cut_probe_goes_on_with_what_is_left(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(retrieval, "_run", only_depth_2)
     earlier = json.loads(json.dumps(kept[0]))
-    assert retrieval.retrieval(**options, earlier=earlier) == result
+    assert retrieval.retrieval(Retrieval(**options), earlier=earlier) == result
     with pytest.raises(InputError, match=r"batch was 1 and is now 2\. Give a new --out"):
-        retrieval.retrieval(**options | {"batch": 2}, earlier=earlier)
+        retrieval.retrieval(Retrieval(**options | {"batch": 2}), earlier=earlier)

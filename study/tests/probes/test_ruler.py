@@ -9,6 +9,7 @@ from fibattn import FibAttnForCausalLM
 from fibattn.errors import InputError
 from study.probes.forced_choice import Item
 from study.probes.ruler import HOPS, ruler, variable_tracking
+from study.probes.settings import Ruler
 
 
 def follow(item: Item) -> tuple[str, int, int]:
@@ -23,7 +24,7 @@ def follow(item: Item) -> tuple[str, int, int]:
 
 @pytest.mark.parametrize("hops", HOPS)
 def test_right_answer_ends_the_chain(hops: int) -> None:
-    items = variable_tracking(hops)
+    items = variable_tracking(hops, 120)
     assert len({item.prompt for item in items}) == 120
     for item in items:
         assert follow(item) == (item.choices[item.answer].strip(), hops, 8)
@@ -47,14 +48,14 @@ def test_items_repeat_with_the_seed() -> None:
 
 
 def test_ruler_reports_every_number_of_hops(model: FibAttnForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
-    result = ruler(model, tokenizer, items=2)
+    result = ruler(model, tokenizer, Ruler(items=2))
     assert [row["hops"] for row in result["rows"]] == [2, 3, 4]
     assert all(row["chance"] == pytest.approx(1 / 9) for row in result["rows"])
-    assert result == ruler(model, tokenizer, items=2, batch=1) | {
+    assert result == ruler(model, tokenizer, Ruler(items=2, batch=1)) | {
         "rows": [pytest.approx(row) for row in result["rows"]]
     }
 
 
 def test_no_hops_are_refused() -> None:
     with pytest.raises(InputError, match="number of hops is 0"):
-        variable_tracking(0)
+        variable_tracking(0, 1)

@@ -1,0 +1,30 @@
+"""Counted operations of a forward pass, for every model of a study."""
+
+from dataclasses import replace
+from typing import Any
+
+from fibattn.errors import InputError
+from fibattn.model import cost
+from fibattn.training.run import model_config
+from study.presets import find_study
+from study.probes.settings import Flops
+
+_VOCABULARY = 32_768  # the paper's
+
+
+def flops(settings: Flops) -> dict[str, Any]:
+    """Operations for one token, the mean over a sequence; the result is plain JSON values.
+
+    Raises:
+        InputError: for an unknown study, or a length below 1.
+    """
+    study = find_study(settings.study)
+    length = study.recipe.length if settings.length is None else settings.length
+    if length < 1:
+        raise InputError(f"length is {length}; it must be at least 1")
+    rows = []
+    for run in study.runs:
+        found = cost.flops(model_config(replace(study.recipe, model=run.model), _VOCABULARY, 0), length)
+        parts = {"projections": found.projections, "attention": found.attention, "head": found.head}
+        rows.append({"model": run.name, **parts, "total": found.total, "attention_share": found.attention_share})
+    return {"probe": "flops", "study": settings.study, "length": length, "vocabulary": _VOCABULARY, "rows": rows}
