@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
-from fibattn import FibAttnConfig, FibAttnForCausalLM, Pattern, attend
+from fibattn import FibAttnConfig, FibAttnForCausalLM, LearnedPattern, Pattern, attend
 
 RUNGS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377, 610, 987)
 SHAPES = {"small": (8, 2, 64), "large": (32, 8, 128)}
@@ -50,11 +50,8 @@ def cases(device: str) -> dict[str, Callable[[], Case]]:
 
 def sparse(q: Tensor, k: Tensor, v: Tensor, window: int, alpha: Tensor | None) -> Tensor:
     """The operator of this tree, with its rungs at `alpha` where there is one."""
-    from fibattn import LearnedPattern  # pyright: ignore[reportAttributeAccessIssue]
-
-    if alpha is None:
-        return attend(q, k, v, Pattern.fibonacci(window))  # pyright: ignore[reportReturnType]
-    return attend(q, k, v, LearnedPattern(window, RUNGS), alpha=alpha)  # pyright: ignore
+    pattern = Pattern.fibonacci(window) if alpha is None else LearnedPattern(window, RUNGS)
+    return attend(q, k, v, pattern, alpha=alpha)
 
 
 def operator(device: str, shape: str, size: tuple[int, int], window: int, learned: bool, backward: bool) -> Case:

@@ -26,6 +26,7 @@ from study import runner
 from study.presets import Study
 from study.probes.lego import lego
 from study.probes.ruler import ruler
+from study.probes.settings import Lego, Ruler
 from study.runner import Job, Outcome, run_study
 from study.store import Store
 
@@ -78,8 +79,8 @@ def test_chains_are_asked_as_by_the_probes(job: Job) -> None:
     (folder,) = (job.work).glob("linear-w12-seed43-*/model")
     (found,) = lines(job.out, "linear-w12-seed43")
     model, tokenizer = load_model(folder), load_tokenizer(folder)
-    for name, probe in (("ruler", ruler), ("lego", lego)):
-        assert found[name] == probe(model, tokenizer, items=job.study.items)["rows"]
+    for name, probe, kind in (("ruler", ruler, Ruler), ("lego", lego, Lego)):
+        assert found[name] == probe(model, tokenizer, kind(items=job.study.items))["rows"]
         assert [row["items"] for row in found[name]] == [job.study.items] * 3
 
 
