@@ -14,6 +14,7 @@ from fibattn.errors import InputError
         (b'{"steps":', "is not valid JSON"),
         (b'{"steps": "caf\xe9"}', "is not valid JSON"),
         (b'{"steps": ' + b"9" * 5000 + b"}", "has a number of thousands of digits, or brackets nested as deeply"),
+        (b'{"model": {"window": 8, "rungs": 3, "window": 9}}', "names 'window' twice; leave one out"),
         (b"[" * 100_000, "has a number of thousands of digits, or brackets nested as deeply"),
     ],
 )
@@ -23,3 +24,8 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, content: bytes, message: s
         files.read_json(tmp_path / "recipe.json")
     with pytest.raises(InputError, match=r"none.json does not exist; check the path"):
         files.read_json(tmp_path / "none.json")
+
+
+def test_a_byte_order_mark_is_no_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_bytes(b"\xef\xbb\xbf" + b'{"steps": 3}')
+    assert files.read_json(tmp_path / "recipe.json") == {"steps": 3}

@@ -58,15 +58,27 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file; a missing or damaged one is an `InputError` that names it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        # Some editors begin a file with a byte-order mark.
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; check the path") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not valid JSON ({error}); restore it or make it anew") from None
+    except InputError as error:
+        raise InputError(f"{path} {error}") from None
     except (ValueError, RecursionError):
         raise InputError(
             f"{path} has a number of thousands of digits, or brackets nested as deeply; give smaller ones"
         ) from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in value if names.count(name) > 1)
+        raise InputError(f"names {twice!r} twice; leave one out")
+    return value
 
 
 def sha256(path: Path) -> str:

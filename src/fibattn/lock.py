@@ -1,7 +1,7 @@
 """One process per folder: a second one is refused, so that two never write over each other's files.
 
-The folder itself is locked. The package filelock locks a file and leaves it there, so that a folder would never be empty
-again, and one that holds other files is nobody's to prepare.
+The folder itself is locked. The package filelock locks a file and leaves it there, so that a folder would never be
+empty again, and one that holds other files is nobody's to prepare.
 """
 
 import fcntl

@@ -90,10 +90,10 @@ def _prompt(chosen: Arguments) -> str:
         if chosen.prompt:
             raise InputError("a prompt and --prompt-file were given; give one of them")
         try:
-            return chosen.prompt_file.read_text(encoding="utf-8")
+            return chosen.prompt_file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{chosen.prompt_file} cannot be read as UTF-8 text ({error}); check the path") from None
-    text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape") if chosen.prompt == "-" else chosen.prompt
+    text = sys.stdin.buffer.read().decode("utf-8-sig", "surrogateescape") if chosen.prompt == "-" else chosen.prompt
     try:
         text.encode()
     except UnicodeEncodeError:
