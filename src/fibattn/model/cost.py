@@ -12,7 +12,7 @@ from fibattn.pattern import Pattern, layer_alphas, union_coverage
 
 @dataclass(frozen=True)
 class Flops:
-    """Forward operations for one token, the mean over a window."""
+    """Forward operations for one token, the mean over a sequence."""
 
     projections: float
     """Attention's four projections and the feed-forward, all layers."""
@@ -32,12 +32,12 @@ class Flops:
 
 
 def mean_keys(config: FibAttnConfig, length: int) -> list[float]:
-    """For each layer, how many keys a query reads, the mean over the positions (and KV heads) of a window."""
+    """For each layer, how many keys a query reads, the mean over the positions (and KV heads) of a sequence."""
     return [_layer_keys(config, layer, length) for layer in range(config.num_hidden_layers)]
 
 
 def flops(config: FibAttnConfig, length: int) -> Flops:
-    """The operations of a forward pass over windows of `length`."""
+    """The operations of a forward pass over sequences of `length`."""
     size, heads = config.head_dim or 0, config.num_attention_heads
     kv_heads, hidden = config.num_key_value_heads or 0, config.hidden_size
     layer = hidden * size * (2 * heads + 2 * kv_heads) + 3 * hidden * config.intermediate_size
