@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
 from fibattn.data.prepared import TokenStream
-from fibattn.data.sequences import TrainingWindows
+from fibattn.data.sequences import TrainingSequences
 from fibattn.data.shards import write_shard
 from fibattn.training.recipe import PRESETS, ModelRecipe, Recipe
 from fibattn.training.run import build_model
@@ -25,8 +25,8 @@ from fibattn.training.trainer import FibTrainer
 from study.presets import STUDIES
 
 MODELS = {
-    "stagger": ModelRecipe(clip_offsets=False),
-    "learned": ModelRecipe(schedule="learned", clip_offsets=False),
+    "stagger": ModelRecipe(max_offset=None),
+    "learned": ModelRecipe(schedule="learned", max_offset=None),
     **{run.name: run.model for run in STUDIES["beyond"].runs},
 }
 WARM, PROFILED = 12, 3
@@ -75,8 +75,8 @@ class Clock(TrainerCallback):
 
 def recipe_of(model: ModelRecipe, length: int, timed: int) -> Recipe:
     """A short run of the paper's recipe."""
-    windows = max(STEP_TOKENS // length, 1)
-    size = {"length": length, "windows_per_step": windows, "micro_batch": windows}
+    sequences = max(STEP_TOKENS // length, 1)
+    size = {"sequence_length": length, "sequences_per_step": sequences, "micro_batch": sequences}
     return replace(PRESETS["paper"], model=model, steps=WARM + timed + PROFILED, save_every=10**6, **size)
 
 
@@ -86,10 +86,10 @@ def clocked(recipe: Recipe, folder: Path) -> Clock:
     rng = np.random.default_rng(0)
     tokens = rng.integers(2, 32_768, 2**20).astype(np.uint16)
     write_shard(folder / "train.bin", [tokens], np.ones(32_768, np.uint16), np.dtype(np.uint16), 2**20, None)
-    starts = rng.integers(0, 2**20 - recipe.length - 1, recipe.steps * recipe.windows_per_step)
-    windows = TrainingWindows(TokenStream([folder / "train.bin"]), starts, recipe.length)
+    starts = rng.integers(0, 2**20 - recipe.sequence_length - 1, recipe.steps * recipe.sequences_per_step)
+    sequences = TrainingSequences(TokenStream([folder / "train.bin"]), starts, recipe.sequence_length)
     clock = Clock(recipe.steps - WARM - PROFILED)
-    trainer = FibTrainer(build_model(recipe, 32_768, 0), recipe, windows, 1)
+    trainer = FibTrainer(build_model(recipe, 32_768, 0), recipe, sequences, 1)
     trainer.args.save_strategy = "no"
     trainer.add_callback(clock)
     trainer.train()

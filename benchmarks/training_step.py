@@ -55,7 +55,7 @@ def run(arguments: list[str]) -> None:
         recipe = recipe_of(MODELS[name], chosen.sequence_length, chosen.timed)
         with tempfile.TemporaryDirectory() as folder:
             clock = clocked(recipe, Path(folder))
-        row = {"model": name, **row_of(clock, recipe.windows_per_step * recipe.length)}
+        row = {"model": name, **row_of(clock, recipe.sequences_per_step * recipe.sequence_length)}
         result["rows"].append(row)
         files.write_json(chosen.out, result)
         parts = ", ".join(f"{group} {milliseconds:.1f}" for group, milliseconds in row["groups"].items())

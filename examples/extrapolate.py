@@ -26,19 +26,19 @@ shape = ModelRecipe(hidden_size=64, intermediate_size=176, num_hidden_layers=3, 
 recipe = Recipe(
     data=out / "data",
     model=shape,
-    optimizer=OptimizerRecipe(peak_rate=1e-2, warmup_steps=10),
-    length=32,
-    windows_per_step=16,
+    optimizer=OptimizerRecipe(learning_rate=1e-2, warmup_steps=10),
+    sequence_length=32,
+    sequences_per_step=16,
     micro_batch=16,
     steps=int(sys.argv[1]) if len(sys.argv) > 1 else 200,
 )
 lengths = [32, 64, 128, 256]
 results = {}
-for attention in ("full", "fibonacci"):
-    run = replace(recipe, out=out / attention, model=replace(shape, attention=attention))
+for attention in ("full_attention", "fibonacci_attention"):
+    run = replace(recipe, out=out / attention, model=replace(shape, layer_types=(attention,)))
     results[attention] = sweep(load_model(train(run)), data, lengths=lengths, sets=[], tokens=4096, quiet=True)
 
-print("\nperplexity of held-out text in windows of", ", ".join(map(str, lengths)), "tokens:")
+print("\nperplexity of held-out text in sequences of", ", ".join(map(str, lengths)), "tokens:")
 for attention, result in results.items():
     print(f"{attention:>10}", *(f"{row['perplexity']:7.1f}" for row in result["sets"]["source"].values()))
-print("Both were trained on windows of 32.")
+print("Both were trained on sequences of 32.")

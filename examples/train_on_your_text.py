@@ -30,9 +30,9 @@ recipe = Recipe(
     data=out / "data",
     out=out / "run",
     model=ModelRecipe(hidden_size=64, intermediate_size=176, num_hidden_layers=4, num_attention_heads=4),
-    optimizer=OptimizerRecipe(peak_rate=5e-3, warmup_steps=10),
-    length=64,
-    windows_per_step=8,
+    optimizer=OptimizerRecipe(learning_rate=5e-3, warmup_steps=10),
+    sequence_length=64,
+    sequences_per_step=8,
     micro_batch=8,
     steps=50,  # more makes it better: this is not enough for words
     save_every=25,
@@ -42,7 +42,7 @@ folder = train(recipe)
 model = load_model(folder)
 result = sweep(model, data, lengths=[64, 256], sets=[], tokens=4096, quiet=True)
 for length, row in result["sets"]["mine"].items():
-    print(f"held-out text in windows of {length}: perplexity {row['perplexity']:.1f}")
+    print(f"held-out text in sequences of {length}: perplexity {row['perplexity']:.1f}")
 
 tokenizer = AutoTokenizer.from_pretrained(folder)
 prompt = tokenizer("def ", return_tensors="pt").to(model.device)

@@ -85,13 +85,13 @@ def evaluate_stretched(
 
 
 def evaluate_bounded(folder: Path, data: PreparedData, tokens: int, plain: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The sweep `plain` again, in windows longer than `tokens`, with full layers that see the last `tokens` alone."""
+    """The sweep `plain` again, in sequences longer than `tokens`, with full layers that see the last `tokens` alone."""
     model = load_model(folder, full_reach=tokens - 1)
     return _again(model, data, plain, [int(n) for n in next(iter(plain.values())) if int(n) > tokens])
 
 
 def evaluate_lengthened(folder: Path, data: PreparedData, plain: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The sweep `plain` again, at every length, with a model that was trained on in longer windows."""
+    """The sweep `plain` again, at every length, with a model that was trained on in longer sequences."""
     return _again(load_model(folder), data, plain, [int(length) for length in next(iter(plain.values()))])
 
 

@@ -1,7 +1,7 @@
 """The matrices of runs, as Python tables: what each study trains, most telling runs first.
 
 All runs of a study differ in the attention of their layers and in nothing else: same shape, recipe, data and
-order of windows.
+order of sequences.
 """
 
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from fibattn.errors import InputError, suggestion
-from fibattn.pattern import Base, Schedule, key_count, layer_patterns
+from fibattn.pattern import Base, Schedule, hybrid_layers, key_count, layer_patterns
 from fibattn.training.recipe import DEFAULT, PRESETS, ModelRecipe, OptimizerRecipe, Recipe
 
 RopeScaling = Literal["linear", "yarn"]
@@ -27,13 +27,13 @@ class Run:
     name: str
     model: ModelRecipe
     seed: int = SEED
-    """Of the weights and of the order of windows."""
+    """Of the weights and of the order of sequences."""
     rope_scaling: tuple[RopeScaling, ...] = ()
     """Ways to stretch RoPE past the training length, tried on the finished model."""
-    full_windows: tuple[int, ...] = ()
+    bounds: tuple[int, ...] = ()
     """Bounds of the full layers, tried on the finished model: so many training lengths are seen, the last ones."""
     lengthened: bool = False
-    """Whether a copy of the finished model is trained on in the longest windows of the evaluation, and evaluated."""
+    """Whether a copy of the finished model is trained on in the longest sequences of the evaluation, and evaluated."""
 
     def repeated(self, seed: int) -> "Run":
         """The same model from another seed."""
@@ -74,7 +74,7 @@ class Study:
             InputError: when `tokens` is less than one step.
         """
         base = self.recipe
-        step = base.windows_per_step * base.length
+        step = base.sequences_per_step * base.sequence_length
         steps = base.steps if tokens is None else tokens // step
         if steps < 1:
             raise InputError(f"a budget of {tokens} tokens is less than one step of {step:,}; give more")
@@ -92,10 +92,10 @@ class Study:
 
 
 def lengthened(recipe: Recipe, factor: int) -> Recipe:
-    """How a finished run is trained on: a tenth of its steps, in windows `factor` times as long.
+    """How a finished run is trained on: a tenth of its steps, in sequences `factor` times as long.
 
     The rate warms up and falls anew. The base of RoPE grows as "NTK-aware" scaling has it (arXiv 2309.00071, section
-    3.1): the slowest pair of dimensions turns as far over a longer window as over a shorter one.
+    3.1): the slowest pair of dimensions turns as far over a longer sequence as over a shorter one.
     """
     shape, steps = recipe.model, max(recipe.steps // 10, 1)
     size = shape.hidden_size // shape.num_attention_heads
@@ -105,8 +105,8 @@ def lengthened(recipe: Recipe, factor: int) -> Recipe:
         out=recipe.out / "lengthened",
         model=replace(shape, rope_theta=shape.rope_theta * factor ** (size / (size - 2))),
         optimizer=replace(recipe.optimizer, warmup_steps=_warmup(recipe, steps)),
-        length=recipe.length * factor,
-        windows_per_step=max(recipe.windows_per_step // factor, 1),
+        sequence_length=recipe.sequence_length * factor,
+        sequences_per_step=max(recipe.sequences_per_step // factor, 1),
         micro_batch=max(recipe.micro_batch // factor, 1),
         steps=steps,
     )
@@ -117,7 +117,7 @@ def _warmup(recipe: Recipe, steps: int) -> int:
 
 
 def _paper(schedule: Schedule, window: int, base: Base = "fibonacci") -> Run:
-    model = ModelRecipe(base=base, schedule=schedule, window=window, clip_offsets=False)
+    model = ModelRecipe(base=base, schedule=schedule, window=window, max_offset=None)
     return Run(f"{SHORT[base]}{schedule}-w{window}", model)
 
 
@@ -135,28 +135,37 @@ def _control(stagger: Run) -> Run:
         layers=own.num_hidden_layers,
         window=own.window,
         rungs=own.rungs,
-        max_offset=_full.length - 1,
+        max_offset=_full.sequence_length - 1,
     )
     window = round(key_count(patterns)) - 1
-    return Run(f"window-w{window}", ModelRecipe(attention="sliding", window=window))
+    return Run(f"window-w{window}", ModelRecipe(layer_types=("sliding_attention",), window=window))
 
 
-def _hybrid(name: str, run: Run, layers: tuple[int, ...]) -> Run:
-    return Run(name, replace(run.model, full_layers=layers, full_layers_rope=False), full_windows=(1,))
+def _hybrid(name: str, run: Run, full: tuple[int, ...]) -> Run:
+    shape = run.model
+    layers = hybrid_layers(shape.num_hidden_layers, full, sparse=shape.layer_types[0])
+    return Run(name, replace(shape, **layers), bounds=(1,))
 
 
 _full = replace(PRESETS["paper"], save_every=2000, keep_checkpoints=1)
 
-DENSE = Run("dense", ModelRecipe(attention="full"), rope_scaling=("yarn", "linear"), full_windows=(1,), lengthened=True)
+DENSE = Run(
+    "dense",
+    ModelRecipe(layer_types=("full_attention",)),
+    rope_scaling=("yarn", "linear"),
+    bounds=(1,),
+    lengthened=True,
+)
 """The baseline, with all that helps it past its training length."""
 
-HYBRID = Run(DEFAULT, replace(PRESETS[DEFAULT].model, bound_full_layers=False), full_windows=(1,))
+HYBRID = Run(DEFAULT, replace(PRESETS[DEFAULT].model, full_reach=None), bounds=(1,))
 """The project's default recipe: linear stagger, W = 64, two full-attention layers without RoPE.
 
 It is trained the same with and without its bound, so a run without one is evaluated both ways.
 """
 
-_widths = tuple(_hybrid(f"hybrid-w{window}", _stagger(window), HYBRID.model.full_layers) for window in (128, 32, 12))
+_FULL = (7, 15)
+_widths = tuple(_hybrid(f"hybrid-w{window}", _stagger(window), _FULL) for window in (128, 32, 12))
 """The same with other windows; the first two are its rivals."""
 
 _KINDS: tuple[tuple[Schedule, Base], ...] = (
@@ -174,17 +183,17 @@ _small = ModelRecipe(hidden_size=96, intermediate_size=256, num_hidden_layers=5,
 
 
 def _smoke(run: Run, **changes: object) -> Run:
-    own = {"attention": run.model.attention, "base": run.model.base, "schedule": run.model.schedule}
-    return replace(run, model=replace(_small, **{**own, "clip_offsets": run.model.clip_offsets, **changes}))  # pyright: ignore
+    own = {name: getattr(run.model, name) for name in ("layer_types", "base", "schedule", "max_offset")}
+    return replace(run, model=replace(_small, **{**own, **changes}))  # pyright: ignore
 
 
 STUDIES: dict[str, Study] = {
     "smoke": Study(
         "tiny models of every kind on the standard library: does everything run? Minutes on two cores",
         Recipe(
-            optimizer=OptimizerRecipe(peak_rate=5e-3, warmup_steps=20),
-            length=128,
-            windows_per_step=8,
+            optimizer=OptimizerRecipe(learning_rate=5e-3, warmup_steps=20),
+            sequence_length=128,
+            sequences_per_step=8,
             micro_batch=8,
             steps=200,
             save_every=100,
@@ -193,7 +202,7 @@ STUDIES: dict[str, Study] = {
         (
             _smoke(DENSE),
             *(_smoke(run) for run in _W12),
-            _smoke(HYBRID, window=24, full_layers=(2, 4), full_layers_rope=False),
+            _smoke(HYBRID, window=24, **hybrid_layers(5, full=(2, 4))),
             _smoke(replace(_controls[0], name="window-w24"), window=24),
         ),
         eval_tokens=32_768,
@@ -219,14 +228,14 @@ STUDIES: dict[str, Study] = {
             _stagger(128),
             _stagger(128, heads=True),
             *_widths,
-            _hybrid("hybrid-heads", _stagger(128, heads=True), HYBRID.model.full_layers),
-            _hybrid("hybrid-window", _controls[0], HYBRID.model.full_layers),
-            _hybrid("hybrid-window-w70", _control(_stagger(64)), HYBRID.model.full_layers),
+            _hybrid("hybrid-heads", _stagger(128, heads=True), _FULL),
+            _hybrid("hybrid-window", _controls[0], _FULL),
+            _hybrid("hybrid-window-w70", _control(_stagger(64)), _FULL),
             _hybrid("hybrid-4", _stagger(128), (3, 7, 11, 15)),
             _hybrid("hybrid-1", _stagger(128), (15,)),
             _hybrid("hybrid-early", _stagger(128), (3, 11)),
             *(
-                _hybrid(f"hybrid-{one.name}", one, HYBRID.model.full_layers)
+                _hybrid(f"hybrid-{one.name}", one, _FULL)
                 for one in (_stagger(64, heads=True), _stagger(256, heads=True))
             ),
             _stagger(12),

@@ -71,12 +71,12 @@ def run_study(job: Job) -> Outcome:
     Runs that failed before come last.
 
     Raises:
-        InputError: for data that are not whole, a held-out set too short for the longest windows, a pattern that
+        InputError: for data that are not whole, a held-out set too short for the longest sequences, a pattern that
             names no run or too small a budget.
     """
     store, data, study = Store(job.out), PreparedData.open(job.data), job.study
     tasks = _tasks(job, data)
-    lengths = [factor * study.recipe.length for factor in study.factors]
+    lengths = [factor * study.recipe.sequence_length for factor in study.factors]
     shared_targets(data, lengths=lengths, sets=[], tokens=study.eval_tokens)
     known = store.finished()
     say(f"study {job.name}: {len(tasks)} runs, {sum(task.key in known for task in tasks)} finished already")
@@ -167,7 +167,7 @@ def _measured(job: Job, task: _Task, data: PreparedData) -> dict[str, Any]:
     say(f"{task.run.name}: {took}; {losses}")
     return {
         "tokens": task.recipe.tokens,
-        "trained_at": task.recipe.length,
+        "trained_at": task.recipe.sequence_length,
         "recipe": recipe_of(task.recipe),
         "compiled": task.recipe.compile,
         "inputs": files.read_json(folder / "inputs.json"),
@@ -182,8 +182,8 @@ def _measured(job: Job, task: _Task, data: PreparedData) -> dict[str, Any]:
 
 def _evaluated(study: Study, task: _Task, model: Path, data: PreparedData) -> dict[str, Any]:
     measured, run = measure.evaluate(model, data, study), task.run
-    plain, trained_at, longest = measured["evaluation"], study.recipe.length, max(study.factors)
-    bounds = [n * trained_at for n in run.full_windows if n < longest]
+    plain, trained_at, longest = measured["evaluation"], study.recipe.sequence_length, max(study.factors)
+    bounds = [n * trained_at for n in run.bounds if n < longest]
     found = {
         **measured,
         "rope_scaling": {kind: measure.evaluate_stretched(model, data, kind, plain) for kind in run.rope_scaling},
@@ -199,10 +199,10 @@ def _lengthened(task: _Task, factor: int, data: PreparedData, plain: dict[str, A
     try:
         longer = train(recipe)
         _forget()
-        found = {str(recipe.length): measure.evaluate_lengthened(longer, data, plain)}
+        found = {str(recipe.sequence_length): measure.evaluate_lengthened(longer, data, plain)}
     except Exception as error:
         traceback.print_exc()
-        say(f"{task.run.name}: training on at {recipe.length} failed, the rest is kept: {error}")
+        say(f"{task.run.name}: training on at {recipe.sequence_length} failed, the rest is kept: {error}")
         return {"lengthened": {}, "lengthened_error": _told(error)}
     return {"lengthened": found, "lengthened_recipe": recipe_of(recipe) | {"start": task.key}}
 

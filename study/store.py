@@ -38,25 +38,14 @@ _HOUSEKEEPING = ("data", "out", "compile", "log_every", "save_every", "keep_chec
 
 
 def recipe_of(recipe: Recipe) -> dict[str, Any]:
-    """What of a recipe moves the result, as JSON: without folders, logging and how the work is cut."""
-    return {name: value for name, value in to_json(recipe).items() if name not in _HOUSEKEEPING}
+    """What of a recipe moves the result, resolved, as JSON: without folders, logging and how the work is cut."""
+    return {name: value for name, value in to_json(recipe.resolved()).items() if name not in _HOUSEKEEPING}
 
 
 def key_of(recipe: Recipe, data_fingerprint: str) -> str:
     """The digest by which a run of `recipe` on these data is known."""
-    return _digest(recipe_of(recipe), data_fingerprint)
-
-
-def _digest(recipe: dict[str, Any], data_fingerprint: str) -> str:
-    text = json.dumps([recipe, data_fingerprint], sort_keys=True)
+    text = json.dumps([recipe_of(recipe), data_fingerprint], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _completed(stored: Any, default: Any) -> Any:
-    """A stored recipe with the fields that recipes have gained since, at their defaults."""
-    if not (isinstance(stored, dict) and isinstance(default, dict)):
-        return stored
-    return default | {name: _completed(value, default.get(name)) for name, value in stored.items()}
 
 
 @dataclass(frozen=True)
@@ -92,12 +81,7 @@ class Store:
         """The newest result of every finished run, by key."""
         if not self.folder.is_dir():
             return {}
-        default, found = recipe_of(Recipe()), {}
-        for record in (one for one in self.records() if one["kind"] == "run"):
-            recipe = _completed(record["recipe"], default)
-            key = _digest(recipe, record["inputs"]["data_fingerprint"])
-            found[key] = record | {"recipe": recipe, "key": key}
-        return found
+        return {record["key"]: record for record in self.records() if record["kind"] == "run"}
 
     def failed(self) -> set[str]:
         """The keys of runs that failed once, finished since or not."""
@@ -135,7 +119,7 @@ LENGTHENED = "lengthened "
 def ways(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The other evaluations of a finished model, by name.
 
-    RoPE stretched (`yarn`, `linear`), full layers bounded to so many tokens (`1024`), or a copy trained on in windows
+    RoPE stretched (`yarn`, `linear`), full layers bounded to so many tokens (`1024`), or a copy trained on in sequences
     of so many (`lengthened 16384`). Results of earlier versions lack the last two.
     """
     longer = {f"{LENGTHENED}{length}": sets for length, sets in record.get("lengthened", {}).items()}

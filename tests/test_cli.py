@@ -12,7 +12,14 @@ from fibattn import files
 from fibattn.cli.main import main
 from fibattn.training.recipe import PRESETS, to_json
 
-TINY = ["--length=32", "--windows-per-step=2", "--micro-batch=2", "--steps=2", "--save-every=1", "--log-every=1"]
+TINY = [
+    "--sequence-length=32",
+    "--sequences-per-step=2",
+    "--micro-batch=2",
+    "--steps=2",
+    "--save-every=1",
+    "--log-every=1",
+]
 TINY += ["--model.hidden-size=32", "--model.intermediate-size=48", "--model.num-hidden-layers=2"]
 TINY += ["--model.num-attention-heads=4", "--model.window=4"]
 
@@ -72,13 +79,13 @@ def test_text_that_cannot_be_prepared(
         ("--model.num-key-value-heads 3", "4 attention heads do not divide into 3 KV heads"),
         ("--model.rungs -1", "the number of rungs is -1"),
         ("--model.rope-theta nan", "model.rope_theta is nan"),
-        ("--model.full-layers 7", "model.full_layers has [7]; the layers are 0 … 1"),
-        ("--optimizer.peak-rate inf", "optimizer.peak_rate is inf"),
+        ("--model.no-rope-layers 1 1 0", "model.no_rope_layers has 3 entries for 2 layers"),
+        ("--optimizer.learning-rate inf", "optimizer.learning_rate is inf"),
         ("--optimizer.beta2 1", "optimizer.beta2 is 1.0"),
         ("--data-seed -1", "data_seed is -1"),
         ("--steps 0", "steps is 0; it must be at least 1"),
-        ("--micro-batch 3", "2 windows a step do not divide into micro-batches of 3"),
-        ("--length 99999999", "one window of 99999999 needs 100000000; prepare more text"),
+        ("--micro-batch 3", "2 sequences a step do not divide into micro-batches of 3"),
+        ("--sequence-length 99999999", "one sequence of 99999999 needs 100000000; prepare more text"),
         ("--data nowhere", "nowhere holds no prepared data"),
     ],
 )
@@ -93,9 +100,9 @@ def test_recipe_that_cannot_train_claims_no_folder(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lenght": 32}, "unknown key 'lenght': did you mean 'length'?"),
+        ({"sequence_lenght": 32}, "unknown key 'sequence_lenght': did you mean 'sequence_length'?"),
         ({"model": {"windw": 3}}, "unknown key 'windw': did you mean 'window'?"),
-        ({"length": "32"}, "length is '32'; expected int"),
+        ({"sequence_length": "32"}, "sequence_length is '32'; expected a whole number"),
         ({"order": "sorted"}, "order is 'sorted'; expected one of random, epochs"),
     ],
 )
@@ -161,7 +168,7 @@ def test_model_cut_short_is_named(
     ("flags", "message"),
     [
         ("--lengths 0", "lengths (0,)"),
-        ("--lengths 32 99999999", "fewer than one window of 99999999; evaluate shorter lengths"),
+        ("--lengths 32 99999999", "fewer than one sequence of 99999999; evaluate shorter lengths"),
         ("--sets txts", "there is no held-out set 'txts': did you mean 'texts'?"),
         ("--data nowhere", "nowhere holds no prepared data"),
     ],

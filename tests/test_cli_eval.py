@@ -108,7 +108,7 @@ def test_full_layers_can_be_bounded(data: Path, tmp_path: Path) -> None:
         (["--full-reach", "-1"], "full_reach is -1; it must be at least 1, 0 for no bound, or left out"),
         (
             ["--lengths", "9999999"],
-            "fewer than one window of 9999999; evaluate shorter lengths, raise the limit, or hold out more text",
+            "fewer than one sequence of 9999999; evaluate shorter lengths, raise the limit, or hold out more text",
         ),
     ],
 )
@@ -171,7 +171,7 @@ def test_lengths_that_never_end_together_are_refused(
     rows = json.loads((tmp_path / "r.json").read_text())["sets"]["books"].values()
     assert {row["targets"] % 96 for row in rows} == {0}
     assert main([*run, "31", "101", "103"]) == 2
-    assert "windows of 31, 101, 103 end together only every 322,493 tokens" in capsys.readouterr().err
+    assert "sequences of 31, 101, 103 end together only every 322,493 tokens" in capsys.readouterr().err
 
 
 def test_folders_that_hold_nothing_are_named(

@@ -38,18 +38,18 @@ DENSE = Recipe(
         intermediate_size=352,
         num_hidden_layers=4,
         num_attention_heads=4,
-        attention="full",
+        layer_types=("full_attention",),
     ),
-    optimizer=OptimizerRecipe(peak_rate=5e-3, warmup_steps=90),
-    length=128,
-    windows_per_step=8,
+    optimizer=OptimizerRecipe(learning_rate=5e-3, warmup_steps=90),
+    sequence_length=128,
+    sequences_per_step=8,
     micro_batch=8,
     steps=900,
     save_every=300,
 )
 """Sizes at which two cores take a minute a model and the paper's third finding shows."""
 
-STAGGER = replace(DENSE, model=replace(DENSE.model, attention="fibonacci"))
+STAGGER = replace(DENSE, model=replace(DENSE.model, layer_types=("fibonacci_attention",)))
 
 
 def run_demo(out: Path, *, steps: int = DENSE.steps, vocab_size: int = 2048, held_out_tokens: int = 65_536) -> Path:
@@ -77,9 +77,9 @@ def run_demo(out: Path, *, steps: int = DENSE.steps, vocab_size: int = 2048, hel
     models = {
         "dense": load_model(trained["dense"]),
         "stagger": stagger,
-        "dense, bounded": load_model(trained["dense"], full_reach=DENSE.length - 1),
+        "dense, bounded": load_model(trained["dense"], full_reach=DENSE.sequence_length - 1),
     }
-    lengths = [factor * DENSE.length for factor in FACTORS]
+    lengths = [factor * DENSE.sequence_length for factor in FACTORS]
     results = {
         label: sweep(model, data, lengths=lengths, sets=[], tokens=held_out_tokens) for label, model in models.items()
     }
@@ -94,7 +94,7 @@ def _report(
     console: Console,
 ) -> Path:
     rows = [_row(label, result) for label, result in results.items()]
-    lengths = [factor * DENSE.length for factor in FACTORS]
+    lengths = [factor * DENSE.sequence_length for factor in FACTORS]
     console.print(_table(rows, lengths))
     sample = _sample(stagger, data)
     console.print("\nthe stagger model writes:", style="bold")
@@ -109,10 +109,10 @@ def _report(
         "examples.demo",
         headline=_headline(rows),
         corpus=f"the Python {platform.python_version()} standard library",
-        trained_at=DENSE.length,
-        targets=results["dense"]["sets"]["stdlib"][str(DENSE.length)]["targets"],
-        extrapolation=inline_svg(extrapolation(curves, DENSE.length, folder / "extrapolation.svg")),
-        distances=inline_svg(distances(patterns, DENSE.length - 1, folder / "distances.svg")),
+        trained_at=DENSE.sequence_length,
+        targets=results["dense"]["sets"]["stdlib"][str(DENSE.sequence_length)]["targets"],
+        extrapolation=inline_svg(extrapolation(curves, DENSE.sequence_length, folder / "extrapolation.svg")),
+        distances=inline_svg(distances(patterns, DENSE.sequence_length - 1, folder / "distances.svg")),
         rows=rows,
         lengths=lengths,
         most_keys=max(len(pattern.distances) for pattern in patterns),
@@ -145,7 +145,8 @@ def _headline(rows: list[dict[str, Any]]) -> str:
 
 
 def _table(rows: list[dict[str, Any]], lengths: list[int]) -> Table:
-    table = Table(title=f"perplexity on held-out files, trained at {DENSE.length} tokens", title_justify="left")
+    title = f"perplexity on held-out files, trained at {DENSE.sequence_length} tokens"
+    table = Table(title=title, title_justify="left")
     table.add_column("length", justify="right")
     for row in rows:
         table.add_column(row["label"], justify="right")
@@ -171,17 +172,17 @@ def _sample(model: PreTrainedModel, data: PreparedData) -> tuple[str, str]:
         max_new_tokens=_SAMPLE_TOKENS,
         pad_token_id=data.separator,
     )
-    within, beyond = tokens[0, : DENSE.length], tokens[0, DENSE.length :]
+    within, beyond = tokens[0, : DENSE.sequence_length], tokens[0, DENSE.sequence_length :]
     return tokenizer.decode(within, skip_special_tokens=True), tokenizer.decode(beyond, skip_special_tokens=True)
 
 
 def _provenance(out: Path, data: PreparedData, model: PreTrainedModel) -> dict[str, str]:
     recipe = files.read_json(out / "stagger" / "recipe.json")
-    tokens = recipe["steps"] * recipe["windows_per_step"] * recipe["length"]
+    tokens = recipe["steps"] * recipe["sequences_per_step"] * recipe["sequence_length"]
     return {
         "parameters": f"{quantity(model.num_parameters())} in each model",
-        "training": f"{quantity(tokens)} tokens: {recipe['steps']} steps of {recipe['windows_per_step']} windows of "
-        f"{recipe['length']}, the same windows in the same order for both",
+        "training": f"{quantity(tokens)} tokens: {recipe['steps']} steps of {recipe['sequences_per_step']} sequences "
+        f"of {recipe['sequence_length']}, the same sequences in the same order for both",
         "seeds": f"weights {recipe['init_seed']}, data {recipe['data_seed']}",
         "text": f"{quantity(len(data.train))} training tokens; whole files held out",
         "data fingerprint": data.fingerprint,

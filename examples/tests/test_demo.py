@@ -40,7 +40,7 @@ def test_no_steps_are_refused_before_anything_is_made(tmp_path: Path) -> None:
 
 def test_table_and_sample_are_printed(demo: Demo) -> None:
     for factor in FACTORS:
-        assert f"{factor * DENSE.length:,} ({factor}×)" in demo.printed
+        assert f"{factor * DENSE.sequence_length:,} ({factor}×)" in demo.printed
     assert "the stagger model writes:\ndef parse_" in demo.printed
     assert str(demo.page) in demo.printed
 
@@ -59,7 +59,7 @@ def test_figures_lie_beside_their_numbers(demo: Demo) -> None:
     }
     assert len(drawn) == 3 * len(FACTORS)
     for factor in FACTORS:
-        same, length = factor == 1, str(factor * DENSE.length)
+        same, length = factor == 1, str(factor * DENSE.sequence_length)
         assert (drawn["dense", length] == pytest.approx(drawn["dense, bounded", length], rel=1e-6)) is same
 
 
@@ -67,8 +67,8 @@ def test_both_models_differ_in_attention_alone(demo: Demo) -> None:
     out = demo.page.parent.parent
     dense, stagger = (files.read_json(out / name / "recipe.json") for name in ("dense", "stagger"))
     assert {key for key in dense if dense[key] != stagger[key]} == {"model", "out"}
-    assert {key for key in dense["model"] if dense["model"][key] != stagger["model"][key]} == {"attention"}
-    assert STAGGER.model.attention == "fibonacci"
+    assert {key for key in dense["model"] if dense["model"][key] != stagger["model"][key]} == {"layer_types"}
+    assert STAGGER.model.layer_types == ("fibonacci_attention",)
     assert files.read_json(out / "dense" / "inputs.json") == files.read_json(out / "stagger" / "inputs.json")
 
 

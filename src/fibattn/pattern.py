@@ -8,15 +8,40 @@ sequence (arXiv 2606.28560, section 3). Offsets are resolved here, once, in floa
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal, get_args
+from typing import Literal, TypedDict, get_args
 
 from fibattn.errors import InputError, whole_number
 
 Base = Literal["fibonacci", "power_of_two"]
 Schedule = Literal["fixed", "linear", "coprime", "learned"]
+LayerType = Literal["fibonacci_attention", "sliding_attention", "full_attention"]
+"""Window and rungs, the window alone, or everything."""
+
+
+class Layers(TypedDict):
+    """What every layer does, as the configuration and recipes have it."""
+
+    layer_types: tuple[LayerType, ...]
+    no_rope_layers: tuple[Literal[0, 1], ...]
+
+
+def hybrid_layers(layers: int, full: Collection[int], sparse: LayerType = "fibonacci_attention") -> Layers:
+    """`layers` of type `sparse` with rotary positions, but for those numbered in `full`: full attention without.
+
+    Raises:
+        InputError: for a number that is no layer's.
+    """
+    outside = [layer for layer in full if not 0 <= layer < layers]
+    if outside:
+        raise InputError(f"the full layers {outside} do not exist; the layers are 0 … {layers - 1}")
+    return Layers(
+        layer_types=tuple("full_attention" if layer in full else sparse for layer in range(layers)),
+        no_rope_layers=tuple(0 if layer in full else 1 for layer in range(layers)),
+    )
+
 
 _MOST_RUNGS = 90
 """The Fibonacci numbers up to here still fit into 63 bits when they are scaled by 1.5."""

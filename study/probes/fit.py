@@ -93,7 +93,7 @@ def fit(
     compiled = _compiled(model, where, lengths_differ=len(stages) > 1)
     adam = torch.optim.AdamW(
         parameter_groups(model, optimizer.weight_decay),
-        lr=optimizer.peak_rate,
+        lr=optimizer.learning_rate,
         betas=(optimizer.beta1, optimizer.beta2),
         eps=optimizer.epsilon,
         fused=True,
@@ -108,12 +108,12 @@ def fit(
             if before_step is not None:
                 before_step(step)
             for group in adam.param_groups:
-                group["lr"] = optimizer.peak_rate * rate_factor(step + 1, optimizer, steps)
+                group["lr"] = optimizer.learning_rate * rate_factor(step + 1, optimizer, steps)
             with autocast(where):
                 inputs, targets = (items[name].to(where) for name in ("input_ids", "shift_labels"))
                 loss = compiled(input_ids=inputs, shift_labels=targets, use_cache=False).loss
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), optimizer.clip_norm)
+            nn.utils.clip_grad_norm_(model.parameters(), optimizer.max_grad_norm)
             adam.step()
             adam.zero_grad()
             last += loss.detach() * (step >= steps - counted)
@@ -139,6 +139,6 @@ def _checked(loss: torch.Tensor, step: int, label: str, optimizer: OptimizerReci
     value = float(loss.detach())
     if not math.isfinite(value):
         raise InputError(
-            f"{label}: the loss is {value} at step {step + 1}; try a peak rate below {optimizer.peak_rate}"
+            f"{label}: the loss is {value} at step {step + 1}; try a learning rate below {optimizer.learning_rate}"
         )
     return f"loss {value:.3f}"

@@ -19,7 +19,7 @@ def flops(settings: Flops) -> dict[str, Any]:
         InputError: for an unknown study, or a length below 1.
     """
     study = find_study(settings.study)
-    length = study.recipe.length if settings.length is None else settings.length
+    length = study.recipe.sequence_length if settings.length is None else settings.length
     if length < 1:
         raise InputError(f"length is {length}; it must be at least 1")
     rows = []

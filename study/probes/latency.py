@@ -14,6 +14,7 @@ import torch
 from fibattn.errors import InputError
 from fibattn.machine import device_name
 from fibattn.model import FibAttnConfig, FibAttnForCausalLM
+from fibattn.pattern import hybrid_layers
 from fibattn.progress import Meter
 from fibattn.training.recipe import DEFAULT, PRESETS
 from study.probes.fit import device
@@ -28,16 +29,16 @@ def models(**shape: Any) -> dict[str, FibAttnConfig]:
     """
     default = PRESETS[DEFAULT]
     layers = shape.get("num_hidden_layers", FibAttnConfig.num_hidden_layers)
-    full = [layer in (layers // 2 - 1, layers - 1) for layer in range(layers)]
+    hybrid = hybrid_layers(layers, full=(layers // 2 - 1, layers - 1))
     return {
         "static": FibAttnConfig(schedule="linear", **shape),
         "learned": FibAttnConfig(schedule="learned", **shape),
         "hybrid": FibAttnConfig(
             window=default.model.window,
             full_reach=default.full_reach,
-            max_offset=default.length - 1,
-            layer_types=["full_attention" if one else "fibonacci_attention" for one in full],
-            no_rope_layers=[int(not one) for one in full],
+            max_offset=default.max_offset,
+            layer_types=list(hybrid["layer_types"]),
+            no_rope_layers=list(hybrid["no_rope_layers"]),
             **shape,
         ),
         "dense": FibAttnConfig(layer_types=["full_attention"] * layers, **shape),

@@ -11,7 +11,7 @@ on the way is not what is measured.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from fibattn.errors import InputError
 from fibattn.model import FibAttnConfig, FibAttnForCausalLM
 from fibattn.model.loss import IGNORED
-from fibattn.pattern import key_count
+from fibattn.pattern import LayerType, hybrid_layers, key_count
 from fibattn.training.recipe import OptimizerRecipe
 from study.probes.fit import Keep, Stage, autocast, device, fit, rows_of
 from study.probes.settings import Recall
@@ -176,7 +176,8 @@ def variants(length: int, *, window: int, layers: int) -> dict[str, FibAttnConfi
     full-attention layers without RoPE, in the middle and at the end; `dense` is all full.
     """
 
-    def config(kinds: Sequence[str], window: int, rotated: Sequence[int]) -> FibAttnConfig:
+    def config(sparse: LayerType, window: int, full: Collection[int] = ()) -> FibAttnConfig:
+        kinds = hybrid_layers(layers, full, sparse)
         return FibAttnConfig(
             vocab_size=VOCABULARY,
             hidden_size=256,
@@ -188,26 +189,18 @@ def variants(length: int, *, window: int, layers: int) -> dict[str, FibAttnConfi
             window=window,
             rungs=_rungs(length),
             max_offset=length - 1,
-            layer_types=list(kinds),
-            no_rope_layers=list(rotated),
+            layer_types=list(kinds["layer_types"]),
+            no_rope_layers=list(kinds["no_rope_layers"]),
         )
 
-    def one(kind: str, window: int) -> FibAttnConfig:
-        return config([f"{kind}_attention"] * layers, window, [1] * layers)
-
-    def hybrid(kind: str, window: int) -> FibAttnConfig:
-        full = {layers // 2 - 1, layers - 1}
-        kinds = [f"{'full' if layer in full else kind}_attention" for layer in range(layers)]
-        return config(kinds, window, [int(layer not in full) for layer in range(layers)])
-
-    stagger = one("fibonacci", window)
-    equal = round(keys(stagger)) - 1
+    stagger = config("fibonacci_attention", window)
+    equal, two = round(keys(stagger)) - 1, (layers // 2 - 1, layers - 1)
     return {
-        "window": one("sliding", equal),
+        "window": config("sliding_attention", equal),
         "stagger": stagger,
-        "hybrid": hybrid("fibonacci", window),
-        "window hybrid": hybrid("sliding", equal),
-        "dense": one("full", window),
+        "hybrid": config("fibonacci_attention", window, two),
+        "window hybrid": config("sliding_attention", equal, two),
+        "dense": config("full_attention", window),
     }
 
 
@@ -270,7 +263,7 @@ def recall(
     unknown = [name for name in settings.names if name not in known]
     if unknown:
         raise InputError(f"unknown variant {unknown[0]!r}; the variants are {', '.join(known)}")
-    optimizer = OptimizerRecipe(peak_rate=settings.learning_rate, warmup_steps=min(200, steps // 10))
+    optimizer = OptimizerRecipe(learning_rate=settings.learning_rate, warmup_steps=min(200, steps // 10))
     optimizer.check()
     about: dict[str, Any] = {
         "probe": "recall",

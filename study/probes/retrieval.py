@@ -212,7 +212,7 @@ def retrieval(
             f"{list(starts)}, seeds {list(seeds)}: each number must be at least 1, and there must be a start and a "
             "seed, none below 0"
         )
-    optimizer = OptimizerRecipe(peak_rate=settings.learning_rate, warmup_steps=min(200, steps // 10))
+    optimizer = OptimizerRecipe(learning_rate=settings.learning_rate, warmup_steps=min(200, steps // 10))
     optimizer.check()
     about: dict[str, Any] = {
         "probe": "retrieval",

@@ -258,9 +258,9 @@ def frontier(group: Group, path: Path) -> Path:
 
 def _keys(model: Model, length: int) -> float:
     """How many keys a query of the model reads in windows of `length`, the mean over layers and positions."""
-    shape = ModelRecipe(**model.recipe)
+    shape = ModelRecipe(**model.first["recipe"]["model"])
     # How many ids the tokenizer has does not matter here.
-    config = model_config(Recipe(model=shape, length=model.first["trained_at"]), vocab_size=1, separator=0)
+    config = model_config(Recipe(model=shape, sequence_length=model.first["trained_at"]), vocab_size=1, separator=0)
     return statistics.mean(mean_keys(config, length))
 
 

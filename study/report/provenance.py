@@ -12,13 +12,13 @@ def provenance(groups: Sequence[Group]) -> dict[str, str]:
     """Where the numbers of the groups come from, in words."""
     runs = [run for group in groups for model in group.models for run in model.runs]
     recipe, training = runs[0]["recipe"], sum(run["seconds"]["training"] for run in runs)
-    rates = sorted({f"{run['recipe']['optimizer']['peak_rate']:g}" for run in runs})
+    rates = sorted({f"{run['recipe']['optimizer']['learning_rate']:g}" for run in runs})
     budgets = (
         f"{sum(len(model.runs) for model in group.models)} of {quantity(group.tokens)} tokens" for group in groups
     )
     return {
-        "runs": f"{', '.join(budgets)}; {recipe['windows_per_step']} windows of {recipe['length']:,} a step; "
-        f"{duration(training)} of training in all",
+        "runs": f"{', '.join(budgets)}; {recipe['sequences_per_step']} windows of "
+        f"{recipe['sequence_length']:,} a step; {duration(training)} of training in all",
         "recipe": f"AdamW, peak rate {', '.join(rates)}, {recipe['optimizer']['warmup_steps']} warm-up steps, the same "
         "order of windows for all runs of a seed",
         "seeds": ", ".join(str(seed) for seed in sorted({run["seed"] for run in runs})),

@@ -102,8 +102,17 @@ class Model:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The model's part of its recipe."""
-        return self.first["recipe"]["model"]
+        """The model's part of its recipe, and which of its layers are full, for the words of tables."""
+        own = self.first["recipe"]["model"]
+        kinds, rotated = own["layer_types"], own["no_rope_layers"]
+        full = [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
+        sparse = next((kind for kind in kinds if kind != "full_attention"), "full_attention")
+        return own | {
+            "attention": sparse.removesuffix("_attention"),
+            "full_layers": full if len(full) < len(kinds) else [],
+            "full_layers_rope": all(rotated[layer] for layer in full),
+            "clip_offsets": own["max_offset"] is not None,
+        }
 
     @property
     def keys(self) -> float:

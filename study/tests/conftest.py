@@ -16,7 +16,9 @@ def study() -> Study:
     smoke = STUDIES["smoke"]
     runs = tuple(tiny(run) for run in smoke.runs)
     seeds = tuple(run.repeated(43) for run in runs if run.name in ("dense", "linear-w12"))
-    recipe = replace(smoke.recipe, length=32, windows_per_step=4, micro_batch=4, steps=4, save_every=2, log_every=1)
+    recipe = replace(
+        smoke.recipe, sequence_length=32, sequences_per_step=4, micro_batch=4, steps=4, save_every=2, log_every=1
+    )
     return replace(smoke, recipe=recipe, runs=runs + seeds, factors=(1, 2, 4), eval_tokens=512)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from fibattn.pattern import hybrid_layers
 from study.report.findings import Finding, verdict_over
 from study.report.own_goals import own_goals
 from study.report.own_tables import beyond_tables, other_budget
@@ -15,7 +16,7 @@ from study.report.paper_tables import papers_tables
 from study.report.results import Group, Model, paper
 
 SETS = ("fineweb_edu", "wikipedia")
-PLAIN = {"clip_offsets": False, "full_layers": [], "stagger_heads": False}
+PLAIN = {"max_offset": None, "no_rope_layers": [1] * 16, "stagger_heads": False}
 
 
 def published_run(key: str, factor: float = 1.0, seed: int = 42) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def published_run(key: str, factor: float = 1.0, seed: int = 42) -> dict[str, An
             }
             for name, rows in losses.items()
         },
-        "recipe": {"model": {"attention": "full", **PLAIN} if key == "dense" else shape(key)},
+        "recipe": {"model": {"layer_types": ["full_attention"] * 16, **PLAIN} if key == "dense" else shape(key)},
         "model": {"learned_alphas": [0.97, 1.04] if "learned" in key else None},
         "rope_scaling": {},
         "hardware": {"processes_a_gpu": 2},
@@ -45,7 +46,13 @@ def published_run(key: str, factor: float = 1.0, seed: int = 42) -> dict[str, An
 
 def shape(key: str) -> dict[str, Any]:
     base, schedule, window = key.split("/")
-    return {"attention": "fibonacci", "base": base, "schedule": schedule, "window": int(window[1:]), **PLAIN}
+    return {
+        "layer_types": ["fibonacci_attention"] * 16,
+        "base": base,
+        "schedule": schedule,
+        "window": int(window[1:]),
+        **PLAIN,
+    }
 
 
 def published() -> dict[str, Model]:
@@ -189,13 +196,15 @@ def hybrid_and_window(bounded_gain: float) -> dict[str, Model]:
         evaluation = {
             name: {n: {"nll": 3 - gain, "bins": [3 - gain] * 8} for n, gain in gains.items()} for name in SETS
         }
-        recipe = {"model": {"base": "fibonacci", "schedule": "linear", "full_layers_rope": False, **PLAIN, **way}}
+        recipe = {"model": {"base": "fibonacci", "schedule": "linear", **PLAIN, **way}}
         return published_run("dense") | {"evaluation": evaluation, "recipe": recipe, **more}
 
-    window = run({"attention": "sliding", "window": 132}, {"1024": 0.0, "4096": 0.0}, model={"keys": 124.0})
+    window = run(
+        {"layer_types": ["sliding_attention"] * 16, "window": 132}, {"1024": 0.0, "4096": 0.0}, model={"keys": 124.0}
+    )
     bounded = {name: {"4096": {"nll": 3 - bounded_gain, "bins": [3 - bounded_gain] * 8}} for name in SETS}
     hybrid = run(
-        {"attention": "fibonacci", "window": 64, "full_layers": [7, 15]},
+        {"window": 64, **hybrid_layers(16, full=(7, 15))},
         {"1024": 0.02, "4096": 0.0},
         model={"keys": 122.0},
         bounded={"1024": bounded},
@@ -205,7 +214,10 @@ def hybrid_and_window(bounded_gain: float) -> dict[str, Model]:
 
 def changed_window(model: Model, window: int) -> Model:
     """The same numbers with another window."""
-    changes = {"recipe": {"model": model.recipe | {"window": window}}, "model": {"keys": float(window)}}
+    changes = {
+        "recipe": {"model": model.first["recipe"]["model"] | {"window": window}},
+        "model": {"keys": float(window)},
+    }
     return Model(f"window-w{window}", tuple(run | changes for run in model.runs))
 
 

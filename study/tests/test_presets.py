@@ -50,7 +50,7 @@ def test_paper_has_the_published_matrix() -> None:
     runs = [run for run in STUDIES["paper"].runs if run.name not in ("dense", "hybrid")]
     assert len(wanted) == len(runs) == 21
     assert {(run.model.base, run.model.schedule, run.model.window) for run in runs} == wanted
-    assert not any(run.model.clip_offsets for run in runs)
+    assert all(run.model.max_offset is None for run in runs)
 
 
 def test_paper_keeps_rungs_past_the_training_length_and_beyond_does_not() -> None:
@@ -64,7 +64,7 @@ def test_paper_keeps_rungs_past_the_training_length_and_beyond_does_not() -> Non
 
 def test_controls_read_as_many_keys_as_the_stagger() -> None:
     beyond = STUDIES["beyond"]
-    windows = [run.model.window for run in beyond.runs if run.model.attention == "sliding"]
+    windows = [run.model.window for run in beyond.runs if run.model.layer_types == ("sliding_attention",)]
     for window in (12, 32, 64, 128, 256):
         config = model_config(resolved(beyond, named("beyond", f"stagger-w{window}")), 512, 0)
         keys = window + 1 + mean(len(offsets) for sets in config.layer_offsets if sets for offsets in sets)
@@ -74,8 +74,9 @@ def test_controls_read_as_many_keys_as_the_stagger() -> None:
 def test_default_recipe_is_in_paper_and_beyond_as_one_run() -> None:
     keys = {key_of(resolved(STUDIES[study], named(study, "hybrid")), "data") for study in ("paper", "beyond")}
     assert len(keys) == 1
-    assert HYBRID.model.full_layers == (7, 15)
-    assert replace(HYBRID.model, bound_full_layers=True) == PRESETS[DEFAULT].model
+    kinds = PRESETS[DEFAULT].resolved().model.layer_types
+    assert [layer for layer, kind in enumerate(kinds) if kind == "full_attention"] == [7, 15]
+    assert replace(HYBRID.model, full_reach="sequence") == PRESETS[DEFAULT].model
 
 
 def test_budget_scales_steps_and_a_long_warm_up() -> None:
@@ -88,16 +89,16 @@ def test_budget_scales_steps_and_a_long_warm_up() -> None:
         resolved(study, run, 32_000)
 
 
-def test_lengthening_is_a_tenth_of_the_tokens_in_the_longest_windows() -> None:
+def test_lengthening_is_a_tenth_of_the_tokens_in_the_longest_sequences() -> None:
     recipe = resolved(STUDIES["paper"], named("paper", "dense"), 106_000_000)
     longer = lengthened(recipe, 16)
-    assert (longer.length, longer.start) == (16_384, Path("out/model"))
-    assert longer.windows_per_step * longer.length == recipe.windows_per_step * recipe.length
+    assert (longer.sequence_length, longer.start) == (16_384, Path("out/model"))
+    assert longer.sequences_per_step * longer.sequence_length == recipe.sequences_per_step * recipe.sequence_length
     assert 0.099 < longer.tokens / recipe.tokens < 0.1
     longer.micro_batches(1)
     slowest = [model_config(one, 512, 0).rope_parameters["rope_theta"] ** -(62 / 64) for one in (recipe, longer)]
     assert slowest[1] * 16 == pytest.approx(slowest[0])
-    same = {"length": 1024, "windows_per_step": 32, "micro_batch": 32, "steps": recipe.steps, "start": None}
+    same = {"sequence_length": 1024, "sequences_per_step": 32, "micro_batch": 32, "steps": recipe.steps, "start": None}
     assert replace(longer, out=recipe.out, model=recipe.model, optimizer=recipe.optimizer, **same) == recipe
 
 

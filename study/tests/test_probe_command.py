@@ -136,7 +136,7 @@ def test_operations_of_every_model_of_a_study(tmp_path: Path) -> None:
         (("retrieval", "--steps", "0"), "steps 0"),
         (("retrieval", "--seeds", "-1"), "none below 0"),
         (("recall", "--seeds", "-1"), "none below 0"),
-        (("recall", "--learning-rate", "nan"), "optimizer.peak_rate is nan; it must be above 0"),
+        (("recall", "--learning-rate", "nan"), "optimizer.learning_rate is nan; it must be above 0"),
     ],
 )
 def test_mistakes_are_one_line(words: tuple[str, ...], message: str, capsys: Output) -> None:

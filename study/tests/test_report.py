@@ -94,7 +94,7 @@ def changed(record: dict[str, Any], **values: Any) -> dict[str, Any]:
 def test_of_two_recipes_with_one_name_the_newest_has_it(job: Job, tmp_path: Path) -> None:
     record = next(one for one in copied(job, tmp_path) if one["run"] == "coprime-w12")
     recipe = json.loads(json.dumps(record["recipe"]))
-    recipe["optimizer"]["peak_rate"] *= 2
+    recipe["optimizer"]["learning_rate"] *= 2
     Store(tmp_path).append(changed(record, recipe=recipe))
     models = Results.load(tmp_path).groups[0].models
     newest, older = (

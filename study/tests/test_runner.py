@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from fibattn import InputError, files
+from fibattn import InputError
 from fibattn.data.prepared import PreparedData
 from fibattn.data.tokenizer import load_tokenizer
 from fibattn.evaluation.sweep import sweep
 from fibattn.model.loading import load_model
-from fibattn.training.recipe import Recipe, to_json
+from fibattn.training.recipe import Recipe, load_recipe, to_json
 from fibattn.training.run import train
 from study import runner
 from study.presets import Study
@@ -39,7 +39,8 @@ from tiny_runs import tiny
 from study.presets import STUDIES
 from study.runner import Job, run_study
 smoke = STUDIES["smoke"]
-recipe = replace(smoke.recipe, length=32, windows_per_step=4, micro_batch=4, steps={steps}, save_every=2, log_every=1)
+recipe = replace(smoke.recipe, steps={steps}, sequence_length=32, sequences_per_step=4, micro_batch=4)
+recipe = replace(recipe, save_every=2, log_every=1)
 study = replace(smoke, recipe=recipe, runs=tuple(map(tiny, smoke.runs)), factors=(1,), eval_tokens=512)
 out = Path({out!r})
 run_study(Job("smoke", study, Path({data!r}), out=out, work=out / "work", only={only!r}))
@@ -71,7 +72,7 @@ def test_a_result_is_that_of_the_model_it_names(job: Job, tmp_path: Path) -> Non
     assert found["model"]["learned_alphas"] == [float(layer.self_attn.alpha.detach()) for layer in layers]
     assert found["model"]["parameters"] == model.num_parameters()
     assert found["tokens"] == 4 * 4 * 32
-    assert found["recipe"]["model"] == json.loads(json.dumps(to_json(recipe.model)))
+    assert found["recipe"]["model"] == json.loads(json.dumps(to_json(recipe.resolved().model)))
     assert (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -96,7 +97,7 @@ def test_stretched_rope_is_looked_at_past_the_training_length_on_the_same_tokens
 
 
 @pytest.mark.parametrize("name", ["hybrid", "dense"])
-def test_bounded_full_layers_are_looked_at_in_longer_windows_on_the_same_tokens(job: Job, name: str) -> None:
+def test_bounded_full_layers_are_looked_at_in_longer_sequences_on_the_same_tokens(job: Job, name: str) -> None:
     (found,) = lines(job.out, name)
     assert set(found["bounded"]) == {"32"}
     for name, rows in found["bounded"]["32"].items():
@@ -108,7 +109,7 @@ def test_bounded_full_layers_are_looked_at_in_longer_windows_on_the_same_tokens(
     assert tried == {"dense", "dense-seed43", "hybrid"}
 
 
-def test_a_copy_is_trained_on_in_the_longest_windows_and_evaluated_at_every_length(job: Job) -> None:
+def test_a_copy_is_trained_on_in_the_longest_sequences_and_evaluated_at_every_length(job: Job) -> None:
     (found,) = lines(job.out, "dense")
     assert set(found["lengthened"]) == {"128"}
     for name, rows in found["lengthened"]["128"].items():
@@ -117,8 +118,8 @@ def test_a_copy_is_trained_on_in_the_longest_windows_and_evaluated_at_every_leng
         assert all(rows[length]["targets"] == plain[length]["targets"] for length in rows)
         assert all(rows[length]["nll"] != plain[length]["nll"] for length in rows)
     (folder,) = job.work.glob(f"dense-{found['key']}")
-    recipe = files.read_json(folder / "lengthened" / "recipe.json")
-    assert (recipe["length"], recipe["start"]) == (128, str(folder / "model"))
+    recipe = to_json(load_recipe(str(folder / "lengthened" / "recipe.json")).resolved())
+    assert (recipe["sequence_length"], recipe["start"]) == (128, str(folder / "model"))
     kept = found["lengthened_recipe"]
     assert kept["start"] == found["key"]
     assert all(recipe[name] == value for name, value in kept.items() if name != "start")
@@ -255,7 +256,7 @@ def test_a_run_is_judged_by_its_like_and_by_whoever_shares_its_gpu(job: Job, mon
 
 @pytest.mark.parametrize("tokens", [127, 0, -1])
 def test_a_held_out_set_too_short_is_noticed_before_any_training(job: Job, tmp_path: Path, tokens: int) -> None:
-    with pytest.raises(InputError, match=rf"\(limit {tokens}\), fewer than one window of 128; evaluate shorter"):
+    with pytest.raises(InputError, match=rf"\(limit {tokens}\), fewer than one sequence of 128; evaluate shorter"):
         again(job, tmp_path, study=replace(job.study, eval_tokens=tokens))
     assert not list(tmp_path.iterdir())
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from fibattn import InputError
-from fibattn.training.recipe import Recipe
+from fibattn.pattern import hybrid_layers
+from fibattn.training.recipe import PRESETS, Recipe
+from study.presets import STUDIES
 from study.runner import Job
 from study.store import Store, key_of
 
@@ -82,12 +84,20 @@ def test_key_is_of_what_moves_the_result() -> None:
     assert len(others | {key}) == 4
 
 
-def test_a_result_older_than_a_field_of_the_recipe_is_still_known(job: Job, tmp_path: Path) -> None:
-    old = next(one for one in Store(job.out).records() if one["run"] == "dense")
-    trimmed = json.loads(json.dumps(old))
-    del trimmed["recipe"]["model"]["stagger_heads"]
-    Store(tmp_path).append(trimmed)
-    assert list(Store(tmp_path).finished()) == [old["key"]]
+def test_one_recipe_in_other_words_has_one_key() -> None:
+    short = replace(PRESETS["hybrid"].model, max_offset="sequence", full_reach="sequence")
+    long = replace(short, **hybrid_layers(16, full=(7, 15)), max_offset=1023, full_reach=1023)
+    assert short != long
+    one, other = (key_of(Recipe(model=shape), "data") for shape in (short, long))
+    assert one == other
+
+
+def test_the_published_results_have_the_keys_of_their_recipes() -> None:
+    published = Store(Path(__file__).parents[1] / "results").finished()
+    beyond = STUDIES["beyond"]
+    recipes = [beyond.resolved(run, data=Path(), out=Path(), tokens=106_000_000, compiled=True) for run in beyond.runs]
+    (data,) = {one["inputs"]["data_fingerprint"] for one in published.values()}
+    assert {key_of(recipe, data) for recipe in recipes} <= set(published)
 
 
 def test_index_has_what_the_files_have(job: Job, tmp_path: Path) -> None:

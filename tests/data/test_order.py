@@ -20,15 +20,15 @@ def test_random_reaches_both_ends_and_no_further(tmp_path):
     assert set(order.tolist()) == set(range(10))  # 0 … tokens-length-1: the last reads tokens 9 … 19
 
 
-def test_exactly_one_window_is_enough(tmp_path):
+def test_exactly_one_sequence_is_enough(tmp_path):
     for mode in ("random", "epochs"):
         assert make_order(tmp_path / "o.npy", mode, 0, 3, 11, 10).tolist() == [0, 0, 0]
 
 
-def test_epochs_see_every_disjoint_window_once_an_epoch(tmp_path):
+def test_epochs_see_every_disjoint_sequence_once_an_epoch(tmp_path):
     order = make_order(tmp_path / "o.npy", "epochs", 3, 25, 105, 10)
-    windows = set(range(0, 100, 10))
-    assert set(order[:10].tolist()) == set(order[10:20].tolist()) == windows
+    sequences = set(range(0, 100, 10))
+    assert set(order[:10].tolist()) == set(order[10:20].tolist()) == sequences
     assert order[:10].tolist() != order[10:20].tolist()
     assert len(order) == 25
 
@@ -55,7 +55,7 @@ def test_loading_checks_bytes_and_parameters(tmp_path):
 
 
 def test_bad_orders(tmp_path):
-    with pytest.raises(InputError, match="has 10 tokens, one window of 10 needs 11; prepare more text"):
+    with pytest.raises(InputError, match="has 10 tokens, one sequence of 10 needs 11; prepare more text"):
         make_order(tmp_path / "o.npy", "random", 0, 3, 10, 10)
     with pytest.raises(InputError, match="unknown order 'shuffled'; expected 'random' or 'epochs'"):
         make_order(tmp_path / "o.npy", "shuffled", 0, 3, 100, 10)

@@ -77,7 +77,7 @@ def test_counts_in_the_record_are_right(whole):
         train = documents(data, source["name"], "train")
         assert source["train"]["documents"] == len(train)
         assert source["train"]["bytes"] == sum(len(text.encode()) for text in train)
-    assert data.token_bytes[data.train.window(0, len(data.train))].sum() == sum(
+    assert data.token_bytes[data.train.sequence(0, len(data.train))].sum() == sum(
         source["train"]["bytes"] for source in data.sources
     )
     assert data.vocab_size == 300
@@ -359,10 +359,10 @@ def test_training_needs_no_datasets_package(whole):
 import sys
 sys.modules["datasets"] = None
 from fibattn.data import prepared as stream
-from fibattn.data import sequences as windows
+from fibattn.data import sequences as sequences
 from fibattn.data import order
 data = stream.PreparedData.open(sys.argv[1])
-assert len(windows.held_out_windows(data.validation["books"], 64)) > 1
+assert len(sequences.held_out_sequences(data.validation["books"], 64)) > 1
 """
     subprocess.run([sys.executable, "-c", code, str(whole)], check=True)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fibattn.data.prepared import TokenStream
-from fibattn.data.sequences import TrainingWindows, held_out_windows
+from fibattn.data.sequences import TrainingSequences, held_out_sequences
 from fibattn.data.shards import write_shard
 from fibattn.errors import InputError
 
@@ -27,39 +27,39 @@ def test_windows_read_across_shards(stream):
     assert len(stream) == 100
     for length in (0, 1, 2, 35, 100):
         for start in range(100 - length + 1):
-            window = stream.window(start, length)
-            assert window.dtype == np.int64
-            assert window.tolist() == list(range(start, start + length))
+            sequence = stream.sequence(start, length)
+            assert sequence.dtype == np.int64
+            assert sequence.tolist() == list(range(start, start + length))
     for start, length in ((-1, 2), (99, 2), (0, 101)):
         with pytest.raises(InputError, match="of a stream of 100"):
-            stream.window(start, length)
+            stream.sequence(start, length)
 
 
 def test_a_worker_process_gets_paths_not_tokens(stream):
-    stream.window(0, 100)
+    stream.sequence(0, 100)
     copy = pickle.loads(pickle.dumps(stream))
-    assert copy.window(25, 10).tolist() == list(range(25, 35))
+    assert copy.sequence(25, 10).tolist() == list(range(25, 35))
     assert copy._maps is not stream._maps
 
 
 def test_training_items_have_all_their_targets(stream):
-    windows = TrainingWindows(stream, np.array([5, 89], np.uint32), 10)
-    item = windows[1]
-    assert len(windows) == 2
+    sequences = TrainingSequences(stream, np.array([5, 89], np.uint32), 10)
+    item = sequences[1]
+    assert len(sequences) == 2
     assert item["input_ids"].tolist() == list(range(89, 99))
     assert item["shift_labels"].tolist() == list(range(90, 100))
     assert item["labels"].tolist() == item["input_ids"].tolist()
     assert str(item["input_ids"].dtype) == str(item["shift_labels"].dtype) == "torch.int64"
 
 
-def test_held_out_windows_are_disjoint_and_complete(stream):
-    windows = held_out_windows(stream, 11)
-    targets = [t for i in range(len(windows)) for t in windows[i]["shift_labels"].tolist()]
-    assert targets == list(range(1, 100))  # 9 windows of 11: every token but the first
-    assert len(held_out_windows(stream, 10)) == 9  # a tenth would need token 100
-    assert len(held_out_windows(stream, 10, limit_tokens=35)) == 3
-    assert len(held_out_windows(stream, 99)) == 1
-    with pytest.raises(InputError, match="a window of 100 needs 101 tokens; the held-out set has 100"):
-        held_out_windows(stream, 100)
+def test_held_out_sequences_are_disjoint_and_complete(stream):
+    sequences = held_out_sequences(stream, 11)
+    targets = [t for i in range(len(sequences)) for t in sequences[i]["shift_labels"].tolist()]
+    assert targets == list(range(1, 100))  # 9 sequences of 11: every token but the first
+    assert len(held_out_sequences(stream, 10)) == 9  # a tenth would need token 100
+    assert len(held_out_sequences(stream, 10, limit_tokens=35)) == 3
+    assert len(held_out_sequences(stream, 99)) == 1
+    with pytest.raises(InputError, match="a sequence of 100 needs 101 tokens; the held-out set has 100"):
+        held_out_sequences(stream, 100)
     with pytest.raises(InputError, match="has 100 and a limit of 5"):
-        held_out_windows(stream, 10, limit_tokens=5)
+        held_out_sequences(stream, 10, limit_tokens=5)

@@ -1,4 +1,4 @@
-"""Per-position loss against plain Transformers: whole logits, PyTorch's cross entropy, a loop over windows."""
+"""Per-position loss against plain Transformers: whole logits, PyTorch's cross entropy, a loop over sequences."""
 
 import math
 
@@ -37,18 +37,18 @@ def llama() -> LlamaForCausalLM:
 
 @torch.no_grad()
 def plainly(model: PreTrainedModel, tokens: np.ndarray, length: int) -> torch.Tensor:
-    """Losses (windows, length): window w reads tokens w·length … and is asked for each next token."""
+    """Losses (sequences, length): sequence w reads tokens w·length … and is asked for each next token."""
     rows = []
     for start in range(0, len(tokens) - 1 - length + 1, length):
-        window = torch.from_numpy(tokens[start : start + length + 1])
-        logits = model(input_ids=window[None, :-1]).logits[0].double()
-        rows.append(functional.cross_entropy(logits, window[1:], reduction="none"))
+        sequence = torch.from_numpy(tokens[start : start + length + 1])
+        logits = model(input_ids=sequence[None, :-1]).logits[0].double()
+        rows.append(functional.cross_entropy(logits, sequence[1:], reduction="none"))
     return torch.stack(rows)
 
 
 def first_tokens(data: PreparedData, count: int) -> np.ndarray:
     (stream,) = data.validation.values()
-    return stream.window(0, count)
+    return stream.sequence(0, count)
 
 
 @pytest.mark.parametrize("length", [1, 24, 64, 150])
@@ -61,7 +61,7 @@ def test_losses_equal_those_of_plain_logits(
     limit = 600 if length > 1 else 40
     found = position_loss(chosen, stream, length, data.token_bytes, limit_tokens=limit, batch_tokens=200)
     expected = plainly(chosen, first_tokens(data, limit // length * length + 1), length)
-    assert (found.windows, found.length) == (limit // length, length)
+    assert (found.sequences, found.length) == (limit // length, length)
     np.testing.assert_allclose(found.sums, expected.sum(0).numpy(), rtol=1e-5)
     assert found.nll() == pytest.approx(float(expected.mean()), rel=1e-5)
     assert found.perplexity() == pytest.approx(math.exp(float(expected.mean())), rel=1e-5)
@@ -96,17 +96,17 @@ def test_the_size_of_batches_and_of_slices_of_the_head_changes_nothing(
     np.testing.assert_allclose(sums(130), expected, rtol=1e-6)
 
 
-def test_bins_partition_the_window() -> None:
+def test_bins_partition_the_sequence() -> None:
     sums = np.arange(10, dtype=np.float64)
-    found = PositionLoss(sums, np.ones(10), windows=2)
+    found = PositionLoss(sums, np.ones(10), sequences=2)
     assert found.bins(5) == [0.25, 1.25, 2.25, 3.25, 4.25]
     assert found.bins(3) == pytest.approx([sum(range(3)) / 6, (3 + 4 + 5) / 6, (6 + 7 + 8 + 9) / 8])
     assert found.bins(1) == [found.nll()]
 
 
 @pytest.mark.parametrize("length", [1, 3, 7])
-def test_a_window_shorter_than_the_bins_has_one_for_each_position(length: int) -> None:
-    found = PositionLoss(np.arange(length, dtype=np.float64), np.ones(length), windows=1)
+def test_a_sequence_shorter_than_the_bins_has_one_for_each_position(length: int) -> None:
+    found = PositionLoss(np.arange(length, dtype=np.float64), np.ones(length), sequences=1)
     assert found.bins(8) == list(range(length))
 
 
@@ -129,5 +129,5 @@ def test_a_model_that_caps_its_logits_is_refused_rather_than_measured_wrong(data
 
 def test_less_than_one_window_is_refused(data: PreparedData, model: FibAttnForCausalLM) -> None:
     (stream,) = data.validation.values()
-    with pytest.raises(InputError, match=r"a window of 50 needs 51 tokens; the held-out set has \d+ and a limit of 49"):
+    with pytest.raises(InputError, match=r"a sequence of 50 needs 51 tokens; the held-out set has \d+ and a limit of 49"):
         position_loss(model, stream, 50, data.token_bytes, limit_tokens=49)

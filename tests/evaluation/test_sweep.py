@@ -32,7 +32,7 @@ def folder(model: FibAttnForCausalLM, tmp_path: Path) -> Path:
 
 @torch.no_grad()
 def losses(model: FibAttnForCausalLM, tokens: torch.Tensor, length: int) -> torch.Tensor:
-    """(windows, length), from whole logits and PyTorch's cross entropy."""
+    """(sequences, length), from whole logits and PyTorch's cross entropy."""
     inputs, targets = tokens[:-1].view(-1, length), tokens[1:].view(-1, length)
     logits = model(input_ids=inputs).logits
     return functional.cross_entropy(logits.flatten(0, 1).double(), targets.flatten(), reduction="none").view(-1, length)
@@ -41,8 +41,8 @@ def losses(model: FibAttnForCausalLM, tokens: torch.Tensor, length: int) -> torc
 def test_every_number_equals_plain_logits_on_the_same_tokens(data: PreparedData, model: FibAttnForCausalLM) -> None:
     found = sweep(model, data, lengths=[100, 300, 600], sets=[], tokens=1500)
     ((name, stream),) = data.validation.items()
-    # 1500 is cut to two windows of the longest; all lengths see these 1200 targets.
-    tokens = torch.from_numpy(stream.window(0, 1201))
+    # 1500 is cut to two sequences of the longest; all lengths see these 1200 targets.
+    tokens = torch.from_numpy(stream.sequence(0, 1201))
     size = data.token_bytes[tokens[1:].numpy()].sum()
     assert (found["trained_at"], found["data_fingerprint"]) == (64, data.fingerprint)
     assert list(found["sets"][name]) == ["100", "300", "600"]
@@ -85,9 +85,9 @@ def test_change_is_in_per_cent() -> None:
 
 def test_a_set_too_short_for_the_longest_window_is_refused(data: PreparedData, model: FibAttnForCausalLM) -> None:
     (name,) = data.validation
-    with pytest.raises(InputError, match=rf"the held-out set '{name}' has \d+ tokens .* one window of 10000000; eval"):
+    with pytest.raises(InputError, match=rf"the held-out set '{name}' has \d+ tokens .* one sequence of 10000000; eval"):
         sweep(model, data, lengths=[64, 10_000_000], sets=[])
-    with pytest.raises(InputError, match=r"\(limit 63\), fewer than one window of 64"):
+    with pytest.raises(InputError, match=r"\(limit 63\), fewer than one sequence of 64"):
         sweep(model, data, lengths=[64], sets=[], tokens=63)
 
 

@@ -9,8 +9,9 @@ import torch
 from transformers import TrainerCallback
 
 from fibattn.data.prepared import TokenStream
-from fibattn.data.sequences import TrainingWindows
+from fibattn.data.sequences import TrainingSequences
 from fibattn.data.shards import write_shard
+from fibattn.pattern import hybrid_layers
 from fibattn.training.recipe import ModelRecipe, OptimizerRecipe, Recipe
 from fibattn.training.run import build_model
 from fibattn.training.trainer import FibTrainer
@@ -44,11 +45,11 @@ def trained(recipe: Recipe, folder: Path) -> tuple[list[float], torch.Tensor]:
     tokens = np.tile(rng.integers(2, VOCABULARY, 300), 100).astype(np.uint16)
     folder.mkdir()
     write_shard(folder / "train.bin", [tokens], np.ones(VOCABULARY, np.uint16), np.dtype(np.uint16), len(tokens), None)
-    starts = rng.integers(0, len(tokens) - recipe.length - 1, recipe.steps * recipe.windows_per_step)
+    starts = rng.integers(0, len(tokens) - recipe.sequence_length - 1, recipe.steps * recipe.sequences_per_step)
     trainer = FibTrainer(
         build_model(recipe, VOCABULARY, 0),
         replace(recipe, out=folder),
-        TrainingWindows(TokenStream([folder / "train.bin"]), starts, recipe.length),
+        TrainingSequences(TokenStream([folder / "train.bin"]), starts, recipe.sequence_length),
         1,
     )
     trainer.args.save_strategy = "no"
@@ -61,15 +62,15 @@ def trained(recipe: Recipe, folder: Path) -> tuple[list[float], torch.Tensor]:
 @pytest.mark.parametrize("micro_batch", [8, 4])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"schedule": "learned"}, {"window": 80, "full_layers": (2,), "full_layers_rope": False}],
+    [{}, {"schedule": "learned"}, {"window": 80, **hybrid_layers(3, full=(2,))}],
     ids=["stagger", "learned", "hybrid"],
 )
 def test_compiled_steps_learn_what_plain_ones_do(changes: dict, micro_batch: int, tmp_path: Path) -> None:
     recipe = Recipe(
         model=replace(SHAPE, **changes),
-        optimizer=OptimizerRecipe(peak_rate=3e-3, warmup_steps=5),
-        length=256,
-        windows_per_step=8,
+        optimizer=OptimizerRecipe(learning_rate=3e-3, warmup_steps=5),
+        sequence_length=256,
+        sequences_per_step=8,
         micro_batch=micro_batch,
         steps=STEPS,
         log_every=1,

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from fibattn import FibAttnConfig, files, sealed
 from fibattn.cli.main import main
 from fibattn.data.prepared import PreparedData
+from fibattn.pattern import hybrid_layers
 from fibattn.training.card import add_results, write_card
 from fibattn.training.recipe import Recipe
 from fibattn.training.run import model_config, train
@@ -51,7 +52,7 @@ def test_card_says_what_the_model_is_and_was_trained_on(model: Path, recipe: Rec
         assert row == f"| {layer} | window and distances | yes | {offsets} |"
     training = "\n".join(table(card.text, "Training"))
     assert data.fingerprint in training
-    assert "256: 2 steps of 4 windows of 32" in training
+    assert "256: 2 steps of 4 sequences of 32" in training
     assert all(source["name"] in training for source in data.sources)
     assert "Not evaluated yet" in card.text
     assert str(recipe.data) not in card.text
@@ -59,7 +60,7 @@ def test_card_says_what_the_model_is_and_was_trained_on(model: Path, recipe: Rec
 
 def test_equal_layers_share_a_row(tmp_path: Path, recipe: Recipe) -> None:
     data = PreparedData.open(recipe.data)
-    shape = replace(recipe.model, num_hidden_layers=6, schedule="fixed", full_layers=(2,), full_layers_rope=False)
+    shape = replace(recipe.model, num_hidden_layers=6, schedule="fixed", **hybrid_layers(6, full=(2,)))
     chosen = replace(recipe, model=shape)
     write_card(tmp_path, model_config(chosen, 512, 0), 1234, chosen, data)
     rows = table((tmp_path / "README.md").read_text(), "Attention")[1:]

@@ -17,15 +17,15 @@ from fibattn.training.recipe import PRESETS, ModelRecipe, OptimizerRecipe, Recip
 
 def test_defaults_are_the_papers_recipe() -> None:
     paper = PRESETS["paper"]
-    assert (paper.steps, paper.windows_per_step, paper.length) == (13_000, 32, 1024)
+    assert (paper.steps, paper.sequences_per_step, paper.sequence_length) == (13_000, 32, 1024)
     assert paper.tokens == 425_984_000
     assert paper.optimizer == OptimizerRecipe(3e-4, 0.1, 300, 0.9, 0.95, 1e-8, 0.1, 1.0)
     assert (paper.order, paper.init_seed, paper.data_seed) == ("random", 42, 42)
-    assert not paper.model.clip_offsets
-    assert replace(paper.model, clip_offsets=True) == ModelRecipe()
+    assert paper.model.max_offset is None
+    assert replace(paper.model, max_offset="sequence") == ModelRecipe()
     dense = PRESETS["dense"]
     assert replace(dense, out=paper.out, model=paper.model) == paper
-    assert dense.model.attention == "full"
+    assert dense.model.layer_types == ("full_attention",)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -40,9 +40,9 @@ def test_presets_are_sound_and_survive_a_file(name: str, tmp_path: Path) -> None
 
 def test_what_a_file_leaves_out_has_its_default(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
-    path.write_text('{"steps": 5, "model": {"window": 3, "full_layers": [1, 2]}, "optimizer": {"peak_rate": 1}}')
-    shape = ModelRecipe(window=3, full_layers=(1, 2))
-    assert load_recipe(str(path)) == Recipe(steps=5, model=shape, optimizer=OptimizerRecipe(peak_rate=1.0))
+    path.write_text('{"steps": 5, "model": {"window": 3, "max_offset": 7}, "optimizer": {"learning_rate": 1}}')
+    shape = ModelRecipe(window=3, max_offset=7)
+    assert load_recipe(str(path)) == Recipe(steps=5, model=shape, optimizer=OptimizerRecipe(learning_rate=1.0))
 
 
 @pytest.mark.parametrize(
@@ -51,13 +51,33 @@ def test_what_a_file_leaves_out_has_its_default(tmp_path: Path) -> None:
         ('{"stpes": 5}', r"mine.json has an unknown key 'stpes': did you mean 'steps'\?"),
         ('{"model": {"widow": 5}}', r"mine.json: model has an unknown key 'widow': did you mean 'window'\?"),
         ('{"zzz": 5}', r"unknown key 'zzz': the keys are data, out, start, model"),
-        ('{"steps": "5"}', r"mine.json: steps is '5'; expected int"),
-        ('{"steps": true}', r"mine.json: steps is True; expected int"),
-        ('{"steps": 2.5}', r"mine.json: steps is 2.5; expected int"),
-        ('{"compile": 1}', r"mine.json: compile is 1; expected bool"),
+        ('{"steps": "5"}', r"mine.json: steps is '5'; expected a whole number"),
+        ('{"steps": true}', r"mine.json: steps is True; expected a whole number"),
+        ('{"steps": 2.5}', r"mine.json: steps is 2.5; expected a whole number"),
+        ('{"compile": 1}', r"mine.json: compile is 1; expected true or false"),
         ('{"order": "shuffled"}', r"mine.json: order is 'shuffled'; expected one of random, epochs"),
-        ('{"track": "wandb"}', r"mine.json: track is 'wandb'; expected a list"),
+        (
+            '{"track": "wandb"}',
+            r"mine.json: track is 'wandb'; expected a list, each one of tensorboard, wandb, trackio",
+        ),
         ('{"track": ["wand"]}', r"mine.json: track is 'wand'; expected one of tensorboard, wandb, trackio"),
+        ('{"steps": 1e400}', r"mine.json: steps is inf; expected a whole number below"),
+        (
+            '{"steps": 1' + "0" * 400 + "}",
+            r"mine.json: steps is 10*… \(401 characters\); expected a whole number below 2",
+        ),
+        (
+            '{"optimizer": {"learning_rate": 1' + "0" * 400 + "}}",
+            r"learning_rate is 10*… .*; expected a number below 2",
+        ),
+        ('{"model": {"max_offset": "all"}}', r"max_offset is 'all'; expected a whole number .*, sequence or null"),
+        ('{"model": {"no_rope_layers": [1, true]}}', r"no_rope_layers is True; expected one of 0, 1"),
+        ('{"length": 1024}', r"mine.json has the earlier name 'length'; it is now sequence_length"),
+        (
+            '{"model": {"attention": "full"}}',
+            r"mine.json: model has the earlier name 'attention'; it is now layer_types",
+        ),
+        ('{"optimizer": {"peak_rate": 1}}', r"optimizer has the earlier name 'peak_rate'; it is now learning_rate"),
         ('{"model": 3}', r"mine.json: model is 3; expected an object"),
         ("[]", r"mine.json is \[\]; expected an object"),
         ('{"steps": 5', r"mine.json is not valid JSON"),
@@ -86,14 +106,14 @@ def test_an_unknown_recipe_is_refused(name: str, message: str) -> None:
 
 
 def test_flags_override_one_field_and_leave_the_rest() -> None:
-    flags = "--steps 7 --model.window 3 --optimizer.peak-rate 0.01 --order epochs --compile --track tensorboard"
+    flags = "--steps 7 --model.window 3 --optimizer.learning-rate 0.01 --order epochs --compile --track tensorboard"
     found = parse(Recipe, flags.split(), "fibattn train small", default=PRESETS["small"])
     small = PRESETS["small"]
     assert found == replace(
         small,
         steps=7,
         model=replace(small.model, window=3),
-        optimizer=replace(small.optimizer, peak_rate=0.01),
+        optimizer=replace(small.optimizer, learning_rate=0.01),
         order="epochs",
         compile=True,
         track=("tensorboard",),
@@ -103,13 +123,25 @@ def test_flags_override_one_field_and_leave_the_rest() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"windows_per_step": 0}, "windows_per_step is 0; it must be at least 1"),
+        ({"sequences_per_step": 0}, "sequences_per_step is 0; it must be at least 1"),
         ({"save_every": -1}, "save_every is -1; it must be at least 1"),
-        ({"optimizer": OptimizerRecipe(peak_rate=float("nan"))}, "optimizer.peak_rate is nan; it must be above 0"),
+        (
+            {"optimizer": OptimizerRecipe(learning_rate=float("nan"))},
+            "optimizer.learning_rate is nan; it must be above 0",
+        ),
         ({"optimizer": OptimizerRecipe(beta2=1.5)}, "optimizer.beta2 is 1.5; it must be from 0 to below 1"),
         ({"optimizer": OptimizerRecipe(warmup_steps=-1)}, "optimizer.warmup_steps is -1; it must be 0 or more"),
-        ({"model": ModelRecipe(full_layers=(3, 16))}, r"model.full_layers has \[16\]; the layers are 0 … 15"),
-        ({"model": ModelRecipe(bound_full_layers=True)}, "no layer has full attention; name some in model.full_layers"),
+        ({"model": ModelRecipe(layer_types=("full_attention",) * 17)}, "layer_types has 17 entries for 16 layers"),
+        ({"model": ModelRecipe(no_rope_layers=())}, "no_rope_layers has 0 entries for 16 layers"),
+        (
+            {"model": ModelRecipe(full_reach="sequence")},
+            "model.full_reach is sequence, but no layer has full attention",
+        ),
+        (
+            {"model": ModelRecipe(layer_types=("full_attention",), full_reach=0)},
+            "full_reach is 0; it must be at least 1",
+        ),
+        ({"model": ModelRecipe(max_offset=0)}, "max_offset is 0; it must be at least 1, sequence, or None"),
     ],
 )
 def test_values_that_cannot_train_are_refused(changes: dict[str, Any], message: str) -> None:

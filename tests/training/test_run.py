@@ -24,7 +24,7 @@ from fibattn.errors import InputError
 from fibattn.lock import locked
 from fibattn.model.loading import load_model
 from fibattn.model.streaming import growing_layers
-from fibattn.pattern import Schedule
+from fibattn.pattern import LayerType, Schedule, hybrid_layers
 from fibattn.training import checkpoints
 from fibattn.training.recipe import ModelRecipe, Recipe, to_json
 from fibattn.training.run import train
@@ -204,7 +204,7 @@ def test_a_run_of_an_older_version_goes_on(recipe: Recipe) -> None:
     train(replace(recipe, steps=3))
     for path in (recipe.out / "recipe.json", recipe.out / "checkpoint-3" / "recipe.json"):
         values = files.read_json(path)
-        del values["gradient_checkpointing"], values["model"]["full_layers_rope"]
+        del values["gradient_checkpointing"], values["model"]["no_rope_layers"]
         files.write_json(path, values)
     sealed.seal(recipe.out / "checkpoint-3")
     shutil.rmtree(recipe.out / "model")
@@ -255,14 +255,14 @@ def poison(checkpoint: Path, value: float) -> None:
     sealed.seal(checkpoint)
 
 
-def test_infinite_loss_stops_with_the_step_its_windows_and_a_checkpoint(recipe: Recipe) -> None:
+def test_infinite_loss_stops_with_the_step_its_sequences_and_a_checkpoint(recipe: Recipe) -> None:
     train(replace(recipe, steps=9))
     shutil.rmtree(recipe.out / "model")
     shutil.rmtree(recipe.out / "checkpoint-9")
     poison(recipe.out / "checkpoint-6", math.inf)
     starts = np.load(next((recipe.data / "order").glob("random-seed42-length32-windows36.npy")))[6 * 4 : 7 * 4]
     at = ", ".join(map(str, starts))
-    said = rf"the loss is nan at step 7, windows 24 to 27 of the order\. They start at tokens {at} of"
+    said = rf"the loss is nan at step 7, sequences 24 to 27 of the order\. They start at tokens {at} of"
     with pytest.raises(InputError, match=said):
         train(replace(recipe, steps=9))
     report = files.read_json(recipe.out / "not-finite.json")
@@ -272,8 +272,10 @@ def test_infinite_loss_stops_with_the_step_its_windows_and_a_checkpoint(recipe: 
 
 
 def test_weights_that_are_not_finite_are_never_kept(recipe: Recipe) -> None:
-    wild = replace(recipe, optimizer=replace(recipe.optimizer, peak_rate=1e30, warmup_steps=0), save_every=1)
-    with pytest.raises(InputError, match=r"(the loss|a weight) is .* at step \d+, windows .* optimizer.peak_rate"):
+    wild = replace(recipe, optimizer=replace(recipe.optimizer, learning_rate=1e30, warmup_steps=0), save_every=1)
+    with pytest.raises(
+        InputError, match=r"(the loss|a weight) is .* at step \d+, sequences .* optimizer.learning_rate"
+    ):
         train(wild)
     kept = checkpoints.latest(recipe.out)
     assert kept is not None
@@ -291,23 +293,30 @@ def test_init_and_data_seeds_are_separate(recipe: Recipe) -> None:
     assert first_losses(data_seed=1) != same
 
 
-@pytest.mark.parametrize("attention", ["sliding", "full"])
-def test_other_layers_train(recipe: Recipe, attention: str) -> None:
-    shape = replace(recipe.model, attention=attention, full_layers=(1,), full_layers_rope=False)
+@pytest.mark.parametrize("kind", ["sliding_attention", "full_attention"])
+def test_other_layers_train(recipe: Recipe, kind: LayerType) -> None:
+    shape = replace(recipe.model, **hybrid_layers(3, full=(1,), sparse=kind))
     run = replace(recipe, model=shape, steps=10)
     train(run)
     assert losses(run)[-1] < losses(run)[0]
 
 
 def test_a_bound_is_the_finished_models_and_changes_no_training(recipe: Recipe) -> None:
-    plain = replace(recipe, model=replace(recipe.model, full_layers=(1,)), steps=3)
-    bounded = replace(plain, model=replace(plain.model, bound_full_layers=True), out=recipe.out.parent / "bounded")
+    plain = replace(recipe, model=replace(recipe.model, **hybrid_layers(3, full=(1,))), steps=3)
+    bounded = replace(plain, model=replace(plain.model, full_reach="sequence"), out=recipe.out.parent / "bounded")
     free, held = (load_model(train(run)) for run in (plain, bounded))
-    assert (free.config.full_reach, held.config.full_reach) == (None, recipe.length - 1)
+    assert (free.config.full_reach, held.config.full_reach) == (None, recipe.sequence_length - 1)
     assert (growing_layers(free), growing_layers(held)) == (1, 0)
-    ids = torch.randint(free.config.vocab_size, (1, 3 * recipe.length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        free.config.vocab_size, (1, 3 * recipe.sequence_length), generator=torch.Generator().manual_seed(0)
+    )
     with torch.no_grad():
-        near, far = (held(ids).logits - free(ids).logits)[0].abs().amax(-1).split([recipe.length, 2 * recipe.length])
+        near, far = (
+            (held(ids).logits - free(ids).logits)[0]
+            .abs()
+            .amax(-1)
+            .split([recipe.sequence_length, 2 * recipe.sequence_length])
+        )
     assert near.max() < 1e-4 < far.min()
     assert "the last 32" in (bounded.out / "model" / "README.md").read_text()
 

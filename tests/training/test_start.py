@@ -27,9 +27,9 @@ def finished(recipe: Recipe) -> Path:
 
 
 def longer(recipe: Recipe, start: Path | None) -> Recipe:
-    """Windows twice as long, full attention, another RoPE base."""
-    shape = replace(recipe.model, attention="full", rope_theta=3e4)
-    return replace(recipe, start=start, out=recipe.out.with_name("longer"), length=64, model=shape, steps=2)
+    """Sequences twice as long, full attention, another RoPE base."""
+    shape = replace(recipe.model, layer_types=("full_attention",), rope_theta=3e4)
+    return replace(recipe, start=start, out=recipe.out.with_name("longer"), sequence_length=64, model=shape, steps=2)
 
 
 def built(recipe: Recipe) -> FibAttnForCausalLM:

@@ -72,25 +72,27 @@ def test_precision(precision: Any) -> None:
 
 
 def by_hand(recipe: Recipe) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
-    """The paper's algorithm: windows at random, all targets, clipping, AdamW; loss, norm and rate of every step."""
+    """The paper's algorithm: sequences at random, all targets, clipping, AdamW; loss, norm and rate of every step."""
     data = PreparedData.open(recipe.data)
     starts = np.random.RandomState(recipe.data_seed).randint(
-        0, len(data.train) - recipe.length, size=recipe.steps * recipe.windows_per_step
+        0, len(data.train) - recipe.sequence_length, size=recipe.steps * recipe.sequences_per_step
     )
     model = build_model(recipe, data.vocab_size, data.separator)
     chosen, moments, log = recipe.optimizer, {}, []
     for step in range(1, recipe.steps + 1):
-        mine = starts[(step - 1) * recipe.windows_per_step : step * recipe.windows_per_step]
-        tokens = torch.stack([torch.from_numpy(data.train.window(int(start), recipe.length + 1)) for start in mine])
+        mine = starts[(step - 1) * recipe.sequences_per_step : step * recipe.sequences_per_step]
+        tokens = torch.stack(
+            [torch.from_numpy(data.train.sequence(int(start), recipe.sequence_length + 1)) for start in mine]
+        )
         logits = model(tokens[:, :-1], use_cache=False).logits
         loss = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         named = dict(model.named_parameters())
         grads = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
         norm = math.sqrt(sum(float((grad.double() ** 2).sum()) for grad in grads.values()))
-        rate = chosen.peak_rate * rate_factor(step, chosen, recipe.steps)
+        rate = chosen.learning_rate * rate_factor(step, chosen, recipe.steps)
         with torch.no_grad():
             for name, parameter in named.items():
-                grad = grads[name].double() * min(1.0, chosen.clip_norm / norm)
+                grad = grads[name].double() * min(1.0, chosen.max_grad_norm / norm)
                 first, second = moments.get(name, (torch.zeros_like(grad), torch.zeros_like(grad)))
                 first = chosen.beta1 * first + (1 - chosen.beta1) * grad
                 second = chosen.beta2 * second + (1 - chosen.beta2) * grad**2
@@ -106,11 +108,11 @@ def by_hand(recipe: Recipe) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
 
 @pytest.mark.parametrize("schedule", ["coprime", "learned"])
 def test_a_run_is_the_papers_algorithm(recipe: Recipe, schedule: Any) -> None:
-    """Clipping bites (the norms are above it), micro-batches are averaged, all targets of a window count."""
+    """Clipping bites (the norms are above it), micro-batches are averaged, all targets of a sequence count."""
     run = replace(
         recipe,
         model=replace(recipe.model, schedule=schedule),
-        optimizer=replace(recipe.optimizer, clip_norm=0.5, weight_decay=0.3),
+        optimizer=replace(recipe.optimizer, max_grad_norm=0.5, weight_decay=0.3),
         steps=7,
     )
     train(run)
@@ -126,10 +128,10 @@ def test_a_run_is_the_papers_algorithm(recipe: Recipe, schedule: Any) -> None:
         torch.testing.assert_close(saved[name], value, rtol=1e-3, atol=2e-5)
 
 
-def test_epochs_show_every_window_once(recipe: Recipe) -> None:
+def test_epochs_show_every_sequence_once(recipe: Recipe) -> None:
     run = replace(recipe, order="epochs", steps=2)
     train(run)
-    (order,) = (run.data / "order").glob("epochs-seed42-length32-windows8.npy")
+    (order,) = (run.data / "order").glob("epochs-seed42-length32-sequences8.npy")
     starts = np.load(order)
     assert len(set(starts.tolist())) == 8
     assert not (starts % 32).any()
@@ -141,7 +143,7 @@ def test_the_seed_of_the_weights_is_all_that_moves_them() -> None:
     rows = [
         Recipe(model=shape),
         Recipe(model=replace(shape, schedule="learned"), data_seed=7),
-        Recipe(model=replace(shape, attention="full"), length=64),
+        Recipe(model=replace(shape, layer_types=("full_attention",)), sequence_length=64),
         Recipe(model=replace(shape, base="power_of_two", window=8)),
     ]
     states = []
@@ -157,9 +159,9 @@ def test_the_seed_of_the_weights_is_all_that_moves_them() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"micro_batch": 3}, r"4 windows a step do not divide into micro-batches of 3 on 1 process.*a divisor of 4"),
+        ({"micro_batch": 3}, r"4 sequences a step do not divide into micro-batches of 3 on 1 process.*a divisor of 4"),
         ({"steps": 0}, r"steps is 0; it must be at least 1"),
-        ({"length": 10**7}, r"one window of 10000000 needs 10000001; prepare more text or train on shorter windows"),
+        ({"sequence_length": 10**7}, r"one sequence of 10000000 needs 10000001; prepare more text or train on shorter sequences"),
         ({"data": Path("nowhere")}, r"nowhere"),
     ],
 )

@@ -1,1 +1,1 @@
-"""From text to the order of training windows: sources, a tokenizer, token shards and held-out sets."""
+"""From text to the order of training sequences: sources, a tokenizer, token shards and held-out sets."""

@@ -1,6 +1,6 @@
-"""The order of training windows is a file: the position in it is the only state a resumed run needs.
+"""The order of training sequences is a file: the position in it is the only state a resumed run needs.
 
-`x.npy` holds the first token of every window, `x.json` beside it how it was made and its SHA-256.
+`x.npy` holds the first token of every sequence, `x.json` beside it how it was made and its SHA-256.
 """
 
 import math
@@ -18,37 +18,39 @@ Mode = Literal["random", "epochs"]
 
 
 def make_order(
-    path: Path, mode: Mode, seed: int, windows: int, tokens: int, length: int, data: str | None = None
+    path: Path, mode: Mode, seed: int, sequences: int, tokens: int, length: int, data: str | None = None
 ) -> np.ndarray:
-    """Write and return the starts of `windows` windows over a stream of `tokens`: [windows], uint32 or int64.
+    """Write and return the starts of `sequences` sequences over a stream of `tokens`: [sequences], uint32 or int64.
 
-    A window reads `length` tokens and the one after. "random" draws starts uniformly with replacement from
+    A sequence reads `length` tokens and the one after. "random" draws starts uniformly with replacement from
     all 0 … tokens-length-1, by `numpy.random.RandomState(seed).randint`, as the paper's reference code
-    does. "epochs" takes the disjoint windows 0, length, 2·length, …, in a fresh permutation each epoch,
+    does. "epochs" takes the disjoint sequences 0, length, 2·length, …, in a fresh permutation each epoch,
     from the same generator. `data` is the fingerprint of the tokens, checked when the order is loaded.
     """
     if tokens < length + 1:
         raise InputError(
-            f"the training stream has {tokens} tokens, one window of {length} needs {length + 1}; prepare "
-            "more text or train on shorter windows"
+            f"the training stream has {tokens} tokens, one sequence of {length} needs {length + 1}; prepare "
+            "more text or train on shorter sequences"
         )
     generator = np.random.RandomState(seed)
     if mode == "random":
-        starts = generator.randint(0, tokens - length, size=windows, dtype=np.int64)
+        starts = generator.randint(0, tokens - length, size=sequences, dtype=np.int64)
     elif mode == "epochs":
-        starts = _epochs(generator, windows, (tokens - 1) // length) * length
+        starts = _epochs(generator, sequences, (tokens - 1) // length) * length
     else:
         raise InputError(f"unknown order {mode!r}; expected 'random' or 'epochs'")
     starts = starts.astype(np.uint32 if tokens <= 2**32 else np.int64)
     save_array(path, starts)
-    about = {"mode": mode, "seed": seed, "windows": windows, "tokens": tokens, "length": length, "data": data}
+    about = {"mode": mode, "seed": seed, "sequences": sequences, "tokens": tokens, "length": length, "data": data}
     files.write_json(path.with_suffix(".json"), about | {"sha256": files.sha256(path)})
     return starts
 
 
-def _epochs(generator: np.random.RandomState, windows: int, distinct: int) -> np.ndarray:
-    permutations: Iterator[np.ndarray] = (generator.permutation(distinct) for _ in range(math.ceil(windows / distinct)))
-    return np.concatenate([np.zeros(0, np.int64), *permutations])[:windows]
+def _epochs(generator: np.random.RandomState, sequences: int, distinct: int) -> np.ndarray:
+    permutations: Iterator[np.ndarray] = (
+        generator.permutation(distinct) for _ in range(math.ceil(sequences / distinct))
+    )
+    return np.concatenate([np.zeros(0, np.int64), *permutations])[:sequences]
 
 
 def load_order(path: Path, **expected: Any) -> np.ndarray:

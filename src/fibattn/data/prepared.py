@@ -35,12 +35,12 @@ class TokenStream:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": None}  # a worker process maps the files itself
 
-    def window(self, start: int, length: int) -> np.ndarray:
+    def sequence(self, start: int, length: int) -> np.ndarray:
         """Tokens start … start+length-1, int64 [length], also across shards; `InputError` past the end."""
         if start < 0 or length < 0 or start + length > len(self):
             raise InputError(
                 f"tokens {start} to {start + length} were asked of a stream of {len(self)}; the order of "
-                "windows was made for other data: make it anew"
+                "sequences was made for other data: make it anew"
             )
         if self._maps is None:
             self._maps = [open_shard(path) for path in self.paths]
@@ -59,7 +59,7 @@ class TokenStream:
         Those beside the shards where the tokenizer does not keep bytes, else those of the table `sizes`.
         """
         if not self.paths or not bytes_path(self.paths[0]).exists():
-            return sizes[self.window(start, length)].astype(np.int64)
+            return sizes[self.sequence(start, length)].astype(np.int64)
         counts = np.concatenate([np.load(bytes_path(path), mmap_mode="r") for path in self.paths])
         return counts[start : start + length].astype(np.int64)
 

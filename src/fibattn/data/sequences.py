@@ -1,4 +1,4 @@
-"""Windows of a token stream as a PyTorch data set."""
+"""Sequences of a token stream as a PyTorch data set."""
 
 import numpy as np
 import torch
@@ -8,8 +8,8 @@ from fibattn.data.prepared import TokenStream
 from fibattn.errors import InputError
 
 
-class TrainingWindows(Dataset[dict[str, torch.Tensor]]):
-    """Item i is the window that starts at `order[i]`: `input_ids` and `shift_labels`, both int64 [length].
+class TrainingSequences(Dataset[dict[str, torch.Tensor]]):
+    """Item i is the sequence that starts at `order[i]`: `input_ids` and `shift_labels`, both int64 [length].
 
     `shift_labels` are the tokens one later, so that the loss is over all `length` targets; `labels` are the
     inputs, by which Transformers counts items.
@@ -22,21 +22,21 @@ class TrainingWindows(Dataset[dict[str, torch.Tensor]]):
         return len(self.order)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        tokens = torch.from_numpy(self.stream.window(int(self.order[index]), self.length + 1))
+        tokens = torch.from_numpy(self.stream.sequence(int(self.order[index]), self.length + 1))
         inputs = tokens[:-1]
         return {"input_ids": inputs, "labels": inputs, "shift_labels": tokens[1:]}
 
 
-def held_out_windows(stream: TokenStream, length: int, limit_tokens: int | None = None) -> TrainingWindows:
-    """Disjoint windows for evaluation: window w starts at w·length and has `length` targets.
+def held_out_sequences(stream: TokenStream, length: int, limit_tokens: int | None = None) -> TrainingSequences:
+    """Disjoint sequences for evaluation: sequence s starts at s·length and has `length` targets.
 
-    At most `limit_tokens` targets in all. `InputError` when not even one window fits.
+    At most `limit_tokens` targets in all. `InputError` when not even one sequence fits.
     """
     targets = len(stream) - 1 if limit_tokens is None else min(len(stream) - 1, limit_tokens)
     if targets < length:
         limit = "" if limit_tokens is None else f" and a limit of {limit_tokens}"
         raise InputError(
-            f"a window of {length} needs {length + 1} tokens; the held-out set has {len(stream)}{limit}: "
-            "prepare a larger held-out set or evaluate shorter windows"
+            f"a sequence of {length} needs {length + 1} tokens; the held-out set has {len(stream)}{limit}: "
+            "prepare a larger held-out set or evaluate shorter sequences"
         )
-    return TrainingWindows(stream, np.arange(targets // length, dtype=np.int64) * length, length)
+    return TrainingSequences(stream, np.arange(targets // length, dtype=np.int64) * length, length)

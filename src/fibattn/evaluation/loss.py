@@ -1,8 +1,8 @@
-"""The loss of a model at every position of held-out windows; perplexity and its relatives follow from it.
+"""The loss of a model at every position of held-out sequences; perplexity and its relatives follow from it.
 
-Convention: disjoint windows of `length` inputs, each with `length` targets, nothing carried over (the
-paper's, section 5). Early positions have little context, so a longer window is a little easier; the loss of
-the last 256 positions of a window leaves that effect out.
+Convention: disjoint sequences of `length` inputs, each with `length` targets, nothing carried over (the
+paper's, section 5). Early positions have little context, so a longer sequence is a little easier; the loss of
+the last 256 positions of a sequence leaves that effect out.
 """
 
 import itertools
@@ -16,33 +16,33 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from fibattn.data.prepared import TokenStream
-from fibattn.data.sequences import held_out_windows
+from fibattn.data.sequences import held_out_sequences
 from fibattn.errors import InputError
 from fibattn.progress import Meter
 
 LAST = 256
-"""How many positions at the end of a window the second convention looks at."""
+"""How many positions at the end of a sequence the second convention looks at."""
 
 _HEAD_LOGITS = 1 << 27
 
 
 @dataclass(frozen=True)
 class PositionLoss:
-    """Summed losses (nats, float64) and text bytes of the targets at every position of a number of windows."""
+    """Summed losses (nats, float64) and text bytes of the targets at every position of a number of sequences."""
 
     sums: np.ndarray
     byte_counts: np.ndarray
-    windows: int
+    sequences: int
 
     @property
     def length(self) -> int:
-        """Positions in a window."""
+        """Positions in a sequence."""
         return len(self.sums)
 
     def nll(self, first: int = 0, last: int | None = None) -> float:
         """Mean loss in nats over positions first … last - 1."""
         part = self.sums[first:last]
-        return float(part.sum() / (len(part) * self.windows))
+        return float(part.sum() / (len(part) * self.sequences))
 
     def perplexity(self, first: int = 0) -> float:
         """`exp` of the mean loss from position `first` on."""
@@ -54,7 +54,7 @@ class PositionLoss:
         return float(self.sums.sum() / math.log(2) / self.byte_counts.sum())
 
     def bins(self, count: int = 8) -> list[float]:
-        """Mean loss in nats of `count` equal parts of the window, or of every position of a shorter one."""
+        """Mean loss in nats of `count` equal parts of the sequence, or of every position of a shorter one."""
         count = min(count, self.length)
         edges = [self.length * part // count for part in range(count + 1)]
         return [self.nll(first, last) for first, last in itertools.pairwise(edges)]
@@ -72,38 +72,38 @@ def position_loss(
     label: str = "eval",
     quiet: bool = False,
 ) -> PositionLoss:
-    """The loss of `model` on disjoint windows of `length` over the first `limit_tokens` targets of `stream`.
+    """The loss of `model` on disjoint sequences of `length` over the first `limit_tokens` targets of `stream`.
 
-    The head is applied a slice of tokens at a time, so that a long window does not need all its logits at once.
+    The head is applied a slice of tokens at a time, so that a long sequence does not need all its logits at once.
 
     Args:
         model: a Transformers causal language model; it is put in evaluation mode.
         stream: held-out tokens.
-        length: inputs, and targets, of a window.
+        length: inputs, and targets, of a sequence.
         token_bytes: (vocabulary,), how many bytes of text each token stands for.
         limit_tokens: targets to look at, at most.
-        batch_tokens: tokens of a forward pass, at least one window.
+        batch_tokens: tokens of a forward pass, at least one sequence.
         label: what the progress line is called.
         quiet: show no progress.
 
     Raises:
-        InputError: when not even one window fits, or the model changes its logits after the output embedding.
+        InputError: when not even one sequence fits, or the model changes its logits after the output embedding.
     """
-    windows = held_out_windows(stream, length, limit_tokens)
+    sequences = held_out_sequences(stream, length, limit_tokens)
     device = next(model.parameters()).device
     model.eval()
-    _check_head(model, windows[0]["input_ids"][None, :16].to(device))
+    _check_head(model, sequences[0]["input_ids"][None, :16].to(device))
     sums = torch.zeros(length, dtype=torch.float64, device=device)
-    byte_counts = stream.byte_counts(1, len(windows) * length, token_bytes).reshape(-1, length).sum(axis=0)
+    byte_counts = stream.byte_counts(1, len(sequences) * length, token_bytes).reshape(-1, length).sum(axis=0)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
-    with Meter(label, len(windows) * length, "tokens", quiet=quiet) as meter, autocast:
+    with Meter(label, len(sequences) * length, "tokens", quiet=quiet) as meter, autocast:
         # From pinned memory a copy need not wait for what the GPU still has to do.
         pinned = device.type == "cuda"
-        for batch in DataLoader(windows, max(1, batch_tokens // length), pin_memory=pinned):  # pyright: ignore
+        for batch in DataLoader(sequences, max(1, batch_tokens // length), pin_memory=pinned):  # pyright: ignore
             inputs, targets = (batch[name].to(device, non_blocking=pinned) for name in ("input_ids", "shift_labels"))
             sums += _losses(model, inputs, targets).sum(dim=0, dtype=torch.float64)
             meter.update(inputs.numel())
-    return PositionLoss(sums.cpu().numpy(), byte_counts, len(windows))
+    return PositionLoss(sums.cpu().numpy(), byte_counts, len(sequences))
 
 
 def _check_head(model: nn.Module, inputs: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ from fibattn.errors import InputError, suggestion
 from fibattn.evaluation.loss import LAST, position_loss
 from fibattn.model.loading import model_name
 
-CONVENTION = "disjoint windows, every position; the same tokens at every length"
+CONVENTION = "disjoint sequences, every position; the same tokens at every length"
 
 
 def sweep(
@@ -30,14 +30,14 @@ def sweep(
     Args:
         model: its vocabulary must be that of `data`.
         data: the prepared folder with the held-out sets.
-        lengths: window lengths; the set is cut to whole windows of each, so that all see the same targets.
+        lengths: sequence lengths; the set is cut to whole sequences of each, so that all see the same targets.
         sets: names of held-out sets, all of them when empty.
         tokens: targets of each set at most.
         batch_tokens: tokens of a forward pass.
         quiet: show no progress.
 
     Raises:
-        InputError: for an unknown set, a vocabulary of another size, or a set shorter than what windows of all
+        InputError: for an unknown set, a vocabulary of another size, or a set shorter than what sequences of all
             lengths have in common.
     """
     vocabulary = model.config.get_text_config().vocab_size
@@ -76,7 +76,7 @@ def sweep(
 
 
 def shared_targets(data: PreparedData, *, lengths: list[int], sets: list[str], tokens: int) -> dict[str, int]:
-    """How many targets of each held-out set windows of every length can have in common: whole windows of each.
+    """How many targets of each held-out set sequences of every length can have in common: whole sequences of each.
 
     `sets` and `tokens` as in `sweep`, which raises the same.
     """
@@ -88,12 +88,12 @@ def shared_targets(data: PreparedData, *, lengths: list[int], sets: list[str], t
         shared[name] = most // common * common
         if longest <= most < common:
             raise InputError(
-                f"windows of {', '.join(map(str, sorted(lengths)))} end together only every {common:,} tokens, and the "
-                f"held-out set {name!r} has {held_out:,} (limit {tokens:,}); give lengths that divide one another"
+                f"sequences of {', '.join(map(str, sorted(lengths)))} end together only every {common:,} tokens, and "
+                f"the held-out set {name!r} has {held_out:,} (limit {tokens:,}); give lengths that divide one another"
             )
         if shared[name] < 1:
             raise InputError(
-                f"the held-out set {name!r} has {held_out} tokens (limit {tokens}), fewer than one window of "
+                f"the held-out set {name!r} has {held_out} tokens (limit {tokens}), fewer than one sequence of "
                 f"{longest}; evaluate shorter lengths, raise the limit, or hold out more text"
             )
     return shared
@@ -110,7 +110,7 @@ def _check_sets(sets: list[str], data: PreparedData) -> None:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """The result as tables for people, two a held-out set: the length sweep, and the loss over the window."""
+    """The result as tables for people, two a held-out set: the length sweep, and the loss over the sequence."""
     made = []
     for name, lengths in result["sets"].items():
         table = Table(title=f"{name}: {next(iter(lengths.values()))['targets']:,} tokens", title_justify="left")
@@ -131,7 +131,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 def _bins(name: str, lengths: dict[str, Any]) -> Table:
     count = max(len(row["bins"]) for row in lengths.values())
-    table = Table(title=f"{name}: loss in nats, from the first to the last part of a window", title_justify="left")
+    table = Table(title=f"{name}: loss in nats, from the first to the last part of a sequence", title_justify="left")
     for heading in ("length", *(f"{part + 1}/{count}" for part in range(count))):
         table.add_column(heading, justify="right")
     for length, row in lengths.items():

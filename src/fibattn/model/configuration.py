@@ -10,9 +10,9 @@ from transformers.modeling_rope_utils import RopeParameters
 
 from fibattn import files
 from fibattn.errors import InputError
-from fibattn.pattern import Base, LearnedPattern, Pattern, Schedule, base_rungs, layer_patterns
+from fibattn.pattern import Base, LayerType, LearnedPattern, Pattern, Schedule, base_rungs, layer_patterns
 
-LAYER_TYPES = ("fibonacci_attention", "sliding_attention", "full_attention")
+LAYER_TYPES = get_args(LayerType)
 
 _SHIM = "modeling_fibattn"
 _AUTO_MAP = {

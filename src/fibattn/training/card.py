@@ -75,7 +75,7 @@ tags:
 # {recipe.out.name}
 
 A decoder of {quantity(parameters)} parameters, trained with fibattn {__version__}
-([fixed-offset sparse attention](https://arxiv.org/abs/2606.28560)) on windows of {recipe.length} tokens. It is a base
+([fixed-offset sparse attention](https://arxiv.org/abs/2606.28560)) on sequences of {recipe.sequence_length} tokens. It is a base
 model: it goes on with a text."""
 
 
@@ -100,13 +100,13 @@ def _training(recipe: Recipe, data: PreparedData) -> str:
     sources = ", ".join(f"{source['name']} ({_taken(source)} tokens)" for source in data.sources if source["train"])
     optimizer = recipe.optimizer
     rows = {
-        "tokens": f"{quantity(recipe.tokens)}: {recipe.steps} steps of {recipe.windows_per_step} windows of "
-        f"{recipe.length}",
+        "tokens": f"{quantity(recipe.tokens)}: {recipe.steps} steps of {recipe.sequences_per_step} sequences of "
+        f"{recipe.sequence_length}",
         "began with": recipe.start and f"the weights of {model_name(recipe.start.resolve())}",
         "text": sources,
         "data fingerprint": f"`{data.fingerprint}`",
         "seeds": f"weights {recipe.init_seed}, data {recipe.data_seed}",
-        "peak learning rate": f"{optimizer.peak_rate}, {optimizer.warmup_steps} steps of warm-up",
+        "peak learning rate": f"{optimizer.learning_rate}, {optimizer.warmup_steps} steps of warm-up",
     }
     lines = (f"| {name} | {value} |" for name, value in rows.items() if value)
     return "\n".join(("## Training", "", "| | |", "| --- | --- |", *lines))

@@ -4,16 +4,20 @@ No torch here: `fibattn train --help` reads this file. A run writes its recipe a
 `fibattn train recipe.json` does that run again.
 """
 
+import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass, field, replace
+from itertools import cycle, islice
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from fibattn import files
 from fibattn.errors import InputError, suggestion
-from fibattn.pattern import Base, Schedule
+from fibattn.pattern import Base, Layers, LayerType, Schedule, hybrid_layers
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -25,32 +29,58 @@ class ModelRecipe:
     num_hidden_layers: int = 16
     num_attention_heads: int = 8
     num_key_value_heads: int = 2
-    attention: Literal["fibonacci", "sliding", "full"] = "fibonacci"
-    """What the layers do: window and rungs, window only, or everything."""
+    layer_types: tuple[LayerType, ...] = ("fibonacci_attention",)
+    """What each layer does: window and rungs, window alone, or everything. Shorter than the depth, it repeats."""
+    no_rope_layers: tuple[Literal[0, 1], ...] = (1,)
+    """For each layer 1 with rotary positions, 0 without. Shorter than the depth, it repeats."""
     base: Base = "fibonacci"
+    """The distances before scaling: Fibonacci numbers or powers of two."""
     schedule: Schedule = "linear"
+    """How the scale of the distances goes over the layers."""
     stagger_heads: bool = False
     """Give every KV head of a layer rungs of its own scale, too."""
     window: int = 12
     """Distances 0 … window are attended: window + 1 keys."""
     rungs: int = 15
-    clip_offsets: bool = True
-    """Drop rungs that no training window is long enough for; the paper keeps them, untrained."""
-    full_layers: tuple[int, ...] = ()
-    """Layers with full attention instead."""
-    full_layers_rope: bool = True
-    """Whether those layers rotate their queries and keys."""
-    bound_full_layers: bool = False
-    """Let full layers of the finished model look back as far as a training window is long and no farther, so that it
-    runs for ever at constant cost. Training is the same."""
+    """How many distances there are beyond the window, before scaling."""
+    max_offset: int | Literal["sequence"] | None = "sequence"
+    """Drop rungs farther than this; sequence: those that no training sequence is long enough for. None keeps all, as
+    the paper does."""
+    full_reach: int | Literal["sequence"] | None = None
+    """How far back the full layers of the finished model look; sequence: as far as in training, so that it runs for
+    ever at constant cost. None: to the beginning. Training is the same."""
     rope_theta: float = 10_000.0
+
+    def check(self) -> None:
+        """Refuse what only a recipe can say wrongly; the rest is checked with the configuration.
+
+        Raises:
+            InputError: naming the field, its value and what was expected.
+        """
+        if not (math.isfinite(self.rope_theta) and self.rope_theta > 0):
+            raise InputError(f"model.rope_theta is {self.rope_theta}; it must be a finite number above 0")
+        for name in ("layer_types", "no_rope_layers"):
+            if not 1 <= (count := len(getattr(self, name))) <= self.num_hidden_layers:
+                raise InputError(
+                    f"model.{name} has {count} entries for {self.num_hidden_layers} layers; give one for each layer, "
+                    "or fewer that repeat"
+                )
+        for name in ("max_offset", "full_reach"):
+            if isinstance(value := getattr(self, name), int) and value < 1:
+                raise InputError(f"model.{name} is {value}; it must be at least 1, sequence, or None for no limit")
+        if self.full_reach is not None and "full_attention" not in self.layer_types:
+            raise InputError(
+                f"model.full_reach is {self.full_reach}, but no layer has full attention; name some in "
+                "model.layer_types, or leave it out"
+            )
 
 
 @dataclass(frozen=True)
 class OptimizerRecipe:
     """AdamW and its rate: linear warm-up, then a cosine to a fraction of the peak (paper, section 4)."""
 
-    peak_rate: float = 3e-4
+    learning_rate: float = 3e-4
+    """The highest, after the warm-up."""
     final_fraction: float = 0.1
     warmup_steps: int = 300
     beta1: float = 0.9
@@ -58,7 +88,7 @@ class OptimizerRecipe:
     epsilon: float = 1e-8
     weight_decay: float = 0.1
     """On parameters of two dimensions or more."""
-    clip_norm: float = 1.0
+    max_grad_norm: float = 1.0
 
     def check(self) -> None:
         """Refuse values that cannot train.
@@ -66,7 +96,7 @@ class OptimizerRecipe:
         Raises:
             InputError: naming the field, its value and what was expected.
         """
-        for name in ("peak_rate", "epsilon", "clip_norm"):
+        for name in ("learning_rate", "epsilon", "max_grad_norm"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise InputError(f"optimizer.{name} is {getattr(self, name)}; it must be above 0")
         for name in ("final_fraction", "weight_decay"):
@@ -92,16 +122,16 @@ class Recipe:
     attend to may differ, the length too."""
     model: ModelRecipe = field(default_factory=ModelRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
-    length: int = 1024
-    """Tokens of a training window."""
-    windows_per_step: int = 32
+    sequence_length: int = 1024
+    """Tokens of a training sequence."""
+    sequences_per_step: int = 32
     steps: int = 13_000
     order: Literal["random", "epochs"] = "random"
-    """Windows drawn with replacement (the paper's), or every window once an epoch."""
+    """Sequences drawn with replacement (the paper's), or every one once an epoch."""
     init_seed: int = 42
     data_seed: int = 42
     micro_batch: int = 32
-    """Windows a process takes at once; fewer need less memory. The step stays the same up to rounding."""
+    """Sequences a process takes at once; fewer need less memory. The step stays the same up to rounding."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Autocast dtype over float32 parameters; auto is bf16 on a GPU."""
     compile: bool = False
@@ -117,12 +147,29 @@ class Recipe:
     @property
     def tokens(self) -> int:
         """Training targets in all."""
-        return self.steps * self.windows_per_step * self.length
+        return self.steps * self.sequences_per_step * self.sequence_length
+
+    @property
+    def max_offset(self) -> int | None:
+        """The model's `max_offset` as a number, sequence being the farthest distance in one; None: no limit."""
+        return self._distance(self.model.max_offset)
 
     @property
     def full_reach(self) -> int | None:
-        """How far back the full layers of the finished model look; None: to the beginning."""
-        return max(self.length - 1, 1) if self.model.bound_full_layers else None
+        """The finished model's `full_reach`, likewise."""
+        return self._distance(self.model.full_reach)
+
+    def _distance(self, value: int | Literal["sequence"] | None) -> int | None:
+        return max(self.sequence_length - 1, 1) if value == "sequence" else value
+
+    def resolved(self) -> "Recipe":
+        """The same with each layer named and distances as numbers: recipes that mean the same are then equal."""
+        shape = self.model
+        layers = Layers(
+            layer_types=_to_depth(shape.layer_types, shape.num_hidden_layers),
+            no_rope_layers=_to_depth(shape.no_rope_layers, shape.num_hidden_layers),
+        )
+        return replace(self, model=replace(shape, **layers, max_offset=self.max_offset, full_reach=self.full_reach))
 
     def micro_batches(self, processes: int) -> int:
         """How many micro-batches each of `processes` takes a step.
@@ -130,11 +177,11 @@ class Recipe:
         Raises:
             InputError: when a step does not divide evenly.
         """
-        share, rest = divmod(self.windows_per_step, self.micro_batch * processes)
+        share, rest = divmod(self.sequences_per_step, self.micro_batch * processes)
         if rest or not share:
             raise InputError(
-                f"{self.windows_per_step} windows a step do not divide into micro-batches of {self.micro_batch} on "
-                f"{processes} process(es); set micro_batch to a divisor of {self.windows_per_step / processes:g}"
+                f"{self.sequences_per_step} sequences a step do not divide into micro-batches of {self.micro_batch} on "
+                f"{processes} process(es); set micro_batch to a divisor of {self.sequences_per_step / processes:g}"
             )
         return share
 
@@ -145,8 +192,8 @@ class Recipe:
             InputError: naming the field, its value and what was expected.
         """
         positive = (
-            "length",
-            "windows_per_step",
+            "sequence_length",
+            "sequences_per_step",
             "steps",
             "micro_batch",
             "log_every",
@@ -160,35 +207,27 @@ class Recipe:
         for name in ("init_seed", "data_seed"):
             if not 0 <= getattr(self, name) < 2**32:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be from 0 to 2**32 - 1")
-        if not (math.isfinite(self.model.rope_theta) and self.model.rope_theta > 0):
-            raise InputError(f"model.rope_theta is {self.model.rope_theta}; it must be a finite number above 0")
-        outside = [layer for layer in self.model.full_layers if not 0 <= layer < self.model.num_hidden_layers]
-        if outside:
-            raise InputError(f"model.full_layers has {outside}; the layers are 0 … {self.model.num_hidden_layers - 1}")
-        if self.model.bound_full_layers and not (self.model.full_layers or self.model.attention == "full"):
-            raise InputError(
-                "model.bound_full_layers is set, but no layer has full attention; name some in model.full_layers, or "
-                "leave it out"
-            )
+        self.model.check()
 
 
-_paper = Recipe(out=Path("runs/paper"), model=ModelRecipe(clip_offsets=False), compile=True)
+_paper = Recipe(out=Path("runs/paper"), model=ModelRecipe(max_offset=None), compile=True)
+_every_eighth = hybrid_layers(8, full=(7,))
 _small = ModelRecipe(hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=6)
 
 PRESETS: dict[str, Recipe] = {
     "paper": _paper,
-    "dense": replace(_paper, out=Path("runs/dense"), model=ModelRecipe(attention="full")),
+    "dense": replace(_paper, out=Path("runs/dense"), model=ModelRecipe(layer_types=("full_attention",))),
     "hybrid": replace(
         _paper,
         out=Path("runs/hybrid"),
-        model=ModelRecipe(window=64, full_layers=(7, 15), full_layers_rope=False, bound_full_layers=True),
+        model=ModelRecipe(window=64, full_reach="sequence", **_every_eighth),
     ),
     "small": Recipe(
         out=Path("runs/small"),
         model=_small,
-        optimizer=OptimizerRecipe(peak_rate=2e-3, warmup_steps=50),
-        length=256,
-        windows_per_step=16,
+        optimizer=OptimizerRecipe(learning_rate=2e-3, warmup_steps=50),
+        sequence_length=256,
+        sequences_per_step=16,
         steps=1000,
         micro_batch=16,
         save_every=100,
@@ -217,6 +256,11 @@ def load_recipe(name: str) -> Recipe:
     )
 
 
+def _to_depth(entries: tuple[T, ...], layers: int) -> tuple[T, ...]:
+    """The entries over and over until there is one for each layer."""
+    return tuple(islice(cycle(entries), layers))
+
+
 def to_json(recipe: Any) -> Any:
     """A recipe as plain JSON values."""
     if dataclasses.is_dataclass(recipe):
@@ -226,12 +270,28 @@ def to_json(recipe: Any) -> Any:
     return str(recipe) if isinstance(recipe, Path) else recipe
 
 
+_RENAMED = {
+    "length": "sequence_length",
+    "windows_per_step": "sequences_per_step",
+    "peak_rate": "learning_rate",
+    "clip_norm": "max_grad_norm",
+    "attention": 'layer_types, such as ["full_attention"] for all layers alike',
+    "full_layers": "layer_types, a type for each layer",
+    "full_layers_rope": "no_rope_layers, for each layer 1 with RoPE or 0 without",
+    "clip_offsets": 'max_offset, "sequence" for true and null for false',
+    "bound_full_layers": 'full_reach, "sequence" for true and null for false',
+}
+"""What became of the names that recipes had before version 0.2."""
+
+
 def _from_json(kind: type, value: Any, where: str) -> Any:
     """Build the dataclass `kind` from JSON, checking every key and value; `where` names the place in messages."""
     if not isinstance(value, dict):
-        raise InputError(f"{where} is {value!r}; expected an object with keys")
+        raise InputError(f"{where} is {_shown(value)}; expected an object with keys")
     hints = get_type_hints(kind)
     for key in value:
+        if key in _RENAMED and key not in hints:
+            raise InputError(f"{where} has the earlier name {key!r}; it is now {_RENAMED[key]}")
         if key not in hints:
             raise InputError(f"{where} has an unknown key {key!r}: {suggestion(key, hints, 'keys')}")
     return kind(**{key: _value(hints[key], one, f"{where}: {key}") for key, one in value.items()})
@@ -240,18 +300,43 @@ def _from_json(kind: type, value: Any, where: str) -> Any:
 def _value(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _from_json(kind, value, where)  # pyright: ignore[reportArgumentType]
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise InputError(f"{where} is {value!r}; expected one of {', '.join(map(str, get_args(kind)))}")
-        return value
-    if get_origin(kind) is UnionType:
-        wanted = next(one for one in get_args(kind) if one is not type(None))
-        return None if value is None else _value(wanted, value, where)
-    if get_origin(kind) is tuple:
-        if not isinstance(value, list):
-            raise InputError(f"{where} is {value!r}; expected a list")
+    if get_origin(kind) is tuple and isinstance(value, list):
         return tuple(_value(get_args(kind)[0], one, where) for one in value)
-    expected: type | UnionType = {float: int | float, Path: str}.get(kind, kind)
-    if not isinstance(value, expected) or (isinstance(value, bool) and kind is not bool):
-        raise InputError(f"{where} is {value!r}; expected {getattr(kind, '__name__', kind)}")
-    return kind(value)
+    if get_origin(kind) in (Union, UnionType):
+        for one in get_args(kind):
+            with contextlib.suppress(InputError):
+                return _value(one, value, where)
+    elif get_origin(kind) is Literal:
+        if any(value == one and type(value) is type(one) for one in get_args(kind)):
+            return value
+    elif kind is float and type(value) in (int, float) and abs(value) < _HUGE:
+        return float(value)
+    elif kind is int and type(value) is int and abs(value) < _HUGE:
+        return value
+    elif kind is Path and isinstance(value, str):
+        return Path(value)
+    elif kind in (bool, NoneType) and type(value) is kind:
+        return value
+    raise InputError(f"{where} is {_shown(value)}; expected {_expected(kind)}")
+
+
+_HUGE = 1 << 63
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", NoneType: "null", Path: "a path"}
+
+
+def _expected(kind: Any) -> str:
+    """What a value of the type `kind` is, in words."""
+    if get_origin(kind) is tuple:
+        return f"a list, each {_expected(get_args(kind)[0])}"
+    if get_origin(kind) is Literal:
+        return ("one of " if len(get_args(kind)) > 1 else "") + ", ".join(map(str, get_args(kind)))
+    if get_origin(kind) in (Union, UnionType):
+        *others, last = map(_expected, get_args(kind))
+        return f"{', '.join(others)} or {last}"
+    return _WORDS[kind] + (" below 2**63" if kind in (int, float) else "")
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}… ({len(text):,} characters)"

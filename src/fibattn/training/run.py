@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 from fibattn import files, machine, sealed
 from fibattn.data.order import load_order, make_order
 from fibattn.data.prepared import PreparedData
-from fibattn.data.sequences import TrainingWindows
+from fibattn.data.sequences import TrainingSequences
 from fibattn.data.tokenizer import load_tokenizer
 from fibattn.errors import InputError, MissingExtraError
 from fibattn.model import FibAttnConfig, FibAttnForCausalLM
@@ -31,12 +31,7 @@ _PLAIN_CHAT = "{{ bos_token }}{% for message in messages %}{{ message['content']
 
 def model_config(recipe: Recipe, vocab_size: int, separator: int) -> FibAttnConfig:
     """The configuration that a recipe means, for a tokenizer with `vocab_size` ids."""
-    shape = recipe.model
-    kinds = [f"{shape.attention}_attention"] * shape.num_hidden_layers
-    rotated = [1] * shape.num_hidden_layers
-    for layer in shape.full_layers:
-        kinds[layer] = "full_attention"
-        rotated[layer] = int(shape.full_layers_rope)
+    shape = recipe.resolved().model
     return FibAttnConfig(
         vocab_size=vocab_size,
         hidden_size=shape.hidden_size,
@@ -44,16 +39,16 @@ def model_config(recipe: Recipe, vocab_size: int, separator: int) -> FibAttnConf
         num_hidden_layers=shape.num_hidden_layers,
         num_attention_heads=shape.num_attention_heads,
         num_key_value_heads=shape.num_key_value_heads,
-        max_position_embeddings=recipe.length,
+        max_position_embeddings=recipe.sequence_length,
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
         base=shape.base,
         schedule=shape.schedule,
         stagger_heads=shape.stagger_heads,
         window=shape.window,
         rungs=shape.rungs,
-        max_offset=recipe.length - 1 if shape.clip_offsets else None,
-        layer_types=kinds,
-        no_rope_layers=rotated,
+        max_offset=recipe.max_offset,
+        layer_types=list(shape.layer_types),
+        no_rope_layers=list(shape.no_rope_layers),
         bos_token_id=separator,
         eos_token_id=separator,
     )
@@ -105,10 +100,10 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     state.print(
         f"{quantity(model.num_parameters())} parameters, {quantity(recipe.tokens)} tokens in {recipe.steps} steps "
-        f"of {recipe.windows_per_step} windows of {recipe.length}, on {_device(state)}"
+        f"of {recipe.sequences_per_step} sequences of {recipe.sequence_length}, on {_device(state)}"
     )
-    windows = TrainingWindows(data.train, load_order(order), recipe.length)
-    trainer = FibTrainer(model, recipe, windows, process_count())
+    sequences = TrainingSequences(data.train, load_order(order), recipe.sequence_length)
+    trainer = FibTrainer(model, recipe, sequences, process_count())
     if checkpoint is not None:
         _check_same(checkpoint, recipe, inputs)
         state.print(f"going on from {checkpoint}")
@@ -144,17 +139,17 @@ def _order(recipe: Recipe, data: PreparedData) -> Path:
 
     Where the data may only be read, and nobody has made it there, it lies in the run's own folder.
     """
-    windows = recipe.steps * recipe.windows_per_step
-    name = f"{recipe.order}-seed{recipe.data_seed}-length{recipe.length}-windows{windows}.npy"
+    sequences = recipe.steps * recipe.sequences_per_step
+    name = f"{recipe.order}-seed{recipe.data_seed}-length{recipe.sequence_length}-sequences{sequences}.npy"
     path = recipe.data / "order" / name
     if not path.exists() and not os.access(recipe.data, os.W_OK):
         path = recipe.out / "order" / name
     about: dict[str, Any] = {
         "mode": recipe.order,
         "seed": recipe.data_seed,
-        "windows": windows,
+        "sequences": sequences,
         "tokens": len(data.train),
-        "length": recipe.length,
+        "length": recipe.sequence_length,
         "data": data.fingerprint,
     }
     if not path.exists() or not path.with_suffix(".json").exists():
@@ -174,7 +169,7 @@ def _claim(recipe: Recipe, inputs: dict[str, str]) -> None:
 
 def _check_same(where: Path, recipe: Recipe, inputs: dict[str, str]) -> None:
     """Refuse to go on with a run folder or a checkpoint of another recipe or other inputs."""
-    old, new = (_flat(to_json(one)) for one in (load_recipe(str(where / "recipe.json")), recipe))
+    old, new = (_flat(to_json(one.resolved())) for one in (load_recipe(str(where / "recipe.json")), recipe))
     changed = [key for key in new if key not in _MAY_CHANGE and old.get(key) != new[key]]
     if changed:
         details = "; ".join(f"{key} was {old.get(key)!r} and is now {new[key]!r}" for key in changed)

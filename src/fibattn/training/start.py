@@ -1,4 +1,4 @@
-"""Beginning with the weights of a finished model, not with fresh ones: to go on in longer windows, or on other text."""
+"""Beginning with the weights of a finished model: to go on in longer sequences, or on other text."""
 
 from pathlib import Path
 

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fibattn import files
-from fibattn.data.sequences import TrainingWindows
+from fibattn.data.sequences import TrainingSequences
 from fibattn.errors import InputError
 from fibattn.progress import Meter
 from fibattn.training import checkpoints
@@ -56,7 +56,7 @@ def training_arguments(recipe: Recipe, processes: int) -> TrainingArguments:
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.micro_batch,
         gradient_accumulation_steps=micro_batches,
-        max_grad_norm=recipe.optimizer.clip_norm,
+        max_grad_norm=recipe.optimizer.max_grad_norm,
         bf16=bf16,
         torch_compile=recipe.compile,
         torch_compile_mode="reduce-overhead" if graphed else None,
@@ -87,15 +87,15 @@ def training_arguments(recipe: Recipe, processes: int) -> TrainingArguments:
 
 
 class FibTrainer(Trainer):
-    """Trains one recipe on windows in a given order."""
+    """Trains one recipe on sequences in a given order."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, windows: TrainingWindows, processes: int):
+    def __init__(self, model: nn.Module, recipe: Recipe, sequences: TrainingSequences, processes: int):
         super().__init__(
             model=model,  # pyright: ignore[reportArgumentType]
             args=training_arguments(recipe, processes),
-            train_dataset=windows,
+            train_dataset=sequences,
         )
-        self.recipe, self.windows = recipe, windows
+        self.recipe, self.sequences = recipe, sequences
         # `compute_loss` returns the mean of a micro-batch, and micro-batches are equal: let the Trainer average.
         self.model_accepts_loss_kwargs = False
         for callback in (PrinterCallback, ProgressCallback):
@@ -113,7 +113,7 @@ class FibTrainer(Trainer):
             chosen = self.recipe.optimizer
             self.optimizer = torch.optim.AdamW(
                 parameter_groups(self.model if model is None else model, chosen.weight_decay),  # pyright: ignore
-                lr=chosen.peak_rate,
+                lr=chosen.learning_rate,
                 betas=(chosen.beta1, chosen.beta2),
                 eps=chosen.epsilon,
                 fused=True,
@@ -139,7 +139,7 @@ class FibTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """The mean over all targets of the windows, each token's successor, the last one's included."""
+        """The mean over all targets of the sequences, each token's successor, the last one's included."""
         outputs = model(input_ids=inputs["input_ids"], shift_labels=inputs["shift_labels"], use_cache=False)
         if not outputs.loss.is_cuda and not torch.isfinite(outputs.loss):
             step = self.state.global_step + 1
@@ -162,18 +162,18 @@ class FibTrainer(Trainer):
 
     def _stop(self, what: str, first: int, last: int) -> NoReturn:
         """End the run: `what` happened in one of the steps from `first` to `last`, counted from 1."""
-        recipe, a_step = self.recipe, self.recipe.windows_per_step
-        starts = [int(start) for start in self.windows.order[(first - 1) * a_step : last * a_step]]
+        recipe, a_step = self.recipe, self.recipe.sequences_per_step
+        starts = [int(start) for start in self.sequences.order[(first - 1) * a_step : last * a_step]]
         report = recipe.out / "not-finite.json"
-        about = {"what": what, "first_step": first, "last_step": last, "window_starts": starts}
-        files.write_json(report, about | {"first_window": (first - 1) * a_step})
+        about = {"what": what, "first_step": first, "last_step": last, "sequence_starts": starts}
+        files.write_json(report, about | {"first_sequence": (first - 1) * a_step})
         kept = checkpoints.latest(recipe.out)
         raise InputError(
-            f"{what} {f'at step {last}' if first == last else f'in one of the steps {first} to {last}'}, windows "
+            f"{what} {f'at step {last}' if first == last else f'in one of the steps {first} to {last}'}, sequences "
             f"{(first - 1) * a_step} to {last * a_step - 1} of the order. They start at tokens "
             f"{', '.join(map(str, starts[:8]))}{', …' if len(starts) > 8 else ''} of the training stream; all are in "
             f"{report}. {f'{kept} is kept' if kept else 'There is no checkpoint yet'}; try a lower "
-            f"optimizer.peak_rate (now {recipe.optimizer.peak_rate}) in a new run"
+            f"optimizer.learning_rate (now {recipe.optimizer.learning_rate}) in a new run"
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -210,7 +210,7 @@ class MetricsFile(TrainerCallback):
 
     def __init__(self, recipe: Recipe, meter: Meter):
         self.path, self.meter = recipe.out / "metrics.jsonl", meter
-        self._step_tokens = recipe.windows_per_step * recipe.length
+        self._step_tokens = recipe.sequences_per_step * recipe.sequence_length
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         """Drop what a killed run wrote past its last checkpoint, and start the clock."""
