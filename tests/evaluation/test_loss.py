@@ -129,5 +129,7 @@ def test_a_model_that_caps_its_logits_is_refused_rather_than_measured_wrong(data
 
 def test_less_than_one_window_is_refused(data: PreparedData, model: FibAttnForCausalLM) -> None:
     (stream,) = data.validation.values()
-    with pytest.raises(InputError, match=r"a sequence of 50 needs 51 tokens; the held-out set has \d+ and a limit of 49"):
+    with pytest.raises(
+        InputError, match=r"a sequence of 50 needs 51 tokens; the held-out set has \d+ and a limit of 49"
+    ):
         position_loss(model, stream, 50, data.token_bytes, limit_tokens=49)

@@ -85,7 +85,9 @@ def test_change_is_in_per_cent() -> None:
 
 def test_a_set_too_short_for_the_longest_window_is_refused(data: PreparedData, model: FibAttnForCausalLM) -> None:
     (name,) = data.validation
-    with pytest.raises(InputError, match=rf"the held-out set '{name}' has \d+ tokens .* one sequence of 10000000; eval"):
+    with pytest.raises(
+        InputError, match=rf"the held-out set '{name}' has \d+ tokens .* one sequence of 10000000; eval"
+    ):
         sweep(model, data, lengths=[64, 10_000_000], sets=[])
     with pytest.raises(InputError, match=r"\(limit 63\), fewer than one sequence of 64"):
         sweep(model, data, lengths=[64], sets=[], tokens=63)

@@ -161,7 +161,10 @@ def test_the_seed_of_the_weights_is_all_that_moves_them() -> None:
     [
         ({"micro_batch": 3}, r"4 sequences a step do not divide into micro-batches of 3 on 1 process.*a divisor of 4"),
         ({"steps": 0}, r"steps is 0; it must be at least 1"),
-        ({"sequence_length": 10**7}, r"one sequence of 10000000 needs 10000001; prepare more text or train on shorter sequences"),
+        (
+            {"sequence_length": 10**7},
+            r"one sequence of 10000000 needs 10000001; prepare more text or train on shorter sequences",
+        ),
         ({"data": Path("nowhere")}, r"nowhere"),
     ],
 )

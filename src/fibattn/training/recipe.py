@@ -281,7 +281,7 @@ _RENAMED = {
     "clip_offsets": 'max_offset, "sequence" for true and null for false',
     "bound_full_layers": 'full_reach, "sequence" for true and null for false',
 }
-"""What became of the names that recipes had before version 0.2."""
+"""What became of the names that recipes had in earlier versions."""
 
 
 def _from_json(kind: type, value: Any, where: str) -> Any:
