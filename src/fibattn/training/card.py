@@ -75,8 +75,8 @@ tags:
 # {recipe.out.name}
 
 A decoder of {quantity(parameters)} parameters, trained with fibattn {__version__}
-([fixed-offset sparse attention](https://arxiv.org/abs/2606.28560)) on sequences of {recipe.sequence_length} tokens. It is a base
-model: it goes on with a text."""
+([fixed-offset sparse attention](https://arxiv.org/abs/2606.28560)) on sequences of {recipe.sequence_length} tokens. It
+is a base model: it goes on with a text."""
 
 
 def _attention(config: FibAttnConfig) -> str:
