@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fibattn._version import __version__
 
 if TYPE_CHECKING:
-    from fibattn.attention import attend, attend_cached
+    from fibattn.attention import attend, attend_cached, padded_positions
     from fibattn.errors import InputError
     from fibattn.model import FibAttnConfig, FibAttnForCausalLM, FibAttnModel
     from fibattn.model.conversion import convert, restore
@@ -36,10 +36,11 @@ __all__ = [
     "convert",
     "layer_alphas",
     "layer_patterns",
+    "padded_positions",
     "restore",
 ]
 _HOMES = {
-    "attention": ("attend", "attend_cached"),
+    "attention": ("attend", "attend_cached", "padded_positions"),
     "errors": ("InputError",),
     "model": ("FibAttnConfig", "FibAttnForCausalLM", "FibAttnModel"),
     "model.conversion": ("convert", "restore"),

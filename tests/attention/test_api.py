@@ -7,7 +7,7 @@ import pytest
 import torch
 from operator_inputs import FIBONACCI, Shape, fixed, learned, random_inputs, run
 
-from fibattn import InputError, LearnedPattern, Pattern, attend
+from fibattn import InputError, LearnedPattern, Pattern, attend, padded_positions
 from fibattn.attention import api
 
 PATTERN = Pattern(3, (5, 9))
@@ -85,6 +85,16 @@ def test_a_last_dimension_that_is_not_contiguous_is_refused(name: str) -> None:
 )
 def test_shapes_that_do_not_fit_are_refused(shapes: dict[str, tuple[int, ...]], message: str) -> None:
     refuses(message, **tensors(**shapes))
+
+
+def test_the_layout_of_pytorchs_attention_is_noticed() -> None:
+    """(batch, heads, tokens, head size): with fewer KV heads than heads at any length, else from 257 tokens on."""
+    grouped = tensors(q=(2, 8, 20, 16), k=(2, 2, 20, 16), v=(2, 2, 20, 16))
+    refuses(r"8 query tokens and 2 key tokens; .*The layout is \(batch, tokens, heads, head size\)", **grouped)
+    alike = tensors(q=(1, 8, 300, 16), k=(1, 8, 300, 16), v=(1, 8, 300, 16))
+    refuses(r"8 tokens with 300 heads; .* not \(batch, heads, tokens, head size\).*: call transpose\(1, 2\)", **alike)
+    many = {name: torch.randn(1, 2, 128, 8) for name in "qkv"}
+    assert attend(**many, pattern=PATTERN).shape == (1, 2, 128, 8)
 
 
 @pytest.mark.parametrize(("batch", "size"), [(0, 8), (2, 0)])
@@ -281,3 +291,17 @@ def test_alpha_of_one_equals_fixed_offsets() -> None:
     expected = run(fixed(Pattern.scaled(8, FIBONACCI), "cpu"), inputs)
     for name, wanted in expected.all().items():
         torch.testing.assert_close(found.all()[name], wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_positions_for_padding_keep_it_out_of_sight() -> None:
+    q, k, v = random_inputs(Shape(20, batch=2))
+    mask = torch.ones(2, 20, dtype=torch.int64)
+    mask[0, :7] = 0
+    assert padded_positions(mask)[0].tolist() == [0] * 7 + list(range(13))
+    assert padded_positions(mask.bool(), 3).tolist() == [[10, 11, 12], [17, 18, 19]]
+    found = attend(q, k, v, PATTERN, positions=padded_positions(mask))
+    alone = attend(q[:1, 7:], k[:1, 7:], v[:1, 7:], PATTERN)
+    torch.testing.assert_close(found[:1, 7:], alone)
+    torch.testing.assert_close(found[1:], attend(q[1:], k[1:], v[1:], PATTERN))
+    with pytest.raises(InputError, match=r"the mask has shape \(2, 1, 20\); expected \(batch, tokens\)"):
+        padded_positions(mask[:, None])

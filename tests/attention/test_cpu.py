@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fibattn import LearnedPattern, Pattern, attend
 from fibattn.attention import cpu
+from fibattn.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -287,9 +288,56 @@ def test_alpha_has_the_gradient_of_larger_distances_where_they_are_integers() ->
 
 def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
     q, k, v = small()
-    (first,) = torch.autograd.grad(attend(q, k, v, Pattern(2)).sin().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+    # The incoming gradient is constant in the second: only that of the operator's own derivative is missing.
+    for function in (torch.sin, torch.abs):
+        out = function(attend(q, k, v, Pattern(2)))
+        (first,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+        with pytest.raises(InputError, match="attend has no second derivatives; backend='reference' has them"):
+            (first.square().sum() + q.square().sum()).backward()
+    (first,) = torch.autograd.grad(attend(q, k, v, Pattern(2), backend="reference").sum(), q, create_graph=True)
+    first.square().sum().backward()
+    assert torch.isfinite(q.grad).all()
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_functional_transforms_equal_autograd(learns: bool) -> None:
+    q, k, v = (x.detach() for x in small())
+    alpha = torch.tensor(0.83, dtype=q.dtype)
+    inputs = (q, k, v, alpha) if learns else (q, k, v)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor | None = None) -> Tensor:
+        pattern = LearnedPattern(1, (1, 2, 3, 5)) if learns else Pattern(1, (3, 5))
+        return attend(q, k, v, pattern, alpha=alpha).sin()
+
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    expected = torch.autograd.grad(call(*leaves).sum(), leaves)
+    found = torch.func.grad(lambda *x: call(*x).sum(), argnums=tuple(range(len(inputs))))(*inputs)
+    _, pull = torch.func.vjp(call, *inputs)
+    for pulled, mine, right in zip(pull(torch.ones_like(q)), found, expected, strict=True):
+        assert torch.equal(mine, right)
+        assert torch.equal(pulled, right)
+    stacked = torch.func.vmap(lambda q: call(q, *inputs[1:]))(torch.stack([q, 2 * q]))
+    torch.testing.assert_close(stacked, torch.stack([call(q, *inputs[1:]), call(2 * q, *inputs[1:])]))
+
+
+def test_a_compiled_functional_gradient_is_right() -> None:
+    q, k, v = (x.detach() for x in small())
+    gradient = torch.func.grad(lambda q: attend(q, k, v, Pattern(2)).sin().sum())
+    found = torch.compile(lambda q: gradient(q), backend="aot_eager")(q)
+    torch.testing.assert_close(found, gradient(q))
+
+
+def test_the_operator_exports() -> None:
+    class Layer(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attend(q, k, v, Pattern(2, (5,)))
+
+    inputs = tuple(x.detach() for x in small())
+    tokens = torch.export.Dim("tokens", min=2, max=4096)
+    exported = torch.export.export(Layer(), inputs, dynamic_shapes=({1: tokens},) * 3)
+    longer = random_inputs(Shape(70, batch=inputs[0].shape[0], kv_heads=2, group=2, size=inputs[0].shape[-1]))
+    longer = [x[:, :, : y.shape[2]].to(y.dtype) for x, y in zip(longer, inputs, strict=True)]
+    torch.testing.assert_close(exported.module()(*longer), attend(*longer, Pattern(2, (5,))))
 
 
 # Cost

@@ -7,7 +7,7 @@ import torch
 from operator_inputs import FIBONACCI, Shape, fixed, learned, random_inputs, run
 from torch import Tensor
 
-from fibattn import LearnedPattern, Pattern, attend
+from fibattn import LearnedPattern, Pattern, attend, attend_cached
 from fibattn.errors import InputError
 
 NO_LIMIT = 2**31 - 1
@@ -138,11 +138,12 @@ def test_boundaries_of_documents_compile_too() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("learns", [False, True])
-def test_autocast_does_not_reach_inside_the_operator(dtype: torch.dtype, learns: bool) -> None:
+def test_autocast_casts_the_inputs_and_reaches_no_further(dtype: torch.dtype, learns: bool) -> None:
+    """As PyTorch's own attention: under autocast q, k and v are cast, and that is all."""
     inputs = random_inputs(Shape(80, kv_heads=2, group=2), dtype)
     alpha = torch.tensor([0.83]) if learns else None
     call = learned(3, "cpu") if learns else fixed(Pattern(3, (5, 9)), "cpu")
-    expected = run(call, inputs, alpha)
+    expected = run(lambda q, k, v, *alpha: call(q.bfloat16(), k.bfloat16(), v.bfloat16(), *alpha), inputs, alpha)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = run(call, inputs, alpha)
     assert all(torch.equal(found.all()[name], x) for name, x in expected.all().items())
@@ -166,3 +167,39 @@ def test_gradient_of_keys_alone_equals_that_of_all_three() -> None:
     weights = torch.randn(q.shape, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
     (attend(q, k, v, Pattern(3, (9,))) * weights.bfloat16().double()).sum().backward()
     assert torch.equal(k.grad, whole)
+
+
+def test_inputs_of_several_widths_under_autocast_are_what_pytorchs_attention_takes() -> None:
+    q, k, v = random_inputs(Shape(20), torch.float32)
+    mixed = (q, k, v.bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = attend(*mixed, Pattern(19))
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in mixed), is_causal=True
+        ).transpose(1, 2)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wide = [x.double() for x in (q, k, v)]
+        assert attend(*wide, Pattern(3)).dtype == torch.float64
+
+
+def test_a_ring_keeps_its_dtype_under_autocast() -> None:
+    q, k, v = random_inputs(Shape(9), torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        for tokens in (1, 9):
+            rings = [torch.zeros(1, 9, 1, 16, dtype=dtype) for _ in range(2)]
+            at = torch.arange(tokens)[None]
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                new = (x[:, :tokens] for x in (k, v))
+                out = attend_cached(q[:, :tokens], *rings, *new, Pattern(3, (8,)), cache_positions=at)
+            assert out.dtype == dtype
+
+
+def test_autocast_compiles_whole() -> None:
+    torch._dynamo.reset()
+    inputs = random_inputs(Shape(20), torch.float32)
+    compiled = torch.compile(lambda q, k, v: attend(q, k, v, Pattern(3, (9,))), fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(compiled(*inputs), attend(*inputs, Pattern(3, (9,))))
+    assert compiled(*inputs).dtype == torch.float32

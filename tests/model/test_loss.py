@@ -7,6 +7,7 @@ from tiny_models import model, tokens
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fibattn.errors import InputError
 from fibattn.model import loss
 from fibattn.model.loss import IGNORED, linear_cross_entropy
 
@@ -179,3 +180,24 @@ def test_an_offloaded_head_counts() -> None:
     right = made(ids, labels=ids).loss
     cpu_offload(made, execution_device=torch.device("cpu"))
     torch.testing.assert_close(made(ids, labels=ids).loss, right)
+
+
+def test_functional_gradients_equal_autograd() -> None:
+    hidden, weight = torch.randn(9, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64)
+    targets = torch.tensor([0, 6, 3, IGNORED, 1, 1, 2, IGNORED, 5])
+    expected = torch.func.grad(
+        lambda h, w: functional.cross_entropy(h @ w.T, targets, reduction="sum", ignore_index=IGNORED), argnums=(0, 1)
+    )(hidden, weight)
+    found = torch.func.grad(lambda h, w: linear_cross_entropy(h, w, targets), argnums=(0, 1))(hidden, weight)
+    for mine, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, right)
+
+
+def test_second_derivatives_are_refused_rather_than_left_out() -> None:
+    hidden, weight = torch.randn(9, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, torch.arange(9) % 7)
+    first = torch.autograd.grad(loss, (hidden, weight), create_graph=True)
+    for gradient, leaf in zip(first, (hidden, weight), strict=True):
+        penalty = gradient.square().sum() + leaf.square().sum()
+        with pytest.raises(InputError, match=r"the loss has no second derivatives; take .*cross_entropy of the logits"):
+            torch.autograd.grad(penalty, leaf, retain_graph=True)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fibattn.attention import ops, reference, ring
-from fibattn.attention.checks import check_pattern, check_positions, check_rings, check_tensors
+from fibattn.attention.checks import check_pattern, check_positions, check_rings, check_tensors, under_autocast
 from fibattn.attention.documents import readable
+from fibattn.attention.reference import Patterns
 from fibattn.errors import InputError
 from fibattn.pattern import LearnedPattern, Pattern
 
@@ -72,7 +73,9 @@ def attend(
 
     The operator of arXiv 2606.28560, section 3. Query heads share KV heads in groups of `query heads / KV heads`. Any
     strides are taken as they are as long as the last dimension is contiguous. With fewer queries than keys, the
-    queries are the last tokens.
+    queries are the last tokens. Under autocast q, k and v are cast to its dtype, as PyTorch's attention casts them.
+
+    Gradients are of first order (`torch.func` included); a second derivative is refused, but by the reference.
 
     Args:
         q: (batch, query tokens, query heads, head size).
@@ -99,14 +102,11 @@ def attend(
     Raises:
         InputError: (a ValueError) for shapes, dtypes, devices or values outside the above.
     """
+    q, k, v = under_autocast(q, k, v)
     scale = check_tensors(q, k, v, scale)
     patterns = check_pattern(pattern, alpha, q, k.shape[2])
     positions = check_positions(q, k, positions, cu_seqlens)
-    chosen = _choose(backend, q)
-    if chosen == "reference":
-        out, lse = reference.attend(q, k, v, patterns, scale, positions, alpha)
-    else:
-        out, lse = ops.attend(q, k, v, alpha, positions, scale, patterns, _interpreted(chosen, q))
+    out, lse = _attend(q, k, v, patterns, alpha, scale, positions, _choose(backend, q))
     return (out, lse) if return_lse else out
 
 
@@ -128,7 +128,7 @@ def attend_cached(
 
     Token `p` stands in row `p mod rows`. Chunks may have any length; a chunk of one is a single kernel, whose
     time does not depend on how long the sequence is. The rings are written in place, outside of autograd;
-    gradients reach q, k, v and alpha of this call.
+    gradients reach q, k, v and alpha of this call. Under autocast q, k and v are cast to the dtype of the rings.
 
     Args:
         q: (batch, new tokens, query heads, head size).
@@ -150,6 +150,7 @@ def attend_cached(
         InputError: (a ValueError) as in `attend`, for a ring of another shape or with too few rows, and for
             positions that do not go up by one.
     """
+    q, k, v = under_autocast(q, k, v, k_cache.dtype)
     scale = check_tensors(q, k, v, scale)
     patterns = check_pattern(pattern, alpha, q, k.shape[2])
     positions = check_positions(q, k, positions, None)
@@ -158,9 +159,24 @@ def attend_cached(
     chosen = _choose(backend, q)
     if not _is_step(chosen, q, k, v, alpha):
         keys, values, limit = _take(k_cache, v_cache, k, v, cache_positions, positions, reach)
-        return attend(q, keys, values, patterns, alpha=alpha, scale=scale, positions=limit, backend=backend)
+        return _attend(q, keys, values, patterns, alpha, scale, check_positions(q, keys, limit, None), chosen)[0]
     rings = (q, k_cache, v_cache, k, v, cache_positions)
     return ops.step(*rings, alpha, positions, scale, patterns, _interpreted(chosen, q))
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    patterns: Patterns,
+    alpha: Tensor | None,
+    scale: float,
+    positions: Tensor | None,
+    chosen: str,
+) -> tuple[Tensor, Tensor]:
+    if chosen == "reference":
+        return reference.attend(q, k, v, patterns, scale, positions, alpha)
+    return ops.attend(q, k, v, alpha, positions, scale, patterns, _interpreted(chosen, q))
 
 
 def _is_step(backend: str, q: Tensor, *others: Tensor | None) -> bool:

@@ -11,7 +11,18 @@ from fibattn.attention.reference import Patterns
 from fibattn.errors import InputError
 from fibattn.pattern import LearnedPattern, Pattern
 
+_MOST_HEADS = 256
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def under_autocast(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v in the dtype of autocast, or in `dtype`, where it is on, as for PyTorch's attention; float64 stays."""
+    device = q.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(device) if dtype is None else dtype
+    q, k, v = (x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype) for x in (q, k, v))
+    return q, k, v
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> float:
@@ -36,7 +47,13 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> float
         raise InputError(f"{heads} query heads do not divide into {k.shape[2]} KV heads; use a multiple of them")
     if tokens == 0 or tokens > k.shape[1]:
         raise InputError(
-            f"{tokens} query tokens and {k.shape[1]} key tokens; queries are the last of the keys, at least 1"
+            f"{tokens} query tokens and {k.shape[1]} key tokens; queries are the last of the keys, at least 1. "
+            "The layout is (batch, tokens, heads, head size)"
+        )
+    if heads > _MOST_HEADS and heads > tokens:
+        raise InputError(
+            f"q is {tuple(q.shape)}, {tokens} tokens with {heads} heads; the layout is (batch, tokens, heads, head "
+            "size), not (batch, heads, tokens, head size) as in scaled_dot_product_attention: call transpose(1, 2)"
         )
     # Not math.isfinite: under torch.compile(dynamic=True) a number is a symbol, and only a comparison can be traced.
     if scale is not None and not -math.inf < scale < math.inf:

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fibattn.attention import cpu, ring
 from fibattn.attention.reference import Patterns
+from fibattn.errors import InputError
 from fibattn.pattern import InterpolatedRung, LearnedPattern, Pattern
 
 NO_LIMIT = 2**31 - 1
@@ -44,7 +44,11 @@ def attend(
     interpret: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output and natural log-sum-exp, with gradients in q, k, v and alpha."""
-    return Attend.apply(q, k, v, alpha, positions, scale, *_as_integers(patterns), interpret)
+    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        # Compiled, PyTorch loses the gradient of an operator inside `torch.func.grad`: it gives zeros, and warns.
+        torch._dynamo.graph_break()
+    out, lse = Attend.apply(q, k, v, alpha, positions, scale, *_as_integers(patterns), interpret)
+    return out, lse.to(lse_dtype(q.dtype))
 
 
 def step(
@@ -250,23 +254,57 @@ def _(q, *_, **__):
 class Attend(torch.autograd.Function):
     """The forward operator with gradients in q, k, v and alpha."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, alpha: Tensor | None, positions: Tensor | None, *rest: Any
-    ) -> tuple[Tensor, Tensor]:
-        """As every autograd function's; `rest` are the numbers of the schema."""
-        out, lse = torch.ops.fibattn.attend_forward(q, k, v, alpha, positions, *rest)
-        ctx.save_for_backward(q, k, v, alpha, positions, out, lse)
-        ctx.rest = rest
-        ctx.set_materialize_grads(False)
-        return out, lse.to(lse_dtype(q.dtype))
+    generate_vmap_rule = True
 
     @staticmethod
-    @once_differentiable
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        alpha: Tensor | None,
+        positions: Tensor | None,
+        scale: float,
+        window: int,
+        offsets: list[int],
+        set_sizes: list[int],
+        max_offset: int,
+        interpret: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """As every autograd function's. A compiler counts the arguments, so they are all named."""
+        pattern = (scale, window, offsets, set_sizes, max_offset, interpret)
+        return torch.ops.fibattn.attend_forward(q, k, v, alpha, positions, *pattern)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """As every autograd function's."""
+        ctx.save_for_backward(*inputs[:5], *output)
+        ctx.rest = inputs[5:]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         """As every autograd function's."""
-        q, k, v, alpha, positions, out, lse = ctx.saved_tensors
+        *inputs, out, lse = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        saved = (grad_out, grad_lse, out, lse)
-        *grads, grad_alpha = torch.ops.fibattn.attend_backward(*saved, q, k, v, alpha, positions, *ctx.rest)
-        return *grads, None if alpha is None else grad_alpha, *[None] * (1 + len(ctx.rest))
+        # A compiler has no second derivatives to refuse, and need not see through another function.
+        call = torch.ops.fibattn.attend_backward if torch.compiler.is_compiling() else _Gradients.apply
+        grads = call(grad_out, grad_lse, out, lse, *inputs, *ctx.rest)
+        return *grads[:3], None if inputs[3] is None else grads[3], *[None] * (1 + len(ctx.rest))
+
+
+class _Gradients(torch.autograd.Function):
+    """The backward operator. A derivative of it is refused; to take a part of it for constant would be wrong."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return torch.ops.fibattn.attend_backward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> Any:
+        raise InputError("attend has no second derivatives; backend='reference' has them, in quadratic time")

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from fibattn.errors import InputError
 
 _SLICE_LOGITS = 1 << 27
 
@@ -31,12 +32,14 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     differentiable = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _LinearCrossEntropy.apply(hidden, weight, targets, differentiable)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, differentiable)[0]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
+    """The gradients are outputs too, so that a derivative of them is noticed: it would come back here."""
+
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, differentiable: bool) -> Tensor:
+    def forward(hidden: Tensor, weight: Tensor, targets: Tensor, differentiable: bool) -> tuple[Tensor, Tensor, Tensor]:
         narrow = weight.to(hidden.dtype)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total = hidden.new_zeros((), dtype=wide)
@@ -56,13 +59,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad = _less_one_at(goal, log_probabilities.exp_()).to(hidden.dtype)
                 grad_hidden[start : start + step] = (grad @ narrow) * counted
                 grad_weight += grad.T @ (rows * counted)
-        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
-        return total
+        return total, grad_hidden, grad_weight.to(weight.dtype)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(
+        ctx: Any, upstream: Tensor | None, second: Tensor | None, other: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        # A compiler fills in zeros for outputs that nobody used, and knows no second derivatives itself.
+        if not (torch.compiler.is_compiling() or (second is None and other is None)):
+            raise InputError(
+                "the loss has no second derivatives; take torch.nn.functional.cross_entropy of the logits for them"
+            )
         grad_hidden, grad_weight = ctx.saved_tensors
+        if upstream is None:
+            return None, None, None, None
         return (
             grad_hidden * upstream.to(grad_hidden.dtype),
             grad_weight * upstream.to(grad_weight.dtype),
