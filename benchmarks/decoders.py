@@ -149,11 +149,13 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
     contexts = sorted({row["context"] for row in rows})
     with plt.rc_context(plotting.STYLE):
         figure, panels = plt.subplots(1, 2, figsize=(9.6, 3.8), layout="constrained")
-        for name, colour in zip(MODELS, plotting.COLOURS, strict=False):
+        for name in MODELS:
+            kind, _, unbounded = name.partition("-")
+            look = {"color": plotting.COLOURS[kind], "linestyle": "--" if unbounded else "-"}
             own = [point for point in points if point[0] == name]
             for index, axes in enumerate(panels):
                 xs, ys = [point[1] for point in own], [point[2 + index] for point in own]
-                axes.plot(xs, ys, "o-", color=colour, label=name)
+                axes.plot(xs, ys, marker="o", **look, label=name)
         for axes, (_, label) in zip(panels, columns, strict=True):
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")

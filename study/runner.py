@@ -100,8 +100,6 @@ def run_study(job: Job) -> Outcome:
                     break
         _say_progress(tasks, store)
     done = store.finished()
-    if done:
-        store.index()
     return Outcome(
         finished=tuple(task.run.name for task in tasks if task.key in done),
         failed=tuple(failed),

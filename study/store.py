@@ -1,4 +1,4 @@
-"""Results: append-only JSON Lines, one small file a run, and an SQLite index that is always rebuilt from them.
+"""Results: append-only JSON Lines, one small file a run.
 
 `RESULTS/STUDY/RUN.jsonl` has a line for every time the run was finished (`"kind": "run"`) or failed
 (`"kind": "failure"`). A run is known by its key, a digest of its recipe and its data, so studies that share a
@@ -8,18 +8,13 @@ run share its result.
 import hashlib
 import json
 import os
-import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fibattn import files
 from fibattn.errors import InputError
 from fibattn.training.recipe import Recipe, to_json
-
-INDEX = "index.sqlite"
 
 _ANY = {"key": str, "time": str, "study": str, "run": str}
 _RUN = {
@@ -89,29 +84,6 @@ class Store:
             return set()
         return {record["key"] for record in self.records() if record["kind"] == "failure"}
 
-    def index(self) -> Path:
-        """Rebuild the SQLite index: the tables `runs`, `evaluations` (one row a set and length) and `failures`."""
-        path = self.folder / INDEX
-        finished, records = self.finished().values(), self.records()
-        with files.replacing(path) as temporary, closing(sqlite3.connect(temporary)) as database, database:
-            database.executescript(_SCHEMA)
-            for record in finished:
-                database.execute(f"insert into runs values ({', '.join('?' * 12)})", _run_row(record))
-                database.executemany(f"insert into evaluations values ({', '.join('?' * 8)})", _evaluation_rows(record))
-            failures = [record for record in records if record["kind"] == "failure"]
-            rows = [(one["key"], one["study"], one["run"], one["time"], one["error"]) for one in failures]
-            database.executemany("insert into failures values (?, ?, ?, ?, ?)", rows)
-        return path
-
-
-_SCHEMA = """
-create table runs (key text primary key, study text, run text, seed integer, tokens integer, time text,
-    parameters integer, keys real, final_loss real, tokens_per_second real, seconds real, record text);
-create table evaluations (key text references runs, way text, "set" text, length integer, perplexity real,
-    nll real, bits_per_byte real, last_256_perplexity real);
-create table failures (key text, study text, run text, time text, error text);
-"""
-
 
 LENGTHENED = "lengthened "
 
@@ -137,20 +109,3 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}, line {number} is not a result ({error!r}); restore the file") from None
         yield record
-
-
-def _run_row(record: dict[str, Any]) -> tuple[Any, ...]:
-    training, model = record["training"], record["model"]
-    return (
-        *(record[name] for name in ("key", "study", "run", "seed", "tokens", "time")),
-        *(model["parameters"], model["keys"], training["final_loss"], training["tokens_per_second"]),
-        *(record["seconds"]["all"], json.dumps(record, ensure_ascii=False)),
-    )
-
-
-def _evaluation_rows(record: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
-    for way, sets in {"plain": record["evaluation"], **ways(record)}.items():
-        for name, lengths in sets.items():
-            for length, row in lengths.items():
-                values = (row[column] for column in ("perplexity", "nll", "bits_per_byte", "last_256_perplexity"))
-                yield (record["key"], way, name, int(length), *values)

@@ -93,9 +93,10 @@ def draw(result: dict[str, Any], path: Path) -> Path:
 
 def _curves(axes: "Axes", rows: list[Row], one: str) -> None:
     """A line for each provider and window; of cases of the same length the one with the most tokens."""
-    from fibattn.plotting import COLOURS
+    from fibattn.plotting import COLOURS, QUIET
 
-    colours = dict(zip(PROVIDERS, (*COLOURS, "#57534e"), strict=True))
+    ours, dense = (COLOURS["stagger"], COLOURS["learned"]), (COLOURS["dense"], "#fb923c", "#7c2d12")
+    colours = dict(zip(PROVIDERS, (*ours, *dense, COLOURS["window hybrid"], QUIET), strict=True))
     for provider, window in dict.fromkeys((row["provider"], row["window"]) for row in rows):
         some = [row for row in rows if (row["provider"], row["window"]) == (provider, window)]
         times = {row["length"]: _per_million(row, one) for row in sorted(some, key=lambda r: (r["length"], r["batch"]))}

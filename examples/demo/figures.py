@@ -8,7 +8,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from fibattn.pattern import Pattern
-from fibattn.plotting import COLOURS, STYLE, save
+from fibattn.plotting import COLOURS, QUIET, STYLE, save
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,10 @@ def extrapolation(curves: Sequence[Curve], trained_at: int, path: Path) -> Path:
     """Draw perplexity over evaluation length, both logarithmic, as SVG and PNG; the CSV lies beside them."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(5.4, 3.7), layout="constrained")
-        for curve, colour in zip(curves, COLOURS, strict=False):
-            axes.plot(curve.lengths, curve.perplexities, "o-", color=colour, linewidth=2, markersize=5)
+        for curve in curves:
+            # A model bounded is the same model.
+            colour, style = COLOURS.get(curve.label.split(",")[0], QUIET), "--" if "," in curve.label else "-"
+            axes.plot(curve.lengths, curve.perplexities, "o", color=colour, linestyle=style, linewidth=2, markersize=5)
             axes.annotate(
                 curve.label,
                 (curve.lengths[-1], curve.perplexities[-1]),
@@ -60,7 +62,7 @@ def distances(patterns: Sequence[Pattern], limit: int, path: Path) -> Path:
 
     SVG and PNG, and a CSV with one row for each layer (counted from 1) and distance.
     """
-    dense, sparse = COLOURS[:2]
+    dense, sparse = COLOURS["dense"], COLOURS["stagger"]
     names = [f"stagger, layer {layer}" for layer in range(1, len(patterns) + 1)]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(5.4, 0.9 + 0.32 * (1 + len(patterns))), layout="constrained")

@@ -15,7 +15,20 @@ from matplotlib.figure import Figure
 
 from fibattn import files
 
-COLOURS = ("#c2410c", "#0f766e", "#4338ca", "#a16207", "#be185d", "#0369a1")
+COLOURS = {
+    "dense": "#c2410c",
+    "stagger": "#0f766e",
+    "hybrid": "#4338ca",
+    "fixed": "#a16207",
+    "window": "#be185d",
+    "window hybrid": "#0284c7",
+    "linear": "#0f766e",
+    "coprime": "#65a30d",
+    "learned": "#44403c",
+}
+"""One colour a kind of model, in every figure; the linear schedule is the stagger's."""
+QUIET = "#a8a29e"
+"""For what stands beside the models."""
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "fibattn",

@@ -57,6 +57,7 @@ def run(arguments: list[str]) -> None:
     chosen = parse(Arguments, arguments, "python -m study run", description=about)
     study, out = find_study(chosen.name), chosen.out or Path("smoke" if chosen.name == "smoke" else "study/results")
     _check(chosen, out)
+    study.chosen(chosen.only)
     if chosen.eval_tokens is not None:
         study = replace(study, eval_tokens=count(chosen.eval_tokens))
     data = chosen.data or _standard_library(out / "data", max(study.eval_tokens, STUDIES["smoke"].eval_tokens))

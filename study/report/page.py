@@ -10,26 +10,16 @@ from markupsafe import Markup
 from fibattn import files
 
 
-def narrow(path: Path) -> Path:
-    """Where the drawing for narrow screens of the figure `path` lies, if it has one."""
-    return path.with_stem(f"{path.stem}-narrow")
-
-
 def inline_svg(path: Path) -> Markup:
-    """An SVG file as an element that scales with the page; with its `narrow` drawing two, of which a page shows one."""
-    if not narrow(path).exists():
-        return _element(path)
-    return _element(path, "wide") + _element(narrow(path), "narrow")
+    """An SVG file as an element that scales with the page.
 
-
-def _element(path: Path, name: str = "") -> Markup:
-    """The prologue, the metadata and the fixed size are cut, and names in it made its own in the page."""
+    The prologue, the metadata and the fixed size are cut, and names in it made its own in the page.
+    """
     text = path.read_text(encoding="utf-8")
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'( id="|"#|url\(#)', rf"\g<1>{path.stem}-", text)
     head, rest = text.split(">", 1)
-    head = re.sub(r'\s(?:width|height)="[^"]*"', "", head)
-    return Markup(f'{head} class="{name}">{rest}' if name else f"{head}>{rest}")
+    return Markup(re.sub(r'\s(?:width|height)="[^"]*"', "", head) + f">{rest}")
 
 
 def write_page(path: Path, template: str, package: str = "study.report", **values: Any) -> Path:

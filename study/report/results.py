@@ -1,30 +1,37 @@
-"""Results as the report asks for them: models of one budget beside each other, each with its seeds.
+"""A results folder as data frames: `runs` has a row for each run, `losses` one for each of its evaluations.
 
-Losses are in nats, the mean over the held-out sets, so a perplexity here is the geometric mean over the sets
-and a difference of two losses is the logarithm of a ratio of perplexities.
+Losses are in nats. Their mean over the held-out sets is the logarithm of a geometric mean of perplexities, and a
+difference of two is the logarithm of a ratio.
 """
 
-import hashlib
 import json
 import math
-import re
-import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from fibattn import files
 from fibattn.errors import InputError
 from fibattn.training.recipe import DEFAULT
+from study.report.recipes import described, paper_name
 from study.store import LENGTHENED, Store, ways
 
 PLAIN = "plain"
+PARTS = tuple(str(part) for part in range(1, 9))
+"""Equal parts of a sequence."""
 ROPE_NAMES = {"yarn": "YaRN", "linear": "linear scaling"}
 """Ways to stretch RoPE, in words."""
+_SAME = ["tokens", "trained_at", "data", "targets"]
+"""What runs have in common that may be compared; fewer targets than others have make another evaluation."""
 
+Frame = Any
+"""A data frame or a series: their own types say of an element, a row and a table alike that it may be any of these."""
 Probes = dict[str, list[dict[str, Any]]]
 """What `python -m study probe` wrote into `probes/*.json`, by the probe's name."""
 
@@ -34,11 +41,18 @@ def paper() -> dict[str, Any]:
     return json.loads(package_files("study").joinpath("paper.json").read_text(encoding="utf-8"))
 
 
-def papers_gain() -> list[float]:
-    """By how many nats the paper's linear stagger is ahead of fixed, W = 12, in each part of a window."""
+def published_name(key: str) -> str:
+    """The study's name of a model that the published figures call `base/schedule/wN`, or `dense`."""
+    base, _, rest = key.partition("/")
+    schedule, _, window = rest.partition("/w")
+    return paper_name(base, schedule, int(window)) if rest else key
+
+
+def papers_gain() -> Frame:
+    """By how many nats the paper's linear stagger is ahead of fixed, W = 12, in each part of a sequence."""
     published = paper()["position_nll_8_bins"]
-    fixed, linear = (_by_part(published[f"fibonacci/{name}/w12"].values()) for name in ("fixed", "linear"))
-    return [one - other for one, other in zip(fixed, linear, strict=True)]
+    fixed, linear = (pd.DataFrame(published[f"fibonacci/{name}/w12"], index=PARTS) for name in ("fixed", "linear"))
+    return fixed.mean(axis=1) - linear.mean(axis=1)
 
 
 def in_words(way: str) -> str:
@@ -51,254 +65,190 @@ def in_words(way: str) -> str:
     return f"a tenth more at {tokens}" if way.startswith(LENGTHENED) else f"bounded to {tokens}"
 
 
-def as_saved(run: dict[str, Any]) -> str:
-    """The way in which a finished model of the default recipe looks back: no farther than it was trained to.
-
-    `PLAIN` where it was not evaluated so.
-    """
-    way = str(run["trained_at"])
-    return way if way in ways(run) else PLAIN
-
-
-def _measured(run: dict[str, Any], length: int, way: str) -> dict[str, dict[str, Any]]:
-    """What was measured on each held-out set at `length`; plainly, where a way changes nothing at that length."""
-    plain, other = run["evaluation"], {} if way == PLAIN else ways(run)[way]
-    return {name: other.get(name, {}).get(str(length)) or rows[str(length)] for name, rows in plain.items()}
-
-
-def losses(run: dict[str, Any], length: int, way: str = PLAIN) -> dict[str, float]:
-    """The loss of a run on each held-out set at `length`."""
-    return {name: row["nll"] for name, row in _measured(run, length, way).items()}
-
-
-def mean_loss(run: dict[str, Any], length: int, way: str = PLAIN) -> float:
-    """The mean loss of a run over the held-out sets at `length`."""
-    return statistics.mean(losses(run, length, way).values())
+def _run(record: dict[str, Any]) -> dict[str, Any]:
+    """A record as a row of `runs`."""
+    trained, hardware, model = record["training"], record["hardware"], record["model"]
+    return {
+        "run": record["key"],
+        "model": record["run"].removesuffix(f"-seed{record['seed']}"),
+        **{name: record[name] for name in ("seed", "time", "tokens", "trained_at", "convention", "versions")},
+        **described(record["recipe"]),
+        "data": record["inputs"]["data_fingerprint"],
+        "targets": max(row["targets"] for rows in record["evaluation"].values() for row in rows.values()),
+        **{name: model[name] for name in ("keys", "parameters", "coverage", "learned_alphas")},
+        **{name: record["flops_per_token"][name] for name in ("attention", "attention_share")},
+        # Only the speeds of runs that had a GPU for themselves while they trained may be compared.
+        "alone": bool(trained.get("alone") or (hardware.get("processes_a_gpu") or 1) == 1),
+        "speed": trained["tokens_per_second"],
+        "memory": trained["peak_memory_gib"],
+        "seconds": record["seconds"]["training"],
+        "device": hardware["device"],
+        "hardware": json.dumps(hardware, sort_keys=True),
+        **{name: record.get(name) for name in ("copying", "ruler", "lego")},
+    }
 
 
-def bins(run: dict[str, Any], length: int, way: str = PLAIN) -> list[float]:
-    """The loss of a run in equal parts of windows of `length`, the mean over the held-out sets."""
-    return _by_part(row["bins"] for row in _measured(run, length, way).values())
-
-
-def _by_part(several: Iterable[Sequence[float]]) -> list[float]:
-    """The mean of several curves, part by part."""
-    return [statistics.mean(values) for values in zip(*several, strict=True)]
-
-
-@dataclass(frozen=True)
-class Model:
-    """One model of a study at one budget: its runs, lowest seed first."""
-
-    name: str
-    runs: tuple[dict[str, Any], ...]
-    note: str = ""
-    """What sets it apart from a newer model of the same name."""
-
-    @property
-    def first(self) -> dict[str, Any]:
-        """The run that stands for the model in tables without seeds."""
-        return self.runs[0]
-
-    @property
-    def recipe(self) -> dict[str, Any]:
-        """The model's part of its recipe, and which of its layers are full, for the words of tables."""
-        own = self.first["recipe"]["model"]
-        kinds, rotated = own["layer_types"], own["no_rope_layers"]
-        full = [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
-        sparse = next((kind for kind in kinds if kind != "full_attention"), "full_attention")
-        return own | {
-            "attention": sparse.removesuffix("_attention"),
-            "full_layers": full if len(full) < len(kinds) else [],
-            "full_layers_rope": all(rotated[layer] for layer in full),
-            "clip_offsets": own["max_offset"] is not None,
-        }
-
-    @property
-    def keys(self) -> float:
-        """Keys that a query reads at the training length, the mean over layers and positions."""
-        return self.first["model"]["keys"]
-
-    @property
-    def is_papers(self) -> bool:
-        """Whether it is one of the paper's 21 sparse models."""
-        own = self.recipe
-        plain = not (own["clip_offsets"] or own["full_layers"] or own["stagger_heads"])
-        return own["attention"] == "fibonacci" and plain
-
-    @property
-    def paper_key(self) -> str | None:
-        """How the published figures call it, None when they do not have it."""
-        if self.recipe["attention"] == "full":
-            return "dense"
-        return "{base}/{schedule}/w{window}".format(**self.recipe) if self.is_papers else None
-
-    @property
-    def label(self) -> str:
-        """What it is, in words."""
-        return self._words() + self.note
-
-    def ways(self) -> list[str]:
-        """The other ways in which some seed of it was evaluated."""
-        return list(dict.fromkeys(way for run in self.runs for way in ways(run)))
-
-    def tried(self, way: str) -> dict[str, Any]:
-        """The run that stands for the model in one of its ways: the first that was evaluated so."""
-        return self.first if way == PLAIN else next(run for run in self.runs if way in ways(run))
-
-    def label_of(self, way: str) -> str:
-        """The same, evaluated in one of its ways."""
-        return self.label if way == PLAIN else f"{self.label}, {in_words(way)}"
-
-    def label_of_tried(self, way: str) -> str:
-        """The label of `tried(way)`, which tells its seed where it is not the first run."""
-        run = self.tried(way)
-        return self.label_of(way) + ("" if run is self.first else f", seed {run['seed']}")
-
-    def _words(self) -> str:
-        own = self.recipe
-        if own["attention"] == "full":
-            return "dense"
-        words = "window only" if own["attention"] == "sliding" else own["schedule"]
-        if own["attention"] == "fibonacci":
-            words = ("power-of-two " if own["base"] == "power_of_two" else "") + words
-            words += " over heads too" if own["stagger_heads"] else ""
-        words += f", W = {own['window']}"
-        if own["full_layers"]:
-            layers = ", ".join(map(str, own["full_layers"]))
-            words = f"hybrid: {words}, full {layers}"
-            words += " with RoPE" if own["full_layers_rope"] else ""
-        elif own["attention"] == "fibonacci" and own["clip_offsets"]:
-            words += ", clipped"
-        return words
-
-    def lengths(self) -> list[int]:
-        """The evaluation lengths."""
-        return sorted(int(length) for length in next(iter(self.first["evaluation"].values())))
-
-    def losses(self, length: int) -> dict[str, float]:
-        """The loss on each held-out set at `length`."""
-        return losses(self.first, length)
-
-    def loss(self, length: int, way: str = PLAIN) -> float:
-        """The mean loss over the held-out sets at `length`, of the run that stands for the model in this way."""
-        return mean_loss(self.tried(way), length, way)
-
-    def alone(self) -> list[dict[str, Any]]:
-        """The runs that had a GPU for themselves while they trained: only their speeds may be compared."""
-        return [
-            run
-            for run in self.runs
-            if run["training"].get("alone") or (run["hardware"].get("processes_a_gpu") or 1) == 1
-        ]
-
-    def seed_losses(self, length: int) -> list[float]:
-        """The mean loss of every seed at `length`."""
-        return [mean_loss(run, length) for run in self.runs]
-
-    def beside(self, other: "Model") -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        """This model's runs and the other's, by the seeds that both have."""
-        theirs = {run["seed"]: run for run in other.runs}
-        return [(run, theirs[run["seed"]]) for run in self.runs if run["seed"] in theirs]
-
-    def gap(self, other: "Model", length: int) -> float | None:
-        """By how much the mean loss is above the other's, over the seeds that both have; None where they share none."""
-        gaps = [mean_loss(own, length) - mean_loss(theirs, length) for own, theirs in self.beside(other)]
-        return statistics.mean(gaps) if gaps else None
-
-    def last(self, length: int) -> float:
-        """The mean loss over the held-out sets of the last 256 positions of windows of `length`."""
-        sets = self.first["evaluation"].values()
-        return statistics.mean(math.log(rows[str(length)]["last_256_perplexity"]) for rows in sets)
-
-    def bins(self, length: int) -> list[float]:
-        """The loss in equal parts of windows of `length`, the mean over the sets."""
-        return bins(self.first, length)
-
-    def gaps_by_part(self, other: "Model", length: int, way: str = PLAIN) -> list[float]:
-        """As `gap`, in each equal part of windows of `length`; empty where the two share no seed.
-
-        With another way to evaluate this model, over the seeds that it was tried on.
-        """
-        both = [(own, theirs) for own, theirs in self.beside(other) if way == PLAIN or way in ways(own)]
-        pairs = [(bins(own, length, way), bins(theirs, length)) for own, theirs in both]
-        gaps = [[one - two for one, two in zip(own, theirs, strict=True)] for own, theirs in pairs]
-        return _by_part(gaps)
+def _losses(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The evaluations of a record; in lengths where a way changes nothing its rows are the plain ones."""
+    for way, sets in {PLAIN: record["evaluation"], **ways(record)}.items():
+        for name, plain in record["evaluation"].items():
+            for length, row in (plain | sets.get(name, {})).items():
+                yield {
+                    "run": record["key"],
+                    "way": way,
+                    "set": name,
+                    "length": int(length),
+                    "nll": row["nll"],
+                    "last": math.log(row["last_256_perplexity"]),
+                    **dict(zip(PARTS, row["bins"], strict=True)),
+                }
 
 
 @dataclass(frozen=True)
 class Group:
-    """All models that were trained on the same data for as many tokens: what may be compared."""
+    """All runs that were trained on the same data for as many tokens: what may be compared."""
 
     tokens: int
     trained_at: int
-    data_fingerprint: str
-    models: tuple[Model, ...]
+    data: str
+    """The fingerprint of the data."""
+    runs: Frame
+    """A row a run: models in the order of their runs, the lowest seed of each first."""
+    losses: Frame
+    """A row for each way, held-out set and length of a run, in the order of `runs`."""
 
-    def get(self, name: str) -> Model | None:
-        """The model of that name."""
-        return next((model for model in self.models if model.name == name), None)
+    @cached_property
+    def models(self) -> Frame:
+        """The run of the lowest seed of each model, by its name: it stands for the model in tables without seeds."""
+        return self.runs.drop_duplicates("model").set_index("model", drop=False)
 
     @property
+    def current(self) -> Frame:
+        """Those of them that are not an earlier recipe of another."""
+        return self.models[~self.models["older"]]
+
+    @cached_property
+    def papers(self) -> list[str]:
+        """Those of the paper's 21 sparse models that were run."""
+        return list(self.models.index[self.models["model"] == self.models["paper_name"]])
+
+    @cached_property
     def sets(self) -> list[str]:
         """The held-out sets."""
-        return list(self.models[0].first["evaluation"])
+        return list(self.losses["set"].unique())
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """The evaluation lengths that all models have."""
-        return sorted(set.intersection(*(set(model.lengths()) for model in self.models)))
+        plain = self.losses[self.losses["way"] == PLAIN].groupby("length")["model"].nunique()
+        return [int(length) for length in plain.index[plain == len(self.models)]]
 
     @property
-    def plain_window(self) -> Model | None:
-        """The plain window that reads nearest to as many keys as the default recipe; without that one, the widest."""
-        windows = [one for one in self.models if one.recipe["attention"] == "sliding" and not one.recipe["full_layers"]]
-        if not windows:
-            return None
-        ours = self.get(DEFAULT)
-        wanted = ours.keys if ours else max(one.keys for one in windows)
-        return min(windows, key=lambda one: abs(one.keys - wanted))
+    def longest(self) -> int:
+        """The longest of them."""
+        return self.lengths[-1]
 
-    def compared(self, models: Sequence[Model]) -> dict[str, float]:
-        """The mean loss of each at the training length, by name, best first, over the seeds that all of them have.
+    @property
+    def factor(self) -> int:
+        """How many training lengths that is."""
+        return self.longest // self.trained_at
 
-        Empty where no seed is common to all.
+    @cached_property
+    def _means(self) -> Frame:
+        """The mean loss over the sets, by seed; columns are way, length and model."""
+        return self.losses.pivot_table(index="seed", columns=["way", "length", "model"], values="nll")
+
+    def loss(self, length: int, way: str = PLAIN) -> Frame:
+        """The mean loss over the held-out sets at `length`: a row a seed, a column a model."""
+        return self._means[way, length].reindex(columns=self.models.index)
+
+    def first(self, length: int, way: str = PLAIN) -> Frame:
+        """The same of each model's lowest seed that was evaluated in this way."""
+        return self.loss(length, way).bfill().iloc[0]
+
+    def ways(self, model: str) -> list[str]:
+        """The other ways in which some seed of a model was evaluated."""
+        return [way for way in self.losses.loc[self.losses["model"] == model, "way"].unique() if way != PLAIN]
+
+    def label(self, model: str, way: str = PLAIN) -> str:
+        """What a model is, evaluated in one of its ways, in words."""
+        words = self.models.at[model, "label"]
+        return words if way == PLAIN else f"{words}, {in_words(way)}"
+
+    def tried(self, model: str, way: str = PLAIN) -> str:
+        """The same of the seed that `first` tells of, named where it is not the lowest."""
+        seed = self.loss(self.trained_at, way)[model].first_valid_index()
+        return self.label(model, way) + ("" if seed == self.models.at[model, "seed"] else f", seed {seed}")
+
+    def saved(self, length: int) -> Frame:
+        """The loss of each seed of the default recipe as it is saved: it looks no farther back than it was trained to.
+
+        Plain where a run was not evaluated so.
         """
-        seeds = set.intersection(*({run["seed"] for run in model.runs} for model in models)) if models else set()
-        if not seeds:
-            return {}
-        means = {
-            model.name: statistics.mean(mean_loss(run, self.trained_at) for run in model.runs if run["seed"] in seeds)
-            for model in models
-        }
-        return dict(sorted(means.items(), key=lambda one: one[1]))
+        bound = str(self.trained_at)
+        plain = self.loss(length)[DEFAULT].dropna()
+        return self.loss(length, bound)[DEFAULT].dropna().combine_first(plain) if self.bounded else plain
 
-    def sigma(self, *models: Model) -> float | None:
-        """Standard deviation of the loss over seeds at the training length, pooled over `models`; None without seeds.
+    @property
+    def bounded(self) -> bool:
+        """Whether some run of the default recipe was evaluated as it is saved."""
+        return str(self.trained_at) in self.ways(DEFAULT)
+
+    def gap(self, model: str, other: str) -> float:
+        """By how much the loss of a model is above another's at the training length; nan where there is none.
+
+        The mean over the seeds that both have.
+        """
+        losses = self.loss(self.trained_at)
+        return float((losses[model] - losses[other]).mean()) if {model, other} <= set(losses) else math.nan
+
+    def by_part(self, length: int, way: str = PLAIN) -> Frame:
+        """The loss in each part of sequences of `length`, the mean over the sets: a row a model and seed."""
+        chosen = self.losses[(self.losses["way"] == way) & (self.losses["length"] == length)]
+        return chosen.groupby(["model", "seed"])[list(PARTS)].mean()
+
+    def gaps_by_part(self, model: str, other: str, length: int, way: str = PLAIN) -> Frame:
+        """As `gap`, in each part of sequences of `length`, the first model evaluated in `way`; empty for none."""
+        if not {model, other} <= set(self.models.index):
+            return pd.Series(dtype=float)
+        ours, theirs = self.by_part(length, way).loc[model], self.by_part(length).loc[other]
+        return (ours - theirs).dropna().mean().dropna()
+
+    def compared(self, names: Sequence[str]) -> Frame:
+        """The loss of each at the training length, best first, over the seeds that all have; empty for none."""
+        if not names or not set(names) <= set(self.models.index):
+            return pd.Series(dtype=float)
+        return self.loss(self.trained_at)[list(names)].dropna().mean().dropna().sort_values(kind="stable")
+
+    def sigma(self, *names: str) -> float:
+        """Standard deviation of the loss over seeds at the training length, pooled over these models; nan without.
 
         Over those that are compared and no others: a model that is about to learn to copy has many times the
         deviation of one that cannot.
         """
-        squares, degrees = 0.0, 0
-        for model in models:
-            found = model.seed_losses(self.trained_at)
-            if len(found) > 1:
-                squares += (len(found) - 1) * statistics.variance(found)
-                degrees += len(found) - 1
-        return math.sqrt(squares / degrees) if degrees else None
+        losses = self.loss(self.trained_at)[list(names)]
+        degrees = (losses.count() - 1).clip(lower=0)
+        return math.sqrt((losses.var() * degrees).sum() / degrees.sum()) if degrees.sum() else math.nan
 
-    def tie(self, *models: Model) -> float:
+    def tie(self, *names: str) -> float:
         """Losses of these closer than this count as equal: twice the deviation of a difference, 0.5 % without seeds."""
-        sigma = self.sigma(*models)
-        return math.log(1.005) if sigma is None else 2 * math.sqrt(2) * sigma
+        sigma = self.sigma(*names)
+        return math.log(1.005) if math.isnan(sigma) else 2 * math.sqrt(2) * sigma
+
+    @cached_property
+    def plain_window(self) -> str | None:
+        """The plain window that reads nearest to as many keys as the default recipe; without that one, the widest."""
+        keys = self.current.loc[self.current["kind"] == "window", "keys"]
+        wanted = self.models["keys"].get(DEFAULT, keys.max())
+        return None if keys.empty else str((keys - wanted).abs().idxmin())
 
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that a results folder holds; of the longest training windows the group with the most models first."""
+    """Everything that a results folder holds; of the longest training lengths the group with the most models first."""
 
     groups: tuple[Group, ...]
-    failures: tuple[dict[str, Any], ...]
+    failures: Frame
     probes: Probes
 
     @classmethod
@@ -312,7 +262,7 @@ class Results:
         records, finished = store.records(), store.finished()
         if not finished:
             raise InputError(f"{folder} holds no finished run; make some with `python -m study run`")
-        failures = tuple(one for one in records if one["kind"] == "failure" and one["key"] not in finished)
+        failures = [one for one in records if one["kind"] == "failure" and one["key"] not in finished]
         probes: Probes = defaultdict(list)
         for path in sorted(folder.glob("probes/*.json")):
             probe = files.read_json(path)
@@ -321,41 +271,32 @@ class Results:
                     f"{path} is not a result of `python -m study probe`; move it out of the folder, or make it anew"
                 )
             probes[probe["probe"]].append(probe)
-        return cls(_grouped(finished.values()), failures, dict(probes))
+        return cls(grouped(finished.values()), pd.DataFrame(failures), dict(probes))
 
 
-def _grouped(records: Iterable[dict[str, Any]]) -> tuple[Group, ...]:
-    parts: dict[tuple[int, int, str, int], list[dict[str, Any]]] = defaultdict(list)
-    for record in records:
-        data = record["inputs"]["data_fingerprint"]
-        parts[record["tokens"], record["trained_at"], data, _targets(record)].append(record)
-    groups = [Group(tokens, length, data, _models(runs)) for (tokens, length, data, _), runs in parts.items()]
+def grouped(records: Iterable[dict[str, Any]]) -> tuple[Group, ...]:
+    """The records of finished runs, those together that may be compared."""
+    records = sorted(records, key=lambda record: record["time"])
+    runs: Frame = pd.DataFrame([_run(record) for record in records])
+    losses = pd.DataFrame([row for record in records for row in _losses(record)])
+    groups = []
+    for (tokens, trained_at, data, _), part in runs.groupby(_SAME):
+        named = _named(part)
+        groups.append(Group(tokens, trained_at, data, named, named[["run", "model", "seed"]].merge(losses, on="run")))
     return tuple(sorted(groups, key=lambda group: (-group.trained_at, -len(group.models), -group.tokens)))
 
 
-def _targets(record: dict[str, Any]) -> int:
-    """How many targets of a set it was evaluated on: what was evaluated on fewer is not comparable."""
-    return max(row["targets"] for rows in record["evaluation"].values() for row in rows.values())
+def _named(runs: Frame) -> Frame:
+    """Runs in the order of time, put in the order of models and seeds.
 
-
-def _models(records: Sequence[dict[str, Any]]) -> tuple[Model, ...]:
-    """One model for each recipe; where two recipes have one name, the newest has it alone."""
-    named: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for record in sorted(records, key=lambda record: record["time"]):
-        named[re.sub(r"-seed\d+$", "", record["run"])][_digest(record["recipe"])].append(record)
-    models = []
-    for name, recipes in named.items():
-        *older, newest = sorted(recipes, key=lambda digest: recipes[digest][-1]["time"])
-        models.append(Model(name, _by_seed(recipes[newest])))
-        models += [Model(f"{name}@{one}", _by_seed(recipes[one]), f", earlier recipe {one}") for one in older]
-    return tuple(models)
-
-
-def _by_seed(runs: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
-    return tuple(sorted(runs, key=lambda run: run["seed"]))
-
-
-def _digest(recipe: dict[str, Any]) -> str:
-    """What a recipe says but for its seeds, in six letters."""
-    text = json.dumps({**recipe, "init_seed": None, "data_seed": None}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:6]
+    Where two recipes have one name, the newest has it alone, and the name of an older one says so.
+    """
+    newest = runs.groupby("model")["digest"].transform("last")
+    older = runs["digest"] != newest
+    runs = runs.assign(
+        older=older,
+        model=runs["model"].mask(older, runs["model"] + "@" + runs["digest"]),
+        label=runs["label"].mask(older, runs["label"] + ", earlier recipe " + runs["digest"]),
+    )
+    order = runs.assign(order=pd.factorize(runs["model"])[0]).sort_values(["order", "seed"], kind="stable")
+    return order.drop(columns="order").reset_index(drop=True)

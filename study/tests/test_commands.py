@@ -29,6 +29,7 @@ def says(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
         ("run smoke --shard 2/2", "--shard is '2/2'; expected I/N"),
         ("run smoke --processes 0", "--processes is 0; it must be at least 1"),
         ("run smoke --eval-tokens many", "'many' is not a count"),
+        ("run smoke --only dens", "no run of the study is named 'dens': did you mean 'dense'?"),
         ("run smoke --minutes -1", "--minutes is -1; it must be above 0"),
         ("run smoke --minutes nan", "--minutes is nan; it must be above 0"),
         ("report nowhere", "nowhere does not exist"),

@@ -1,8 +1,6 @@
-"""Results on disk: appended, cut short, damaged, indexed, and known again by what they are results of."""
+"""Results on disk: appended, cut short, damaged, and known again by what they are results of."""
 
 import json
-import sqlite3
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +10,6 @@ from fibattn import InputError
 from fibattn.pattern import hybrid_layers
 from fibattn.training.recipe import PRESETS, Recipe
 from study.presets import STUDIES
-from study.runner import Job
 from study.store import Store, key_of
 
 
@@ -98,24 +95,3 @@ def test_the_published_results_have_the_keys_of_their_recipes() -> None:
     recipes = [beyond.resolved(run, data=Path(), out=Path(), tokens=106_000_000, compiled=True) for run in beyond.runs]
     (data,) = {one["inputs"]["data_fingerprint"] for one in published.values()}
     assert {key_of(recipe, data) for recipe in recipes} <= set(published)
-
-
-def test_index_has_what_the_files_have(job: Job, tmp_path: Path) -> None:
-    store, runs = Store(tmp_path), Store(job.out).records()
-    for one in runs:
-        store.append(one)
-    store.append(record())
-    for _ in range(2):  # rebuilding changes nothing
-        with closing(sqlite3.connect(store.index())) as database:
-            rows = database.execute(
-                "select run, \"set\", length, perplexity from runs join evaluations using (key) where way = 'plain'"
-            ).fetchall()
-            assert database.execute("select run, error from failures").fetchall() == [("dense", "e")]
-        expected = {
-            (one["run"], name, int(length), row["perplexity"])
-            for one in runs
-            for name, lengths in one["evaluation"].items()
-            for length, row in lengths.items()
-        }
-        assert set(rows) == expected
-        assert len(rows) == len(expected)

@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from fibattn.pattern import Composition, Pattern
 from fibattn.plotting import COLOURS, STYLE, save
 
-_NEAR, _FAR = COLOURS[:2]
+_NEAR, _FAR = COLOURS["window"], COLOURS["stagger"]
 _NOWHERE = "#d6d3d1"
 
 
