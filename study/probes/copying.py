@@ -19,7 +19,7 @@ _TIMES = (1, 4)
 def distances(length: int) -> list[int]:
     """How far apart the two copies begin, for a model trained at `length`: parts of it, then it and a multiple.
 
-    Two copies fit into a training window up to half of it; farther back only a model that holds past it can look.
+    Two copies fit into a training sequence up to half of it; farther back only a model that holds past it can look.
     """
     return [length // part for part in _PARTS if length >= 2 * part] + [length * times for times in _TIMES]
 
