@@ -16,13 +16,16 @@ from typing import TYPE_CHECKING, Any
 from fibattn._version import __version__
 
 if TYPE_CHECKING:
-    from fibattn.attention import attend, attend_cached, padded_positions
+    from fibattn.attention import AttentionCache, attend, attend_cached, padded_positions
     from fibattn.errors import InputError
     from fibattn.model import FibAttnConfig, FibAttnForCausalLM, FibAttnModel
     from fibattn.model.conversion import convert, restore
+    from fibattn.model.layer import FibAttention
     from fibattn.pattern import LearnedPattern, Pattern, base_rungs, layer_alphas, layer_patterns
 
 __all__ = [
+    "AttentionCache",
+    "FibAttention",
     "FibAttnConfig",
     "FibAttnForCausalLM",
     "FibAttnModel",
@@ -40,10 +43,11 @@ __all__ = [
     "restore",
 ]
 _HOMES = {
-    "attention": ("attend", "attend_cached", "padded_positions"),
+    "attention": ("AttentionCache", "attend", "attend_cached", "padded_positions"),
     "errors": ("InputError",),
     "model": ("FibAttnConfig", "FibAttnForCausalLM", "FibAttnModel"),
     "model.conversion": ("convert", "restore"),
+    "model.layer": ("FibAttention",),
     "pattern": ("LearnedPattern", "Pattern", "base_rungs", "layer_alphas", "layer_patterns"),
 }
 

@@ -50,13 +50,14 @@ class FibAttnRotaryEmbedding(nn.Module):
 
         In float32 the angles blur with the position: at millions of tokens a model no longer tells near ones apart.
         """
-        return _cosines_and_sines(position_ids, self.inv_freq.to(x.device), self.attention_scaling, x.dtype)
+        return cosines_and_sines(position_ids, self.inv_freq.to(x.device), self.attention_scaling, x.dtype)
 
 
 @torch.library.custom_op("fibattn::cosines_and_sines", mutates_args=())
-def _cosines_and_sines(
+def cosines_and_sines(
     position_ids: Tensor, frequencies: Tensor, factor: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (batch or 1, tokens, 1, head size) in `dtype`, of angles in float64, times `factor`."""
     # An operator, for one reason: `torch.compile` would take the angles apart and give every layer its own cosines.
     wide = torch.float32 if position_ids.device.type == "mps" else torch.float64  # what an Apple GPU has
     angles = position_ids[..., None].to(wide) * frequencies.to(wide)
@@ -65,7 +66,7 @@ def _cosines_and_sines(
     return cosines, sines
 
 
-@_cosines_and_sines.register_fake
+@cosines_and_sines.register_fake
 def _(position_ids: Tensor, frequencies: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     shape = (*position_ids.shape, 1, 2 * frequencies.shape[0])
     empty = position_ids.new_empty(shape, dtype=dtype)

@@ -1,0 +1,60 @@
+"""The cache of one attention layer, for models that are none of Transformers': a ring that keeps its own count."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fibattn.attention.api import attend_cached
+from fibattn.errors import InputError
+from fibattn.pattern import LearnedPattern, Pattern
+
+
+class AttentionCache:
+    """Keys and values of the tokens that a layer can still look back to, and no more, at any length of text.
+
+    Args:
+        pattern: what the layer attends to, as in `attend`.
+
+    Example:
+        cache = AttentionCache(pattern)
+        out = cache.attend(q, k, v)  # the prompt, then token after token
+    """
+
+    def __init__(self, pattern: Pattern | Sequence[Pattern] | LearnedPattern):
+        self.pattern = pattern
+        self.length = 0
+        """How many tokens the sequence has had."""
+        self._rings: tuple[Tensor, Tensor] | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+        """`attend_cached` for the next tokens, which the cache receives; `how`: alpha, scale, positions, backend.
+
+        Raises:
+            InputError: (a ValueError) as `attend_cached`.
+        """
+        if k.ndim != 4:
+            raise InputError(f"k has shape {tuple(k.shape)}; expected (batch, tokens, heads, head size)")
+        rings = self._rings_for(k)
+        at = torch.arange(self.length, self.length + k.shape[1], device=k.device)[None]
+        out = attend_cached(q, *rings, k, v, self.pattern, cache_positions=at, **how)
+        self._rings, self.length = rings, self.length + k.shape[1]
+        return out
+
+    def _rings_for(self, k: Tensor) -> tuple[Tensor, Tensor]:
+        """The rings, with room for the tokens of k; rows at least double, so that all growing copies little."""
+        one = isinstance(self.pattern, Pattern | LearnedPattern)
+        reach = self.pattern.reach if one else max(each.reach for each in self.pattern)  # pyright: ignore
+        tokens = self.length + k.shape[1]
+        if self._rings is None:
+            shape = (k.shape[0], min(reach + 1, tokens), *k.shape[2:])
+            return k.new_zeros(shape), k.new_zeros(shape)
+        rows = self._rings[0].shape[1]
+        if rows >= min(reach + 1, tokens):
+            return self._rings
+        more = min(reach + 1, max(tokens, 2 * rows)) - rows
+        # No row was used twice yet: each token stays where it is.
+        keys, values = (functional.pad(x, (0, 0, 0, 0, 0, more)) for x in self._rings)
+        return keys, values
