@@ -84,7 +84,7 @@ def test_text_that_cannot_be_prepared(
         ("--optimizer.beta2 1", "optimizer.beta2 is 1.0"),
         ("--data-seed -1", "data_seed is -1"),
         ("--steps 0", "steps is 0; it must be at least 1"),
-        ("--micro-batch 3", "2 sequences a step do not divide into micro-batches of 3"),
+        ("--micro-batch 0", "micro_batch is 0; it must be at least 1"),
         ("--sequence-length 99999999", "one sequence of 99999999 needs 100000000; prepare more text"),
         ("--data nowhere", "nowhere holds no prepared data"),
     ],

@@ -30,7 +30,7 @@ def test_every_run_can_be_built_and_differs_in_its_attention_alone(study: str, n
     whole = STUDIES[study]
     recipe = resolved(whole, named(study, name))
     recipe.check()
-    recipe.micro_batches(1)
+    recipe.split(1)
     model_config(recipe, 512, 0)
     first = resolved(whole, whole.runs[0])
     same = replace(recipe, model=first.model, init_seed=first.init_seed, data_seed=first.data_seed)
@@ -95,7 +95,7 @@ def test_lengthening_is_a_tenth_of_the_tokens_in_the_longest_sequences() -> None
     assert (longer.sequence_length, longer.start) == (16_384, Path("out/model"))
     assert longer.sequences_per_step * longer.sequence_length == recipe.sequences_per_step * recipe.sequence_length
     assert 0.099 < longer.tokens / recipe.tokens < 0.1
-    longer.micro_batches(1)
+    longer.split(1)
     slowest = [model_config(one, 512, 0).rope_parameters["rope_theta"] ** -(62 / 64) for one in (recipe, longer)]
     assert slowest[1] * 16 == pytest.approx(slowest[0])
     same = {"sequence_length": 1024, "sequences_per_step": 32, "micro_batch": 32, "steps": recipe.steps, "start": None}

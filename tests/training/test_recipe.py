@@ -32,7 +32,7 @@ def test_defaults_are_the_papers_recipe() -> None:
 def test_presets_are_sound_and_survive_a_file(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
     recipe.check()
-    recipe.micro_batches(1)
+    recipe.split(1)
     path = tmp_path / "recipe.json"
     files.write_json(path, to_json(recipe))
     assert load_recipe(str(path)) == recipe
@@ -147,6 +147,23 @@ def test_flags_override_one_field_and_leave_the_rest() -> None:
 def test_values_that_cannot_train_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         replace(Recipe(), **changes).check()
+
+
+@pytest.mark.parametrize(
+    ("processes", "most", "cut"),
+    [(1, 32, (32, 1)), (2, 32, (16, 1)), (4, 3, (2, 4)), (1, 12, (8, 4)), (32, 5, (1, 1))],
+)
+def test_a_step_is_cut_into_equal_micro_batches_for_any_number_of_processes(
+    processes: int, most: int, cut: tuple[int, int]
+) -> None:
+    assert Recipe(sequences_per_step=32, micro_batch=most).split(processes) == cut
+
+
+def test_a_step_that_does_not_divide_over_the_processes_is_refused_with_one_that_does() -> None:
+    with pytest.raises(InputError, match=r"32 sequences a step do not divide over 3 processes; .* of 3, such as 30"):
+        Recipe(sequences_per_step=32).split(3)
+    with pytest.raises(InputError, match=r"2 sequences a step do not divide over 8 processes; .* of 8, such as 8"):
+        Recipe(sequences_per_step=2).split(8)
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:

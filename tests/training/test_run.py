@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
 
 from fibattn import files, sealed
 from fibattn.cli.main import main
@@ -209,6 +210,26 @@ def test_a_run_of_an_older_version_goes_on(recipe: Recipe) -> None:
     sealed.seal(recipe.out / "checkpoint-3")
     shutil.rmtree(recipe.out / "model")
     train(replace(recipe, steps=3))
+
+
+def test_a_run_goes_on_with_smaller_micro_batches(recipe: Recipe) -> None:
+    """As it must after running out of memory."""
+    whole = replace(recipe, steps=4, micro_batch=4)
+    train(whole)
+    cut = replace(whole, out=recipe.out.with_name("cut"))
+    shutil.copytree(whole.out, cut.out)
+    shutil.rmtree(cut.out / "model")
+    shutil.rmtree(cut.out / "checkpoint-4")
+    files.write_json(cut.out / "recipe.json", to_json(cut))
+    sizes: list[int] = []
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            sizes.append(kwargs["train_dataloader"].total_batch_size)
+
+    train(replace(cut, micro_batch=1), [Watch()])
+    assert sizes == [1]
+    assert losses(cut) == pytest.approx(losses(whole), rel=1e-5)
 
 
 def test_nothing_that_was_written_is_read_by_unpickling_code(recipe: Recipe) -> None:

@@ -159,7 +159,6 @@ def test_the_seed_of_the_weights_is_all_that_moves_them() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"micro_batch": 3}, r"4 sequences a step do not divide into micro-batches of 3 on 1 process.*a divisor of 4"),
         ({"steps": 0}, r"steps is 0; it must be at least 1"),
         (
             {"sequence_length": 10**7},

@@ -1,6 +1,7 @@
 """`fibattn train [RECIPE]`: train a model, or go on where the run was."""
 
 import os
+import shlex
 from contextlib import nullcontext
 
 from fibattn.cli.flags import parse
@@ -18,6 +19,8 @@ def run(arguments: list[str]) -> None:
         print(f"usage: fibattn train [RECIPE] [flags]\n\nRECIPE is one of {', '.join(PRESETS)}, or a recipe.json;")
         print(f"{DEFAULT} when left out. The defaults below are those of {name}.\n")
     recipe = parse(Recipe, flags, f"fibattn train {name}", default=load_recipe(name))
+    recipe.check()
+    recipe.split(int(os.environ.get("WORLD_SIZE", "1")))  # before torch loads: torchrun says much when a process ends
     from accelerate import PartialState  # these take seconds to import
 
     from fibattn.training.run import train
@@ -28,5 +31,6 @@ def run(arguments: list[str]) -> None:
             raise InputError(f"another process is training in {recipe.out}; wait for it, or give another --out")
         model = train(recipe)
     state = PartialState()
-    state.print(f"\nthe model is in {model}\nevaluate it: fibattn eval {model} --data {recipe.data}")
+    command = shlex.join(["fibattn", "eval", str(model), "--data", str(recipe.data)])
+    state.print(f"\nthe model is in {model}\nevaluate it: {command}")
     state.destroy_process_group()

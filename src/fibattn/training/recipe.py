@@ -131,7 +131,8 @@ class Recipe:
     init_seed: int = 42
     data_seed: int = 42
     micro_batch: int = 32
-    """Sequences a process takes at once; fewer need less memory. The step stays the same up to rounding."""
+    """The most sequences a process takes at once; fewer need less memory. A step stays the same up to rounding: it
+    is cut into equal parts, and a run may go on with another value."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Autocast dtype over float32 parameters; auto is bf16 on a GPU."""
     compile: bool = False
@@ -171,19 +172,20 @@ class Recipe:
         )
         return replace(self, model=replace(shape, **layers, max_offset=self.max_offset, full_reach=self.full_reach))
 
-    def micro_batches(self, processes: int) -> int:
-        """How many micro-batches each of `processes` takes a step.
+    def split(self, processes: int) -> tuple[int, int]:
+        """How each of `processes` cuts its share of a step: sequences of a micro-batch, and how many micro-batches.
 
         Raises:
-            InputError: when a step does not divide evenly.
+            InputError: when a step does not divide over the processes.
         """
-        share, rest = divmod(self.sequences_per_step, self.micro_batch * processes)
+        share, rest = divmod(self.sequences_per_step, processes)
         if rest or not share:
             raise InputError(
-                f"{self.sequences_per_step} sequences a step do not divide into micro-batches of {self.micro_batch} on "
-                f"{processes} process(es); set micro_batch to a divisor of {self.sequences_per_step / processes:g}"
+                f"{self.sequences_per_step} sequences a step do not divide over {processes} processes; set "
+                f"sequences_per_step to a multiple of {processes}, such as {max(share, 1) * processes}"
             )
-        return share
+        size = max(size for size in range(1, min(share, self.micro_batch) + 1) if share % size == 0)
+        return size, share // size
 
     def check(self) -> None:
         """Refuse values that cannot train.

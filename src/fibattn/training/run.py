@@ -24,7 +24,7 @@ from fibattn.training.card import write_card
 from fibattn.training.recipe import Recipe, load_recipe, to_json
 from fibattn.training.trainer import FibTrainer, MetricsFile, process_count
 
-_MAY_CHANGE = {"log_every", "save_every", "keep_checkpoints", "track", "out", "data", "start"}
+_MAY_CHANGE = {"log_every", "save_every", "keep_checkpoints", "track", "micro_batch", "out", "data", "start"}
 # A base model knows no roles: it goes on with the conversation as one text. Chat programs ask for a template.
 _PLAIN_CHAT = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
@@ -71,7 +71,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
             output folder, or a loss that is not finite.
     """
     recipe.check()
-    recipe.micro_batches(process_count())
+    recipe.split(process_count())
     state = PartialState(cpu=not torch.cuda.is_available())
     _check_trackers(recipe)
     with state.main_process_first():

@@ -47,14 +47,14 @@ def training_arguments(recipe: Recipe, processes: int) -> TrainingArguments:
     on_gpu = torch.cuda.is_available()
     bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and on_gpu)
     sharded = recipe.parallel == "fsdp" and processes > 1
-    micro_batches = recipe.micro_batches(processes)
+    micro_batch, micro_batches = recipe.split(processes)
     # A step replayed as a CUDA graph waits for no launch; where gradients add up over several, it would overwrite them.
     graphed = recipe.compile and on_gpu and processes == micro_batches == 1
     arguments = TrainingArguments(
         output_dir=str(recipe.out),
         run_name=recipe.out.name,
         max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.micro_batch,
+        per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=micro_batches,
         max_grad_norm=recipe.optimizer.max_grad_norm,
         bf16=bf16,
