@@ -94,7 +94,7 @@ def test_full_layers_can_be_bounded(data: Path, tmp_path: Path) -> None:
     made.config.save_pretrained(tmp_path / "full")
     assert losses() == bounded, "as it was saved"
     assert json.loads((tmp_path / "result.json").read_text())["full_reach"] == 15
-    assert losses("--full-reach", "0") == whole
+    assert losses("--full-reach", "None") == whole
     assert "full_reach" not in json.loads((tmp_path / "result.json").read_text())
 
 
@@ -105,7 +105,7 @@ def test_full_layers_can_be_bounded(data: Path, tmp_path: Path) -> None:
         (["--lengths", "0"], "each must be at least 1"),
         (["--tokens", "0"], "each must be at least 1"),
         (["--batch-tokens", "0"], "batch_tokens 0: each must be at least 1"),
-        (["--full-reach", "-1"], "full_reach is -1; it must be at least 1, 0 for no bound, or left out"),
+        (["--full-reach", "0"], "full_reach is 0; it must be at least 1, None for no bound, or left out"),
         (
             ["--lengths", "9999999"],
             "fewer than one sequence of 9999999; evaluate shorter lengths, raise the limit, or hold out more text",
@@ -151,13 +151,50 @@ def test_another_tokenizer_with_as_many_ids_is_refused(
     assert not (tmp_path / "result.json").exists()
 
 
+def test_an_embedding_padded_past_the_tokenizer_is_evaluated(data: Path, model: Path, tmp_path: Path) -> None:
+    padded = FibAttnForCausalLM.from_pretrained(model)
+    padded.resize_token_embeddings(padded.config.vocab_size + 63)
+    padded.save_pretrained(tmp_path / "padded")
+    flags = ["--lengths", "16", "--out", str(tmp_path / "result.json")]
+    assert main(["eval", str(tmp_path / "padded"), "--data", str(data), *flags]) == 0
+    padded.resize_token_embeddings(256)
+    padded.save_pretrained(tmp_path / "few")
+    assert main(["eval", str(tmp_path / "few"), "--data", str(data), *flags]) == 2
+
+
+def test_a_partial_evaluation_does_not_replace_the_whole_one(prepared: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    small = "--sequence-length 32 --sequences-per-step 2 --steps 1 --model.num-hidden-layers 1 --model.hidden-size 24"
+    assert main(["train", "small", "--data", str(prepared), "--out", str(run), *small.split()]) == 0
+    assert main(["eval", str(run), "--data", str(prepared)]) == 0
+    whole, card = (run / "evaluation.json").read_bytes(), (run / "model" / "README.md").read_bytes()
+    assert b"(8" in card
+    for flags in (["--lengths", "16"], ["--tokens", "512"], ["--sets", "texts"]):
+        assert main(["eval", str(run), "--data", str(prepared), *flags]) == 0
+    assert (run / "evaluation.json").read_bytes() == whole
+    assert (run / "model" / "README.md").read_bytes() == card
+    names = ["evaluation-lengths-16.json", "evaluation-sets-texts.json", "evaluation-tokens-512.json"]
+    assert sorted(path.name for path in run.glob("evaluation-*.json")) == names
+
+
+def test_a_result_that_cannot_be_written_is_refused_before_the_evaluation(
+    data: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "result.json"
+    assert main(["eval", str(model), "--data", str(data), "--out", str(out)]) == 2
+    printed = capsys.readouterr()
+    assert "cannot be written" in printed.err
+    assert not printed.out
+
+
 def test_a_runs_own_result_is_only_its_finished_models(tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "model").mkdir(parents=True)
     (tmp_path / "loose" / "model").mkdir(parents=True)
     (run / "recipe.json").write_text("{}")
     assert default_output(run / "model") == run / "evaluation.json"
-    assert default_output(run / "model", 31) == run / "evaluation-full-reach-31.json"
+    assert default_output(run / "model", "-full-reach-31") == run / "evaluation-full-reach-31.json"
     assert default_output(run / "checkpoint-56") == Path("evaluation-run-checkpoint-56.json")
     assert default_output(tmp_path / "loose" / "model") == Path("evaluation-loose.json")
     assert default_output(tmp_path / "copied") == Path("evaluation-copied.json")

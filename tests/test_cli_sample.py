@@ -54,6 +54,32 @@ def test_prompts_from_everywhere_give_the_same_text(folder, tmp_path, capsys, mo
         assert sample(capsys, folder, "-", "--max-new-tokens", 40)[0] == argument
 
 
+def test_a_text_ends_where_the_model_says_so(folder, tmp_path, capsys):
+    """What separates documents may begin them alone, and several ids may end one."""
+    import shutil
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode(TEXT, add_special_tokens=False)]])
+    written = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None)[0, ids.shape[1] :].tolist()
+    end = next(one for one in written[3:] if one not in written[:3])
+    shutil.copytree(folder, tmp_path / "ends")
+    GenerationConfig(eos_token_id=[end, 5]).save_pretrained(tmp_path / "ends")
+    _, err = sample(capsys, tmp_path / "ends", TEXT, "--temperature", 0, "--max-new-tokens", 20)
+    assert f"{min(written.index(one) for one in (end, 5) if one in written) + 1} tokens, " in err
+
+
+def test_without_a_prompt_a_document_is_begun(folder, capsys):
+    text, err = sample(capsys, folder, "--max-new-tokens", 10)
+    assert text.strip()
+    assert "tokens, " in err
+
+
+def test_the_prompt_is_printed_before_its_continuation(folder, capsys):
+    assert sample(capsys, folder, TEXT, "--max-new-tokens", 5)[0].startswith(TEXT)
+
+
 def test_a_bound_makes_a_model_with_full_layers_go_on_for_ever(folder, tmp_path, capsys):
     import json
     import shutil
@@ -82,7 +108,7 @@ def test_the_text_is_that_of_generate(folder, capsys):
         ids, max_new_tokens=60, do_sample=False, eos_token_id=None, attention_mask=torch.ones_like(ids)
     )
     ours, _ = sample(capsys, folder, TEXT, "--max-new-tokens", 60, "--temperature", 0)
-    ours = ours.removesuffix("\n")
+    ours = ours.removeprefix(TEXT).removesuffix("\n")
     assert tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).startswith(ours)
     assert len(ours) > 20
 
@@ -121,20 +147,29 @@ def test_characters_come_whole():
 
     text = "a✓é🙂z"
     assert list(pieces(Bytes(), text.encode())) == list(text)
+    mixed = "xyz🙂"  # the character begins within a token and ends within another
+    tokens = [b"xyz\xf0", b"\x9f", b"\x99", b"\x82"]
+
+    class Chunks:
+        def decode(self, ids, **_):
+            return b"".join(tokens[one] for one in ids).decode("utf-8", errors="replace")
+
+    assert list(pieces(Chunks(), range(4))) == ["xyz", "🙂"]
+    assert mixed == "".join(pieces(Chunks(), range(4)))
+    assert "".join(pieces(Bytes(), "a\ufffdb\ufffd".encode())) == "a\ufffdb\ufffd"
     assert "".join(pieces(Bytes(), b"a\xff\xff\xff\xffb\xe2")) == "a\ufffd\ufffd\ufffd\ufffdb\ufffd"
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "the prompt has no tokens"),
         (["x", "--prompt-file", "y"], "give one of them"),
         (["--prompt-file", "missing.txt"], "missing.txt cannot be read"),
         (["--prompt-file", "."], ". cannot be read"),
         (["x", "--max-new-tokens", "many"], "expected a whole number, 0 or inf"),
-        (["x", "--temperature", "-1"], "temperature -1"),
-        (["x", "--temperature", "nan"], "temperature nan"),
-        (["x", "--top-p", "0"], "top_p 0"),
+        (["x", "--temperature", "-1"], "temperature is -1.0; it must be a finite number, 0 or more\n"),
+        (["x", "--temperature", "nan"], "temperature is nan"),
+        (["x", "--top-p", "0"], "sample: top_p is 0.0; it must be above 0 and at most 1"),
         (["x", "--seed", "-1"], "seed is -1"),
         (["caf\udce9"], "the prompt is not UTF-8 text"),
     ],

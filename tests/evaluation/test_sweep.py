@@ -146,4 +146,4 @@ def test_what_is_not_a_language_model_is_refused(folder: Path) -> None:
 def test_results_go_beside_the_model_of_a_run_and_else_here(folder: Path) -> None:
     name = folder.parent.name
     assert default_output(folder) == Path(f"evaluation-{name}.json")
-    assert default_output(folder, 31) == Path(f"evaluation-{name}-full-reach-31.json")
+    assert default_output(folder, "-full-reach-31") == Path(f"evaluation-{name}-full-reach-31.json")

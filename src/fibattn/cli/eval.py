@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -26,10 +26,11 @@ class Arguments:
     """Targets of each set at most."""
     batch_tokens: int = 32_768
     """Tokens of a forward pass; fewer need less memory."""
-    full_reach: int | None = None
-    """Let full-attention layers look back only so far, 0 to the beginning; left out: as the model was saved."""
+    full_reach: int | Literal["saved"] | None = "saved"
+    """Let full-attention layers look back only so far, None to the beginning; left out: as the model was saved."""
     out: Path | None = None
-    """Where the JSON goes; when left out beside the model of a run, without --full-reach into its card, too."""
+    """Where the JSON goes. Left out: beside the model of a run, else here. A whole evaluation (without
+    --lengths, --sets, --tokens and --full-reach) goes into the card, too; any other has a file of its own."""
 
 
 def run(arguments: list[str]) -> None:
@@ -50,6 +51,9 @@ def run(arguments: list[str]) -> None:
     if chosen.out is not None and chosen.out.is_dir():
         raise InputError(f"--out is {chosen.out}, a folder; give a file, such as {chosen.out / 'evaluation.json'}")
     folder, data = find_model(chosen.model), PreparedData.open(chosen.data)
+    ways = _ways(chosen)
+    out = chosen.out or default_output(folder, ways)
+    files.check_writable(out)
     check_same_vocabulary(folder, data)
     model = load_bounded(folder, chosen.full_reach)
     trained_at = model.config.get_text_config().max_position_embeddings
@@ -63,8 +67,18 @@ def run(arguments: list[str]) -> None:
     console = Console()
     for table in tables(result):
         console.print(table)
-    out = chosen.out or default_output(folder, chosen.full_reach)
     files.write_json(out, result)
-    if chosen.out is None and chosen.full_reach is None:
+    if chosen.out is None and not ways:
         add_results(folder, result)
     console.print(f"convention: {result['convention']}; written to {out}", soft_wrap=True)
+
+
+def _ways(chosen: Arguments) -> str:
+    """In what an evaluation differs from a whole one, as a part of a file's name; empty where in nothing."""
+    given = {
+        "full-reach": "" if chosen.full_reach == "saved" else str(chosen.full_reach),
+        "lengths": "-".join(map(str, sorted(set(chosen.lengths)))),
+        "sets": "-".join(sorted(chosen.sets)),
+        "tokens": "" if chosen.tokens == Arguments.tokens else str(chosen.tokens),
+    }
+    return "".join(f"-{name}-{value}" for name, value in given.items() if value)

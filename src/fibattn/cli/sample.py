@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -20,7 +20,7 @@ class Arguments:
     model: Annotated[Path, tyro.conf.Positional]
     """A model folder, or a finished run."""
     prompt: Annotated[str, tyro.conf.Positional] = ""
-    """The text to continue; - reads it from standard input."""
+    """The text to continue, printed first; - reads it from standard input. Without one, a document of its own."""
     prompt_file: Path | None = None
     """Read the prompt from this file instead."""
     max_new_tokens: str = "256"
@@ -31,9 +31,9 @@ class Arguments:
     """Draw from the fewest tokens that together have this probability."""
     seed: int = 0
     """For the random draws: the same seed gives the same text on the same machine."""
-    full_reach: int | None = None
+    full_reach: int | Literal["saved"] | None = "saved"
     """Let full-attention layers look back only so far: constant memory, and often better text past the training
-    length. 0 lets them see everything; left out: as the model was saved."""
+    length. None lets them see everything; left out: as the model was saved."""
     compile: bool = False
     """Compile the step: takes a while to begin, then runs faster."""
 
@@ -55,8 +55,6 @@ def run(arguments: list[str]) -> None:
             file=sys.stderr,
         )
     ids = tokenizer.encode(prompt, add_special_tokens=False)
-    if not ids:
-        raise InputError("the prompt has no tokens; give some text")
     tokens = stream(
         model,
         [separator(tokenizer), *ids],
@@ -64,10 +62,11 @@ def run(arguments: list[str]) -> None:
         temperature=chosen.temperature,
         top_p=chosen.top_p,
         seed=chosen.seed,
-        stop=() if limit is None else (separator(tokenizer),),
+        stop=() if limit is None else _ends(model, separator(tokenizer)),
         compiled=chosen.compile,
     )
     meter = _Meter(tokens)
+    print(prompt, end="", flush=True)
     try:
         for text in pieces(tokenizer, meter):
             print(text, end="", flush=True)
@@ -104,23 +103,31 @@ def _prompt(chosen: Arguments) -> str:
 def pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
     """The text of a stream of tokens, in whole characters.
 
-    A token is decoded after the one before it, since some tokenizers write a word differently at the start of a
-    text; a character that is spread over several tokens waits for the last of them.
+    A token is decoded after the ones before it, since some tokenizers write a word differently at the start of a text.
+    Up to three replacement characters at the end may be the bytes of a character that is not complete: they wait.
     """
     before: list[int] = []
     waiting: list[int] = []
+    said = 0
     for token in tokens:
         waiting.append(token)
-        known = tokenizer.decode(before, skip_special_tokens=True)
-        text = tokenizer.decode([*before, *waiting], skip_special_tokens=True)[len(known) :]
-        # Four tokens hold any character: what is still broken then stays so.
-        if text.endswith("\ufffd") and len(waiting) < 4:
-            continue
-        yield text
-        before, waiting = waiting, []
-    if waiting:
-        known = tokenizer.decode(before, skip_special_tokens=True)
-        yield tokenizer.decode([*before, *waiting], skip_special_tokens=True)[len(known) :]
+        text = tokenizer.decode([*before, *waiting], skip_special_tokens=True)
+        whole = len(text) - min(len(text) - len(text.rstrip("\ufffd")), 3)
+        if whole > said:
+            yield text[said:whole]
+            said = whole
+        if whole == len(text):
+            before, waiting = waiting, []
+            said = len(tokenizer.decode(before, skip_special_tokens=True))
+    rest = tokenizer.decode([*before, *waiting], skip_special_tokens=True)[said:]
+    if rest:
+        yield rest
+
+
+def _ends(model: Any, separator: int) -> tuple[int, ...]:
+    """The ids that end a text: what the model says, which may be several, else the separator of its documents."""
+    ends = model.generation_config.eos_token_id
+    return (separator,) if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
 
 
 class _Meter:

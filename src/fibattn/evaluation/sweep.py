@@ -41,7 +41,7 @@ def sweep(
             lengths have in common.
     """
     vocabulary = model.config.get_text_config().vocab_size
-    if vocabulary != data.vocab_size:
+    if vocabulary < data.vocab_size:  # more rows than ids are padding
         raise InputError(
             f"the model has {vocabulary} token ids and the data {data.vocab_size}; use the data it was trained on"
         )
@@ -144,16 +144,15 @@ def change(value: float, first: float) -> str:
     return "" if value == first else f"{100 * (value / first - 1):+.1f} %"
 
 
-def default_output(model: Path, full_reach: int | None = None) -> Path:
+def default_output(model: Path, ways: str = "") -> Path:
     """Where an evaluation goes unless told: beside the finished model of a run, else into the current folder.
 
-    There it has the model's name, a checkpoint's that of its run besides. One with bounded full layers has a file of
-    its own.
+    There it has the model's name, a checkpoint's that of its run besides. `ways` is what sets it apart from a whole
+    evaluation, which it must not replace.
     """
-    bound = "" if full_reach is None else f"-full-reach-{full_reach}"
     whole = model.resolve()
     of_a_run = (whole.parent / "recipe.json").exists()
     if whole.name == "model" and of_a_run:
-        return model.parent / f"evaluation{bound}.json"
+        return model.parent / f"evaluation{ways}.json"
     name = f"{whole.parent.name}-{whole.name}" if of_a_run else model_name(whole)
-    return Path(f"evaluation-{name}{bound}.json")
+    return Path(f"evaluation-{name}{ways}.json")

@@ -1,7 +1,7 @@
 """Models on disk: which folder is meant, and the model in it, whole."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -58,19 +58,21 @@ def load_model(folder: Path, **changes: Any) -> PreTrainedModel:
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_bounded(folder: Path, full_reach: int | None) -> PreTrainedModel:
+def load_bounded(folder: Path, full_reach: int | Literal["saved"] | None) -> PreTrainedModel:
     """The model in `folder`, its full-attention layers looking back `full_reach` tokens at most.
 
-    0 takes a bound away that the model was saved with; None leaves the model as it is.
+    None takes a bound away that the model was saved with; "saved" leaves the model as it is.
 
     Raises:
-        InputError: as `load_model`, and for a bound on a model that is not this project's.
+        InputError: as `load_model`, for a bound below 1, and on a model that is not this project's.
     """
-    if full_reach is None:
+    if full_reach == "saved":
         return load_model(folder)
-    if full_reach < 0:
-        raise InputError(f"full_reach is {full_reach}; it must be at least 1, 0 for no bound, or left out")
-    kind = files.read_json(folder / "config.json").get("model_type")
-    if kind != FibAttnConfig.model_type:
+    if full_reach is not None and full_reach < 1:
+        raise InputError(f"full_reach is {full_reach}; it must be at least 1, None for no bound, or left out")
+    config = files.read_json(folder / "config.json")
+    if (kind := config.get("model_type")) != FibAttnConfig.model_type:
         raise InputError(f"{folder} is a {kind} model; only fibattn models take a full reach, leave it out")
-    return load_model(folder, full_reach=full_reach or None)
+    if "full_attention" not in (config.get("layer_types") or []):
+        raise InputError(f"full_reach is {full_reach}, but no layer of {folder} has full attention; leave it out")
+    return load_model(folder, full_reach=full_reach)

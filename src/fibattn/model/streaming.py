@@ -52,8 +52,10 @@ def stream(
     ids = list(prompt)
     if not ids:
         raise InputError("the prompt has no tokens; give at least one")
-    if not (0 <= temperature < math.inf and 0 < top_p <= 1):
-        raise InputError(f"temperature {temperature}, top_p {top_p}: expected 0 or more, and above 0 up to 1")
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"temperature is {temperature}; it must be a finite number, 0 or more")
+    if not 0 < top_p <= 1:
+        raise InputError(f"top_p is {top_p}; it must be above 0 and at most 1")
     if max_new_tokens is not None and max_new_tokens < 0:
         raise InputError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more, or None for no limit")
     if isinstance(stop, int):
