@@ -212,6 +212,13 @@ def test_a_run_of_an_older_version_goes_on(recipe: Recipe) -> None:
     train(replace(recipe, steps=3))
 
 
+def test_a_run_that_ends_within_its_warm_up_says_so(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    train(replace(recipe, steps=5))
+    assert "warms up" not in capsys.readouterr().out
+    train(replace(recipe, steps=4, out=recipe.out.with_name("short")))
+    assert "warms up for 4 steps and the run has 4" in capsys.readouterr().out
+
+
 def test_a_run_goes_on_with_smaller_micro_batches(recipe: Recipe) -> None:
     """As it must after running out of memory."""
     whole = replace(recipe, steps=4, micro_batch=4)

@@ -102,6 +102,11 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
         f"{quantity(model.num_parameters())} parameters, {quantity(recipe.tokens)} tokens in {recipe.steps} steps "
         f"of {recipe.sequences_per_step} sequences of {recipe.sequence_length}, on {_device(state)}"
     )
+    if recipe.steps <= (warmup := recipe.optimizer.warmup_steps):
+        state.print(
+            f"the rate warms up for {warmup} steps and the run has {recipe.steps}: it ends before the learning rate is "
+            f"{recipe.optimizer.learning_rate:g}; set optimizer.warmup_steps lower"
+        )
     sequences = TrainingSequences(data.train, load_order(order), recipe.sequence_length)
     trainer = FibTrainer(model, recipe, sequences, process_count())
     if checkpoint is not None:
