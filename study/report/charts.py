@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
@@ -50,14 +51,50 @@ def extrapolation(group: Group, path: Path) -> Path:
     figure, (axes,) = panels(1, 4.4, "evaluation length (tokens, times the training length)", up)
     for one in curves:
         axes.plot(group.lengths, one.ratios, **one.look)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(group.lengths, [f"{n:,}\n{n // group.trained_at}×" for n in group.lengths], fontsize=9.5)
-    axes.xaxis.set_minor_locator(NullLocator())
+    _over_lengths(axes, group)
     axes.set_ylim(low - margin, high + margin)
     ends = [(one, one.ratios.iloc[-1]) for one in curves if one.name]
     label_ends(axes, [(f"{one.name} {end:.2f}", end, one.look["color"]) for one, end in ends])
     rows = [(one.label, n, ratio) for one in curves for n, ratio in one.ratios.items()]
     return saved(figure, path, pd.DataFrame(rows, columns=["model", "length", "ratio"]))
+
+
+def headline(group: Group, path: Path) -> Path | None:
+    """What a reader should see first: dense, dense as well stretched as it can be, and the default recipe as saved.
+
+    Perplexities of first seeds; None without those models and ways.
+    """
+    if not {"dense", DEFAULT} <= set(group.models.index) or "yarn" not in group.ways("dense") or not group.bounded:
+        return None
+    curves = {
+        "dense": ("dense", PLAIN, {"linestyle": "-"}),
+        "dense, YaRN": ("dense", "yarn", {"linestyle": "--"}),
+        "default recipe": (DEFAULT, str(group.trained_at), {"linestyle": "-"}),
+    }
+    found = {name: [group.first(n, way)[model] for n in group.lengths] for name, (model, way, _) in curves.items()}
+    perplexities = pd.DataFrame(found, index=group.lengths).map(math.exp)
+    figure, (axes,) = panels(1, 3.4, "evaluation length (tokens, times the training length)", "perplexity")
+    for name, (model, _, style) in curves.items():
+        look = LOOKS[group.models.at[model, "kind"]] | {"linewidth": 2.5, "markersize": 6} | style
+        axes.plot(perplexities[name], **look)
+    _over_lengths(axes, group)
+    axes.set_yscale("log")
+    ticks = [one for one in (10, 20, 30, 50, 100, 200, 300, 500, 1000) if one <= 1.2 * perplexities.to_numpy().max()]
+    axes.set_yticks(ticks, [f"{one:,}" for one in ticks])
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(0.85 * perplexities.to_numpy().min(), 1.2 * perplexities.to_numpy().max())
+    ends = [
+        (name, row.iloc[-1], LOOKS[group.models.at[curves[name][0], "kind"]]["color"])
+        for name, row in perplexities.items()
+    ]
+    label_ends(axes, [(f"{name} {end:,.0f}", end, colour) for name, end, colour in ends])
+    return saved(figure, path, perplexities.rename_axis("length").reset_index())
+
+
+def _over_lengths(axes: Axes, group: Group) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(group.lengths, [f"{n:,}\n{n // group.trained_at}×" for n in group.lengths], fontsize=9.5)
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _curves(group: Group) -> list[_Curve]:

@@ -44,8 +44,8 @@ def label_ends(axes: Axes, curves: Sequence[tuple[str, float, str]]) -> None:
     figure.draw_without_rendering()
     step = 1.3 * plt.rcParams["font.size"] / 72 * figure.dpi / axes.get_window_extent().height
     curves = sorted(curves, key=lambda one: one[1])
-    bottom, top = axes.get_ylim()
-    places = [min(max((end - bottom) / (top - bottom), 0), 1) for _, end, _ in curves]
+    places = [axes.transLimits.transform(axes.transScale.transform((1, end)))[1] for _, end, _ in curves]
+    places = [min(max(place, 0), 1) for place in places]
     for one in range(1, len(places)):
         places[one] = max(places[one], places[one - 1] + step)
     for one in reversed(range(len(places))):

@@ -24,6 +24,9 @@ _TOY = 10_000_000
 """Trained on fewer tokens than this, a model bears no claim."""
 
 _CAPTIONS = {
+    "headline": "Perplexity in longer and longer sequences of the same text, at the largest budget, first seeds: dense, "
+    "dense with its rotary positions stretched by YaRN, and the default recipe as it is saved, its full layers bounded "
+    "to the training length. Lower is better.",
     "positions": "Loss over the training window, and what the stagger gains over fixed distances in each part of it, "
     "at the largest budget that has both.",
     "alphas": "Where learned scales end, beside the ramp that the stagger sets.",
@@ -99,6 +102,7 @@ def _figures(results: Results, out: Path) -> dict[str, dict[str, Any]]:
     if as_long[0].tokens > group.tokens:
         over_length = {"extrapolation-longest": as_long[0]} | over_length
     drawn: dict[str, Callable[[Path], Path | None]] = {
+        "headline": partial(charts.headline, as_long[0]),
         **{name: partial(charts.extrapolation, one) for name, one in over_length.items()},
         "positions": lambda path: next(filter(None, (charts.positions(one, path) for one in as_long)), None),
         "alphas": partial(charts.alphas, group),
