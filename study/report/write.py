@@ -24,9 +24,9 @@ _TOY = 10_000_000
 """Trained on fewer tokens than this, a model bears no claim."""
 
 _CAPTIONS = {
-    "headline": "Perplexity in longer and longer sequences of the same text, at the largest budget, first seeds: dense, "
-    "dense with its rotary positions stretched by YaRN, and the default recipe as it is saved, its full layers bounded "
-    "to the training length. Lower is better.",
+    "headline": "Perplexity in longer and longer sequences of the same text, at the largest budget, first seeds: "
+    "dense, dense with its rotary positions stretched by YaRN, and the default recipe as it is saved, its full layers "
+    "bounded to the training length. Lower is better.",
     "positions": "Loss over the training window, and what the stagger gains over fixed distances in each part of it, "
     "at the largest budget that has both.",
     "alphas": "Where learned scales end, beside the ramp that the stagger sets.",
