@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from fibattn.errors import InputError, whole_number
 from fibattn.model.converted_layers import IMPLEMENTATION, ConvertedLayer, before_attention, before_decoder
+from fibattn.model.converted_rotary import after_rotation, before_rotation, rotary_modules
 from fibattn.pattern import Base, Pattern, Schedule, layer_patterns
 
 ARCHITECTURES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma3_text", "smollm3")
@@ -143,6 +144,9 @@ def _apply(model: PreTrainedModel, layers: Sequence[ConvertedLayer]) -> None:
     for module, layer in zip(modules, layers, strict=True):
         module.fibattn = layer  # pyright: ignore[reportArgumentType]
         handles.append(module.register_forward_pre_hook(before_attention, with_kwargs=True))
+    for module in rotary_modules(decoder):
+        handles.append(module.register_forward_pre_hook(before_rotation))
+        handles.append(module.register_forward_hook(after_rotation, with_kwargs=True))
     decoder.fibattn = _Conversion("sdpa" if previous == IMPLEMENTATION else previous, handles)
 
 

@@ -55,6 +55,16 @@ class FibAttnAttention(nn.Module):
             raise AttributeError(f"layer {self.layer_idx} has no learned scale")
         return 0.5 + torch.sigmoid(self.theta.float())
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """As any module's, but no cast reaches theta: in 16 bits a far rung would be off by half a token."""
+
+        def uncast(tensor: Tensor) -> Tensor:
+            done = fn(tensor)
+            own = self.theta is not None and (tensor is self.theta or tensor is self.theta.grad)
+            return tensor.to(done.device) if own and done.dtype != tensor.dtype else done
+
+        return super()._apply(uncast, recurse)
+
     def forward(
         self,
         hidden: Tensor,
@@ -156,6 +166,7 @@ class FibAttnPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["FibAttnDecoderLayer"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = {"theta"}  # noqa: RUF012
     _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True

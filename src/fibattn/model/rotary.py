@@ -1,4 +1,10 @@
-"""Rotary positions: Llama's, with Transformers' scaling where a layer asks for it."""
+"""Rotary positions: Llama's, with Transformers' scaling where a layer asks for it.
+
+The frequencies stay float32 and the angles are computed in float64, whatever the model is cast to.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +49,19 @@ class FibAttnRotaryEmbedding(nn.Module):
         size, theta = self.config.head_dim or 0, float(self.config.rope_parameters["rope_theta"])  # pyright: ignore
         return 1.0 / theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """What `to`, `half`, `to_empty` and the like do to a module; the frequencies are made anew after it."""
+        super()._apply(fn, recurse)
+        if not self.inv_freq.is_meta:
+            self._refill()
+        return self
+
+    def _refill(self) -> None:
+        with torch.device("cpu"):
+            frequencies = self.frequencies().to(self.inv_freq.device)
+        self.inv_freq, self.original_inv_freq = frequencies, frequencies.clone()
+        self.max_seq_len_cached = self.original_max_seq_len
+
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> Rotation:
@@ -50,6 +69,8 @@ class FibAttnRotaryEmbedding(nn.Module):
 
         In float32 the angles blur with the position: at millions of tokens a model no longer tells near ones apart.
         """
+        if self.inv_freq.dtype != torch.float32:  # FSDP's mixed precision casts buffers past `_apply`
+            self._refill()
         return cosines_and_sines(position_ids, self.inv_freq.to(x.device), self.attention_scaling, x.dtype)
 
 

@@ -1,0 +1,52 @@
+"""The rotary positions of a converted decoder: its own frequencies, exact under casts, at angles in float64.
+
+Transformers keeps the frequencies in buffers, which `model.bfloat16()` rounds for good, and computes angles in float32,
+which blur at millions of tokens. A converted model streams that far, so hooks on its rotary module mend both.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from fibattn.model.rotary import Rotation, cosines_and_sines
+
+_ARGUMENTS = ("x", "position_ids", "layer_type")
+
+
+def rotary_modules(decoder: nn.Module) -> list[nn.Module]:
+    """The modules of a decoder that make cosines and sines, one in every decoder known."""
+    return [module for module in decoder.modules() if type(module).__name__.endswith("RotaryEmbedding")]
+
+
+def before_rotation(module: nn.Module, _: tuple[Any, ...]) -> None:
+    """A rotary module's forward pre-hook: frequencies that a cast has rounded are made anew."""
+    kinds: Any = module.rope_type
+    for layer_type, rope_type in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
+        name = _named("inv_freq", layer_type)
+        if getattr(module, name).dtype == torch.float32:
+            continue
+        make: Any = ROPE_INIT_FUNCTIONS.get(rope_type, getattr(module, "compute_default_rope_parameters", None))
+        frequencies = make(module.config, **({} if layer_type is None else {"layer_type": layer_type}))[0]
+        for one in (name, _named("original_inv_freq", layer_type)):
+            setattr(module, one, frequencies.clone().to(getattr(module, one).device))
+
+
+def after_rotation(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], found: Rotation) -> Rotation:
+    """A rotary module's forward hook: the same cosines and sines (batch or 1, tokens, head size), of angles in float64.
+
+    What Transformers computed is dropped; its forward has run because scalings that depend on the length are chosen there.
+    """
+    given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
+    layer_type = given.get("layer_type")
+    frequencies: Tensor = getattr(module, _named("inv_freq", layer_type))
+    factor = float(getattr(module, _named("attention_scaling", layer_type)))
+    at = given["position_ids"]
+    cosines, sines = cosines_and_sines(at, frequencies.to(at.device), factor, found[0].dtype)
+    return cosines[:, :, 0], sines[:, :, 0]
+
+
+def _named(name: str, layer_type: str | None) -> str:
+    """What Transformers calls a rotary module's attribute where types of layers have rotations of their own."""
+    return name if layer_type is None else f"{layer_type}_{name}"
