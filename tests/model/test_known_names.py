@@ -1,0 +1,71 @@
+"""What other programs look up by name: that the model is a causal language model, and what follows from it."""
+
+from pathlib import Path
+from typing import Any
+
+import foreign_decoders
+import pytest
+import torch
+from tiny_models import model, tokens
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.modelcard import TASK_MAPPING
+
+import fibattn
+
+
+def smoothed(made: Any, folder: Path) -> float:
+    """The loss that the Trainer computes with label smoothing of 0.1."""
+    arguments = TrainingArguments(
+        output_dir=str(folder), label_smoothing_factor=0.1, report_to="none", disable_tqdm=True, use_cpu=True
+    )
+    ids = tokens(2, 40)
+    return float(Trainer(model=made, args=arguments).compute_loss(made, {"input_ids": ids, "labels": ids}))
+
+
+def by_hand(made: Any) -> float:
+    ids = tokens(2, 40)
+    logits = made(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    return float(functional.cross_entropy(logits, ids[:, 1:].flatten(), label_smoothing=0.1))
+
+
+@pytest.mark.parametrize("kind", ["linear", "mixture", "learned", "converted"])
+@pytest.mark.parametrize("mode", ["training", "evaluation"])
+def test_label_smoothing_shifts_the_labels(kind: str, mode: str, tmp_path: Path) -> None:
+    made: Any = fibattn.convert(foreign_decoders.model(), window=3) if kind == "converted" else model(kind)
+    made.train(mode == "training")
+    assert smoothed(made, tmp_path) == pytest.approx(by_hand(made), rel=1e-4)
+
+
+def test_label_smoothing_shifts_the_labels_of_an_adapted_model(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    adapted = peft.get_peft_model(
+        model("mixture"), peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+    )
+    assert smoothed(adapted, tmp_path) == pytest.approx(by_hand(adapted), rel=1e-4)
+
+
+def test_the_auto_classes_and_their_tables_stay_readable() -> None:
+    """A name in a table whose class is elsewhere must not break those who read the whole table."""
+    assert fibattn.FibAttnForCausalLM in AutoModelForCausalLM._model_mapping.values()
+    assert fibattn.FibAttnConfig in list(AutoModelForCausalLM._model_mapping.keys())
+    assert "FibAttnForCausalLM" in TASK_MAPPING["text-generation"].values()
+    assert type(AutoModelForCausalLM.from_config(model().config)) is fibattn.FibAttnForCausalLM
+
+
+def test_a_text_generation_pipeline_knows_the_model(caplog: pytest.LogCaptureFixture) -> None:
+    from transformers import TextGenerationPipeline  # noqa: PLC0415
+
+    tokenizer = pytest.importorskip("tokenizers")
+    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
+
+    vocabulary = {chr(97 + i): i for i in range(26)}
+    words = tokenizer.Tokenizer(tokenizer.models.WordLevel(vocabulary, unk_token="a"))
+    words.pre_tokenizer = tokenizer.pre_tokenizers.Whitespace()
+    pipe = TextGenerationPipeline(
+        model=model(), tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="a")
+    )
+    assert pipe("b c d", max_new_tokens=3, do_sample=False, return_full_text=True)[0]["generated_text"].startswith("b c d")
+    assert "not supported" not in caplog.text
+
+
