@@ -5,7 +5,6 @@ from typing import Any
 
 import foreign_decoders
 import pytest
-import torch
 from tiny_models import model, tokens
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -54,10 +53,10 @@ def test_the_auto_classes_and_their_tables_stay_readable() -> None:
 
 
 def test_a_text_generation_pipeline_knows_the_model(caplog: pytest.LogCaptureFixture) -> None:
-    from transformers import TextGenerationPipeline  # noqa: PLC0415
+    from transformers import TextGenerationPipeline
 
     tokenizer = pytest.importorskip("tokenizers")
-    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
+    from transformers import PreTrainedTokenizerFast
 
     vocabulary = {chr(97 + i): i for i in range(26)}
     words = tokenizer.Tokenizer(tokenizer.models.WordLevel(vocabulary, unk_token="a"))
@@ -65,7 +64,7 @@ def test_a_text_generation_pipeline_knows_the_model(caplog: pytest.LogCaptureFix
     pipe = TextGenerationPipeline(
         model=model(), tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="a")
     )
-    assert pipe("b c d", max_new_tokens=3, do_sample=False, return_full_text=True)[0]["generated_text"].startswith("b c d")
+    assert pipe("b c d", max_new_tokens=3, do_sample=False, return_full_text=True)[0]["generated_text"].startswith(
+        "b c d"
+    )
     assert "not supported" not in caplog.text
-
-

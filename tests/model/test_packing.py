@@ -1,15 +1,28 @@
 """Training on packed and on padded documents, as Transformers' collators give them, against the documents alone."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import foreign_decoders
 import pytest
 import torch
 from tiny_models import model, tokens
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DataCollatorWithFlattening,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.masking_utils import flash_attention_mask
+from transformers.modeling_flash_attention_utils import _is_packed_sequence, prepare_fa_kwargs_from_position_ids
 
+import fibattn
 from fibattn import FibAttnForCausalLM, InputError
 
 LENGTHS = [23, 2, 30, 1, 6]
@@ -75,13 +88,133 @@ def test_loss_and_gradients_are_those_of_the_documents_alone(kind: str, way: str
         torch.testing.assert_close(gradient, expected[name], rtol=0, atol=2e-4 * scale + 1e-6, msg=f"{name}, {way}")
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_either_implementation_of_the_full_layers_keeps_documents_apart(implementation: str) -> None:
-    made = model("mixture")
+def like_flash(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **given: Any) -> tuple[Tensor, None]:
+    """Told what FlashAttention is told, in the order in which Transformers looks: padding, lengths, positions."""
+    batch, tokens, keys = q.shape[0], q.shape[2], k.shape[2]
+    lengths = [given.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")]
+    seen = torch.ones(tokens, keys, dtype=torch.bool).tril(keys - tokens)[None, None]
+    if mask is not None:
+        seen = seen & mask[:, None, None].bool()
+    elif all(one is not None for one in lengths):
+        assert torch.equal(lengths[0], lengths[1])
+        assert lengths[0].dtype == torch.int32
+        assert lengths[2] == lengths[3] == lengths[0].diff().max()
+        document = (torch.arange(batch * tokens)[:, None] >= lengths[0][1:]).sum(1).view(batch, tokens)
+        seen = seen & (document[:, None, :, None] == document[:, None, None])
+    elif _is_packed_sequence(given.get("position_ids"), batch):
+        boundaries = prepare_fa_kwargs_from_position_ids(given["position_ids"])[0][0]
+        document = (torch.arange(tokens)[:, None] >= boundaries[1:]).sum(1)
+        seen = seen & (document[:, None] == document)
+    seen = seen | ~seen.any(-1, keepdim=True)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=given["scaling"])
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register("varlen", like_flash)
+AttentionInterface.register("varlen, padded", like_flash)
+AttentionMaskInterface.register("varlen, padded", flash_attention_mask)
+
+
+@contextmanager
+def attending(made: Any, implementation: str) -> Iterator[None]:
+    """The full layers' attention; FlexAttention uncompiled, which Inductor cannot build for every CPU."""
     made.set_attn_implementation(implementation)
+    with torch.compiler.set_stance("force_eager" if implementation == "flex_attention" else "default"):
+        yield
+
+
+IMPLEMENTATIONS = ["eager", "sdpa", "flex_attention", "varlen", "varlen, padded"]
+MARKED: dict[str, dict[str, Any]] = {
+    "position_ids": {},
+    "position_ids and cu_seq_lens": {"return_flash_attn_kwargs": True},
+    "cu_seq_lens": {"return_flash_attn_kwargs": True, "return_position_ids": False},
+    "cu_seq_lens_q alone": {"return_flash_attn_kwargs": True, "return_position_ids": False},
+    "position_ids beside a mask of ones": {},
+    "shifted position_ids": {},
+}
+
+
+def marked(way: str) -> dict[str, Any]:
+    batch = packed(**MARKED[way])
+    if way == "cu_seq_lens_q alone":
+        batch = {name: batch[name] for name in ("input_ids", "cu_seq_lens_q")}
+    if way == "position_ids beside a mask of ones":
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    if way == "shifted position_ids":
+        # What RoPE sees is differences; every document begins somewhere else.
+        shifts = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))
+        batch["position_ids"] = batch["position_ids"] + 7 * shifts
+    return batch
+
+
+def with_kept_layer() -> Any:
+    return fibattn.convert(foreign_decoders.model(), window=3, rungs=7, keep_layers=[1, 2])
+
+
+@pytest.mark.parametrize("way", MARKED)
+@pytest.mark.parametrize("kind", ["mixture", "learned mixture", "bounded mixture", "converted"])
+@torch.no_grad()
+def test_every_implementation_of_the_full_layers_keeps_documents_apart(kind: str, way: str) -> None:
+    made: Any = with_kept_layer() if kind == "converted" else model(kind)
     expected = torch.cat([made(ids[None]).logits for ids in documents()], dim=1)
-    for way in ("position_ids", "cu_seq_lens"):
-        torch.testing.assert_close(made(**WAYS[way]()).logits, expected, rtol=1e-3, atol=1e-3)
+    for implementation in ["fibattn"] if kind == "converted" else IMPLEMENTATIONS:
+        with attending(made, implementation):
+            found = made(**marked(way)).logits
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3, msg=lambda m, i=implementation: f"{i}: {m}")
+
+
+def padded_rows(side: str) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Two rows of packed documents, padded to one length; and the documents row by row."""
+    rows, lengths = [documents()[:2], documents()[2:]], 45
+
+    def pad(parts: list[Tensor]) -> Tensor:
+        blank = torch.zeros(lengths - sum(map(len, parts)), dtype=torch.long)
+        return torch.cat([blank, *parts] if side == "left" else [*parts, blank])
+
+    batch = {
+        "input_ids": torch.stack([pad(row) for row in rows]),
+        "attention_mask": torch.stack([pad([torch.ones_like(ids) for ids in row]) for row in rows]),
+        "position_ids": torch.stack([pad([torch.arange(len(ids)) for ids in row]) for row in rows]),
+    }
+    return batch, [ids for row in rows for ids in row]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["linear", "mixture", "learned mixture", "converted"])
+@torch.no_grad()
+def test_documents_packed_into_padded_rows_are_those_documents_alone(kind: str, side: str) -> None:
+    made: Any = with_kept_layer() if kind == "converted" else model(kind)
+    batch, parts = padded_rows(side)
+    expected = torch.cat([made(ids[None]).logits[0] for ids in parts])
+    for implementation in ["fibattn"] if kind == "converted" else IMPLEMENTATIONS:
+        with attending(made, implementation):
+            found = made(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3, msg=lambda m, i=implementation: f"{i}: {m}")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_several_packed_rows_agree_between_implementations(side: str) -> None:
+    made, batch = model("mixture"), padded_rows(side)[0]
+    del batch["attention_mask"]
+    found = []
+    for implementation in IMPLEMENTATIONS:
+        with attending(made, implementation):
+            found.append(made(**batch).logits)
+        torch.testing.assert_close(found[-1], found[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("implementation", ["varlen, padded", "flex_attention"])
+@torch.no_grad()
+def test_generating_from_padded_prompts_is_the_same_in_every_implementation(implementation: str) -> None:
+    made, ids = model("mixture"), tokens(2, 20)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    how: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    expected = made.generate(ids, **how)  # pyright: ignore[reportCallIssue]
+    with attending(made, implementation):
+        assert torch.equal(made.generate(ids, **how), expected)  # pyright: ignore[reportCallIssue]
 
 
 def test_a_cache_made_by_the_way_changes_nothing() -> None:
@@ -121,8 +254,8 @@ def test_lengths_beside_what_they_exclude_are_refused() -> None:
 def test_packing_compiles_as_one_graph() -> None:
     torch.compiler.reset()
     made = model("mixture").train()
-    for way in ("position_ids", "cu_seq_lens"):
-        batch = WAYS[way]()
+    for way in ("position_ids", "cu_seq_lens", "position_ids beside a mask of ones"):
+        batch = marked(way)
         compiled = torch.compile(made, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(**batch).loss, made(**batch).loss, rtol=1e-5, atol=1e-5)
 

@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fibattn.attention import attend, attend_cached
 from fibattn.errors import InputError
 from fibattn.model.cache import RingLayer, check_full, ring_of
-from fibattn.model.positions import document_positions, packed_positions
+from fibattn.model.positions import document_positions, packed_positions, says_nothing
 from fibattn.pattern import Pattern
 
 IMPLEMENTATION = "fibattn"
@@ -59,8 +59,10 @@ def before_decoder(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             documents = packed_positions(tokens, given["cu_seq_lens_q"], mask, cache)
         if given.get("position_ids") is None:
             given["position_ids"] = documents
+        if mask is not None and cache is not None:
+            documents = None  # `generate` gives both; with a cache, only padding tells rows apart
         positions = document_positions(tokens, mask, documents, past)
-        if mask is not None and _says_nothing(mask, tokens.shape[1]):
+        if mask is not None and documents is None and tokens.shape[1] > 1 and says_nothing(mask):
             positions = None
         given["attention_mask"] = _as_mask(positions)
     return (), given
@@ -161,11 +163,6 @@ def _holds_positions(given: Any) -> bool:
 
 def _as_mask(positions: Tensor | None) -> Tensor | None:
     return None if positions is None else positions[:, None, :, None]
-
-
-def _says_nothing(given: Tensor, tokens: int) -> bool:
-    """Whether nothing is padded; not asked where the answer would stall a step of a GPU or a graph."""
-    return tokens > 1 and not torch.compiler.is_compiling() and bool(given.all())
 
 
 def _dense_mask(

@@ -21,7 +21,14 @@ from fibattn.model.cache import CACHE_NAME, check_full, ring_of
 from fibattn.model.configuration import FibAttnConfig
 from fibattn.model.feed_forward import gains_from_padding, padded_swiglu
 from fibattn.model.loss import IGNORED, linear_cross_entropy
-from fibattn.model.positions import document_positions, full_mask, packed_positions
+from fibattn.model.positions import (
+    TAKES_MASKS,
+    document_lengths,
+    document_positions,
+    full_mask,
+    packed_positions,
+    says_nothing,
+)
 from fibattn.model.rotary import FibAttnRotaryEmbedding, Rotation, rotate
 
 
@@ -230,9 +237,10 @@ class FibAttnModel(FibAttnPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Hidden states of every token; arguments as in every Transformers decoder.
 
-        `position_ids` that restart mark packed documents (without a mask and a cache, as in Transformers), and so
-        does `cu_seq_lens_q`, int32 (documents + 1): where each begins in the only row, and where the last ends. A 2-D
-        `attention_mask` marks padding on either side. `past_key_values` is the older name of `cache`.
+        `position_ids` that restart mark packed documents (without a cache, as in Transformers), and so does
+        `cu_seq_lens_q`, int32 (documents + 1): where each begins in the only row, and where the last ends. A 2-D
+        `attention_mask` marks padding on either side, of rows that may be packed; one of ones says nothing.
+        `past_key_values` is the older name of `cache`.
 
         Raises:
             InputError: for input_ids of another shape, a mask with holes or more than two dimensions, which the sparse
@@ -261,6 +269,8 @@ class FibAttnModel(FibAttnPreTrainedModel):
         masks = attention_mask
         if not isinstance(masks, dict):
             masks = self.prepare_masks(self.config, hidden, attention_mask, documents, cache)
+            if documents is not None and cache is None:
+                kwargs = self._tell_lengths(masks, hidden.shape[0], kwargs)
         if position_ids is None:
             position_ids = cache_positions if documents is None else documents
         # Made after the masks: where there is a cache, even an empty one, Transformers looks for no packed documents.
@@ -279,6 +289,7 @@ class FibAttnModel(FibAttnPreTrainedModel):
                 positions=masks.get("positions"),
                 cache=cache,
                 cache_positions=cache_positions,
+                position_ids=position_ids,
                 **kwargs,
             )
         kept: dict[str, Any] = {CACHE_NAME: cache}
@@ -298,10 +309,25 @@ class FibAttnModel(FibAttnPreTrainedModel):
         so that a compiled step is compiled once.
         """
         past = cache.get_seq_length() if cache is not None else 0
-        masks: dict[str, Any] = {"positions": document_positions(hidden, attention_mask, position_ids, past)}
+        if attention_mask is not None and cache is not None:
+            position_ids = None  # `generate` gives both; with a cache, only padding tells rows apart
+        positions = document_positions(hidden, attention_mask, position_ids, past)
+        masks: dict[str, Any] = {"positions": positions}
         if config.full_reach is None and "full_attention" in (config.layer_types or []):
-            masks["full_attention"] = full_mask(config, hidden, attention_mask, position_ids, cache)
+            if attention_mask is not None and position_ids is not None and says_nothing(attention_mask):
+                attention_mask = None
+            masks["full_attention"] = full_mask(config, hidden, attention_mask, position_ids, cache, positions)
         return masks
+
+    def _tell_lengths(self, masks: dict[str, Any], batch: int, given: dict[str, Any]) -> dict[str, Any]:
+        """The layers' arguments, with the lengths of documents where the full layers' attention reads no mask."""
+        if self.config._attn_implementation in TAKES_MASKS or "full_attention" not in masks:
+            return given
+        masks["full_attention"] = None
+        lengths = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+        if all(given.get(name) is not None for name in lengths):
+            return given
+        return {**given, **document_lengths(masks["positions"], batch)}
 
 
 class FibAttnForCausalLM(FibAttnPreTrainedModel, GenerationMixin):

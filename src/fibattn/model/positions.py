@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
@@ -22,8 +23,8 @@ def document_positions(
 
     Args:
         hidden: (batch, tokens, hidden size), for its shape and device.
-        attention_mask: (batch, past + tokens), 0 for padding, on either side.
-        position_ids: (batch or 1, tokens); looked at only without a mask and before a cache has anything.
+        attention_mask: (batch, past + tokens), 0 for padding, on either side; a row begins where its padding ends.
+        position_ids: (batch or 1, tokens); looked at only before a cache has anything.
         past: how many tokens the cache holds; a tensor where only the device knows.
 
     Raises:
@@ -31,16 +32,23 @@ def document_positions(
             behind what the cache holds.
     """
     batch, tokens = hidden.shape[:2]
+    begun = isinstance(past, Tensor) or past > 0
     if attention_mask is not None:
         before = attention_mask.shape[-1] - tokens if isinstance(past, Tensor) else past
         _check_mask(attention_mask, batch, before, tokens)
-        return documents.padded_positions(attention_mask, tokens)
+        padded = documents.padded_positions(attention_mask, tokens)
+        return padded if begun or position_ids is None else torch.minimum(padded, _since_restart(position_ids))
     if position_ids is None or isinstance(past, Tensor):
         return None
     if past:
         _check_order(position_ids, past)
         return None
-    index = torch.arange(tokens, device=hidden.device, dtype=torch.int32)
+    return _since_restart(position_ids)
+
+
+def _since_restart(position_ids: Tensor) -> Tensor:
+    """How far each token is from the newest one, itself included, whose position is not the next: int32."""
+    index = torch.arange(position_ids.shape[1], device=position_ids.device, dtype=torch.int32)
     starts = torch.ones_like(position_ids, dtype=torch.bool)
     starts[:, 1:] = position_ids.diff(dim=1) != 1
     return index - torch.where(starts, index, 0).cummax(dim=1).values
@@ -71,6 +79,11 @@ def packed_positions(
     return documents.packed_positions(cu_seq_lens, tokens, "cu_seq_lens_q").long()
 
 
+def says_nothing(attention_mask: Tensor) -> bool:
+    """Whether nothing is padded; not asked in a graph, which the answer would break."""
+    return not torch.compiler.is_compiling() and bool(attention_mask.all())
+
+
 def _check_order(position_ids: Tensor, past: int) -> None:
     if position_ids.device.type != "cpu" or torch.compiler.is_compiling():
         return
@@ -97,12 +110,13 @@ def full_mask(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     cache: Cache | None,
+    positions: Tensor | None,
 ) -> Any:
     """The mask of the full layers, in the form that their attention implementation takes; None for plain causal.
 
     `position_ids` are the caller's, None where there were none: Transformers looks for packed documents among
     them, which stalls a GPU. While compiling it would also build a mask for plain causal attention, and so cost
-    the full layers their fast path.
+    the full layers their fast path. `positions` are those of `document_positions`.
 
     Raises:
         InputError: for packed documents with a cache: Transformers does not look for them then.
@@ -112,7 +126,37 @@ def full_mask(
     plain = attention_mask is None and position_ids is None and cache is None
     if plain and config._attn_implementation == "sdpa":
         return None
-    return create_causal_mask(config, hidden, attention_mask, cache, position_ids)
+    if attention_mask is None or position_ids is None or cache is not None:
+        return create_causal_mask(config, hidden, attention_mask, cache, position_ids)
+    # Documents in padded rows, which Transformers would not look for beside a mask.
+    assert positions is not None
+
+    def inside(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return query - key <= positions[row, query]
+
+    return create_causal_mask(config, hidden, attention_mask, None, and_mask_function=inside)
+
+
+TAKES_MASKS = ("eager", "sdpa", "flex_attention")
+"""The attention implementations that a mask tells all; others (FlashAttention) read lengths of documents."""
+
+
+def document_lengths(positions: Tensor, batch: int) -> dict[str, Any]:
+    """Where documents begin and how long the longest is, by the names that FlashAttention's interface reads.
+
+    The rows are laid end to end. Each token of a padding on the left counts as a document of its own; what pads on the
+    right belongs to the document before it, none of whose tokens see it.
+
+    Args:
+        positions: of each token inside its document, (batch or 1, tokens).
+        batch: how many rows there are.
+    """
+    flat = positions.expand(batch, -1).flatten()
+    begins = (flat == 0).nonzero().flatten()
+    boundaries = functional.pad(begins, (0, 1), value=len(flat)).to(torch.int32)
+    longest = int(flat.max()) + 1
+    given = {f"cu_seq_lens_{name}": boundaries for name in "qk"}
+    return given | {f"max_length_{name}": longest for name in "qk"}
 
 
 def _check_mask(mask: Tensor, batch: int, past: int, tokens: int) -> None:
