@@ -4,6 +4,7 @@ import copy
 import gc
 import itertools
 
+import foreign_decoders
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from tiny_models import KINDS, VOCABULARY, config, model, tokens
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache, TextStreamer
 
+import fibattn
 from fibattn import FibAttnConfig, FibAttnForCausalLM, InputError
 from fibattn.model.cache import DynamicRingLayer, StaticRingLayer
 from fibattn.model.streaming import stream
@@ -340,6 +342,37 @@ def test_update_returns_what_the_tokens_may_attend_to():
 
 
 # ---- bad input
+
+
+@pytest.mark.parametrize("kind", ["linear", "learned", "mixture", "bounded mixture", "converted"])
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_a_cache_made_in_inference_mode_goes_on_outside_of_it(kind, static):
+    m = fibattn.convert(foreign_decoders.model(), window=3, rungs=7) if kind == "converted" else model(kind)
+    if static and kind == "mixture":
+        pytest.skip("the cache layers of full attention are Transformers' own, and Llama's cannot either")
+    ids = tokens(2, 40)
+    with torch.inference_mode():
+        cache = StaticCache(config=m.config, max_cache_len=40) if static else DynamicCache(config=m.config)
+        m(ids[:, :9], past_key_values=cache, use_cache=True)
+        right = whole(m, ids)
+    with torch.enable_grad():
+        pieces = [m(piece, past_key_values=cache, use_cache=True).logits for piece in ids[:, 9:30].split([1, 17, 3], 1)]
+        torch.cat(pieces, 1).sum().backward()
+    with torch.inference_mode():
+        pieces.append(m(ids[:, 30:], past_key_values=cache, use_cache=True).logits)
+    close(torch.cat(pieces, 1).detach(), right[:, 9:])
+    assert m.lm_head.weight.grad.abs().max() > 0
+    cache.reset()
+    close(m(ids[:, :5], past_key_values=cache, use_cache=True).logits.detach(), right[:, :5])
+
+
+def test_a_cache_rearranged_in_inference_mode_goes_on_outside_of_it():
+    m, ids = model("linear"), tokens(2, 40)
+    cache = DynamicCache(config=m.config)
+    with torch.inference_mode():
+        m(ids[:, :20], past_key_values=cache, use_cache=True)
+        cache.batch_select_indices(torch.tensor([1]))
+    close(m(ids[1:, 20:], past_key_values=cache, use_cache=True).logits, whole(m, ids[1:])[:, 20:])
 
 
 def test_a_cache_of_another_model_is_refused():

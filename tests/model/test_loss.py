@@ -1,11 +1,15 @@
 """The loss that never holds all logits, against the one that does."""
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from accelerate import cpu_offload
 from tiny_models import model, tokens
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import prune
 
 from fibattn.errors import InputError
 from fibattn.model import loss
@@ -76,6 +80,50 @@ def test_bf16_autocast_is_as_good_as_torchs() -> None:
     ):
         error, allowed = float((got - right).norm()), float((other - right).norm())
         assert error <= 2 * allowed + 1e-6 * float(right.norm()), f"{name}: {error} against {allowed}"
+
+
+@pytest.mark.parametrize("scaler", [1.0, 65_536.0])
+@pytest.mark.parametrize("slice_logits", [1 << 10, 1 << 27])
+def test_fp16_autocast_overflows_no_sooner_than_the_mean(
+    scaler: float, slice_logits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sum of a weight's gradient over these tokens is far beyond 65,504; their mean is about 30."""
+    monkeypatch.setattr(loss, "_SLICE_LOGITS", slice_logits)
+    generator = torch.Generator().manual_seed(1)
+    hidden = (30 + torch.randn(6000, 16, generator=generator)).requires_grad_()
+    weight = (torch.randn(50, 16, generator=generator) / 16).requires_grad_()
+    targets = torch.zeros(6000, dtype=torch.long)
+
+    def gradients(mean: Tensor) -> list[Tensor]:
+        return [grad / scaler for grad in torch.autograd.grad(scaler * mean, (hidden, weight))]
+
+    with torch.autocast("cpu", dtype=torch.float16):
+        found = gradients(linear_cross_entropy(hidden, weight, targets) / 6000)
+    right = gradients(functional.cross_entropy(functional.linear(hidden, weight), targets))
+    for got, expected in zip(found, right, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0.01 * float(expected.abs().max()))
+
+
+def test_fp16_autocast_of_a_model_overflows_no_sooner_than_the_mean() -> None:
+    made, ids = model("linear", initializer_range=0.1).train(), tokens(8, 60)
+    plain = copy.deepcopy(made)
+    with torch.no_grad():
+        for one in (made, plain):
+            one.model.norm.weight.fill_(300.0)
+    with torch.autocast("cpu", dtype=torch.float16):
+        made(ids, labels=ids, use_cache=False).loss.backward()
+    logits = plain(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    functional.cross_entropy(logits, ids[:, 1:].flatten()).backward()
+    found, right = (one.model.embed_tokens.weight.grad for one in (made, plain))
+    assert (found - right).norm() < 0.05 * right.norm()
+
+
+def test_the_scale_of_a_gradient_is_not_rounded_to_16_bits() -> None:
+    hidden, weight, targets = data(64, torch.bfloat16)
+    whole = linear_cross_entropy(hidden, weight, targets)
+    # 1 / 3 is 0.3340 in bfloat16: what came out would all be too long by 2 in a thousand.
+    third, one = (torch.autograd.grad(total, hidden, retain_graph=True)[0] for total in (whole / 3, whole))
+    torch.testing.assert_close(third, (one.float() / 3).bfloat16(), rtol=0, atol=0)
 
 
 def test_a_frozen_head_needs_no_gradient() -> None:
@@ -173,6 +221,70 @@ def test_a_replaced_head_counts() -> None:
     )
     out.loss.backward()
     assert made.lm_head.extra.weight.grad.any()
+
+
+def test_a_pruned_head_counts() -> None:
+    made, ids = model(tie_word_embeddings=False), tokens()
+    prune.random_unstructured(made.lm_head, "weight", amount=0.5)
+    out = made.train()(ids, labels=ids)
+    logits = made(ids).logits[:, :-1].flatten(0, 1)
+    torch.testing.assert_close(out.loss, functional.cross_entropy(logits, ids[:, 1:].flatten()))
+    out.loss.backward()
+    assert made.lm_head.weight_orig.grad.any()
+
+
+def test_a_head_that_something_is_hooked_into_counts() -> None:
+    made, ids = model(), tokens()
+    made.lm_head.register_forward_hook(lambda module, given, found: found / 2)
+    out = made(ids, labels=ids)
+    logits = out.logits[:, :-1].flatten(0, 1)
+    torch.testing.assert_close(out.loss, functional.cross_entropy(logits, ids[:, 1:].flatten()))
+
+
+class Packed8(Tensor):
+    """A weight in 8 bits that only a linear layer knows how to use, as quantisation libraries have it."""
+
+    whole: Tensor
+
+    @staticmethod
+    def __new__(cls, weight: Tensor) -> "Packed8":
+        return Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype, device=weight.device)  # pyright: ignore
+
+    def __init__(self, weight: Tensor):
+        self.step = weight.abs().amax(1, keepdim=True) / 127
+        self.whole = (weight / self.step).round().to(torch.int8)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is functional.linear:
+            given, weight = args[:2]
+            return functional.linear(given, weight.whole * weight.step, *args[2:])
+        if function in (Tensor.detach, Tensor.requires_grad_) or "__get__" in str(function):
+            return super().__torch_function__(function, types, args, kwargs or {})
+        raise NotImplementedError(f"{function} of a weight in 8 bits")
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(f"{function} of a weight in 8 bits")
+
+
+@pytest.mark.parametrize("library", ["a subclass", "torchao"])
+@pytest.mark.parametrize("kind", ["linear", "mixture", "learned"])
+def test_weights_in_8_bits_have_a_loss(kind: str, library: str) -> None:
+    made, ids = model(kind, tie_word_embeddings=False), tokens()
+    right = made(ids, labels=ids).loss
+    if library == "torchao":
+        torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+        torchao.quantize_(made, torchao.Int8WeightOnlyConfig())
+    else:
+        made.lm_head.weight = nn.Parameter(Packed8(made.lm_head.weight.detach()), requires_grad=False)
+    for mode in (True, False):
+        out = made.train(mode)(ids, labels=ids)
+        logits = made(ids).logits[:, :-1].flatten(0, 1)
+        torch.testing.assert_close(out.loss, functional.cross_entropy(logits, ids[:, 1:].flatten()))
+        assert abs(out.loss - right) < 0.1 * right
 
 
 def test_an_offloaded_head_counts() -> None:

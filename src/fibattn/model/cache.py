@@ -24,6 +24,11 @@ CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutpu
 """What the installed version calls a cache in its models' arguments and outputs; renamed in the course of version 5."""
 
 
+def _writable() -> torch.inference_mode:
+    """What is made inside can be written to in any mode; a buffer made in inference mode, in that alone."""
+    return torch.inference_mode(False)
+
+
 class RingLayer(CacheLayerMixin):
     """What both kinds of ring share: `keys` and `values` (batch, KV heads, rows, head size).
 
@@ -47,7 +52,8 @@ class RingLayer(CacheLayerMixin):
             raise InputError("this cache layer belongs to no layer of a model yet; let the model write to it")
         self.device, self.batch_size = key_states.device, key_states.shape[0]
         batch, heads, tokens, size = key_states.shape
-        self._hold(*(key_states.new_zeros(batch, heads, self._rows_for(tokens), size) for _ in range(2)))
+        with _writable():
+            self._hold(*(key_states.new_zeros(batch, heads, self._rows_for(tokens), size) for _ in range(2)))
         self.is_initialized = True
 
     def _rows_for(self, tokens: int) -> int:
@@ -122,7 +128,8 @@ class RingLayer(CacheLayerMixin):
             self._select(indices.to(self.device))
 
     def _select(self, indices: Tensor) -> None:
-        self.keys, self.values = self.keys[indices], self.values[indices]  # pyright: ignore
+        with _writable():
+            self.keys, self.values = self.keys[indices], self.values[indices]  # pyright: ignore
         self.batch_size = self.keys.shape[0]
 
 
@@ -169,8 +176,9 @@ class DynamicRingLayer(RingLayer, DynamicLayer):
         rows = self.keys.shape[2]
         if rows < self._rows_for(tokens):
             more = self._rows_for(max(tokens, 2 * rows)) - rows
-            # No row was used twice yet: each token stays where it is.
-            self._hold(*(functional.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values)))
+            with _writable():
+                # No row was used twice yet: each token stays where it is.
+                self._hold(*(functional.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values)))
 
     def _newest(self, *rings: Tensor) -> tuple[Tensor, ...]:
         """The newest tokens in order, `reach` of them or as many as there are."""
@@ -230,7 +238,8 @@ class StaticRingLayer(RingLayer, StaticLayer):
     is_croppable = False
 
     def __init__(self, max_cache_len: int = -1, **_: Any):
-        super().__init__(max_cache_len)
+        with _writable():
+            super().__init__(max_cache_len)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """As in `RingLayer`."""

@@ -34,9 +34,9 @@ def before_rotation(module: nn.Module, _: tuple[Any, ...]) -> None:
 
 
 def after_rotation(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], found: Rotation) -> Rotation:
-    """A rotary module's forward hook: the same cosines and sines (batch or 1, tokens, head size), of angles in float64.
+    """A rotary module's forward hook: the same cosines and sines (batch or 1, tokens, head size), from float64.
 
-    What Transformers computed is dropped; its forward has run because scalings that depend on the length are chosen there.
+    What Transformers computed is dropped; its forward ran to choose the scalings that depend on the length.
     """
     given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
     layer_type = given.get("layer_type")

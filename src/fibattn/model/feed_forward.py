@@ -34,12 +34,23 @@ def padded_swiglu(hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, multip
 def gains_from_padding(hidden: Tensor, projections: Sequence[nn.Linear]) -> bool:
     """Whether `padded_swiglu` is faster: in 16 bits on a GPU, with enough tokens to pay for copying the weights.
 
-    Adapters and quantisation replace a projection, offloading keeps its weight elsewhere: those run as they are.
+    Projections that are more than their weight run as they are.
     """
     if not (hidden.is_cuda and _product_dtype(hidden).itemsize == 2):
         return False
-    plain = all(type(one) is nn.Linear and one.weight.device == hidden.device for one in projections)
+    plain = all(is_plain(one, hidden.device) for one in projections)
     return plain and hidden.shape[0] * hidden.shape[1] >= projections[0].out_features
+
+
+def is_plain(linear: nn.Linear, device: torch.device) -> bool:
+    """Whether a linear layer is a product with its weight and no more, so that the product may be taken elsewhere.
+
+    Adapters replace a layer or hook into it, quantisation may replace the weight alone, offloading keeps it elsewhere.
+    """
+    if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
+        return False
+    # FSDP hands out plain tensors for parameters.
+    return type(linear.weight) in (nn.Parameter, Tensor) and linear.weight.device == device and linear.bias is None
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:

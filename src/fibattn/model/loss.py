@@ -2,7 +2,7 @@
 
 At the paper's shape the float32 logits of one step are 4.3 GB. Here they live one slice of tokens at a time:
 the forward computes a slice's loss and, where they are wanted, at once its part of the gradients, so the backward
-only scales.
+only scales. It scales in float32: what arrives there, such as a scaler's 65,536, need not fit into 16 bits.
 """
 
 from typing import Any
@@ -46,24 +46,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden if differentiable else hidden[:0])
         grad_of = weight if differentiable else weight[:0]
         grad_weight = torch.zeros_like(grad_of, dtype=torch.promote_types(weight.dtype, torch.float32))
-        step = max(1, _SLICE_LOGITS // weight.shape[0])
+        step, shrink = max(1, _SLICE_LOGITS // weight.shape[0]), 1.0
+        if hidden.dtype == torch.float16:
+            # A sum over a slice's tokens may be beyond 65,504; a power of two keeps it inside, and is exact.
+            step, shrink = min(step, 4096), 1 / 4096
+        start = 0
         with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, hidden.shape[0], step):
+            # `for start in range(…)` would compile a graph for every number of tokens.
+            while start < hidden.shape[0]:
                 rows, goal = hidden[start : start + step], targets[start : start + step, None]
                 counted = goal != IGNORED
                 goal = torch.where(counted, goal, 0)
                 log_probabilities = torch.log_softmax(rows @ narrow.T, dim=-1, dtype=wide)
                 total = total - (log_probabilities.gather(1, goal) * counted).sum()
-                if not differentiable:
-                    continue
-                grad = _less_one_at(goal, log_probabilities.exp_()).to(hidden.dtype)
-                grad_hidden[start : start + step] = (grad @ narrow) * counted
-                grad_weight += grad.T @ (rows * counted)
-        return total, grad_hidden, grad_weight.to(weight.dtype)
+                if differentiable:
+                    grad = _less_one_at(goal, log_probabilities.exp_()).to(hidden.dtype)
+                    grad_hidden[start : start + step] = (grad @ narrow) * counted
+                    grad_weight.add_(grad.T @ (rows * counted * shrink), alpha=1 / shrink)
+                start += step
+        return total, grad_hidden, grad_weight
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         ctx.save_for_backward(*output[1:])
+        ctx.dtypes = [given.dtype for given in inputs[:2]]
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -78,12 +84,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         if upstream is None:
             return None, None, None, None
-        return (
-            grad_hidden * upstream.to(grad_hidden.dtype),
-            grad_weight * upstream.to(grad_weight.dtype),
-            None,
-            None,
-        )
+        scaled = [grad.to(upstream.dtype) * upstream for grad in (grad_hidden, grad_weight)]
+        return *(grad.to(dtype) for grad, dtype in zip(scaled, ctx.dtypes, strict=True)), None, None
 
 
 def _less_one_at(goal: Tensor, probabilities: Tensor) -> Tensor:

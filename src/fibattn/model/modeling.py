@@ -19,7 +19,7 @@ from fibattn.attention import attend, attend_cached
 from fibattn.errors import InputError
 from fibattn.model.cache import CACHE_NAME, check_full, ring_of
 from fibattn.model.configuration import FibAttnConfig
-from fibattn.model.feed_forward import gains_from_padding, padded_swiglu
+from fibattn.model.feed_forward import gains_from_padding, is_plain, padded_swiglu
 from fibattn.model.loss import IGNORED, linear_cross_entropy
 from fibattn.model.positions import (
     TAKES_MASKS,
@@ -369,8 +369,7 @@ class FibAttnForCausalLM(FibAttnPreTrainedModel, GenerationMixin):
 
     def _summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """The loss of all tokens; with all logits where the head is more than its weight, or that is elsewhere."""
-        # Adapters and quantisation replace the head; offloading keeps its weight away between its calls.
-        if type(self.lm_head) is nn.Linear and self.lm_head.weight.device == hidden.device:
+        if is_plain(self.lm_head, hidden.device):
             return linear_cross_entropy(hidden, self.lm_head.weight, targets)
         return functional.cross_entropy(self.lm_head(hidden).float(), targets, reduction="sum", ignore_index=IGNORED)
 
