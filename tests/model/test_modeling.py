@@ -332,6 +332,28 @@ def test_compiles_as_one_graph(kind: str, backend: str) -> None:
         close(parameter.grad, expected[name], 1e-3)
 
 
+@pytest.mark.parametrize("given", ["labels", "shift_labels"])
+@pytest.mark.parametrize("training", [True, False])
+def test_texts_of_any_length_share_two_graphs(given: str, training: bool) -> None:
+    """One for the first length, one for all others, as of any model in PyTorch."""
+    torch.compiler.reset()
+    graphs: list[Any] = []
+
+    def count(graph: Any, _: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph
+
+    made = model("learned mixture").train(training)
+    compiled = torch.compile(made, fullgraph=True, backend=count)
+    for length in (16, 24, 31, 40, 48, 57, 64, 70):
+        ids = tokens(2, length)
+        out = compiled(ids, use_cache=False, **{given: ids})
+        if training:
+            out.loss.backward()
+        torch.testing.assert_close(out.loss, made(ids, use_cache=False, **{given: ids}).loss, rtol=1e-4, atol=1e-4)
+    assert len(graphs) <= 2
+
+
 def test_a_compiled_full_layer_is_causal_without_a_mask() -> None:
     """A mask would cost it the fast path."""
     torch.compiler.reset()
