@@ -392,13 +392,13 @@ def test_a_cache_of_another_model_is_refused():
         copy.deepcopy(m).to(torch.bfloat16)(ids, past_key_values=cache)
     full = DynamicCache()
     model("full")(ids, past_key_values=full)
-    with pytest.raises(InputError, match="DynamicLayer that a model without sparse layers has written"):
+    with pytest.raises(InputError, match="DynamicLayer with tokens that this model has not written"):
         m(ids, past_key_values=full)
     shape = {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2}
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=4, **shape))
     full = StaticCache(config=llama.config, max_cache_len=30)
     llama(ids, past_key_values=full)
-    with pytest.raises(InputError, match="StaticLayer that a model without sparse layers has written"):
+    with pytest.raises(InputError, match="StaticLayer with tokens that this model has not written"):
         m(ids, past_key_values=full)
 
 

@@ -4,13 +4,15 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import foreign_decoders
 import pytest
 import torch
 from tiny_models import model, tokens
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from fibattn import FibAttnForCausalLM
+import fibattn
+from fibattn import FibAttnForCausalLM, InputError
 
 
 def answer(made: PreTrainedModel, ids: Tensor, **how: Any) -> Tensor:
@@ -83,3 +85,45 @@ def test_lora_trains_merges_and_comes_back(tmp_path: Path) -> None:
     merged = loaded.merge_and_unload()
     assert type(merged) is FibAttnForCausalLM
     torch.testing.assert_close(merged(ids).logits, found, rtol=1e-3, atol=1e-3)
+
+
+def adapted(kind: str, chosen: str) -> Any:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    made: Any = converted() if kind == "converted" else model(kind)
+    return peft.get_peft_model(made, getattr(peft, chosen)(task_type="CAUSAL_LM", num_virtual_tokens=5))
+
+
+def converted() -> PreTrainedModel:
+    return fibattn.convert(foreign_decoders.model(), window=3, rungs=7, keep_layers=[1])
+
+
+@pytest.mark.parametrize("kind", ["linear", "learned mixture", "bounded mixture", "converted"])
+def test_prefix_tuning_is_refused_by_its_name(kind: str) -> None:
+    ids = tokens(2, 20)
+    made = adapted(kind, "PrefixTuningConfig")
+    with pytest.raises(InputError, match=r"prefix tuning .* take LoRA or prompt tuning"):
+        made(input_ids=ids, labels=ids)
+
+
+def test_prefix_tuning_is_refused_where_its_prefix_would_be_dropped() -> None:
+    made, ids = model("full"), tokens(2, 20)
+    first, second = (DynamicCache(config=made.config) for _ in range(2))
+    with pytest.raises(InputError, match=r"two different caches; give one.*prefix tuning"):
+        made(ids, cache=first, past_key_values=second)
+    assert torch.equal(made(ids, cache=first, past_key_values=first).logits, made(ids).logits)
+
+
+@pytest.mark.parametrize("chosen", ["PromptTuningConfig", "PromptEncoderConfig"])
+@pytest.mark.parametrize("kind", ["linear", "learned mixture", "bounded mixture", "converted"])
+def test_prompt_tuning_trains(kind: str, chosen: str) -> None:
+    ids = tokens(2, 20)
+    made = adapted(kind, chosen).train()
+    optimizer = torch.optim.AdamW([one for one in made.parameters() if one.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(12):
+        loss = made(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
+        losses.append(float(loss.detach()))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.1

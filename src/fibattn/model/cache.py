@@ -269,6 +269,20 @@ class StaticRingLayer(RingLayer, StaticLayer):
             )
 
 
+def only_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache that was given by one of its two names.
+
+    Raises:
+        InputError: when each name has a cache of its own, one of which would be dropped.
+    """
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise InputError(
+            "cache and past_key_values are two different caches; give one. (peft's prefix tuning gives its prefix as "
+            "past_key_values while generating: take LoRA or prompt tuning)"
+        )
+    return past_key_values if cache is None else cache
+
+
 def ring_of(cache: Cache, layer: int, owner: object, reach: int) -> RingLayer:
     """The ring of a sparse layer in a cache, put there when the layer has not been used yet.
 
@@ -293,8 +307,9 @@ def ring_of(cache: Cache, layer: int, owner: object, reach: int) -> RingLayer:
         empty = isinstance(found, CacheLayerMixin) and not (found.is_initialized and found.get_seq_length())
         if found is not None and not empty:
             raise InputError(
-                f"layer {layer} of the cache is a {type(found).__name__} that a model without sparse layers has "
-                "written; a cache belongs to the model that made it: begin a new one"
+                f"layer {layer} of the cache is a {type(found).__name__} with tokens that this model has not written. "
+                "peft's prefix tuning puts a prefix there: a layer with fixed distances sees it from a few places alone, "
+                "take LoRA or prompt tuning. Any other cache belongs to the model that made it: begin a new one"
             )
         # The cache of a full layer can always be cropped; the ring of a bounded one records if the rings beside it do.
         recording = any(getattr(one, "record_past", False) for one in cache.layers)

@@ -17,7 +17,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from fibattn.attention import attend, attend_cached
 from fibattn.errors import InputError
-from fibattn.model.cache import CACHE_NAME, check_full, ring_of
+from fibattn.model.cache import CACHE_NAME, check_full, only_cache, ring_of
 from fibattn.model.configuration import FibAttnConfig
 from fibattn.model.feed_forward import gains_from_padding, is_plain, padded_swiglu
 from fibattn.model.loss import IGNORED, linear_cross_entropy
@@ -260,7 +260,7 @@ class FibAttnModel(FibAttnPreTrainedModel):
         hidden: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if 0 in hidden.shape[:2]:
             raise InputError("there are no tokens; a prompt has at least one, such as the model's bos_token_id")
-        cache = past_key_values if cache is None else cache
+        cache = only_cache(cache, past_key_values)
         past = cache.get_seq_length() if cache is not None else 0
         cache_positions = torch.arange(hidden.shape[1], device=hidden.device)[None] + past
         documents = position_ids
@@ -353,7 +353,7 @@ class FibAttnForCausalLM(FibAttnPreTrainedModel, GenerationMixin):
         **_: Any,
     ) -> dict[str, Any]:
         """Called by `generate` outside of the compiled step where the cache is static."""
-        cache = past_key_values if cache is None else cache
+        cache = only_cache(cache, past_key_values)
         return FibAttnModel.prepare_masks(config, inputs_embeds, attention_mask, position_ids, cache)
 
     def init_continuous_batching(self, *_: Any, **__: Any) -> NoReturn:
@@ -406,7 +406,7 @@ class FibAttnForCausalLM(FibAttnPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=past_key_values if cache is None else cache,
+            cache=only_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
