@@ -9,6 +9,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from fibattn.model.configuration import FibAttnConfig
 from fibattn.model.modeling import FibAttnForCausalLM, FibAttnModel
+from fibattn.model.unapplied import install
 
 AutoConfig.register(FibAttnConfig.model_type, FibAttnConfig, exist_ok=True)
 AutoModel.register(FibAttnConfig, FibAttnModel, exist_ok=True)
@@ -21,5 +22,6 @@ MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[FibAttnConfig.model_type] = FibAttnForCausalLM
 _server = sys.modules.get("transformers.cli.serving.model_manager")
 _library: Any = transformers if _server is None else _server.transformers
 _library.FibAttnForCausalLM = FibAttnForCausalLM
+install()
 
 __all__ = ["FibAttnConfig", "FibAttnForCausalLM", "FibAttnModel"]

@@ -14,15 +14,18 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fibattn.errors import InputError, whole_number
-from fibattn.model.converted_layers import IMPLEMENTATION, ConvertedLayer, before_attention, before_decoder
+from fibattn.model.converted_layers import (
+    IMPLEMENTATION,
+    STORED_PATTERN,
+    ConvertedLayer,
+    before_attention,
+    before_decoder,
+)
 from fibattn.model.converted_rotary import after_rotation, before_rotation, rotary_modules
 from fibattn.pattern import Base, Pattern, Schedule, layer_patterns
 
 ARCHITECTURES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma3_text", "smollm3")
 """The model types that can be converted: those that the tests convert."""
-
-STORED_PATTERN = "fibattn_pattern"
-"""The entry of a converted model's configuration."""
 
 _FIELDS: tuple[str, ...] = ("window", "base", "schedule", "rungs", "rung_reach", "max_offset", "keep_layers")
 
@@ -32,6 +35,7 @@ class _Conversion:
     """What `restore` needs; an attribute of the decoder."""
 
     previous: str
+    name: str
     handles: list[RemovableHandle]
 
 
@@ -92,8 +96,14 @@ def convert(
         raise InputError("a pattern was given without its window; say how many distances are always attended")
     layers = _layers(config, entry)
     _check_stored(entry, layers)
-    _apply(model, layers)
-    setattr(config, STORED_PATTERN, {**entry, "layer_offsets": _offsets(layers)})
+    stored = {**entry, "layer_offsets": _offsets(layers)}
+    name = model.name_or_path
+    if name and getattr(config, STORED_PATTERN, None) != stored:
+        # An adapter keeps this name for its base: were it that of the original, it would be loaded on a dense model.
+        given = ", ".join(f"{field}={value!r}" for field, value in entry.items() if field in _FIELDS)
+        name = f"{name}, converted by fibattn.convert(model, {given})"
+    _apply(model, layers, name)
+    setattr(config, STORED_PATTERN, stored)
     return model
 
 
@@ -126,13 +136,14 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     for module in decoder.modules():
         if hasattr(module, "fibattn"):
             del module.fibattn
+    model.name_or_path = decoder.name_or_path = done.name
     del decoder.config.attn_implementation
     delattr(decoder.config, STORED_PATTERN)
     model.set_attn_implementation(done.previous)
     return model
 
 
-def _apply(model: PreTrainedModel, layers: Sequence[ConvertedLayer]) -> None:
+def _apply(model: PreTrainedModel, layers: Sequence[ConvertedLayer], name: str) -> None:
     decoder: Any = model.base_model
     modules, previous = _attention_modules(decoder), decoder.config._attn_implementation
     model.set_attn_implementation(IMPLEMENTATION)
@@ -147,7 +158,8 @@ def _apply(model: PreTrainedModel, layers: Sequence[ConvertedLayer]) -> None:
     for module in rotary_modules(decoder):
         handles.append(module.register_forward_pre_hook(before_rotation))
         handles.append(module.register_forward_hook(after_rotation, with_kwargs=True))
-    decoder.fibattn = _Conversion("sdpa" if previous == IMPLEMENTATION else previous, handles)
+    decoder.fibattn = _Conversion("sdpa" if previous == IMPLEMENTATION else previous, model.name_or_path, handles)
+    model.name_or_path = decoder.name_or_path = name
 
 
 def _layers(config: PreTrainedConfig, entry: dict[str, Any]) -> list[ConvertedLayer]:

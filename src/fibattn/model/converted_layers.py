@@ -25,6 +25,9 @@ from fibattn.pattern import Pattern
 IMPLEMENTATION = "fibattn"
 """The name that the attention and its mask have in Transformers' registries."""
 
+STORED_PATTERN = "fibattn_pattern"
+"""The entry of a converted model's configuration."""
+
 _FORWARD_ARGUMENTS = ("input_ids", "attention_mask", "position_ids")
 
 

@@ -11,7 +11,8 @@ from transformers.utils.logging import disable_progress_bar
 from fibattn import files
 from fibattn.errors import InputError
 from fibattn.model.configuration import FibAttnConfig
-from fibattn.model.conversion import STORED_PATTERN, convert
+from fibattn.model.conversion import convert
+from fibattn.model.converted_layers import STORED_PATTERN
 from fibattn.sealed import is_sealed, verify
 
 

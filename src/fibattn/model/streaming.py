@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 
 from fibattn.errors import InputError
 from fibattn.model.cache import CACHE_NAME
-from fibattn.model.conversion import STORED_PATTERN
+from fibattn.model.converted_layers import STORED_PATTERN
 
 _PREFILL = 4096
 
