@@ -25,8 +25,7 @@ from fibattn.training.recipe import Recipe, load_recipe, to_json
 from fibattn.training.trainer import FibTrainer, MetricsFile, process_count
 
 _MAY_CHANGE = {"log_every", "save_every", "keep_checkpoints", "track", "micro_batch", "out", "data", "start"}
-# A base model knows no roles: it goes on with the conversation as one text. Chat programs ask for a template.
-_PLAIN_CHAT = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+_CHAT = Path(__file__).with_name("chat.jinja")
 
 
 def model_config(recipe: Recipe, vocab_size: int, separator: int) -> FibAttnConfig:
@@ -217,7 +216,8 @@ def _finish(
     with files.naming_a_full_disk(finished.parent):
         trainer.save_model(str(staged))
         if trainer.args.should_save:
-            tokenizer.chat_template = tokenizer.chat_template or _PLAIN_CHAT
+            # A base model knows no roles, but chat programs and instruction tuning ask for a template.
+            tokenizer.chat_template = tokenizer.chat_template or _CHAT.read_text(encoding="utf-8")
             tokenizer.save_pretrained(staged)
             config = FibAttnConfig.from_pretrained(staged)
             if recipe.full_reach is not None:
