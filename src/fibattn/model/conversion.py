@@ -35,7 +35,7 @@ class _Conversion:
     """What `restore` needs; an attribute of the decoder."""
 
     previous: str
-    name: str
+    name: str | None
     handles: list[RemovableHandle]
 
 
@@ -136,14 +136,14 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     for module in decoder.modules():
         if hasattr(module, "fibattn"):
             del module.fibattn
-    model.name_or_path = decoder.name_or_path = done.name
+    model.name_or_path = decoder.name_or_path = done.name  # pyright: ignore
     del decoder.config.attn_implementation
     delattr(decoder.config, STORED_PATTERN)
     model.set_attn_implementation(done.previous)
     return model
 
 
-def _apply(model: PreTrainedModel, layers: Sequence[ConvertedLayer], name: str) -> None:
+def _apply(model: PreTrainedModel, layers: Sequence[ConvertedLayer], name: str | None) -> None:
     decoder: Any = model.base_model
     modules, previous = _attention_modules(decoder), decoder.config._attn_implementation
     model.set_attn_implementation(IMPLEMENTATION)
@@ -159,7 +159,7 @@ def _apply(model: PreTrainedModel, layers: Sequence[ConvertedLayer], name: str) 
         handles.append(module.register_forward_pre_hook(before_rotation))
         handles.append(module.register_forward_hook(after_rotation, with_kwargs=True))
     decoder.fibattn = _Conversion("sdpa" if previous == IMPLEMENTATION else previous, model.name_or_path, handles)
-    model.name_or_path = decoder.name_or_path = name
+    model.name_or_path = decoder.name_or_path = name  # pyright: ignore
 
 
 def _layers(config: PreTrainedConfig, entry: dict[str, Any]) -> list[ConvertedLayer]:
