@@ -308,7 +308,7 @@ def ring_of(cache: Cache, layer: int, owner: object, reach: int) -> RingLayer:
         if found is not None and not empty:
             raise InputError(
                 f"layer {layer} of the cache is a {type(found).__name__} with tokens that this model has not written. "
-                "peft's prefix tuning puts a prefix there, which fixed distances reach from few places alone: take LoRA "
+                "peft's prefix tuning puts a prefix there, which fixed distances reach from few places: take LoRA "
                 "or prompt tuning. Any other cache belongs to the model that made it: begin a new one"
             )
         # The cache of a full layer can always be cropped; the ring of a bounded one records if the rings beside it do.
