@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from fibattn.errors import InputError
 from fibattn.model import FibAttnConfig, FibAttnForCausalLM
+from fibattn.model.layers import FibAttnAttention
 from fibattn.model.loss import IGNORED
-from fibattn.model.modeling import FibAttnAttention
 from fibattn.model.rotary import Rotation, rotate
 from fibattn.pattern import layer_alphas
 from fibattn.training.recipe import OptimizerRecipe

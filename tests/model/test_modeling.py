@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
 
 from fibattn import FibAttnConfig, FibAttnForCausalLM, FibAttnModel, InputError
-from fibattn.model import modeling
+from fibattn.model import layers
 from fibattn.model.feed_forward import padded_swiglu
 
 ROPES = {
@@ -368,13 +368,13 @@ def test_a_compiled_full_layer_is_causal_without_a_mask() -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "learned"])
 def test_autocast_reaches_the_operator_in_16_bits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, seen = modeling.attend, []
+    real, seen = layers.attend, []
 
     def watched(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **others: Any) -> Any:
         seen.append({q.dtype, k.dtype, v.dtype})
         return real(q, k, v, *rest, **others)
 
-    monkeypatch.setattr(modeling, "attend", watched)
+    monkeypatch.setattr(layers, "attend", watched)
     made, ids = model(kind).train(), tokens()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = made(ids, labels=ids, use_cache=False)
@@ -409,7 +409,7 @@ def test_a_model_with_the_padded_feed_forward(autocast: bool, monkeypatch: pytes
     names = set(made.state_dict())
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         expected = gradients(made, ids)
-        monkeypatch.setattr(modeling, "gains_from_padding", lambda *_: True)
+        monkeypatch.setattr(layers, "gains_from_padding", lambda *_: True)
         found = gradients(made, ids)
     assert set(made.state_dict()) == names
     for name, right in expected.items():
@@ -419,4 +419,4 @@ def test_a_model_with_the_padded_feed_forward(autocast: bool, monkeypatch: pytes
 
 def test_on_the_cpu_the_feed_forward_is_not_padded() -> None:
     projections = (nn.Linear(8, 30), nn.Linear(8, 30), nn.Linear(30, 8))
-    assert not modeling.gains_from_padding(torch.zeros(1, 100, 8, dtype=torch.bfloat16), projections)
+    assert not layers.gains_from_padding(torch.zeros(1, 100, 8, dtype=torch.bfloat16), projections)

@@ -1,0 +1,151 @@
+"""A layer of the model: attention to a pattern or to everything, and the feed-forward."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from fibattn.attention import attend, attend_cached
+from fibattn.model.cache import check_full, ring_of
+from fibattn.model.configuration import FibAttnConfig
+from fibattn.model.feed_forward import gains_from_padding, padded_swiglu
+from fibattn.model.rotary import Rotation, rotate
+
+
+class FibAttnAttention(nn.Module):
+    """Grouped-query attention of one layer: with a pattern through `fibattn.attend`, full through Transformers."""
+
+    def __init__(self, config: FibAttnConfig, layer: int):
+        super().__init__()
+        heads, kv_heads, size = (
+            config.num_attention_heads,
+            config.num_key_value_heads or 1,
+            config.head_dim or 1,
+        )
+        self.config, self.layer_idx, self.head_dim = config, layer, size
+        self.num_key_value_groups = heads // kv_heads
+        self.scaling, self.attention_dropout, self.is_causal = size**-0.5, 0.0, True
+        self.full = (config.layer_types or [])[layer] == "full_attention"
+        self.rotated = bool((config.no_rope_layers or [])[layer])
+        self.pattern = config.learned_pattern if config.learns_alpha(layer) else config.layer_patterns(layer)
+        self.theta = nn.Parameter(torch.zeros(1)) if config.learns_alpha(layer) else None
+        self.reach = config.layer_reach(layer)
+        self.q_proj = nn.Linear(config.hidden_size, heads * size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads * size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads * size, bias=False)
+        self.o_proj = _residual_output(nn.Linear(heads * size, config.hidden_size, bias=False))
+
+    @property
+    def alpha(self) -> Tensor:
+        """The learned scale of the rungs, `0.5 + sigmoid(theta)` (paper, section 3.4), float32 (1,)."""
+        if self.theta is None:
+            raise AttributeError(f"layer {self.layer_idx} has no learned scale")
+        return 0.5 + torch.sigmoid(self.theta.float())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """As any module's, but no cast reaches theta: in 16 bits a far rung would be off by half a token."""
+
+        def uncast(tensor: Tensor) -> Tensor:
+            done = fn(tensor)
+            own = self.theta is not None and (tensor is self.theta or tensor is self.theta.grad)
+            return tensor.to(done.device) if own and done.dtype != tensor.dtype else done
+
+        return super()._apply(uncast, recurse)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rotation: Rotation,
+        attention_mask: Tensor | None,
+        positions: Tensor | None,
+        cache: Cache | None,
+        cache_positions: Tensor,
+        **kwargs: Any,
+    ) -> Tensor:
+        """`hidden` (batch, tokens, hidden size) in and out; `positions` as in `attend`, for sparse layers.
+
+        `cache_positions` (1, tokens) count the tokens that went into `cache` before each of these.
+        """
+        shape = (*hidden.shape[:2], -1, self.head_dim)
+        q, k, v = (project(hidden).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
+        if self.rotated:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        if self.pattern is None:
+            out = self._attend_fully(q, k, v, attention_mask, cache, **kwargs)
+        else:
+            out = self._attend_sparsely(q, k, v, positions, cache, cache_positions)
+        return self.o_proj(out.reshape(*hidden.shape[:2], -1))
+
+    def _attend_sparsely(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, cache: Cache | None, cache_positions: Tensor
+    ) -> Tensor:
+        assert self.pattern is not None
+        alpha = None if self.theta is None else self.alpha
+        if cache is None:
+            return attend(q, k, v, self.pattern, alpha=alpha, scale=self.scaling, positions=positions)
+        rings = ring_of(cache, self.layer_idx, self.pattern, self.reach or 0).take(k, v)
+        how: dict[str, Any] = {"alpha": alpha, "scale": self.scaling, "positions": positions}
+        return attend_cached(q, *rings, k, v, self.pattern, cache_positions=cache_positions, **how)
+
+    def _attend_fully(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attention_mask: Tensor | None,
+        cache: Cache | None,
+        **kwargs: Any,
+    ) -> Tensor:
+        interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            str(self.config._attn_implementation), eager_attention_forward
+        )
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        if cache is not None:
+            check_full(cache, self.layer_idx, k.shape[2])
+            k, v = cache.update(k, v, self.layer_idx)
+        return interface(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)[0]
+
+
+class FibAttnMLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: FibAttnConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = _residual_output(nn.Linear(config.intermediate_size, config.hidden_size, bias=False))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`hidden` (batch, tokens, hidden size) in and out."""
+        projections = (self.gate_proj, self.up_proj, self.down_proj)
+        if gains_from_padding(hidden, projections):
+            return padded_swiglu(hidden, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+        return self.down_proj(functional.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+def _residual_output(linear: nn.Linear) -> nn.Linear:
+    """Mark a projection that writes to the residual stream; its initial weights are scaled down."""
+    linear.writes_residual = True  # pyright: ignore
+    return linear
+
+
+class FibAttnDecoderLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: FibAttnConfig, layer: int):
+        super().__init__()
+        self.self_attn = FibAttnAttention(config, layer)
+        self.mlp = FibAttnMLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
+        """`hidden` (batch, tokens, hidden size) in and out; the rest goes to the attention."""
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), **kwargs)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
