@@ -48,7 +48,7 @@ def extrapolation(group: Group, path: Path) -> Path:
     low, high = min(one.ratios.min() for one in curves), max(one.ratios.iloc[0] for one in curves)
     margin = max(0.1 * (high - low), 0.02)
     up = f"perplexity ÷ {group.label(_reference(group))} at {group.trained_at:,}"
-    figure, (axes,) = panels(1, 4.4, "evaluation length (tokens, times the training length)", up)
+    figure, (axes,) = panels(1, 4.4, "evaluation length (tokens)", up)
     for one in curves:
         axes.plot(group.lengths, one.ratios, **one.look)
     _over_lengths(axes, group)
@@ -93,7 +93,7 @@ def headline(group: Group, path: Path) -> Path | None:
 
 def _over_lengths(axes: Axes, group: Group) -> None:
     axes.set_xscale("log", base=2)
-    axes.set_xticks(group.lengths, [f"{n:,}\n{n // group.trained_at}×" for n in group.lengths], fontsize=9.5)
+    axes.set_xticks(group.lengths, [f"{n:,}\n{n // group.trained_at}×" for n in group.lengths])
     axes.xaxis.set_minor_locator(NullLocator())
 
 

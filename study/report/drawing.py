@@ -21,7 +21,7 @@ LOOKS: dict[str, dict[str, Any]] = {kind: {"color": COLOURS[kind], "marker": one
 
 def panels(count: int, height: float, across: str, up: str) -> tuple[Figure, list[Any]]:
     """Panels one below the other, each `height` inches high, and what their axes are."""
-    figure, axes = plt.subplots(count, figsize=(5.6, count * height), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(count, figsize=(5.4, count * height), layout="constrained", squeeze=False)
     for one in axes.flat:
         one.set_ylabel(up)
     axes.flat[-1].set_xlabel(across)

@@ -6,7 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from matplotlib import pyplot as plt
+
 from fibattn import files
+from fibattn.plotting import STYLE
 from fibattn.progress import quantity
 from study.report import charts
 from study.report.claims import Claims, Finding
@@ -113,7 +116,8 @@ def _figures(results: Results, out: Path) -> dict[str, dict[str, Any]]:
     captions = _CAPTIONS | {name: _over_length(one) for name, one in over_length.items()}
     found = {}
     for name, draw in drawn.items():
-        path = draw(out / f"{name}.svg")
+        with plt.rc_context(STYLE):
+            path = draw(out / f"{name}.svg")
         if path is not None:
             found[name] = {"svg": inline_svg(path), "caption": captions[name], "csv": f"{name}.csv"}
     return found
@@ -170,7 +174,8 @@ def _headline(results: Results, budgets: Sequence[Group]) -> str:
             here = {"holds": "lower than dense's on every domain", "partly": "lower than dense's on some domains"}
             there = {"holds": "no higher", "partly": "no higher on some"}
             return (
-                f"After {quantity(group.tokens)} tokens the default recipe's perplexity is "
+                f"After {quantity(group.tokens)} tokens at a learning rate of {group.runs['rate'].iloc[0]:g} "
+                "the default recipe's perplexity is "
                 f"{here.get(better.verdict, 'above that of dense')}, and "
                 f"{there.get(longer.verdict, 'higher')} at {group.factor} times the training length"
             )
