@@ -84,7 +84,7 @@ def headline(group: Group, path: Path) -> Path | None:
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_ylim(0.85 * perplexities.to_numpy().min(), 1.2 * perplexities.to_numpy().max())
     ends = [
-        (name, row.iloc[-1], LOOKS[group.models.at[curves[name][0], "kind"]]["color"])
+        (name, row.iloc[-1], LOOKS[group.models.at[curves[str(name)][0], "kind"]]["color"])
         for name, row in perplexities.items()
     ]
     label_ends(axes, [(f"{name} {end:,.0f}", end, colour) for name, end, colour in ends])
