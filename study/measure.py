@@ -15,8 +15,8 @@ from fibattn import machine as hardware
 from fibattn.data.prepared import PreparedData
 from fibattn.data.tokenizer import load_tokenizer
 from fibattn.evaluation.sweep import sweep
-from fibattn.model.cost import coverage, flops, mean_keys
 from fibattn.model.loading import load_model
+from study.cost import coverage, flops, mean_keys
 from study.presets import RopeScaling, Study
 from study.probes.copying import copying, distances
 from study.probes.lego import lego

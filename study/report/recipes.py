@@ -5,9 +5,9 @@ import json
 import statistics
 from typing import Any
 
-from fibattn.model.cost import mean_keys
 from fibattn.training.recipe import ModelRecipe, Recipe
 from fibattn.training.run import model_config
+from study.cost import mean_keys
 
 BASES = {"fibonacci": "", "power_of_two": "power-of-two "}
 """What stands before the schedule in a label."""

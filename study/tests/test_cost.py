@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fibattn import FibAttnConfig, FibAttnForCausalLM
-from fibattn.model.cost import flops, mean_keys
+from study.cost import flops, mean_keys
 
 SHAPE = {
     "vocab_size": 64,
