@@ -181,3 +181,34 @@ def test_kv_heads_have_scales_of_their_own() -> None:
     assert made.layer_offsets == expected
     with pytest.raises(InputError, match="learned scale is one for all heads"):
         config(stagger_heads=True, schedule="learned")
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"), [("windw", "did you mean 'window'"), ("full_layers", "the fields are vocab_size, ")]
+)
+def test_a_field_that_there_is_not_is_refused_by_its_name(name: str, advice: str, tmp_path: Path) -> None:
+    message = f"FibAttnConfig has no '{name}': {advice}"
+    with pytest.raises(InputError, match=message):
+        FibAttnConfig(**{name: 3})
+    config().save_pretrained(tmp_path)
+    for kind in (FibAttnConfig, AutoConfig):
+        with pytest.raises(InputError, match=message):
+            kind.from_pretrained(tmp_path, **{name: 3})
+
+
+def test_what_transformers_knows_is_taken() -> None:
+    of_any_model = {"torch_dtype": "float16", "num_labels": 3, "attn_implementation": "eager", "name_or_path": "there"}
+    written_in_code = {"temperature": 0.5, "rope_theta": 500.0, "is_decoder": True, "output_attentions": False}
+    found = config(**of_any_model, **written_in_code, quantization_config={"quant_method": "int8"})
+    assert (str(found.dtype), found.num_labels, found._attn_implementation) == ("torch.float16", 3, "eager")
+    assert found.rope_parameters["rope_theta"] == 500.0
+    assert FibAttnConfig(**found.to_dict()).quantization_config == {"quant_method": "int8"}
+
+
+def test_a_file_may_have_fields_of_a_newer_transformers(tmp_path: Path) -> None:
+    model().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"of_next_year": 1, "transformers_version": "9.0.0"}))
+    assert FibAttnConfig.from_pretrained(tmp_path).of_next_year == 1
+    for flags in ({"attn_implementation": "eager"}, {"dtype": "bfloat16"}, {"torch_dtype": "auto"}):
+        assert FibAttnForCausalLM.from_pretrained(tmp_path, **flags).config.of_next_year == 1

@@ -1,6 +1,7 @@
 """The configuration: Llama's names for what is shared with Llama, and the attention pattern of every layer."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -9,7 +10,7 @@ from transformers import PreTrainedConfig, configuration_utils
 from transformers.modeling_rope_utils import RopeParameters
 
 from fibattn import files
-from fibattn.errors import InputError
+from fibattn.errors import InputError, suggestion
 from fibattn.pattern import Base, LayerType, LearnedPattern, Pattern, Schedule, base_rungs, layer_patterns
 
 LAYER_TYPES = get_args(LayerType)
@@ -23,6 +24,13 @@ _AUTO_MAP = {
 
 # Transformers has no call to make a layer type known, and its Trainer reads configurations by their base class.
 configuration_utils.ALLOWED_ATTN_LAYER_TYPES += ("fibonacci_attention",)  # pyright: ignore[reportPrivateImportUsage]
+
+_TRANSFORMERS_READS = {
+    *("auto_map", "custom_pipelines", "quantization_config", "compression_config", "transformers_weights"),
+    *("tokenizer_class", "processor_class", "is_decoder", "add_cross_attention", "tie_last_hidden_states", "loss_type"),
+    *("sep_token_id", "code_revision"),
+}
+"""What Transformers keeps in any configuration, or is given with one, without a name for it in the base class."""
 
 
 @strict
@@ -52,7 +60,8 @@ class FibAttnConfig(PreTrainedConfig):
             shares one; None for full attention and learned rungs. Derived when None, checked when given.
 
     Raises:
-        InputError: (a ValueError) for values outside the above, or stored offsets that the rest contradicts.
+        InputError: (a ValueError) for values outside the above, stored offsets that the rest contradicts, and names
+            that neither this class nor Transformers knows; a file may have those of a newer Transformers.
     """
 
     model_type = "fibattn"
@@ -111,12 +120,26 @@ class FibAttnConfig(PreTrainedConfig):
             self.layer_offsets = self._resolve_offsets()
         self.check_offsets()
         super().__post_init__(**kwargs)
+        if self.transformers_version is None:
+            # Transformers takes what it knows out of the rest, and sets what it does not know.
+            self._refuse_unknown(name for name in kwargs if name in vars(self))
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in Transformers, but changes to fields go in before the offsets are derived and checked."""
         own = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__annotations__}
-        return super().from_dict({**config_dict, **own}, **kwargs)
+        give_back = kwargs.pop("return_unused_kwargs", False)
+        config, unused = super().from_dict({**config_dict, **own}, return_unused_kwargs=True, **kwargs)
+        if give_back:
+            return config, unused
+        cls._refuse_unknown(unused)
+        return config
+
+    @classmethod
+    def _refuse_unknown(cls, names: Iterable[str]) -> None:
+        for name in names:
+            if not (name.startswith("_") or name in _TRANSFORMERS_READS or hasattr(cls, name)):
+                raise InputError(f"FibAttnConfig has no {name!r}: {suggestion(name, cls.__annotations__, 'fields')}")
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """As in Transformers, and a few lines of code beside it that find the classes in the installed package."""
