@@ -18,7 +18,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def under_autocast(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v in the dtype of autocast, or in `dtype`, where it is on, as for PyTorch's attention; float64 stays."""
     device = q.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # Not `is_autocast_available`, which older versions of the compiler cannot trace.
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return q, k, v
     dtype = torch.get_autocast_dtype(device) if dtype is None else dtype
     q, k, v = (x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype) for x in (q, k, v))
