@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fibattn import files
 from fibattn.cli.main import main
@@ -121,11 +122,24 @@ def test_recipe_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "did you mean 'small'?" in says(capsys, "train", "smal")
 
 
-def test_the_default_recipe_is_the_hybrid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        main(["train", "--help"])
-    assert "The defaults below are those of hybrid" in capsys.readouterr().out
-    assert "nowhere" in says(capsys, "train", "--data", tmp_path / "nowhere")
+def test_the_default_recipe_is_the_hybrid(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["train", "--help"], ["train", "--data", "x", "--help"]):
+        with pytest.raises(SystemExit, match="0"):
+            main(words)
+        assert "hybrid when left out, small without a GPU. The defaults below are those of hybrid" in (
+            capsys.readouterr().out
+        )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the default is another")
+def test_without_a_gpu_the_default_recipe_is_small(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--data", str(prepared), "--out", str(tmp_path / "run"), *TINY]) == 0
+    assert "no GPU here: the recipe is small, a toy; for the full size name it: fibattn train hybrid" in (
+        capsys.readouterr().out
+    )
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["optimizer"]["warmup_steps"] == 50
 
 
 def test_altered_shard_is_named(

@@ -29,15 +29,17 @@ class Meter:
     """Shows how far a piece of work is, its rate and the time left.
 
     On a terminal it draws a bar; elsewhere it prints `label done/total unit rate left note` at most every
-    `every` seconds, and once at the end. Used as a context manager.
+    `every` seconds, and once at the end. Used as a context manager. The first update, which may have compiled or warmed
+    up, counts neither for the speed that is shown meanwhile nor for the time left.
     """
 
     def __init__(self, label: str, total: float | None, unit: str, *, every: float = 10.0, quiet: bool = False):
         self.label, self.total, self.unit, self.every, self.quiet = label, total, unit, every, quiet
         self.done = 0.0
         self.note = ""
-        self._start = self._last = time.monotonic()
-        self._resumed_at = 0.0
+        self._start = self._last = self._warm = time.monotonic()
+        self._resumed_at = self._cold = 0.0
+        self._updates = 0
         self._bar: Progress | None = None
 
     def __enter__(self) -> "Meter":
@@ -56,31 +58,33 @@ class Meter:
 
     def resume(self, done: float) -> None:
         """Say that `done` units were finished earlier; they count as progress, not as speed."""
-        self.done = self._resumed_at = done
+        self.done = self._resumed_at = self._cold = done
 
     def update(self, amount: float, note: str = "") -> None:
         """Add `amount` units of finished work; `note` stays beside the rate until the next one."""
         self.done += amount
         self.note = note
         now = time.monotonic()
+        self._updates += 1
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, note=self._rate(now) + (f" · {note}" if note else ""))
         elif now - self._last >= self.every:
             self._last = now
             self._print(now)
+        if self._updates == 1:
+            self._warm, self._cold = now, self.done
 
     def _rate(self, now: float) -> str:
-        rate = (self.done - self._resumed_at) / max(now - self._start, 1e-9)
-        return f"{quantity(rate)} {self.unit}/s"
+        return f"{quantity((self.done - self._cold) / max(now - self._warm, 1e-9))} {self.unit}/s"
 
     def _print(self, now: float) -> None:
         if self.quiet:
             return
         done = quantity(self.done) + (f"/{quantity(self.total)}" if self.total else "")
         line = f"{self.label}: {done} {self.unit}, {self._rate(now)}"
-        fresh = self.done - self._resumed_at
-        if self.total and fresh > 0:
-            line += f", {duration((self.total - self.done) * (now - self._start) / fresh)} left"
+        fresh = self.done - self._cold
+        if self.total and fresh > 0 and self._updates > 1:
+            line += f", {duration((self.total - self.done) * (now - self._warm) / fresh)} left"
         print(line + (f", {self.note}" if self.note else ""), file=sys.stderr, flush=True)
 
     def __exit__(
@@ -90,5 +94,6 @@ class Meter:
         if self._bar is not None:
             self._bar.stop()
         if kind is None and not self.quiet:
+            self._warm, self._cold = self._start, self._resumed_at
             took, done = duration(now - self._start), quantity(self.done)
             print(f"{self.label}: {done} {self.unit} in {took} ({self._rate(now)})", file=sys.stderr, flush=True)

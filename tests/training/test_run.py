@@ -219,6 +219,22 @@ def test_a_run_that_ends_within_its_warm_up_says_so(recipe: Recipe, capsys: pyte
     assert "warms up for 4 steps and the run has 4" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about runs without a GPU")
+def test_a_run_too_long_for_a_cpu_says_so_before_its_first_step(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Stop(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+    for steps in (4, 1_500_000):
+        with pytest.raises(KeyboardInterrupt):
+            train(replace(recipe, steps=steps, out=recipe.out / str(steps)), [Stop()])
+        said = capsys.readouterr().out
+        assert ("no GPU here: the run takes about " in said) == (steps > 4)
+        assert ("the recipe small fits a CPU: fibattn train small" in said) == (steps > 4)
+
+
 def test_a_run_goes_on_with_smaller_micro_batches(recipe: Recipe) -> None:
     """As it must after running out of memory."""
     whole = replace(recipe, steps=4, micro_batch=4)

@@ -7,17 +7,18 @@ from contextlib import nullcontext
 from fibattn.cli.flags import parse
 from fibattn.errors import InputError
 from fibattn.lock import locked
-from fibattn.training.recipe import DEFAULT, PRESETS, Recipe, load_recipe
+from fibattn.training.recipe import DEFAULT, ON_CPU, PRESETS, Recipe, load_recipe
 
 
 def run(arguments: list[str]) -> None:
     """Train the recipe (a preset or a recipe.json), with its fields overridden by flags."""
-    name, flags = (
-        (arguments[0], arguments[1:]) if arguments and not arguments[0].startswith("-") else (DEFAULT, arguments)
-    )
-    if flags and flags[0] in ("-h", "--help"):
+    named = bool(arguments) and not arguments[0].startswith("-")
+    name, flags = (arguments[0], arguments[1:]) if named else (DEFAULT, arguments)
+    if {"-h", "--help"} & set(flags):
         print(f"usage: fibattn train [RECIPE] [flags]\n\nRECIPE is one of {', '.join(PRESETS)}, or a recipe.json;")
-        print(f"{DEFAULT} when left out. The defaults below are those of {name}.\n")
+        print(f"{DEFAULT} when left out, {ON_CPU} without a GPU. The defaults below are those of {name}.\n")
+    elif not named:
+        name = _default()
     recipe = parse(Recipe, flags, f"fibattn train {name}", default=load_recipe(name))
     recipe.check()
     recipe.split(int(os.environ.get("WORLD_SIZE", "1")))  # before torch loads: torchrun says much when a process ends
@@ -26,7 +27,7 @@ def run(arguments: list[str]) -> None:
     from fibattn.training.run import train
 
     # Of several processes of one training the first holds the lock for all.
-    with locked(recipe.out) if os.environ.get("RANK", "0") == "0" else nullcontext(True) as free:
+    with locked(recipe.out) if _first_process() else nullcontext(True) as free:
         if not free:
             raise InputError(f"another process is training in {recipe.out}; wait for it, or give another --out")
         model = train(recipe)
@@ -34,3 +35,18 @@ def run(arguments: list[str]) -> None:
     command = shlex.join(["fibattn", "eval", str(model), "--data", str(recipe.data)])
     state.print(f"\nthe model is in {model}\nevaluate it: {command}")
     state.destroy_process_group()
+
+
+def _default() -> str:
+    """The recipe of who names none."""
+    import torch
+
+    if torch.cuda.is_available():
+        return DEFAULT
+    if _first_process():
+        print(f"no GPU here: the recipe is {ON_CPU}, a toy; for the full size name it: fibattn train {DEFAULT} …")
+    return ON_CPU
+
+
+def _first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"

@@ -239,8 +239,8 @@ PRESETS: dict[str, Recipe] = {
 layers of full attention without rotary positions, bounded once they are trained; in the study ahead of both.
 `small` trains on a laptop."""
 
-DEFAULT = "hybrid"
-"""The recipe of who names none."""
+DEFAULT, ON_CPU = "hybrid", "small"
+"""The recipe of who names none, with a GPU and without."""
 
 
 def load_recipe(name: str) -> Recipe:

@@ -1,6 +1,7 @@
 """One training run from recipe to finished model; run again, it goes on where it was."""
 
 import os
+import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,10 +19,10 @@ from fibattn.data.sequences import TrainingSequences
 from fibattn.data.tokenizer import load_tokenizer
 from fibattn.errors import InputError, MissingExtraError
 from fibattn.model import FibAttnConfig, FibAttnForCausalLM
-from fibattn.progress import Meter, quantity
+from fibattn.progress import Meter, duration, quantity
 from fibattn.training import checkpoints, start
 from fibattn.training.card import write_card
-from fibattn.training.recipe import Recipe, load_recipe, to_json
+from fibattn.training.recipe import ON_CPU, Recipe, load_recipe, to_json
 from fibattn.training.trainer import FibTrainer, MetricsFile, process_count
 
 _MAY_CHANGE = {"log_every", "save_every", "keep_checkpoints", "track", "micro_batch", "out", "data", "start"}
@@ -111,12 +112,32 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     if checkpoint is not None:
         _check_same(checkpoint, recipe, inputs)
         state.print(f"going on from {checkpoint}")
+    if not torch.cuda.is_available():
+        _say_how_long(model, sequences, recipe, state)
     with Meter("train", recipe.tokens, "tokens", quiet=not state.is_main_process) as meter:
         for callback in (MetricsFile(recipe, meter), *callbacks):
             trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     _finish(trainer, recipe, data, tokenizer, finished)
     return finished
+
+
+def _say_how_long(model: FibAttnForCausalLM, sequences: TrainingSequences, recipe: Recipe, state: PartialState) -> None:
+    """Say what a run without a GPU should be told before its first step: the hours, and the minutes of compiling."""
+    one = {name: value[None] for name, value in sequences[0].items()}
+    for _ in range(2):  # the first warms up
+        began = time.monotonic()
+        model(**one, use_cache=False).loss.backward()
+        took = time.monotonic() - began
+    model.zero_grad()
+    seconds = took * recipe.steps * recipe.sequences_per_step / state.num_processes
+    if seconds > 3600:
+        state.print(
+            f"no GPU here: the run takes about {duration(seconds)}, {took:.2g} s for each sequence; the recipe "
+            f"{ON_CPU} fits a CPU: fibattn train {ON_CPU} …"
+        )
+    if recipe.compile:
+        state.print("the first step is compiled, which takes minutes")
 
 
 def _tokenizer(data: PreparedData) -> PreTrainedTokenizerFast:
