@@ -13,10 +13,9 @@ import torch
 from benchmarks.operator.cases import Case
 from benchmarks.timing import measure
 from fibattn.attention.ops import NO_LIMIT
-from fibattn.attention.triton.columns import fixed_columns
 from fibattn.attention.triton.key_gradients import RungTiles, WindowTiles
 from fibattn.attention.triton.launch import Tiles
-from fibattn.attention.triton.learned import learned_columns, resolve
+from fibattn.attention.triton.learned import columns_of
 from fibattn.pattern import base_rungs
 
 FORWARD, BACKWARD, KEYS = (
@@ -68,11 +67,9 @@ class NotLaunched:
 def works(case: Case, learned: bool) -> tuple[Callable[[], object], Callable[[], object]]:
     """Forward and backward of a case."""
     q, k, v = case.inputs()
-    offsets, window, scale = (case.pattern.offsets,), case.pattern.window, q.shape[-1] ** -0.5
-    columns = fixed_columns(q, k, window, offsets)
-    if learned:
-        found = resolve(torch.ones(1, device="cuda"), base_rungs("fibonacci"), window, NO_LIMIT)
-        columns = learned_columns(q, k, window, found)
+    alpha = torch.ones(1, device="cuda") if learned else None
+    rungs = base_rungs("fibonacci") if learned else case.pattern.offsets
+    columns, scale = columns_of(q, k, alpha, case.pattern.window, (rungs,), NO_LIMIT), q.shape[-1] ** -0.5
 
     def forward() -> tuple[torch.Tensor, torch.Tensor]:
         return FORWARD.forward(q, k, v, None, scale, columns)

@@ -12,7 +12,6 @@ tokens, in float32 (float64 for float64 input).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,22 +20,6 @@ from fibattn.attention.reference import document_limit
 from fibattn.pattern import InterpolatedRung, Pattern
 
 _CHUNK_BYTES = 2 << 20
-
-
-class Rungs(Protocol):
-    """What lies beyond the window: how its keys are read and how their gradient is given back."""
-
-    count: int
-    nearest: Tensor
-    """(1 or KV heads, 1, count): how far back a query must be able to look for the rung to exist."""
-
-    def gather(self, x: Tensor, chunk: "Chunk") -> Tensor:
-        """Rows of x (B, Hkv, Tk, D) at every rung of the chunk's queries: (B, Hkv, C, count, D)."""
-        ...
-
-    def scatter(self, grad: Tensor, into: Tensor, x: Tensor, chunk: "Chunk") -> None:
-        """The transpose of `gather`: add `grad` (B, Hkv, C, count, D) to `into` (B, Hkv, Tk, D)."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -55,7 +38,10 @@ class Chunk:
 
 
 class FixedRungs:
-    """Integer offsets, one set for all KV heads or one for each."""
+    """Integer offsets beyond the window, one set for all KV heads or one for each.
+
+    `nearest` (1 or KV heads, 1, count): how far back a query must be able to look for a rung to exist.
+    """
 
     def __init__(self, patterns: Sequence[Pattern], device: torch.device):
         self.sets = [pattern.offsets for pattern in patterns]
@@ -72,7 +58,7 @@ class FixedRungs:
                 yield heads, index, *chunk.rows(distance)
 
     def gather(self, x: Tensor, chunk: Chunk) -> Tensor:
-        """As in `Rungs`."""
+        """Rows of x (B, Hkv, Tk, D) at every rung of the chunk's queries: (B, Hkv, C, count, D)."""
         batch, heads, _, size = x.shape
         rows = x.new_zeros(batch, heads, chunk.stop - chunk.start, self.count, size)
         for some, index, first, keys in self._slices(chunk):
@@ -80,7 +66,7 @@ class FixedRungs:
         return rows
 
     def scatter(self, grad: Tensor, into: Tensor, x: Tensor, chunk: Chunk) -> None:
-        """As in `Rungs`."""
+        """The transpose of `gather`: add `grad` (B, Hkv, C, count, D) to `into` (B, Hkv, Tk, D)."""
         for some, index, first, keys in self._slices(chunk):
             into[:, some, keys] += grad[:, some, first:, index]
 
@@ -112,7 +98,7 @@ class LearnedRungs:
             yield index, rung, first, near, near_rows, far_rows
 
     def gather(self, x: Tensor, chunk: Chunk) -> Tensor:
-        """As in `Rungs`."""
+        """As in `FixedRungs`."""
         batch, heads, _, size = x.shape
         rows = x.new_zeros(batch, heads, chunk.stop - chunk.start, self.count, size)
         for index, rung, first, _, near_rows, far_rows in self._pairs(x, chunk):
@@ -120,7 +106,7 @@ class LearnedRungs:
         return rows
 
     def scatter(self, grad: Tensor, into: Tensor, x: Tensor, chunk: Chunk) -> None:
-        """As in `Rungs`."""
+        """As in `FixedRungs`."""
         for index, rung, first, near, near_rows, far_rows in self._pairs(x, chunk):
             rows = grad[:, :, first:, index]
             far_grad = rows * self._fraction(rung, chunk, first, x)
@@ -129,6 +115,9 @@ class LearnedRungs:
             into[:, :, near.start - 1 + none : near.stop - 1] += far_grad[:, :, none:]
             inside = chunk.limit[:, :, first:] != rung.near
             self.fraction_grad[index] += float((rows * (far_rows - near_rows) * inside).sum())
+
+
+Rungs = FixedRungs | LearnedRungs
 
 
 @torch.autocast("cpu", enabled=False)

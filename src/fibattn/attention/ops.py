@@ -7,7 +7,8 @@ the base rungs of a learned pattern. Kernels are imported on first use.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,14 +89,31 @@ def kept_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
 
 
-def _split(offsets: Sequence[int], set_sizes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """The offsets of every KV head (or the one set that all share)."""
-    ends = [sum(set_sizes[: i + 1]) for i in range(len(set_sizes))]
-    return tuple(tuple(offsets[end - size : end]) for end, size in zip(ends, set_sizes, strict=True))
+class _Given(NamedTuple):
+    """A pattern and a way to run it, as the schemas have them."""
 
+    scale: float
+    window: int
+    offsets: Sequence[int]
+    set_sizes: Sequence[int]
+    max_offset: int
+    interpret: bool = False
 
-def _interpolated(alpha: Tensor, window: int, rungs: Sequence[int], max_offset: int) -> tuple[InterpolatedRung, ...]:
-    return LearnedPattern(window, tuple(rungs), max_offset).at(float(alpha))
+    @property
+    def sets(self) -> tuple[tuple[int, ...], ...]:
+        """The offsets of every KV head, or the one set that all share; with an alpha the base rungs."""
+        ends = accumulate(self.set_sizes)
+        return tuple(tuple(self.offsets[end - size : end]) for end, size in zip(ends, self.set_sizes, strict=True))
+
+    def at(self, alpha: Tensor) -> tuple[InterpolatedRung, ...]:
+        """The rungs of a learned pattern."""
+        return LearnedPattern(self.window, tuple(self.offsets), self.max_offset).at(float(alpha))
+
+    def rungs(self, q: Tensor, alpha: Tensor | None) -> cpu.Rungs:
+        """What lies beyond the window, for the CPU."""
+        if alpha is None:
+            return cpu.FixedRungs([Pattern(self.window, some) for some in self.sets], q.device)
+        return cpu.LearnedRungs(self.at(alpha), q.device)
 
 
 def _kernels() -> Any:
@@ -105,130 +123,72 @@ def _kernels() -> Any:
     return triton
 
 
+def _columns(q: Tensor, k: Tensor, alpha: Tensor | None, given: _Given) -> Any:
+    return _kernels().columns_of(q, k, alpha, given.window, given.sets, given.max_offset)
+
+
 @torch.library.impl(_library, "attend_forward", "CUDA")
-def _triton_forward(
-    q, k, v, alpha, positions, scale, window, offsets, set_sizes, max_offset, interpret=False
-) -> tuple[Tensor, Tensor]:
-    sets = _split(offsets, set_sizes)
-    return _kernels().attend_forward(q, k, v, alpha, positions, scale, window, sets, max_offset)
+def _triton_forward(q, k, v, alpha, positions, *pattern) -> tuple[Tensor, Tensor]:
+    given = _Given(*pattern)
+    return _kernels().forward.forward(q, k, v, positions, given.scale, _columns(q, k, alpha, given))
 
 
 @torch.library.impl(_library, "attend_backward", "CUDA")
 def _triton_backward(
-    grad_out,
-    grad_lse,
-    out,
-    lse,
-    q,
-    k,
-    v,
-    alpha,
-    positions,
-    scale,
-    window,
-    offsets,
-    set_sizes,
-    max_offset,
-    interpret=False,
+    grad_out, grad_lse, out, lse, q, k, v, alpha, positions, *pattern
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs = (q, k, v, alpha, positions, scale, window, _split(offsets, set_sizes), max_offset)
-    *grads, grad_alpha = _kernels().attend_backward(grad_out, grad_lse, out, lse, *inputs)
-    return *grads, q.new_empty(0) if alpha is None else grad_alpha
+    given = _Given(*pattern)
+    saved, columns = (grad_out, grad_lse, out, lse), _columns(q, k, alpha, given)
+    *grads, partial = _kernels().backward.backward(*saved, q, k, v, positions, given.scale, columns)
+    if alpha is None:
+        return *grads, q.new_empty(0)
+    return *grads, partial.sum(dtype=torch.float64).to(alpha.dtype).reshape(alpha.shape)
 
 
 @torch.library.impl(_library, "attend_step", "CUDA")
-def _triton_step(
-    q,
-    k_cache,
-    v_cache,
-    k,
-    v,
-    cache_positions,
-    alpha,
-    positions,
-    scale,
-    window,
-    offsets,
-    set_sizes,
-    max_offset,
-    interpret=False,
-) -> Tensor:
-    cached = (q, k_cache, v_cache, k, v, cache_positions)
-    return _kernels().attend_step(*cached, alpha, positions, scale, window, _split(offsets, set_sizes), max_offset)
-
-
-def _rungs(
-    q: Tensor, alpha: Tensor | None, window: int, offsets: list[int], set_sizes: list[int], max_offset: int
-) -> cpu.FixedRungs | cpu.LearnedRungs:
+def _triton_step(q, k_cache, v_cache, k, v, cache_positions, alpha, positions, *pattern) -> Tensor:
+    kernels, given = _kernels(), _Given(*pattern)
+    cached = (q, k_cache, v_cache, k, v, cache_positions, positions, given.scale, given.window)
     if alpha is None:
-        return cpu.FixedRungs([Pattern(window, some) for some in _split(offsets, set_sizes)], q.device)
-    return cpu.LearnedRungs(_interpolated(alpha, window, offsets, max_offset), q.device)
+        return kernels.decode.decode(*cached, kernels.columns.offset_table(given.sets, q.device))
+    found = kernels.learned.resolve(alpha, given.sets[0], given.window, given.max_offset)
+    return kernels.decode.decode(*cached, found.rungs, found.fractions)
 
 
 @torch.library.impl(_library, "attend_forward", "CPU")
-def _(q, k, v, alpha, positions, scale, window, offsets, set_sizes, max_offset, interpret=False):
-    pattern = (window, offsets, set_sizes, max_offset)
-    if interpret:
-        return _triton_forward(q, k, v, alpha, positions, scale, *pattern)
-    out, lse = cpu.forward(q, k, v, window, _rungs(q, alpha, *pattern), scale, positions)
+def _(q, k, v, alpha, positions, *pattern):
+    given = _Given(*pattern)
+    if given.interpret:
+        return _triton_forward(q, k, v, alpha, positions, *pattern)
+    out, lse = cpu.forward(q, k, v, given.window, given.rungs(q, alpha), given.scale, positions)
     return out, lse.to(kept_dtype(q.dtype))
 
 
 @torch.library.impl(_library, "attend_backward", "CPU")
-def _(
-    grad_out,
-    grad_lse,
-    out,
-    lse,
-    q,
-    k,
-    v,
-    alpha,
-    positions,
-    scale,
-    window,
-    offsets,
-    set_sizes,
-    max_offset,
-    interpret=False,
-):
-    pattern = (window, offsets, set_sizes, max_offset)
-    if interpret:
-        return _triton_backward(grad_out, grad_lse, out, lse, q, k, v, alpha, positions, scale, *pattern)
-    rungs = _rungs(q, alpha, *pattern)
-    grads = cpu.backward(grad_out, grad_lse, q, k, v, out, lse, window, rungs, scale, positions)
+def _(grad_out, grad_lse, out, lse, q, k, v, alpha, positions, *pattern):
+    given = _Given(*pattern)
+    if given.interpret:
+        return _triton_backward(grad_out, grad_lse, out, lse, q, k, v, alpha, positions, *pattern)
+    rungs = given.rungs(q, alpha)
+    grads = cpu.backward(grad_out, grad_lse, q, k, v, out, lse, given.window, rungs, given.scale, positions)
     if not isinstance(rungs, cpu.LearnedRungs):
         return *grads, q.new_empty(0)
     # d alpha = sum of d fraction * rung, since a rung's distance is alpha * rung.
-    total = sum(grad * offsets[rung.index] for grad, rung in zip(rungs.fraction_grad, rungs.rungs, strict=True))
+    total = sum(grad * given.offsets[rung.index] for grad, rung in zip(rungs.fraction_grad, rungs.rungs, strict=True))
     return *grads, torch.full_like(alpha, total)
 
 
 @torch.library.impl(_library, "attend_step", "CPU")
-def _(
-    q,
-    k_cache,
-    v_cache,
-    k,
-    v,
-    cache_positions,
-    alpha,
-    positions,
-    scale,
-    window,
-    offsets,
-    set_sizes,
-    max_offset,
-    interpret=False,
-):
+def _(q, k_cache, v_cache, k, v, cache_positions, alpha, positions, *pattern):
+    given = _Given(*pattern)
     cached = (q, k_cache, v_cache, k, v, cache_positions)
-    if interpret:
-        return _triton_step(*cached, alpha, positions, scale, window, offsets, set_sizes, max_offset)
+    if given.interpret:
+        return _triton_step(*cached, alpha, positions, *pattern)
     if alpha is None:
-        return ring.step(*cached, positions, scale, window, _split(offsets, set_sizes))
-    rungs = _interpolated(alpha, window, offsets, max_offset)
+        return ring.step(*cached, positions, given.scale, given.window, given.sets)
+    rungs = given.at(alpha)
     nearer, fractions = tuple(rung.near for rung in rungs), [rung.fraction for rung in rungs]
-    return ring.step(*cached, positions, scale, window, (nearer,), fractions)
+    return ring.step(*cached, positions, given.scale, given.window, (nearer,), fractions)
 
 
 def _like(q: Tensor) -> Tensor:

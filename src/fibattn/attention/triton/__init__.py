@@ -5,10 +5,9 @@ From the ground up, a room importing those before it:
 - `shape.py`, which calls the kernels take;
 - `rows.py` and `scores.py`, the arithmetic of their tiles;
 - `columns.py` and `dense_window.py`, the two ways to the keys of a tile: gathered by a table, or one after the other;
-- `learned.py`, rungs between two keys, where a learned alpha puts them;
+- `learned.py`, rungs between two keys, where a learned alpha puts them, and the columns of any pattern;
 - `launch.py`, tile sizes and the arguments that the kernels share;
-- `forward.py`, `key_gradients.py`, `backward.py` and `decode.py`, the kernels;
-- `calls.py`, which puts a pattern on the device and calls them.
+- `forward.py`, `key_gradients.py`, `backward.py` and `decode.py`, the kernels.
 
 In kernels, names begin with what they are: `p_` a pointer, `i_` which program or step, `o_` indices, `b_` a block
 of values, `m_` a mask. Capitals are known when a kernel is compiled. A pointer that is None stands for what a call does
@@ -22,6 +21,7 @@ try:
 except ImportError as error:
     raise MissingExtraError("attention on a GPU needs Triton", "triton") from error
 
-from fibattn.attention.triton.calls import attend_backward, attend_forward, attend_step
+from fibattn.attention.triton import backward, columns, decode, forward, learned
+from fibattn.attention.triton.learned import columns_of
 
-__all__ = ["attend_backward", "attend_forward", "attend_step"]
+__all__ = ["backward", "columns", "columns_of", "decode", "forward", "learned"]

@@ -38,8 +38,13 @@ class Resolved:
     factors: Tensor
 
 
-def learned_columns(q: Tensor, k: Tensor, window: int, found: Resolved) -> Columns:
-    """The window's columns, and beside them the rungs."""
+def columns_of(
+    q: Tensor, k: Tensor, alpha: Tensor | None, window: int, sets: tuple[tuple[int, ...], ...], max_offset: int
+) -> Columns:
+    """The columns of a call; with an alpha those of the window, and beside them the rungs."""
+    if alpha is None:
+        return fixed_columns(q, k, window, sets)
+    found = resolve(alpha, sets[0], window, max_offset)
     near = fixed_columns(q, k, window, ((),))
     return replace(near, rungs=found.rungs, fractions=found.fractions, factors=found.factors)
 
