@@ -304,7 +304,7 @@ def test_infinite_loss_stops_with_the_step_its_sequences_and_a_checkpoint(recipe
     shutil.rmtree(recipe.out / "model")
     shutil.rmtree(recipe.out / "checkpoint-9")
     poison(recipe.out / "checkpoint-6", math.inf)
-    starts = np.load(next((recipe.data / "order").glob("random-seed42-length32-windows36.npy")))[6 * 4 : 7 * 4]
+    starts = np.load(next((recipe.data / "order").glob("random-seed42-length32-sequences36.npy")))[6 * 4 : 7 * 4]
     at = ", ".join(map(str, starts))
     said = rf"the loss is nan at step 7, sequences 24 to 27 of the order\. They start at tokens {at} of"
     with pytest.raises(InputError, match=said):
@@ -363,6 +363,27 @@ def test_a_bound_is_the_finished_models_and_changes_no_training(recipe: Recipe) 
         )
     assert near.max() < 1e-4 < far.min()
     assert "the last 32" in (bounded.out / "model" / "README.md").read_text()
+
+
+def test_a_finished_run_is_bounded_without_training(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = train(replace(recipe, model=replace(recipe.model, **hybrid_layers(3, full=(1,))), steps=2))
+    weights, card = files.sha256(model / "model.safetensors"), (model / "README.md").read_text()
+    (model / "README.md").write_text(card.replace("Not evaluated yet.", "Perplexity 5.") + "\nMy own words.\n")
+    command = ["train", str(recipe.out / "recipe.json"), "--out", str(recipe.out)]
+    assert main([*command, "--model.full-reach", "sequence"]) == 0
+    assert "full_reach was None and is 31 now" in capsys.readouterr().out
+    assert files.sha256(model / "model.safetensors") == weights
+    assert (growing_layers(load_model(model)), load_model(model).config.full_reach) == (0, 31)
+    sealed.verify(model)
+    assert "the last 32" in (model / "README.md").read_text()
+    assert "Perplexity 5." not in (model / "README.md").read_text()
+    assert (model / "README.md").read_text().endswith("\nMy own words.\n")
+    assert main(command) == 0, "the recipe has the bound"
+    assert "full_reach" not in capsys.readouterr().out
+    assert main([*command, "--model.full-reach", "None"]) == 0
+    assert (load_model(model).config.full_reach, "the last 32" in (model / "README.md").read_text()) == (None, False)
 
 
 def test_gradient_checkpointing_and_micro_batches_change_nothing(recipe: Recipe) -> None:

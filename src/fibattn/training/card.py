@@ -15,6 +15,7 @@ from fibattn.sealed import CARD
 from fibattn.training.recipe import Recipe
 
 _BEGIN, _END = "<!-- results: `fibattn eval` writes here -->", "<!-- end of results -->"
+_NONE_YET = "Not evaluated yet."
 _ATTENTION = {
     "fibonacci_attention": "window and distances",
     "sliding_attention": "window only",
@@ -45,7 +46,7 @@ def write_card(folder: Path, config: FibAttnConfig, parameters: int, recipe: Rec
         _head(recipe, parameters),
         _attention(config),
         _training(recipe, data),
-        f"## Results\n\n{_BEGIN}\nNot evaluated yet.\n{_END}",
+        f"## Results\n\n{_BEGIN}\n{_NONE_YET}\n{_END}",
         _LOAD,
     )
     files.write_text(folder / CARD, "\n\n".join(sections) + "\n")
@@ -53,13 +54,24 @@ def write_card(folder: Path, config: FibAttnConfig, parameters: int, recipe: Rec
 
 def add_results(folder: Path, result: dict[str, Any]) -> bool:
     """Put the length sweep `result` into the card of a model folder; says whether the card has a place."""
+    return _fill(folder, _results(result))
+
+
+def change_bound(folder: Path, old: FibAttnConfig, new: FibAttnConfig) -> None:
+    """Say in the card that full layers have another bound; its results were those with the old one."""
+    if _fill(folder, _NONE_YET):
+        text = (folder / CARD).read_text(encoding="utf-8")
+        files.write_text(folder / CARD, text.replace(_attention(old), _attention(new)))
+
+
+def _fill(folder: Path, results: str) -> bool:
     path = folder / CARD
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     before, begin, rest = text.partition(_BEGIN)
     _, end, after = rest.partition(_END)
     if not end:
         return False
-    files.write_text(path, f"{before}{begin}\n{_results(result)}\n{end}{after}")
+    files.write_text(path, f"{before}{begin}\n{results}\n{end}{after}")
     return True
 
 

@@ -21,11 +21,12 @@ from fibattn.errors import InputError, MissingExtraError
 from fibattn.model import FibAttnConfig, FibAttnForCausalLM
 from fibattn.progress import Meter, duration, quantity
 from fibattn.training import checkpoints, start
-from fibattn.training.card import write_card
+from fibattn.training.card import change_bound, write_card
 from fibattn.training.recipe import ON_CPU, Recipe, load_recipe, to_json
 from fibattn.training.trainer import FibTrainer, MetricsFile, process_count
 
 _MAY_CHANGE = {"log_every", "save_every", "keep_checkpoints", "track", "micro_batch", "out", "data", "start"}
+_MAY_CHANGE |= {"model.full_reach"}  # of the finished model; training is the same
 _CHAT = Path(__file__).with_name("chat.jinja")
 
 
@@ -87,6 +88,8 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     if sealed.is_sealed(finished):
         _verify_finished(finished)
         state.print(f"{finished} is finished already")
+        if state.is_main_process:
+            _bound(finished, recipe)
         return finished
     if finished.exists():
         raise InputError(f"{finished} exists and is no finished model of a run; move it away, or give another --out")
@@ -184,12 +187,14 @@ def _order(recipe: Recipe, data: PreparedData) -> Path:
 
 
 def _claim(recipe: Recipe, inputs: dict[str, str]) -> None:
-    """Write down what the run is, or check that the run in the folder is this one."""
-    if (recipe.out / "recipe.json").exists():
+    """Write down what the run is, or check that the run in the folder is this one, of which the bound may change."""
+    path = recipe.out / "recipe.json"
+    if path.exists():
         _check_same(recipe.out, recipe, inputs)
-        return
+        if load_recipe(str(path)).full_reach == recipe.full_reach:
+            return
     files.write_json(recipe.out / "inputs.json", inputs)
-    files.write_json(recipe.out / "recipe.json", to_json(recipe))
+    files.write_json(path, to_json(recipe))
 
 
 def _check_same(where: Path, recipe: Recipe, inputs: dict[str, str]) -> None:
@@ -226,6 +231,17 @@ def _verify_finished(model: Path) -> None:
         sealed.verify(model)
     except InputError as error:
         raise InputError(f"{error}, or remove {model}: the same command makes it anew from the last one") from None
+
+
+def _bound(finished: Path, recipe: Recipe) -> None:
+    """Give a finished model the bound of the recipe, where it has another."""
+    old = FibAttnConfig.from_pretrained(finished)
+    if old.full_reach != recipe.full_reach:
+        new = FibAttnConfig.from_pretrained(finished, full_reach=recipe.full_reach)
+        new.save_pretrained(finished)
+        change_bound(finished, old, new)
+        sealed.seal(finished)
+        print(f"full_reach was {old.full_reach} and is {new.full_reach} now; evaluations were of the model as it was")
 
 
 def _finish(
