@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from fibattn.errors import InputError
 from fibattn.progress import Meter
 from fibattn.training.recipe import OptimizerRecipe
-from fibattn.training.trainer import parameter_groups, rate_factor
+from fibattn.training.trainer import adamw, rate_factor
 
 _LOOK_EVERY = 25
 _WORKERS = min(8, os.cpu_count() or 1)  # rows are made one by one, and a GPU would wait for short ones
@@ -91,13 +91,7 @@ def fit(
     where = next(model.parameters()).device
     torch._dynamo.reset()
     compiled = _compiled(model, where, lengths_differ=len(stages) > 1)
-    adam = torch.optim.AdamW(
-        parameter_groups(model, optimizer.weight_decay),
-        lr=optimizer.learning_rate,
-        betas=(optimizer.beta1, optimizer.beta2),
-        eps=optimizer.epsilon,
-        fused=True,
-    )
+    adam = adamw(model, optimizer)
     steps = sum(stage.steps for stage in stages)
     last = torch.zeros((), device=where)
     counted = max(1, steps // 10)

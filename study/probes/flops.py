@@ -4,8 +4,8 @@ from dataclasses import replace
 from typing import Any
 
 from fibattn.errors import InputError
-from fibattn.model import cost
 from fibattn.training.run import model_config
+from study import cost
 from study.presets import find_study
 from study.probes.settings import Flops
 

@@ -17,7 +17,7 @@ from fibattn.data.prepared import PreparedData
 from fibattn.errors import InputError
 from fibattn.training.recipe import ModelRecipe, OptimizerRecipe, Recipe
 from fibattn.training.run import build_model, train
-from fibattn.training.trainer import parameter_groups, rate_factor, training_arguments
+from fibattn.training.trainer import adamw, rate_factor, training_arguments
 
 PAPER = OptimizerRecipe()
 
@@ -48,7 +48,7 @@ def test_rates_of_short_runs_stay_between_nothing_and_the_peak(warmup: int, step
 def test_weight_decay_is_for_matrices_alone(schedule: Any) -> None:
     shape = ModelRecipe(hidden_size=32, intermediate_size=40, num_hidden_layers=2, schedule=schedule)
     model = build_model(Recipe(model=shape), vocab_size=64, separator=0)
-    decayed, plain = parameter_groups(model, 0.1)
+    decayed, plain = adamw(model, OptimizerRecipe()).param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     assert all(names[id(one)].endswith(("_proj.weight", "embed_tokens.weight")) for one in decayed["params"])

@@ -32,24 +32,13 @@ _CHAT = Path(__file__).with_name("chat.jinja")
 
 def model_config(recipe: Recipe, vocab_size: int, separator: int) -> FibAttnConfig:
     """The configuration that a recipe means, for a tokenizer with `vocab_size` ids."""
-    shape = recipe.resolved().model
+    shape = to_json(recipe.resolved().model)
+    theta, _ = shape.pop("rope_theta"), shape.pop("full_reach")  # the bound is for the finished model alone
     return FibAttnConfig(
+        **shape,
         vocab_size=vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_hidden_layers,
-        num_attention_heads=shape.num_attention_heads,
-        num_key_value_heads=shape.num_key_value_heads,
         max_position_embeddings=recipe.sequence_length,
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-        base=shape.base,
-        schedule=shape.schedule,
-        stagger_heads=shape.stagger_heads,
-        window=shape.window,
-        rungs=shape.rungs,
-        max_offset=recipe.max_offset,
-        layer_types=list(shape.layer_types),
-        no_rope_layers=list(shape.no_rope_layers),
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
         bos_token_id=separator,
         eos_token_id=separator,
     )

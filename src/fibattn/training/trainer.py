@@ -33,13 +33,15 @@ def rate_factor(step: int, optimizer: OptimizerRecipe, steps: int) -> float:
     return optimizer.final_fraction + (1 - optimizer.final_fraction) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on parameters of two dimensions or more, none on the rest."""
+def adamw(model: nn.Module, optimizer: OptimizerRecipe) -> torch.optim.AdamW:
+    """Fused AdamW at the peak rate; weight decay on parameters of two dimensions or more, none on the rest."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": optimizer.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
+    betas = (optimizer.beta1, optimizer.beta2)
+    return torch.optim.AdamW(groups, lr=optimizer.learning_rate, betas=betas, eps=optimizer.epsilon, fused=True)
 
 
 def training_arguments(recipe: Recipe, processes: int) -> TrainingArguments:
@@ -108,16 +110,9 @@ class FibTrainer(Trainer):
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))  # pyright: ignore
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Fused AdamW over the paper's two groups."""
+        """The paper's."""
         if self.optimizer is None:
-            chosen = self.recipe.optimizer
-            self.optimizer = torch.optim.AdamW(
-                parameter_groups(self.model if model is None else model, chosen.weight_decay),  # pyright: ignore
-                lr=chosen.learning_rate,
-                betas=(chosen.beta1, chosen.beta2),
-                eps=chosen.epsilon,
-                fused=True,
-            )
+            self.optimizer = adamw(self.model if model is None else model, self.recipe.optimizer)  # pyright: ignore
         return self.optimizer
 
     def create_scheduler(
