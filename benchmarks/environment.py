@@ -1,5 +1,6 @@
 """Where, when and by which command a result was made."""
 
+import shlex
 import sys
 import time
 from typing import Any
@@ -16,7 +17,7 @@ def environment() -> dict[str, Any]:
         **machine.description(),
         **machine.versions(),
         "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
+        "command": "python -m benchmarks " + shlex.join(sys.argv[1:]),
     }
 
 

@@ -13,7 +13,7 @@ import fibattn
 from fibattn import files
 from fibattn import machine as hardware
 from fibattn.data.prepared import PreparedData
-from fibattn.data.tokenizer import load_tokenizer
+from fibattn.data.tokenizer import load_tokenizer, tokenizer_folder
 from fibattn.evaluation.sweep import sweep
 from fibattn.model.loading import load_model
 from study.cost import coverage, flops, mean_keys
@@ -34,7 +34,7 @@ def evaluate(folder: Path, data: PreparedData, study: Study) -> dict[str, Any]:
     the rows of the probes of these names, one for each length of the chain: `hops` or `length`, `accuracy`, `margin`
     and `margin_error` (nats), `chance` and `items`. Results of earlier versions lack these two.
     """
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    model, tokenizer = load_model(folder), load_tokenizer(tokenizer_folder(folder))
     config: Any = model.config
     trained_at = config.max_position_embeddings
     lengths = [factor * trained_at for factor in study.factors]

@@ -214,3 +214,18 @@ def test_disk_that_is_full_is_said_in_one_line(prepared: Path, tmp_path: Path) -
     assert not list(run.glob("checkpoint-*"))
     assert main(words) == 0
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
+
+
+def test_a_checkpoint_is_sampled_and_evaluated(
+    prepared: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("model"))
+    assert main(["sample", str(run / "checkpoint-1"), "so says", "--max-new-tokens", "3"]) == 0
+    assert capsys.readouterr().out.startswith("so says")
+    assert main(["eval", str(run / "checkpoint-1"), "--data", str(prepared), "--lengths", "32"]) == 0
+    assert list(json.loads((run / "evaluation-checkpoint-1-lengths-32.json").read_text())["sets"]) == ["texts"]
+    (tmp_path / "other.txt").write_text("other words, 0123456789 of them, are read here and more of them there. " * 400)
+    words = ["prepare", tmp_path / "other", tmp_path / "other.txt", "--tokenizer", run / "tokenizer", "--held-out", "0"]
+    assert main([*map(str, words), "--val", f"other={prepared.parent / 'texts' / '00.txt'}"]) == 0
+    assert main(["eval", str(run / "checkpoint-1"), "--data", str(tmp_path / "other"), "--lengths", "32"]) == 0
+    assert "or a checkpoint of this one, such as" in says(capsys, "eval", run, "--data", prepared)

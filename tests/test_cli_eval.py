@@ -135,7 +135,7 @@ def test_another_data_sets_vocabulary_is_refused(
 def test_another_tokenizer_with_as_many_ids_is_refused(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = shutil.copytree(model, tmp_path / "run" / "model")
+    folder = shutil.copytree(model, tmp_path / "a run" / "model")
     shutil.copytree(data / "tokenizer", folder, dirs_exist_ok=True)
     out = ["--out", str(tmp_path / "result.json"), "--lengths", "32"]
     assert main(["eval", str(folder), "--data", str(data), *out]) == 0
@@ -147,7 +147,9 @@ def test_another_tokenizer_with_as_many_ids_is_refused(
     assert PreparedData.open(tmp_path / "data").vocab_size == ids
     (tmp_path / "result.json").unlink()
     assert main(["eval", str(folder), "--data", str(tmp_path / "data"), *out]) == 2
-    assert "was trained with another tokenizer than the data" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "was trained with another tokenizer than the data" in said
+    assert f"fibattn prepare … --tokenizer '{folder}'" in said
     assert not (tmp_path / "result.json").exists()
 
 
@@ -188,6 +190,15 @@ def test_a_result_that_cannot_be_written_is_refused_before_the_evaluation(
     assert not printed.out
 
 
+def test_without_a_run_a_result_is_only_printed(
+    data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["eval", str(model), "--data", str(data), "--lengths", "16"]) == 0
+    assert "not written, --out FILE keeps it" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_runs_own_result_is_only_its_finished_models(tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "model").mkdir(parents=True)
@@ -195,9 +206,8 @@ def test_a_runs_own_result_is_only_its_finished_models(tmp_path: Path) -> None:
     (run / "recipe.json").write_text("{}")
     assert default_output(run / "model") == run / "evaluation.json"
     assert default_output(run / "model", "-full-reach-31") == run / "evaluation-full-reach-31.json"
-    assert default_output(run / "checkpoint-56") == Path("evaluation-run-checkpoint-56.json")
-    assert default_output(tmp_path / "loose" / "model") == Path("evaluation-loose.json")
-    assert default_output(tmp_path / "copied") == Path("evaluation-copied.json")
+    assert default_output(run / "checkpoint-56") == run / "evaluation-checkpoint-56.json"
+    assert default_output(tmp_path / "loose" / "model") is default_output(tmp_path / "copied") is None
 
 
 def test_lengths_that_never_end_together_are_refused(

@@ -104,11 +104,11 @@ def _measure(name: str, chosen: Any, out: Path) -> dict[str, Any]:
         return probe(chosen.settings, earlier=earlier, keep=partial(_write, out))
     if name not in _ASKING:
         return probe(chosen.settings)
-    from fibattn.data.tokenizer import load_tokenizer
+    from fibattn.data.tokenizer import load_tokenizer, tokenizer_folder
     from fibattn.model.loading import find_model, load_model
 
     folder = find_model(chosen.model)
-    result = probe(load_model(folder), load_tokenizer(folder), chosen.settings)
+    result = probe(load_model(folder), load_tokenizer(tokenizer_folder(folder)), chosen.settings)
     return {"probe": name, "model": str(folder), **result}
 
 

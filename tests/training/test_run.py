@@ -310,8 +310,8 @@ def test_infinite_loss_stops_with_the_step_its_sequences_and_a_checkpoint(recipe
     with pytest.raises(InputError, match=said):
         train(replace(recipe, steps=9))
     report = files.read_json(recipe.out / "not-finite.json")
-    assert (report["first_step"], report["last_step"], report["first_window"]) == (7, 7, 24)
-    assert report["window_starts"] == starts.tolist()
+    assert (report["first_step"], report["last_step"], report["first_sequence"]) == (7, 7, 24)
+    assert report["sequence_starts"] == starts.tolist()
     assert checkpoints.latest(recipe.out) == recipe.out / "checkpoint-6"
 
 

@@ -15,11 +15,11 @@ class Arguments:
     """Evaluate a trained model on held-out text, at its training length and beyond."""
 
     model: Annotated[Path, tyro.conf.Positional]
-    """A model folder, or a finished run."""
+    """A model folder, a finished run, or a checkpoint."""
     data: Path
     """The prepared folder with the held-out sets."""
     lengths: tuple[int, ...] = ()
-    """Window lengths; 1, 2, 4 and 8 times the training length when left out."""
+    """Lengths of the sequences; 1, 2, 4 and 8 times the training length when left out."""
     sets: tuple[str, ...] = ()
     """Held-out sets; all when left out."""
     tokens: int = 1_048_576
@@ -29,8 +29,8 @@ class Arguments:
     full_reach: int | Literal["saved"] | None = "saved"
     """Let full-attention layers look back only so far, None to the beginning; left out: as the model was saved."""
     out: Path | None = None
-    """Where the JSON goes. Left out: beside the model of a run, else here. A whole evaluation (without
-    --lengths, --sets, --tokens and --full-reach) goes into the card, too; any other has a file of its own."""
+    """Where the JSON goes. Left out: into the run, where the model is of one. A whole evaluation (without --lengths,
+    --sets, --tokens and --full-reach) goes into the card, too; any other has a file of its own."""
 
 
 def run(arguments: list[str]) -> None:
@@ -53,7 +53,8 @@ def run(arguments: list[str]) -> None:
     folder, data = find_model(chosen.model), PreparedData.open(chosen.data)
     ways = _ways(chosen)
     out = chosen.out or default_output(folder, ways)
-    files.check_writable(out)
+    if out is not None:
+        files.check_writable(out)
     check_same_vocabulary(folder, data)
     model = load_bounded(folder, chosen.full_reach)
     trained_at = model.config.get_text_config().max_position_embeddings
@@ -67,10 +68,14 @@ def run(arguments: list[str]) -> None:
     console = Console()
     for table in tables(result):
         console.print(table)
-    files.write_json(out, result)
+    if out is not None:
+        files.write_json(out, result)
     if chosen.out is None and not ways:
         add_results(folder, result)
-    console.print(f"convention: {result['convention']}; written to {out}", soft_wrap=True)
+    console.print(
+        f"convention: {result['convention']}; {f'written to {out}' if out else 'not written, --out FILE keeps it'}",
+        soft_wrap=True,
+    )
 
 
 def _ways(chosen: Arguments) -> str:

@@ -18,7 +18,7 @@ class Arguments:
     """Continue a prompt; the text goes to standard output as it is made, the speed and memory to standard error."""
 
     model: Annotated[Path, tyro.conf.Positional]
-    """A model folder, or a finished run."""
+    """A model folder, a finished run, or a checkpoint."""
     prompt: Annotated[str, tyro.conf.Positional] = ""
     """The text to continue, printed first; - reads it from standard input. Without one, a document of its own."""
     prompt_file: Path | None = None
@@ -42,12 +42,13 @@ def run(arguments: list[str]) -> None:
     """Stream the continuation of the prompt."""
     chosen = parse(Arguments, arguments, "fibattn sample")
     limit, prompt = _limit(chosen.max_new_tokens), _prompt(chosen)
-    from fibattn.data.tokenizer import load_tokenizer, separator
+    from fibattn.data.tokenizer import load_tokenizer, separator, tokenizer_folder
     from fibattn.model.loading import find_model, load_bounded
     from fibattn.model.streaming import growing_layers, stream
 
     folder = find_model(chosen.model)
-    model, tokenizer = load_bounded(folder, chosen.full_reach).eval(), load_tokenizer(folder)
+    model = load_bounded(folder, chosen.full_reach).eval()
+    tokenizer = load_tokenizer(tokenizer_folder(folder))
     growing = growing_layers(model)
     if growing and limit is None:
         print(

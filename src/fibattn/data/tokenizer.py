@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -79,18 +80,24 @@ def check_vocab_size(vocab_size: int) -> None:
 
 
 def check_same_vocabulary(model: Path, data: "PreparedData") -> None:
-    """Check that the tokenizer in a model folder, if there is one, has the vocabulary of the data's.
+    """Check that the tokenizer of a model folder, if there is one, has the vocabulary of the data's.
 
     Raises:
         InputError: when an id means something else, even where there are as many.
     """
-    if not (model / "tokenizer.json").exists():
+    if not ((folder := tokenizer_folder(model)) / "tokenizer.json").exists():
         return
-    if load_tokenizer(model).get_vocab() != load_tokenizer(data.tokenizer_path).get_vocab():
+    if load_tokenizer(folder).get_vocab() != load_tokenizer(data.tokenizer_path).get_vocab():
         raise InputError(
             f"{model} was trained with another tokenizer than the data in {data.folder}; use the data it was trained "
-            f"on, or prepare the text with its own: fibattn prepare … --tokenizer {model}"
+            f"on, or prepare the text with its own: fibattn prepare … --tokenizer {shlex.quote(str(folder))}"
         )
+
+
+def tokenizer_folder(model: Path) -> Path:
+    """Where the tokenizer of a model folder is: in it, or for a checkpoint in its run."""
+    places = (model, model.parent / "tokenizer", model.parent / "model")
+    return next((folder for folder in places if (folder / "tokenizer.json").exists()), model)
 
 
 def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 from fibattn.data.prepared import PreparedData
 from fibattn.errors import InputError, suggestion
 from fibattn.evaluation.loss import LAST, position_loss
-from fibattn.model.loading import model_name
 
 CONVENTION = "disjoint sequences, every position; the same tokens at every length"
 
@@ -144,15 +143,12 @@ def change(value: float, first: float) -> str:
     return "" if value == first else f"{100 * (value / first - 1):+.1f} %"
 
 
-def default_output(model: Path, ways: str = "") -> Path:
-    """Where an evaluation goes unless told: beside the finished model of a run, else into the current folder.
+def default_output(model: Path, ways: str = "") -> Path | None:
+    """Where an evaluation goes unless told: into the run of the model or checkpoint; None where there is none.
 
-    There it has the model's name, a checkpoint's that of its run besides. `ways` is what sets it apart from a whole
-    evaluation, which it must not replace.
+    `ways` is what sets it apart from a whole evaluation, which it must not replace.
     """
-    whole = model.resolve()
-    of_a_run = (whole.parent / "recipe.json").exists()
-    if whole.name == "model" and of_a_run:
-        return model.parent / f"evaluation{ways}.json"
-    name = f"{whole.parent.name}-{whole.name}" if of_a_run else model_name(whole)
-    return Path(f"evaluation-{name}{ways}.json")
+    run, name = model.resolve().parent, model.resolve().name
+    if not (run / "recipe.json").exists():
+        return None
+    return run / f"evaluation{'' if name == 'model' else f'-{name}'}{ways}.json"

@@ -32,7 +32,12 @@ def find_model(path: Path) -> Path:
             if is_sealed(folder):
                 verify(folder)
             return folder
-    raise InputError(f"{path} holds no model (config.json is missing); give a model folder or a finished run")
+    checkpoint = next(
+        (f", or a checkpoint of this one, such as {one}" for one in sorted(path.glob("checkpoint-*"))), ""
+    )
+    raise InputError(
+        f"{path} holds no model (config.json is missing); give a model folder or a finished run{checkpoint}"
+    )
 
 
 def load_model(folder: Path, **changes: Any) -> PreTrainedModel:

@@ -16,7 +16,7 @@ from fibattn import files, machine, sealed
 from fibattn.data.order import load_order, make_order
 from fibattn.data.prepared import PreparedData
 from fibattn.data.sequences import TrainingSequences
-from fibattn.data.tokenizer import load_tokenizer
+from fibattn.data.tokenizer import load_tokenizer, save_tokenizer
 from fibattn.errors import InputError, MissingExtraError
 from fibattn.model import FibAttnConfig, FibAttnForCausalLM
 from fibattn.progress import Meter, duration, quantity
@@ -73,6 +73,8 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
         if recipe.start is not None:
             inputs["start_sha256"] = _start(recipe, config, data)
         _claim(recipe, inputs)
+        if not (recipe.out / "tokenizer").exists():
+            save_tokenizer(tokenizer, recipe.out / "tokenizer")  # for who looks at a checkpoint
     finished = recipe.out / "model"
     if sealed.is_sealed(finished):
         _verify_finished(finished)
