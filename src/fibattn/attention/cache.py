@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fibattn.attention import ring
 from fibattn.attention.api import attend_cached
 from fibattn.errors import InputError
 from fibattn.pattern import LearnedPattern, Pattern
@@ -44,17 +45,10 @@ class AttentionCache:
         return out
 
     def _rings_for(self, k: Tensor) -> tuple[Tensor, Tensor]:
-        """The rings, with room for the tokens of k; rows at least double, so that all growing copies little."""
+        """The rings, with room for the tokens of k."""
         one = isinstance(self.pattern, Pattern | LearnedPattern)
         reach = self.pattern.reach if one else max(each.reach for each in self.pattern)  # pyright: ignore
-        tokens = self.length + k.shape[1]
-        if self._rings is None:
-            shape = (k.shape[0], min(reach + 1, tokens), *k.shape[2:])
-            return k.new_zeros(shape), k.new_zeros(shape)
-        rows = self._rings[0].shape[1]
-        if rows >= min(reach + 1, tokens):
-            return self._rings
-        more = min(reach + 1, max(tokens, 2 * rows)) - rows
-        # No row was used twice yet: each token stays where it is.
-        keys, values = (functional.pad(x, (0, 0, 0, 0, 0, more)) for x in self._rings)
+        rings = self._rings or (k.new_zeros(k.shape[0], 0, *k.shape[2:]),) * 2
+        more = ring.lacking(rings[0].shape[1], self.length + k.shape[1], reach)
+        keys, values = (functional.pad(x, (0, 0, 0, 0, 0, more)) if more else x for x in rings)
         return keys, values

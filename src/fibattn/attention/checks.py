@@ -33,10 +33,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> float
             raise InputError(f"{name} has shape {tuple(x.shape)}; expected (batch, tokens, heads, head size)")
         if x.dtype not in _DTYPES:
             raise InputError(f"{name} is {x.dtype}; expected one of {', '.join(map(str, _DTYPES))}")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise InputError(f"{name} is {x.dtype} on {x.device} but q is {q.dtype} on {q.device}; make them agree")
-        if x.stride(-1) != 1 and x.shape[-1] > 1:
-            raise InputError(f"{name} has strides {x.stride()}; the last dimension must be contiguous, copy it first")
+        _check_like(q, name, x)
     if k.shape != v.shape:
         raise InputError(f"k is {tuple(k.shape)} and v is {tuple(v.shape)}; their shapes must be equal")
     batch, tokens, heads, size = q.shape
@@ -60,6 +57,13 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> float
     if scale is not None and not -math.inf < scale < math.inf:
         raise InputError(f"scale is {scale}; it must be finite, or None for head size ** -0.5")
     return size**-0.5 if scale is None else scale
+
+
+def _check_like(q: Tensor, name: str, x: Tensor) -> None:
+    if x.dtype != q.dtype or x.device != q.device:
+        raise InputError(f"{name} is {x.dtype} on {x.device} but q is {q.dtype} on {q.device}; make them agree")
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        raise InputError(f"{name} has strides {x.stride()}; the last dimension must be contiguous, copy it first")
 
 
 def check_pattern(
@@ -108,13 +112,18 @@ def check_positions(q: Tensor, k: Tensor, positions: Tensor | None, cu_seqlens: 
         return None
     if not isinstance(positions, Tensor):
         raise InputError(f"positions are a {type(positions).__name__}; give a tensor of integers on {q.device}")
-    if positions.dtype not in (torch.int32, torch.int64) or positions.device != q.device:
-        raise InputError(f"positions are {positions.dtype} on {positions.device}; expected integers on {q.device}")
-    if positions.ndim != 2 or positions.shape[0] not in (1, q.shape[0]) or positions.shape[1] != q.shape[1]:
-        raise InputError(f"positions have shape {tuple(positions.shape)}; expected ({q.shape[0]} or 1, {q.shape[1]})")
-    if readable(positions) and int(positions.min()) < 0:
-        raise InputError(f"positions go down to {int(positions.min())}; a position inside a document is 0 or more")
+    _check_integers(q, "positions", positions, "a position inside a document is 0 or more")
     return positions.clamp(max=torch.iinfo(torch.int32).max).to(torch.int32)
+
+
+def _check_integers(q: Tensor, name: str, x: Tensor, least: str) -> None:
+    """One number of 0 or more for each query token, of each row of the batch or for all alike."""
+    if x.dtype not in (torch.int32, torch.int64) or x.device != q.device:
+        raise InputError(f"{name} are {x.dtype} on {x.device}; expected integers on {q.device}")
+    if x.ndim != 2 or x.shape[0] not in (1, q.shape[0]) or x.shape[1] != q.shape[1]:
+        raise InputError(f"{name} have shape {tuple(x.shape)}; expected ({q.shape[0]} or 1, {q.shape[1]})")
+    if readable(x) and int(x.min()) < 0:
+        raise InputError(f"{name} go down to {int(x.min())}; {least}")
 
 
 def check_rings(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor, cache_positions: Tensor, reach: int) -> None:
@@ -125,31 +134,17 @@ def check_rings(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor, cache_po
                 f"{name} has shape {tuple(x.shape)}; for keys of shape {tuple(k.shape)} expected "
                 f"({k.shape[0]}, rows, {k.shape[2]}, {k.shape[3]}): is it the cache of another model?"
             )
-        if x.dtype != q.dtype or x.device != q.device:
-            raise InputError(f"{name} is {x.dtype} on {x.device} but q is {q.dtype} on {q.device}; make them agree")
-        if x.stride(-1) != 1 and x.shape[-1] > 1:
-            raise InputError(f"{name} has strides {x.stride()}; the last dimension must be contiguous")
+        _check_like(q, name, x)
         if x.shape[1] < 1 or x.shape[1] != k_cache.shape[1]:
             raise InputError(f"{name} has {x.shape[1]} rows and k_cache {k_cache.shape[1]}; give as many, at least 1")
     if k.shape[1] != q.shape[1]:
         raise InputError(f"{q.shape[1]} query tokens and {k.shape[1]} new keys; with a cache they are the same tokens")
-    _check_places(q, k_cache.shape[1], cache_positions, reach)
-
-
-def _check_places(q: Tensor, rows: int, cache_positions: Tensor, reach: int) -> None:
-    if cache_positions.dtype not in (torch.int32, torch.int64) or cache_positions.device != q.device:
-        found = f"{cache_positions.dtype} on {cache_positions.device}"
-        raise InputError(f"cache_positions are {found}; expected integers on {q.device}")
-    if cache_positions.shape not in ((1, q.shape[1]), (q.shape[0], q.shape[1])):
-        found = tuple(cache_positions.shape)
-        raise InputError(f"cache_positions have shape {found}; expected ({q.shape[0]} or 1, {q.shape[1]})")
+    _check_integers(q, "cache_positions", cache_positions, "the first token has position 0")
     if not readable(cache_positions):
         return
-    if int(cache_positions.min()) < 0:
-        raise InputError(f"cache_positions go down to {int(cache_positions.min())}; the first token has position 0")
     if bool((cache_positions.diff(dim=1) != 1).any()):
         raise InputError(f"cache_positions are {cache_positions.tolist()}; they must go up by one from token to token")
-    tokens = int(cache_positions.max()) + 1
+    rows, tokens = k_cache.shape[1], int(cache_positions.max()) + 1
     if rows < min(reach + 1, tokens):
         needed = f"a reach of {reach} needs {reach + 1}, or one for each of the {tokens} tokens"
         raise InputError(f"the rings have {rows} rows; {needed}")

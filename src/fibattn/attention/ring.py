@@ -33,6 +33,14 @@ def store(ring: Tensor, new: Tensor, cache_positions: Tensor) -> None:
     ring[_batch(ring), rows] = new[:, -kept:].detach()
 
 
+def lacking(rows: int, tokens: int, reach: int) -> int:
+    """How many rows to add for a sequence of so many tokens; they at least double, so that all growing copies little.
+
+    As long as there are fewer than `reach + 1`, none was used twice: each token stays where it is.
+    """
+    return 0 if rows >= min(reach + 1, tokens) else min(reach + 1, max(tokens, 2 * rows)) - rows
+
+
 def _batch(ring: Tensor) -> Tensor:
     return torch.arange(ring.shape[0], device=ring.device)[:, None]
 

@@ -67,27 +67,28 @@ class RingLayer(CacheLayerMixin):
             torch._dynamo.mark_static_address(keys)
             torch._dynamo.mark_static_address(values)
 
+    @property
+    def _rings(self) -> tuple[Tensor, Tensor]:
+        """Views of the buffers, (batch, rows, KV heads, head size), as `attend_cached` takes them."""
+        return self.keys.transpose(1, 2), self.values.transpose(1, 2)  # pyright: ignore[reportOptionalMemberAccess]
+
     def take(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Count the tokens k and v (batch, tokens, KV heads, head size), and hand out the rings to write them to.
-
-        Returns:
-            Views of the buffers, (batch, rows, KV heads, head size), as `attend_cached` takes them.
 
         Raises:
             InputError: when the buffers are of another batch, shape or dtype.
         """
         if not self.is_initialized:
             self.lazy_initialization(k.transpose(1, 2), v.transpose(1, 2))
-        assert self.keys is not None
-        assert self.values is not None
-        held, new = (self.keys.shape[0], self.keys.shape[1], self.keys.shape[3]), (k.shape[0], *k.shape[2:])
-        if held != new or self.keys.dtype != k.dtype or self.keys.device != k.device:
+        ring = self._rings[0]
+        held, new = (ring.shape[0], *ring.shape[2:]), (k.shape[0], *k.shape[2:])
+        if held != new or ring.dtype != k.dtype or ring.device != k.device:
             raise InputError(
-                f"the cache holds (batch, KV heads, head size) {held} in {self.keys.dtype} on {self.keys.device}, the "
+                f"the cache holds (batch, KV heads, head size) {held} in {ring.dtype} on {ring.device}, the "
                 f"model gives {new} in {k.dtype} on {k.device}; use the cache with the model and batch it was made for"
             )
         self.count(k, v)
-        return self.keys.transpose(1, 2), self.values.transpose(1, 2)
+        return self._rings
 
     def count(self, k: Tensor, v: Tensor) -> None:
         """Note that the tokens k and v are about to be written, and see that there is room."""
@@ -114,8 +115,8 @@ class RingLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put the sequences into the order of `beam_idx`, in place."""
         if self.is_initialized:
-            self.keys.copy_(self.keys.index_select(0, beam_idx.to(self.device)))  # pyright: ignore
-            self.values.copy_(self.values.index_select(0, beam_idx.to(self.device)))  # pyright: ignore
+            for ring in self._rings:
+                ring.copy_(ring.index_select(0, beam_idx.to(self.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence."""
@@ -158,32 +159,21 @@ class DynamicRingLayer(RingLayer, DynamicLayer):
 
     def count(self, k: Tensor, v: Tensor) -> None:
         """As in `RingLayer`."""
-        self._grow(self.length + k.shape[1])
+        more = decode.lacking(self._rings[0].shape[1], self.length + k.shape[1], self.reach)
+        if more:
+            with _writable():
+                self._hold(*(functional.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values)))  # pyright: ignore
         if self.record_past:
-            assert self.keys is not None
-            assert self.values is not None
-            rings = (self.keys.transpose(1, 2), self.values.transpose(1, 2))
             self._recorded = tuple(  # pyright: ignore
                 torch.cat([old, new.detach()], dim=1)
-                for old, new in zip(self._recorded or self._newest(*rings), (k, v), strict=True)
+                for old, new in zip(self._recorded or self._newest(), (k, v), strict=True)
             )
         self.length += k.shape[1]
 
-    def _grow(self, tokens: int) -> None:
-        """Make room for a sequence of so many tokens; rows at least double, so that all growing copies little."""
-        assert self.keys is not None
-        assert self.values is not None
-        rows = self.keys.shape[2]
-        if rows < self._rows_for(tokens):
-            more = self._rows_for(max(tokens, 2 * rows)) - rows
-            with _writable():
-                # No row was used twice yet: each token stays where it is.
-                self._hold(*(functional.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values)))
-
-    def _newest(self, *rings: Tensor) -> tuple[Tensor, ...]:
+    def _newest(self) -> tuple[Tensor, ...]:
         """The newest tokens in order, `reach` of them or as many as there are."""
         last = torch.tensor([[self.length]], device=self.device)
-        return tuple(decode.before(ring, last, min(self.reach, self.length)) for ring in rings)
+        return tuple(decode.before(ring, last, min(self.reach, self.length)) for ring in self._rings)
 
     def get_seq_length(self) -> int:
         """How many tokens the sequence has had; the ring holds the last of them."""
@@ -208,16 +198,16 @@ class DynamicRingLayer(RingLayer, DynamicLayer):
                     "(generate() does, but a converted or a bounded dense model cannot be its assistant)"
                 )
             at = torch.arange(self.length - back - kept, self.length - back, device=self.device)[None]
-            for ring, tokens in zip((self.keys, self.values), recorded, strict=True):
-                decode.store(ring.transpose(1, 2), tokens[:, :kept], at)  # pyright: ignore
+            for ring, tokens in zip(self._rings, recorded, strict=True):
+                decode.store(ring, tokens[:, :kept], at)
         self.length, self._recorded = self.length - back, None
 
     def reset(self) -> None:
         """Begin a new sequence with the same buffers."""
         self.length, self._recorded = 0, None
         if self.is_initialized:
-            self.keys.zero_()  # pyright: ignore
-            self.values.zero_()  # pyright: ignore
+            for ring in self._rings:
+                ring.zero_()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """As in `RingLayer`."""
