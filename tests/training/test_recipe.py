@@ -1,6 +1,10 @@
 """Recipes as files and flags: what comes back, and what a slip of the keyboard gets."""
 
+import ast
+import inspect
+import itertools
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,9 +14,13 @@ from typing import Any
 import pytest
 
 from fibattn import files
+from fibattn.cli import eval as eval_verb
+from fibattn.cli import pattern, prepare, sample
 from fibattn.cli.flags import parse
 from fibattn.errors import InputError
 from fibattn.training.recipe import PRESETS, ModelRecipe, OptimizerRecipe, Recipe, load_recipe, to_json
+
+VERBS = (eval_verb, pattern, prepare, sample)
 
 
 def test_defaults_are_the_papers_recipe() -> None:
@@ -130,7 +138,7 @@ def test_flags_override_one_field_and_leave_the_rest() -> None:
             "optimizer.learning_rate is nan; it must be above 0",
         ),
         ({"optimizer": OptimizerRecipe(beta2=1.5)}, "optimizer.beta2 is 1.5; it must be from 0 to below 1"),
-        ({"optimizer": OptimizerRecipe(warmup_steps=-1)}, "optimizer.warmup_steps is -1; it must be 0 or more"),
+        ({"optimizer": OptimizerRecipe(warmup_steps=-1)}, "optimizer.warmup_steps is -1; it must be from 0 to"),
         ({"model": ModelRecipe(layer_types=("full_attention",) * 17)}, "layer_types has 17 entries for 16 layers"),
         ({"model": ModelRecipe(no_rope_layers=())}, "no_rope_layers has 0 entries for 16 layers"),
         (
@@ -196,3 +204,21 @@ def test_the_verb_answers_a_slip_in_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "--steps" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("kind", [Recipe, ModelRecipe, OptimizerRecipe, *(one.Arguments for one in VERBS)])
+def test_every_field_has_words_for_the_help(kind: type) -> None:
+    (body,) = ast.parse(inspect.getsource(kind)).body
+    assert isinstance(body, ast.ClassDef)
+    for one, after in itertools.pairwise(body.body):
+        if isinstance(one, ast.AnnAssign):
+            assert isinstance(after, ast.Expr), ast.unparse(one)
+            assert isinstance(after.value, ast.Constant), ast.unparse(one)
+
+
+def test_of_several_processes_one_says_that_a_step_does_not_divide() -> None:
+    command = [sys.executable, "-m", "fibattn", "train", "small"]
+    for rank, said in (("0", True), ("1", False)):
+        world = os.environ | {"WORLD_SIZE": "3", "RANK": rank}
+        done = subprocess.run(command, env=world, capture_output=True, text=True, check=False)
+        assert (done.returncode, "do not divide over 3 processes" in done.stderr) == (2, said)

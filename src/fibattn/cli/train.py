@@ -20,8 +20,13 @@ def run(arguments: list[str]) -> None:
     elif not named:
         name = _default()
     recipe = parse(Recipe, flags, f"fibattn train {name}", default=load_recipe(name))
-    recipe.check()
-    recipe.split(int(os.environ.get("WORLD_SIZE", "1")))  # before torch loads: torchrun says much when a process ends
+    try:  # before torch loads: torchrun says much when a process ends
+        recipe.check()
+        recipe.split(int(os.environ.get("WORLD_SIZE", "1")))
+    except InputError:
+        if _first_process():
+            raise
+        raise SystemExit(2) from None  # one process says it
     from accelerate import PartialState  # these take seconds to import
 
     from fibattn.training.run import train

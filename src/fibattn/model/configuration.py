@@ -106,6 +106,11 @@ class FibAttnConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads > 0:
+            if self.hidden_size % self.num_attention_heads:
+                raise InputError(
+                    f"hidden_size is {self.hidden_size}, which does not divide by {self.num_attention_heads} attention "
+                    "heads; use a multiple of twice as many, or give head_dim"
+                )
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.initializer_range is None and self.hidden_size > 0:
             self.initializer_range = self.hidden_size**-0.5
@@ -196,9 +201,14 @@ class FibAttnConfig(PreTrainedConfig):
                 "use a multiple of them"
             )
         if self.full_reach is not None and not 1 <= self.full_reach < 1 << 63:
-            raise InputError(f"full_reach is {self.full_reach}; it must be at least 1, or None for no bound")
+            raise InputError(
+                f"full_reach is {self.full_reach}; it must be at least 1, below 2**63, or None for no bound"
+            )
         if (self.head_dim or 0) % 2:
-            raise InputError(f"head_dim is {self.head_dim}; RoPE needs an even head size")
+            raise InputError(
+                f"head_dim is {self.head_dim}, and RoPE needs an even head size; where it is not given, hidden_size is "
+                f"a multiple of twice the attention heads ({2 * self.num_attention_heads})"
+            )
         for name, allowed in (("base", get_args(Base)), ("schedule", get_args(Schedule))):
             if getattr(self, name) not in allowed:
                 raise InputError(

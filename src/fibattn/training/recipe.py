@@ -25,10 +25,15 @@ class ModelRecipe:
     """The shape of the model and what its layers attend to. Defaults: the paper's 60 M parameters."""
 
     hidden_size: int = 512
+    """Numbers for each token between the layers."""
     intermediate_size: int = 1366
+    """Width inside the feed-forward part of a layer."""
     num_hidden_layers: int = 16
+    """Depth: how many layers."""
     num_attention_heads: int = 8
+    """Query heads of a layer; hidden_size divides by them."""
     num_key_value_heads: int = 2
+    """Heads of keys and values, each shared by as many query heads."""
     layer_types: tuple[LayerType, ...] = ("fibonacci_attention",)
     """What each layer does: window and rungs, window alone, or everything. Shorter than the depth, it repeats."""
     no_rope_layers: tuple[Literal[0, 1], ...] = (1,)
@@ -50,6 +55,7 @@ class ModelRecipe:
     """How far back the full layers of the finished model look; sequence: as far as in training, so that it runs for
     ever at constant cost. None: to the beginning. Training is the same."""
     rope_theta: float = 10_000.0
+    """Base of the rotary positions: larger turns slower."""
 
     def check(self) -> None:
         """Refuse what only a recipe can say wrongly; the rest is checked with the configuration.
@@ -59,6 +65,9 @@ class ModelRecipe:
         """
         if not (math.isfinite(self.rope_theta) and self.rope_theta > 0):
             raise InputError(f"model.rope_theta is {self.rope_theta}; it must be a finite number above 0")
+        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
+            _check_count(f"model.{name}", getattr(self, name), 1_000_000)
+        _check_count("model.num_hidden_layers", self.num_hidden_layers, 10_000)
         for name in ("layer_types", "no_rope_layers"):
             if not 1 <= (count := len(getattr(self, name))) <= self.num_hidden_layers:
                 raise InputError(
@@ -82,13 +91,19 @@ class OptimizerRecipe:
     learning_rate: float = 3e-4
     """The highest, after the warm-up."""
     final_fraction: float = 0.1
+    """The rate at the end, as a part of the highest."""
     warmup_steps: int = 300
+    """Steps in which the rate rises to the highest."""
     beta1: float = 0.9
+    """How slowly the mean of the gradients follows, from 0 to below 1."""
     beta2: float = 0.95
+    """How slowly the mean of their squares follows."""
     epsilon: float = 1e-8
+    """Added to the root of the squares, against division by 0."""
     weight_decay: float = 0.1
     """On parameters of two dimensions or more."""
     max_grad_norm: float = 1.0
+    """Gradients with a larger norm are scaled down to it."""
 
     def check(self) -> None:
         """Refuse values that cannot train.
@@ -105,8 +120,8 @@ class OptimizerRecipe:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"optimizer.{name} is {getattr(self, name)}; it must be from 0 to below 1")
-        if self.warmup_steps < 0:
-            raise InputError(f"optimizer.warmup_steps is {self.warmup_steps}; it must be 0 or more")
+        if not 0 <= self.warmup_steps <= _MOST:
+            raise InputError(f"optimizer.warmup_steps is {self.warmup_steps}; it must be from 0 to {_MOST:,}")
 
 
 @dataclass(frozen=True)
@@ -121,27 +136,38 @@ class Recipe:
     """A finished run, or its model, whose weights are the beginning; fresh ones when left out. What its layers
     attend to may differ, the length too."""
     model: ModelRecipe = field(default_factory=ModelRecipe)
+    """The shape of the model, and what its layers attend to."""
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    """AdamW and its rate."""
     sequence_length: int = 1024
     """Tokens of a training sequence."""
     sequences_per_step: int = 32
+    """Training sequences of one step, over all processes."""
     steps: int = 13_000
+    """Updates of the weights in all."""
     order: Literal["random", "epochs"] = "random"
     """Sequences drawn with replacement (the paper's), or every one once an epoch."""
     init_seed: int = 42
+    """Decides the weights at the beginning."""
     data_seed: int = 42
+    """Decides the order of the sequences."""
     micro_batch: int = 32
     """The most sequences a process takes at once; fewer need less memory. A step stays the same up to rounding: it
     is cut into equal parts, and a run may go on with another value."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Autocast dtype over float32 parameters; auto is bf16 on a GPU."""
     compile: bool = False
+    """Compile the step: minutes before the first, then faster."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, more time."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """What several processes under torchrun do: copy the model or shard it (FSDP2)."""
     log_every: int = 10
+    """Steps from one line of metrics.jsonl to the next."""
     save_every: int = 1000
+    """Steps from one checkpoint to the next."""
     keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay."""
     track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Where metrics go besides metrics.jsonl."""
 
@@ -203,8 +229,12 @@ class Recipe:
             "keep_checkpoints",
         )
         for name in positive:
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            _check_count(name, getattr(self, name), _MOST)
+        if (sequences := self.steps * self.sequences_per_step) > 1e9:
+            raise InputError(
+                f"{self.steps} steps of {self.sequences_per_step} sequences are {sequences:.0e}, and the order of a "
+                "run is a file of at most 1e9; make steps smaller"
+            )
         self.optimizer.check()
         for name in ("init_seed", "data_seed"):
             if not 0 <= getattr(self, name) < 2**32:
@@ -256,6 +286,14 @@ def load_recipe(name: str) -> Recipe:
     raise InputError(
         f"unknown recipe {name!r}: {suggestion(name, PRESETS, 'presets')} (a file of your own ends in .json)"
     )
+
+
+_MOST = (1 << 31) - 1
+
+
+def _check_count(name: str, value: int, most: int) -> None:
+    if not 1 <= value <= most:
+        raise InputError(f"{name} is {value}; it must be {'at least 1' if value < 1 else f'at most {most:,}'}")
 
 
 def _to_depth(entries: tuple[T, ...], layers: int) -> tuple[T, ...]:

@@ -85,7 +85,12 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     if finished.exists():
         raise InputError(f"{finished} exists and is no finished model of a run; move it away, or give another --out")
     disable_progress_bar()
-    model = build_model(recipe, data.vocab_size, data.separator)
+    try:
+        model = build_model(recipe, data.vocab_size, data.separator)
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error):
+            raise
+        raise InputError(f"a model of these sizes does not fit into memory ({error}); make it smaller") from None
     checkpoint = checkpoints.latest(recipe.out)
     if recipe.start is not None and checkpoint is None:
         start.load_weights(model, recipe.start)
