@@ -202,9 +202,7 @@ def _take(
         lost = (cache_positions[:, :1] > rows)[..., None, None]
         earlier = [x.masked_fill(lost, torch.nan) for x in earlier]
     keys, values = (torch.cat(pair, dim=1) for pair in zip(earlier, (k, v), strict=True))
-    ring.store(k_cache, k, cache_positions)
-    ring.store(v_cache, v, cache_positions)
-    return keys, values, cache_positions if positions is None else torch.minimum(cache_positions, positions)
+    return keys, values, ring.write(k_cache, v_cache, k, v, cache_positions, positions)
 
 
 def _choose(backend: Backend, q: Tensor) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fibattn.attention.reference import document_limit
+from fibattn.attention.reference import document_limit, wide
 from fibattn.pattern import InterpolatedRung, Pattern
 
 _CHUNK_BYTES = 2 << 20
@@ -198,7 +198,7 @@ class _Work:
         self.kv_heads, self.group = k.shape[2], heads // k.shape[2]
         window = min(window, k.shape[1] - 1)
         self.window, self.rungs, self.scale = window, rungs, scale
-        self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        self.dtype = wide(q)
         self.past = k.shape[1] - self.tokens
         self.limit = document_limit(q, k, positions)[:, None, :, None]
         # From here on no query misses a key; never, where a head has fewer rungs than others or documents are packed.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fibattn.attention import cpu, ring
-from fibattn.attention.reference import Patterns
+from fibattn.attention.reference import Patterns, wide
 from fibattn.errors import InputError
 from fibattn.pattern import InterpolatedRung, LearnedPattern, Pattern
 
@@ -49,7 +49,7 @@ def attend(
         # Compiled, PyTorch loses the gradient of an operator inside `torch.func.grad`: it gives zeros, and warns.
         torch._dynamo.graph_break()
     out, lse = Attend.apply(q, k, v, alpha, positions, scale, *_as_integers(patterns), interpret)
-    return out, lse.to(lse_dtype(q.dtype))
+    return out, lse.to(wide(q))
 
 
 def step(
@@ -77,11 +77,6 @@ def _as_integers(patterns: Patterns) -> tuple[int, list[int], list[int], int]:
         return patterns.window, list(patterns.rungs), [len(patterns.rungs)], limit
     offsets = [offset for one in patterns for offset in one.offsets]
     return patterns[0].window, offsets, [len(one.offsets) for one in patterns], NO_LIMIT
-
-
-def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a log-sum-exp as callers see it."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def kept_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -151,8 +146,8 @@ def _triton_step(q, k_cache, v_cache, k, v, cache_positions, alpha, positions, *
     cached = (q, k_cache, v_cache, k, v, cache_positions, positions, given.scale, given.window)
     if alpha is None:
         return kernels.decode.decode(*cached, kernels.columns.offset_table(given.sets, q.device))
-    found = kernels.learned.resolve(alpha, given.sets[0], given.window, given.max_offset)
-    return kernels.decode.decode(*cached, found.rungs, found.fractions)
+    rungs, fractions, _ = kernels.learned.resolve(alpha, given.sets[0], given.window, given.max_offset)
+    return kernels.decode.decode(*cached, rungs, fractions)
 
 
 @torch.library.impl(_library, "attend_forward", "CPU")

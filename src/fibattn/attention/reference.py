@@ -15,6 +15,11 @@ Patterns = tuple[Pattern, ...] | LearnedPattern
 """One pattern, or one for every KV head, or one whose rungs a learned alpha moves."""
 
 
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype that sums over values of `x` are taken in, and in which callers get a log-sum-exp."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -92,5 +97,4 @@ def _interpolated(x: Tensor, near: Tensor, far: Tensor, fraction: Tensor) -> Ten
 
 
 def _result(scores: Tensor, out: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    lse = torch.logsumexp(scores, dim=-1).to(torch.float64 if q.dtype == torch.float64 else torch.float32)
-    return out.transpose(1, 2).to(q.dtype), lse
+    return out.transpose(1, 2).to(q.dtype), torch.logsumexp(scores, dim=-1).to(wide(q))

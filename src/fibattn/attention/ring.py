@@ -12,6 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fibattn.attention.reference import wide
 from fibattn.errors import InputError
 
 _UNREACHABLE = torch.iinfo(torch.int64).max
@@ -31,6 +32,15 @@ def store(ring: Tensor, new: Tensor, cache_positions: Tensor) -> None:
     kept = min(new.shape[1], ring.shape[1])
     rows = cache_positions[:, -kept:] % ring.shape[1]
     ring[_batch(ring), rows] = new[:, -kept:].detach()
+
+
+def write(
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, cache_positions: Tensor, positions: Tensor | None
+) -> Tensor:
+    """Store a chunk; how far back each of its tokens may look, (batch or 1, tokens)."""
+    store(k_cache, k, cache_positions)
+    store(v_cache, v, cache_positions)
+    return cache_positions if positions is None else torch.minimum(cache_positions, positions)
 
 
 def lacking(rows: int, tokens: int, reach: int) -> int:
@@ -66,7 +76,7 @@ def step(
     oldest = int(cache_positions.max())
     if fractions is not None:
         _check_farther_keys(sets[0], k_cache.shape[1], oldest)
-    limit = _write(k_cache, v_cache, k, v, cache_positions, positions)[:, :, None]
+    limit = write(k_cache, v_cache, k, v, cache_positions, positions)[:, :, None]
     held = _held(window, oldest)
     distances = _distances(held, tuple(sets))
     rows = (cache_positions[:, :, None] - distances) % k_cache.shape[1]
@@ -90,15 +100,6 @@ def _check_farther_keys(nearer: tuple[int, ...], rows: int, oldest: int) -> None
         )
 
 
-def _write(
-    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, cache_positions: Tensor, positions: Tensor | None
-) -> Tensor:
-    """Store the token; how far back it may look, (batch or 1, 1)."""
-    store(k_cache, k, cache_positions)
-    store(v_cache, v, cache_positions)
-    return cache_positions if positions is None else torch.minimum(cache_positions, positions)
-
-
 @cache
 def _distances(window: int, sets: tuple[tuple[int, ...], ...]) -> Tensor:
     """The distances of every KV head, (1 or KV heads, window + 1 + most rungs); unreachable ones fill up."""
@@ -112,14 +113,10 @@ def _held(window: int, oldest: int) -> int:
     return min(window, (1 << oldest.bit_length()) - 1)
 
 
-def _working(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
 def _rows(ring: Tensor, rows: Tensor) -> Tensor:
     """Rows (batch or 1, KV heads or 1, count) of every head: (batch, KV heads, count, head size)."""
     heads = torch.arange(ring.shape[2], device=ring.device)[:, None]
-    return ring[_batch(ring)[..., None], rows, heads].to(_working(ring))
+    return ring[_batch(ring)[..., None], rows, heads].to(wide(ring))
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, missing: Tensor, scale: float) -> Tensor:

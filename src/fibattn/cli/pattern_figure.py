@@ -1,6 +1,7 @@
 """The picture of a stack of patterns: what every layer attends to, and what the layers reach together."""
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 from matplotlib import pyplot as plt
@@ -60,20 +61,12 @@ def _needed(axes: Axes, composition: Composition) -> None:
     reached = [(d, n) for d, n in enumerate(needed) if n is not None]
     most = max(n for _, n in reached)
     axes.plot(*zip(*reached, strict=True), ".", color=_FAR, markersize=2, rasterized=True)
-    for first, last in _gaps(needed):
-        axes.axvspan(first - 0.5, last + 0.5, color=_NOWHERE, linewidth=0)
+    for missing, run in groupby(range(len(needed)), key=lambda distance: needed[distance] is None):
+        if missing:
+            gap = list(run)
+            axes.axvspan(gap[0] - 0.5, gap[-1] + 0.5, color=_NOWHERE, linewidth=0)
     axes.set_ylim(-0.4, most + 0.6)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlabel("distance" + ("" if composition.first_gap is None else " (grey: no path of any length reaches it)"))
     axes.set_ylabel("fewest layers that reach it")
-
-
-def _gaps(needed: Sequence[int | None]) -> list[tuple[int, int]]:
-    """First and last distance of every stretch that nothing reaches."""
-    gaps: list[tuple[int, int]] = []
-    for distance, layers in enumerate(needed):
-        if layers is None:
-            first = gaps.pop()[0] if gaps and gaps[-1][1] == distance - 1 else distance
-            gaps.append((first, distance))
-    return gaps

@@ -16,7 +16,7 @@ from fibattn.attention.triton.columns import (
     Columns,
     column_keys,
     column_mask,
-    set_stride,
+    row_stride,
 )
 from fibattn.attention.triton.dense_window import dense_window_grad
 from fibattn.attention.triton.key_gradients import key_gradients
@@ -92,9 +92,9 @@ def backward(
                 *(columns.rungs, columns.fractions, columns.factors),
                 *(dq, delta, weights, grads, partial),
                 *(scale, tokens, k.shape[1], columns.window, kv_heads, rungs),
-                *(columns.near, columns.width, set_stride(columns.table)),
+                *(columns.near, columns.width, row_stride(columns.table)),
                 *launch.strides(q, k, v, grad_out, out, dq),
-                launch.positions_stride(positions),
+                row_stride(positions),
                 DELTA=delta_from,
                 **launch.row_options(shape, tiles, columns, wide),
             )

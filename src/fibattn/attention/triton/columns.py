@@ -61,9 +61,9 @@ class Columns:
         return (self.table.shape[1] - 1) // 2
 
 
-def set_stride(table: Tensor) -> int:
-    """From one KV head's row of a table to the next one's; 0 where all share it."""
-    return table.stride(0) if table.shape[0] > 1 else 0
+def row_stride(table: Tensor | None) -> int:
+    """From the row of one KV head or batch entry to the next one's; 0 where all share it."""
+    return 0 if table is None or table.shape[0] == 1 else table.stride(0)
 
 
 def fixed_columns(q: Tensor, k: Tensor, window: int, sets: tuple[tuple[int, ...], ...]) -> Columns:
@@ -83,7 +83,7 @@ def column_table(sets: tuple[tuple[int, ...], ...], window: int, batch_queries: 
     rows = [
         near + [(min(d, UNREACHABLE) - t, 1 << t) for d in offsets for t in range(batch_queries)] for offsets in sets
     ]
-    width = columns_width(max(map(len, rows)))
+    width = max(1, -(-max(map(len, rows)) // COLUMNS_MULTIPLE)) * COLUMNS_MULTIPLE
     padded = [row + [(UNREACHABLE, 0)] * (width - len(row)) for row in rows]
     table = [[len(row), *(c[0] for c in full), *(c[1] for c in full)] for row, full in zip(rows, padded, strict=True)]
     return kept_on_device(table, torch.int32, device)
@@ -99,11 +99,6 @@ def near_column(window: int, batch_queries: int, column: int) -> tuple[int, int]
     """Shift and bits of one of the window's columns: its distance from query `t` of a batch is `t + shift`."""
     shift = column - (batch_queries - 1)
     return shift, sum(1 << t for t in range(batch_queries) if 0 <= t + shift <= window)
-
-
-def columns_width(columns: int) -> int:
-    """The width of a table that holds so many columns."""
-    return max(1, -(-columns // COLUMNS_MULTIPLE)) * COLUMNS_MULTIPLE
 
 
 @cache

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from fibattn.attention.triton import launch
-from fibattn.attention.triton.columns import set_stride
+from fibattn.attention.triton.columns import row_stride
 from fibattn.attention.triton.rows import load_rows
 from fibattn.attention.triton.scores import LOG2E, softmax_step
 from fibattn.attention.triton.shape import Shape, shape_of
@@ -49,8 +49,8 @@ def decode(
     try:
         decode_kernel[(batch * kv_heads,)](
             *(q, k_cache, v_cache, k, v, out, cache_positions, positions, rungs, fractions),
-            *(scale, k_cache.shape[1], window, kv_heads, set_stride(rungs)),
-            *(launch.positions_stride(cache_positions), launch.positions_stride(positions)),
+            *(scale, k_cache.shape[1], window, kv_heads, row_stride(rungs)),
+            *(row_stride(cache_positions), row_stride(positions)),
             *launch.strides(k_cache, v_cache, q, k, v, out),
             GROUP=shape.group,
             SIZE=shape.size,

@@ -17,7 +17,7 @@ from fibattn.attention.triton.columns import (
     Columns,
     column_keys,
     column_mask,
-    set_stride,
+    row_stride,
 )
 from fibattn.attention.triton.dense_window import dense_window
 from fibattn.attention.triton.launch import Tiles
@@ -59,9 +59,9 @@ def forward(
     try:
         forward_kernel[grid](
             *(q, k, v, out, lse, positions, columns.table, columns.rungs, columns.fractions),
-            *(scale, tokens, keys, columns.window, kv_heads, columns.width, set_stride(columns.table)),
+            *(scale, tokens, keys, columns.window, kv_heads, columns.width, row_stride(columns.table)),
             *launch.strides(q, k, v, out),
-            launch.positions_stride(positions),
+            row_stride(positions),
             **launch.row_options(shape, tiles, columns, launch.wide(q, k, v)),
         )
     except OutOfResources as error:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fibattn.attention.triton import launch
-from fibattn.attention.triton.columns import Columns, near_columns, set_stride
+from fibattn.attention.triton.columns import Columns, near_columns, row_stride
 from fibattn.attention.triton.rows import (
     block_rows,
     load_rows,
@@ -105,9 +105,9 @@ def key_gradients(
         own_keys = rung_tiles.keys - columns.learned
         rung_grad_kernel[(launch.blocks(keys, own_keys) * parts * kv_heads, batch)](
             *(q, grad_out, positions, columns.rungs, columns.fractions, weights, grads, dk, dv),
-            *(tokens, keys, kv_heads, rungs, set_stride(columns.rungs)),
+            *(tokens, keys, kv_heads, rungs, row_stride(columns.rungs)),
             *launch.strides(q, grad_out, dk, dv),
-            launch.positions_stride(positions),
+            row_stride(positions),
             BN=rung_tiles.keys,
             BP=rung_tiles.part,
             UNROLL=rung_tiles.unroll,
@@ -120,7 +120,7 @@ def key_gradients(
         *(q, k, v, grad_out, lse, grad_lse, delta, positions, dk, dv),
         *(scale, tokens, keys, columns.window, kv_heads),
         *launch.strides(q, k, v, grad_out, dk, dv),
-        launch.positions_stride(positions),
+        row_stride(positions),
         GP=shape.padded_group,
         BN=tiles.keys,
         BR=max(tiles.rows, shape.padded_group),

@@ -91,11 +91,6 @@ def wide(*tensors: Tensor) -> bool:
     return False
 
 
-def positions_stride(positions: Tensor | None) -> int:
-    """The batch stride of `positions`, 0 where all rows of the batch share them."""
-    return 0 if positions is None or positions.shape[0] == 1 else positions.stride(0)
-
-
 def strides(*tensors: Tensor) -> list[tuple[int, ...]]:
     """Batch, token and head strides of each (B, T, H, D) tensor."""
     return [x.stride()[:3] for x in tensors]

@@ -8,7 +8,7 @@ two keys, the near one and the one before it. The logit is linear in the two dot
 products, of which the fraction makes one.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -29,24 +29,14 @@ MOST_RUNGS = 16
 """No tile has more rungs than this: so far past the last one tiles may read."""
 
 
-@dataclass(frozen=True)
-class Resolved:
-    """The kept rungs on the device: their number and near offsets, fractions, and the base rungs themselves."""
-
-    rungs: Tensor
-    fractions: Tensor
-    factors: Tensor
-
-
 def columns_of(
     q: Tensor, k: Tensor, alpha: Tensor | None, window: int, sets: tuple[tuple[int, ...], ...], max_offset: int
 ) -> Columns:
     """The columns of a call; with an alpha those of the window, and beside them the rungs."""
     if alpha is None:
         return fixed_columns(q, k, window, sets)
-    found = resolve(alpha, sets[0], window, max_offset)
-    near = fixed_columns(q, k, window, ((),))
-    return replace(near, rungs=found.rungs, fractions=found.fractions, factors=found.factors)
+    rungs, fractions, factors = resolve(alpha, sets[0], window, max_offset)
+    return replace(fixed_columns(q, k, window, ((),)), rungs=rungs, fractions=fractions, factors=factors)
 
 
 @cache
@@ -54,8 +44,11 @@ def _base_rungs(rungs: tuple[int, ...], device: torch.device) -> Tensor:
     return kept_on_device(rungs, torch.float64, device)
 
 
-def resolve(alpha: Tensor, rungs: tuple[int, ...], window: int, max_offset: int) -> Resolved:
-    """The kept rungs, as `LearnedPattern.at` gives them, without a word to the host."""
+def resolve(alpha: Tensor, rungs: tuple[int, ...], window: int, max_offset: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The kept rungs, as `LearnedPattern.at` gives them, without a word to the host.
+
+    Their number and near offsets, their fractions, and the base rungs themselves, as `Columns` has them.
+    """
     if rungs and rungs[-1] >= _EXACT:
         raise InputError(f"the last rung is {rungs[-1]}; rungs must be below {_EXACT}")
     base = _base_rungs(rungs, alpha.device)
@@ -70,7 +63,7 @@ def resolve(alpha: Tensor, rungs: tuple[int, ...], window: int, max_offset: int)
         enable_fp_fusion=False,
         num_warps=4,
     )
-    return Resolved(table[:, : 1 + len(rungs)], fractions, factors)
+    return table[:, : 1 + len(rungs)], fractions, factors
 
 
 @triton.jit(do_not_specialize=["rungs", "window", "max_offset"])
