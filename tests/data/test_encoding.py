@@ -139,7 +139,7 @@ def test_the_record_and_bits_per_byte_are_of_the_texts_own_bytes(
     assert of_source["val"]["bytes"] == sum(len(text.encode()) for text in held_out)
     stream = data.validation["a"]
     counts = stream.byte_counts(0, len(stream), data.token_bytes)
-    starts = np.flatnonzero(stream.window(0, len(stream)) == data.separator)
+    starts = np.flatnonzero(stream.sequence(0, len(stream)) == data.separator)
     assert np.add.reduceat(counts, starts).tolist() == [len(text.encode()) for text in held_out]
     assert stream.byte_counts(7, 300, data.token_bytes).tolist() == counts[7:307].tolist()
 

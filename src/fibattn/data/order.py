@@ -4,7 +4,6 @@
 """
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,9 +46,7 @@ def make_order(
 
 
 def _epochs(generator: np.random.RandomState, sequences: int, distinct: int) -> np.ndarray:
-    permutations: Iterator[np.ndarray] = (
-        generator.permutation(distinct) for _ in range(math.ceil(sequences / distinct))
-    )
+    permutations = [generator.permutation(distinct) for _ in range(math.ceil(sequences / distinct))]
     return np.concatenate([np.zeros(0, np.int64), *permutations])[:sequences]
 
 

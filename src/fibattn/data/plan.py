@@ -45,13 +45,9 @@ class Plan:
         for name in self.validation:
             self.check_name("held-out set", name)
         self._check_weights(names)
-        for what, value, least in (
-            ("tokens", self.tokens, 1),
-            ("held_out_tokens", self.held_out_tokens, 1),
-            ("shard_tokens", self.shard_tokens, 1),
-        ):
-            if value is not None and value < least:
-                raise InputError(f"{what} is {value}; expected {least} or more")
+        for name in ("tokens", "held_out_tokens", "shard_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"{name} is {value}; expected 1 or more")
         if not -(2**63) <= self.seed < 2**63:
             raise InputError(f"seed is {self.seed}; expected a number that fits into 64 bits")
         if not 0 <= self.held_out < 1:

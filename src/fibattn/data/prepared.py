@@ -14,10 +14,8 @@ import numpy as np
 
 from fibattn import files
 from fibattn.data.record import DATA, UNFINISHED
-from fibattn.data.shards import Shard, bytes_path, is_intact, open_shard
+from fibattn.data.shards import bytes_path, is_intact, listed, open_shard
 from fibattn.errors import InputError
-
-_SEALS = ("sha256", "starts_sha256", "bytes_sha256")
 
 
 class TokenStream:
@@ -69,9 +67,8 @@ class PreparedData:
     """A whole prepared folder.
 
     `token_bytes` [vocabulary] are the bytes of text each token stands for, where its tokenizer keeps bytes (see
-    `TokenStream.byte_counts`); `fingerprint` changes when any
-    token does; `separator` is the id that begins every document; `sources` is what `data.json` says of each
-    source.
+    `TokenStream.byte_counts`); `fingerprint` changes when any token does; `separator` is the id that begins every
+    document; `sources` is what `data.json` says of each source.
     """
 
     folder: Path
@@ -104,10 +101,8 @@ class PreparedData:
             raise InputError(f"{folder / DATA} has format {found}, expected 1; prepare the data anew")
         _check(folder, data, verify)
         streams = {
-            (source["name"], split): TokenStream([_folder(folder, source) / s["file"] for s in source[split]["shards"]])
-            for source in data["sources"]
-            for split in ("train", "val")
-            if source[split]
+            (name, split): TokenStream([folder / "shards" / name / shard.file for shard in shards])
+            for (name, split), shards in listed(data["sources"]).items()
         }
         paths = [path for (_, split), stream in streams.items() if split == "train" for path in stream.paths]
         return cls(
@@ -126,24 +121,12 @@ class PreparedData:
 def fingerprint(data: dict[str, Any]) -> str:
     """SHA-256 over the fingerprints in `data.json`: the tokenizer and every shard in order."""
     shards = [
-        [source["name"], split, *(shard[name] for name in _SEALS if shard.get(name))]
-        for source in data["sources"]
-        for split in ("train", "val")
-        if source[split]
-        for shard in source[split]["shards"]
+        [*stream, *(seal for seal in (shard.sha256, shard.starts_sha256, shard.bytes_sha256) if seal)]
+        for stream, found in listed(data["sources"]).items()
+        for shard in found
     ]
-    parts = [
-        data["vocab_size"],
-        data["separator"],
-        data["tokenizer_sha256"],
-        data["token_bytes_sha256"],
-        shards,
-    ]
+    parts = [data[name] for name in ("vocab_size", "separator", "tokenizer_sha256", "token_bytes_sha256")] + [shards]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _folder(folder: Path, source: dict[str, Any]) -> Path:
-    return folder / "shards" / source["name"]
 
 
 def _check(folder: Path, data: dict[str, Any], verify: bool) -> None:
@@ -165,14 +148,13 @@ def _check(folder: Path, data: dict[str, Any], verify: bool) -> None:
         found = files.sha256(path) if path.exists() else "missing"
         if found != expected:
             raise InputError(f"{path} differs: SHA-256 {found}, expected {expected}; {repair}")
-    for source in data["sources"] if verify else ():
-        for split in ("train", "val"):
-            for shard in (Shard(**saved) for saved in (source[split] or {"shards": ()})["shards"]):
-                path = _folder(folder, source) / shard.file
-                open_shard(path)  # says more of a missing or truncated one
-                if not is_intact(path.parent, shard):
-                    found = files.sha256(path)
-                    raise InputError(
-                        f"the shard {path} was altered: SHA-256 {found}, expected {shard.sha256} (or its "
-                        f"document starts were); {repair}"
-                    )
+    for (name, _), shards in listed(data["sources"]).items() if verify else ():
+        for shard in shards:
+            path = folder / "shards" / name / shard.file
+            open_shard(path)  # says more of a missing or truncated one
+            if not is_intact(path.parent, shard):
+                found = files.sha256(path)
+                raise InputError(
+                    f"the shard {path} was altered: SHA-256 {found}, expected {shard.sha256} (or its "
+                    f"document starts were); {repair}"
+                )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fibattn import files
-from fibattn.data.shards import Shard, cut_shard, is_intact, remove_shard
+from fibattn.data.shards import Shard, cut_shard, is_intact, listed, remove_shard
 from fibattn.errors import InputError
 
 UNFINISHED, DATA = "unfinished.json", "data.json"
@@ -58,12 +58,7 @@ class Record:
 
     @classmethod
     def _of_published(cls, folder: Path, saved: dict[str, Any]) -> "Record":
-        shards = {
-            f"{source['name']}/{split}": [Shard(**shard) for shard in source[split]["shards"]]
-            for source in saved["sources"]
-            for split in ("train", "val")
-            if source[split]
-        }
+        shards = {f"{name}/{split}": found for (name, split), found in listed(saved["sources"]).items()}
         tokenizer = saved["tokenizer_sha256"]
         return cls(folder, saved["settings"], saved["limits"], tokenizer, shards, set(shards), published=True)
 

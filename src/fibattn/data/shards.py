@@ -5,10 +5,11 @@ and 7 for uint32. Beside `x.bin` lies `x.starts.npy`, the position of each docum
 """
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +36,16 @@ class Shard:
     sha256: str
     starts_sha256: str
     bytes_sha256: str | None = None
+
+
+def listed(sources: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[Shard]]:
+    """The shards of every source's streams, "train" and "val", from what `data.json` says of the sources."""
+    return {
+        (source["name"], split): [Shard(**saved) for saved in source[split]["shards"]]
+        for source in sources
+        for split in ("train", "val")
+        if source[split]
+    }
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
