@@ -44,12 +44,7 @@ class Meter:
 
     def __enter__(self) -> "Meter":
         if sys.stderr.isatty() and not self.quiet:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TaskProgressColumn(),
-                TimeRemainingColumn(),
-            )
+            columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
             bar = Progress(*columns, TextColumn("{task.fields[note]}"), transient=True)
             self._task = bar.add_task(self.label, total=self.total, note="")
             bar.start()

@@ -19,10 +19,7 @@ def seal(folder: Path) -> None:
         if path.is_file() and path.name not in _UNSEALED:
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
-            manifest[str(path.relative_to(folder))] = {
-                "bytes": path.stat().st_size,
-                "sha256": files.sha256(path),
-            }
+            manifest[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
     files.write_json(folder / _MANIFEST, manifest)
 
 

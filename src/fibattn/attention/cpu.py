@@ -171,10 +171,7 @@ def backward(
             shift = shift - grad_lse.reshape(work.grouped(lse))[..., rows].movedim(2, -1)[..., None]
         grad_scores = weights * (work.products(upstream, near_values, far_values) - shift) * scale
         work.give(dq, work.weighted(grad_scores, near_keys, far_keys), chunk)
-        for grad, left, right, into in (
-            (grad_scores, queries, work.keys, dk),
-            (weights, upstream, work.values, dv),
-        ):
+        for grad, left, right, into in ((grad_scores, queries, work.keys, dk), (weights, upstream, work.values, dv)):
             near_grad, far_grad = work.transposed(grad, left)
             work.add_band(near_grad, into.transpose(1, 2), chunk)
             rungs.scatter(far_grad, into.transpose(1, 2), right, chunk)
@@ -185,14 +182,7 @@ class _Work:
     """The shapes of one call and the products on one chunk. A band is (B, Hkv, blocks, block + window, D)."""
 
     def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        window: int,
-        rungs: Rungs,
-        scale: float,
-        positions: Tensor | None,
+        self, q: Tensor, k: Tensor, v: Tensor, window: int, rungs: Rungs, scale: float, positions: Tensor | None
     ):
         self.batch, self.tokens, heads, self.size = q.shape
         self.kv_heads, self.group = k.shape[2], heads // k.shape[2]

@@ -10,16 +10,7 @@ from rich.table import Table
 
 from fibattn.cli.flags import parse
 from fibattn.errors import InputError, MissingExtraError
-from fibattn.pattern import (
-    Base,
-    Composition,
-    Pattern,
-    Schedule,
-    compose,
-    layer_alphas,
-    layer_patterns,
-    union_coverage,
-)
+from fibattn.pattern import Base, Composition, Pattern, Schedule, compose, layer_alphas, layer_patterns, union_coverage
 
 _FARTHEST = 200_000  # takes seconds
 

@@ -82,12 +82,7 @@ def save_array(path: Path, values: np.ndarray) -> None:
 
 
 def write_shard(
-    path: Path,
-    documents: Iterable[np.ndarray],
-    sizes: np.ndarray,
-    dtype: np.dtype,
-    full: int,
-    limit: int | None,
+    path: Path, documents: Iterable[np.ndarray], sizes: np.ndarray, dtype: np.dtype, full: int, limit: int | None
 ) -> Shard:
     """Write documents until there are `full` tokens or more, never more than `limit`; the last may be cut.
 

@@ -60,10 +60,7 @@ PRESETS = {
         Source("tinystories", hub="roneneldan/TinyStories", held_out_split="validation"),
         # problems repeat with different solutions, so whole problems are held out
         Source(
-            "openmathinstruct-2",
-            hub="nvidia/OpenMathInstruct-2",
-            text=("problem", "generated_solution"),
-            key="problem",
+            "openmathinstruct-2", hub="nvidia/OpenMathInstruct-2", text=("problem", "generated_solution"), key="problem"
         ),
     )
 }

@@ -23,11 +23,7 @@ class FibAttnAttention(nn.Module):
 
     def __init__(self, config: FibAttnConfig, layer: int):
         super().__init__()
-        heads, kv_heads, size = (
-            config.num_attention_heads,
-            config.num_key_value_heads or 1,
-            config.head_dim or 1,
-        )
+        heads, kv_heads, size = (config.num_attention_heads, config.num_key_value_heads or 1, config.head_dim or 1)
         self.config, self.layer_idx, self.head_dim = config, layer, size
         self.num_key_value_groups = heads // kv_heads
         self.scaling, self.attention_dropout, self.is_causal = size**-0.5, 0.0, True
@@ -94,13 +90,7 @@ class FibAttnAttention(nn.Module):
         return attend_cached(q, *rings, k, v, self.pattern, cache_positions=cache_positions, **how)
 
     def _attend_fully(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        attention_mask: Tensor | None,
-        cache: Cache | None,
-        **kwargs: Any,
+        self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, cache: Cache | None, **kwargs: Any
     ) -> Tensor:
         interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             str(self.config._attn_implementation), eager_attention_forward

@@ -250,9 +250,7 @@ PRESETS: dict[str, Recipe] = {
     "paper": _paper,
     "dense": replace(_paper, out=Path("runs/dense"), model=ModelRecipe(layer_types=("full_attention",))),
     "hybrid": replace(
-        _paper,
-        out=Path("runs/hybrid"),
-        model=ModelRecipe(window=64, full_reach="sequence", **_every_eighth),
+        _paper, out=Path("runs/hybrid"), model=ModelRecipe(window=64, full_reach="sequence", **_every_eighth)
     ),
     "small": Recipe(
         out=Path("runs/small"),

@@ -12,23 +12,11 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from fibattn.attention.triton import launch
-from fibattn.attention.triton.columns import (
-    Columns,
-    column_keys,
-    column_mask,
-    row_stride,
-)
+from fibattn.attention.triton.columns import Columns, column_keys, column_mask, row_stride
 from fibattn.attention.triton.dense_window import dense_window_grad
 from fibattn.attention.triton.key_gradients import key_gradients
 from fibattn.attention.triton.launch import Tiles
-from fibattn.attention.triton.learned import (
-    add_rungs,
-    column_limit,
-    rung_mask,
-    rung_products,
-    rung_tile,
-    rung_values,
-)
+from fibattn.attention.triton.learned import add_rungs, column_limit, rung_mask, rung_products, rung_tile, rung_values
 from fibattn.attention.triton.rows import (
     batch_rows,
     load_batches,
@@ -109,7 +97,7 @@ def backward(
 
 # As in the forward.
 _UNSPECIALIZED = [
-    *("tokens", "keys", "window", "kv_heads", "rungs_stored", "stride_set", "stride_positions", "near", "width"),
+    *("tokens", "keys", "window", "kv_heads", "rungs_stored", "stride_set", "stride_positions", "near", "width")
 ]
 
 

@@ -13,12 +13,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from fibattn.attention.triton import launch
-from fibattn.attention.triton.columns import (
-    Columns,
-    column_keys,
-    column_mask,
-    row_stride,
-)
+from fibattn.attention.triton.columns import Columns, column_keys, column_mask, row_stride
 from fibattn.attention.triton.dense_window import dense_window
 from fibattn.attention.triton.launch import Tiles
 from fibattn.attention.triton.learned import add_rungs, column_limit, rung_mask, rung_products, rung_tile

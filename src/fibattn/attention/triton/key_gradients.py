@@ -18,15 +18,7 @@ from torch import Tensor
 
 from fibattn.attention.triton import launch
 from fibattn.attention.triton.columns import Columns, near_columns, row_stride
-from fibattn.attention.triton.rows import (
-    block_rows,
-    load_rows,
-    place,
-    query_limit,
-    query_rows,
-    row_starts,
-    store_rows,
-)
+from fibattn.attention.triton.rows import block_rows, load_rows, place, query_limit, query_rows, row_starts, store_rows
 from fibattn.attention.triton.scores import NO_ROW, row_products, scaled_scores, softmax_weights
 from fibattn.attention.triton.shape import Shape
 
