@@ -237,3 +237,16 @@ def test_a_checkpoint_is_sampled_and_evaluated(
     assert main([*map(str, words), "--val", f"other={prepared.parent / 'texts' / '00.txt'}"]) == 0
     assert main(["eval", str(run / "checkpoint-1"), "--data", str(tmp_path / "other"), "--lengths", "32"]) == 0
     assert "or a checkpoint of this one, such as" in says(capsys, "eval", run, "--data", prepared)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or sys.prefix == sys.base_prefix, reason="needs a CPU and a venv")
+def test_compiling_in_a_path_with_a_blank_is_refused_in_a_line(prepared: Path, trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "my place").mkdir()
+    (tmp_path / "my place" / "venv").symlink_to(sys.prefix)
+    python = str(tmp_path / "my place" / "venv" / "bin" / "python")
+    train = ["train", "small", "--data", str(prepared), "--out", str(tmp_path / "run"), *TINY, "--compile"]
+    for words in (train, ["sample", str(trained), "--compile"]):
+        done = subprocess.run([python, "-m", "fibattn", *words], capture_output=True, text=True, check=False)
+        assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+        assert f"PyTorch cannot compile for a CPU from or into '{tmp_path}/my place/venv/" in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -63,7 +63,19 @@ def test_chosen_sets_lengths_and_tokens(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "result.json"
-    flags = ["--sets", "docs", "--lengths", "48", "16", "--tokens", "100", "--batch-tokens", "32", "--out", str(out)]
+    flags = [
+        "--sets",
+        "docs",
+        "--lengths",
+        "48",
+        "16",
+        "--tokens",
+        "100",
+        "--batch-tokens",
+        str(10**30),
+        "--out",
+        str(out),
+    ]
     assert main(["eval", str(model), "--data", str(data), *flags]) == 0
     rows = json.loads(out.read_text())["sets"]
     assert list(rows) == ["docs"]
@@ -105,7 +117,8 @@ def test_full_layers_can_be_bounded(data: Path, tmp_path: Path) -> None:
         (["--lengths", "0"], "each must be at least 1"),
         (["--tokens", "0"], "each must be at least 1"),
         (["--batch-tokens", "0"], "batch_tokens 0: each must be at least 1"),
-        (["--full-reach", "0"], "full_reach is 0; it must be at least 1, None for no bound, or left out"),
+        (["--full-reach", "0"], "full_reach is 0; it must be at least 1 and below 2**63, None for no bound, or left"),
+        (["--full-reach", str(2**63)], "it must be at least 1 and below 2**63, None for no bound, or left out"),
         (
             ["--lengths", "9999999"],
             "fewer than one sequence of 9999999; evaluate shorter lengths, raise the limit, or hold out more text",

@@ -113,6 +113,11 @@ def test_the_text_is_that_of_generate(folder, capsys):
     assert len(ours) > 20
 
 
+def test_a_tiny_temperature_takes_the_most_likely_token(folder, capsys):
+    coldest, _ = sample(capsys, folder, TEXT, "--max-new-tokens", 9, "--temperature", 0)
+    assert sample(capsys, folder, TEXT, "--max-new-tokens", 9, "--temperature", 1e-300)[0] == coldest
+
+
 def test_seeds(folder, capsys):
     texts = [sample(capsys, folder, TEXT, "--max-new-tokens", 20, "--seed", seed)[0] for seed in (1, 1, 2)]
     assert texts[0] == texts[1]

@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from fibattn._version import __version__
+from fibattn.errors import InputError
 
 _PACKAGES = ("torch", "transformers", "accelerate", "triton", "numpy")
 
@@ -42,6 +44,20 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def check_compiler() -> None:
+    """Refuse to compile for a CPU where PyTorch would call its compiler with a path that it does not quote.
+
+    Raises:
+        InputError: naming the path.
+    """
+    for path in (torch.__path__[0], os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())):
+        if " " in path:
+            raise InputError(
+                f"PyTorch cannot compile for a CPU from or into {path!r}, for the blank in it; leave --compile out, or "
+                "have the environment and TORCHINDUCTOR_CACHE_DIR elsewhere"
+            )
 
 
 def peak_memory() -> int:

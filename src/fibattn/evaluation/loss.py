@@ -99,7 +99,8 @@ def position_loss(
     with Meter(label, len(sequences) * length, "tokens", quiet=quiet) as meter, autocast:
         # From pinned memory a copy need not wait for what the GPU still has to do.
         pinned = device.type == "cuda"
-        for batch in DataLoader(sequences, max(1, batch_tokens // length), pin_memory=pinned):  # pyright: ignore
+        size = min(max(1, batch_tokens // length), len(sequences))
+        for batch in DataLoader(sequences, size, pin_memory=pinned):  # pyright: ignore
             inputs, targets = (batch[name].to(device, non_blocking=pinned) for name in ("input_ids", "shift_labels"))
             sums += _losses(model, inputs, targets).sum(dim=0, dtype=torch.float64)
             meter.update(inputs.numel())

@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
 from fibattn.errors import InputError
+from fibattn.machine import check_compiler
 from fibattn.model.cache import CACHE_NAME
 from fibattn.model.converted_layers import STORED_PATTERN
 
@@ -46,8 +47,8 @@ def stream(
         compiled: compile the step, with a static cache (and CUDA graphs on a GPU): slow to begin, then faster.
 
     Raises:
-        InputError: for an empty prompt, a limit, temperature, top_p or seed outside the above, or an unlimited compiled
-            stream of a model with full attention.
+        InputError: for an empty prompt, a limit, temperature, top_p or seed outside the above, an unlimited compiled
+            stream of a model with full attention, or where PyTorch cannot compile.
     """
     ids = list(prompt)
     if not ids:
@@ -68,6 +69,8 @@ def stream(
     cached: dict[str, Any] = {CACHE_NAME: cache, "use_cache": True}
     step: Callable[..., Any] = model
     if compiled:
+        if model.device.type == "cpu":
+            check_compiler()
         mode = "reduce-overhead" if model.device.type == "cuda" else "default"
         step = torch.compile(model.forward, fullgraph=True, mode=mode)
     logits = None
@@ -111,7 +114,8 @@ def _draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Gen
     """One token id, (1,)."""
     if temperature == 0:
         return logits.argmax(keepdim=True)
-    chances, order = torch.softmax((logits - logits.max()) / temperature, dim=-1).sort(descending=True)
+    colder = max(temperature, 1e-30)  # float32 has no smaller ones to divide by
+    chances, order = torch.softmax((logits - logits.max()) / colder, dim=-1).sort(descending=True)
     # A token stays while those more likely than it have not reached top_p: the first always does.
     chances[chances.cumsum(0) - chances >= top_p] = 0.0
     return order[torch.multinomial(chances, 1, generator=generator)]

@@ -64,6 +64,8 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     recipe.split(process_count())
     state = PartialState(cpu=not torch.cuda.is_available())
     _check_trackers(recipe)
+    if recipe.compile and not torch.cuda.is_available():
+        machine.check_compiler()
     with state.main_process_first():
         data = PreparedData.open(recipe.data, verify=state.is_main_process)
         tokenizer = _tokenizer(data)  # needed at the end, when much would be lost
