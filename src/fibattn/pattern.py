@@ -112,10 +112,8 @@ class Pattern:
     offsets: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.offsets, Sequence):
-            raise InputError(f"offsets are {self.offsets!r}; give a sequence of whole numbers")
         object.__setattr__(self, "window", whole_number("window", self.window))
-        object.__setattr__(self, "offsets", tuple(whole_number("offset", one) for one in self.offsets))
+        object.__setattr__(self, "offsets", _whole_numbers("offset", self.offsets))
         if self.window < 0:
             raise InputError(f"window is {self.window}; it must be 0 or more (0 attends to the query's own position)")
         nearest = self.window
@@ -215,10 +213,8 @@ class LearnedPattern:
     largest_alpha: float = 1.5
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rungs, Sequence):
-            raise InputError(f"rungs are {self.rungs!r}; give a sequence of whole numbers")
         object.__setattr__(self, "window", Pattern(self.window).window)
-        object.__setattr__(self, "rungs", tuple(whole_number("rung", one) for one in self.rungs))
+        object.__setattr__(self, "rungs", _whole_numbers("rung", self.rungs))
         _check_max_offset(self.max_offset)
         if any(rung <= before for before, rung in zip((0, *self.rungs), self.rungs, strict=False)):
             raise InputError(f"rungs are {list(self.rungs)}; they must be positive and strictly increasing")
@@ -248,6 +244,12 @@ class LearnedPattern:
         """The farthest distance that is read for any alpha up to `largest_alpha`, both keys of a rung counted."""
         nearer = math.floor(self.largest_alpha * max(self.rungs, default=0))
         return max(self.window, 1 + (nearer if self.max_offset is None else min(nearer, self.max_offset)))
+
+
+def _whole_numbers(name: str, values: object) -> tuple[int, ...]:
+    if not isinstance(values, Sequence):
+        raise InputError(f"{name}s are {values!r}; give a sequence of whole numbers")
+    return tuple(whole_number(name, one) for one in values)
 
 
 def _check_max_offset(max_offset: int | None) -> None:

@@ -2,7 +2,6 @@
 
 import sys
 import time
-from types import TracebackType
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -82,9 +81,7 @@ class Meter:
             line += f", {duration((self.total - self.done) * (now - self._warm) / fresh)} left"
         print(line + (f", {self.note}" if self.note else ""), file=sys.stderr, flush=True)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         now = time.monotonic()
         if self._bar is not None:
             self._bar.stop()

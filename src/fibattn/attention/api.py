@@ -161,7 +161,8 @@ def attend_cached(
         keys, values, limit = _take(k_cache, v_cache, k, v, cache_positions, positions, reach)
         return _attend(q, keys, values, patterns, alpha, scale, check_positions(q, keys, limit, None), chosen)[0]
     rings = (q, k_cache, v_cache, k, v, cache_positions)
-    return ops.step(*rings, alpha, positions, scale, patterns, _interpreted(chosen, q))
+    given = (scale, *ops.as_integers(patterns), _interpreted(chosen, q))
+    return torch.ops.fibattn.attend_step(*rings, alpha, positions, *given)
 
 
 def _attend(

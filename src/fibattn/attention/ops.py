@@ -48,29 +48,11 @@ def attend(
     if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         # Compiled, PyTorch loses the gradient of an operator inside `torch.func.grad`: it gives zeros, and warns.
         torch._dynamo.graph_break()
-    out, lse = Attend.apply(q, k, v, alpha, positions, scale, *_as_integers(patterns), interpret)
+    out, lse = _Attend.apply(q, k, v, alpha, positions, scale, *as_integers(patterns), interpret)
     return out, lse.to(wide(q))
 
 
-def step(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cache_positions: Tensor,
-    alpha: Tensor | None,
-    positions: Tensor | None,
-    scale: float,
-    patterns: Patterns,
-    interpret: bool,
-) -> Tensor:
-    """The output of one token, which the rings receive; no gradients."""
-    cached = (q, k_cache, v_cache, k, v, cache_positions)
-    return torch.ops.fibattn.attend_step(*cached, alpha, positions, scale, *_as_integers(patterns), interpret)
-
-
-def _as_integers(patterns: Patterns) -> tuple[int, list[int], list[int], int]:
+def as_integers(patterns: Patterns) -> tuple[int, list[int], list[int], int]:
     """Window, offsets, sizes of the sets and limit, as schemas have them."""
     if isinstance(patterns, LearnedPattern):
         limit = NO_LIMIT if patterns.max_offset is None else patterns.max_offset
@@ -206,7 +188,7 @@ def _(q, *_, **__):
     return _like(q)
 
 
-class Attend(torch.autograd.Function):
+class _Attend(torch.autograd.Function):
     """The forward operator with gradients in q, k, v and alpha."""
 
     generate_vmap_rule = True
@@ -225,20 +207,18 @@ class Attend(torch.autograd.Function):
         max_offset: int,
         interpret: bool,
     ) -> tuple[Tensor, Tensor]:
-        """As every autograd function's. A compiler counts the arguments, so they are all named."""
+        # A compiler counts the arguments, so they are all named.
         pattern = (scale, window, offsets, set_sizes, max_offset, interpret)
         return torch.ops.fibattn.attend_forward(q, k, v, alpha, positions, *pattern)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        """As every autograd function's."""
         ctx.save_for_backward(*inputs[:5], *output)
         ctx.rest = inputs[5:]
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        """As every autograd function's."""
         *inputs, out, lse = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         # A compiler has no second derivatives to refuse, and need not see through another function.

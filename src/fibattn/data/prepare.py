@@ -7,9 +7,8 @@ the source again up to where it was, which is far quicker than encoding it.
 
 import shutil
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from fibattn.data.encoding import encode
 from fibattn.data.plan import Plan, largest_shares, shares
 from fibattn.data.prepared import PreparedData, fingerprint
 from fibattn.data.record import DATA, UNFINISHED, Record
-from fibattn.data.shards import byte_count, save_array, token_count, token_dtype, write_shard
+from fibattn.data.shards import byte_count, save_array, token_dtype, write_shard
 from fibattn.data.sources import Source, resolve
 from fibattn.errors import InputError
 from fibattn.lock import locked
@@ -263,12 +262,11 @@ class _Preparation:
         assert self.tokenizer is not None
         arrays = encode(self.tokenizer, documents, tokenization.separator(self.tokenizer), self.dtype)
         in_bytes = limit is None and size is not None
-        count = partial(byte_count, sizes=self.sizes) if in_bytes else token_count
         done = sum(shard.bytes for shard in shards) if in_bytes else self.record.tokens(stream)
         total, unit = (size, "B") if in_bytes else (limit, "tokens")
         with Meter(f"encode {stream}", total, unit, quiet=self.quiet) as meter:
             meter.resume(done)
-            arrays = _metered(arrays, meter, count)
+            arrays = _metered(arrays, meter, self.sizes if in_bytes else None)
             while limit is None or self.record.tokens(stream) < limit:
                 first = next(arrays, None)
                 if first is None:
@@ -336,7 +334,7 @@ def _noting(documents: Iterator[str], texts: array) -> Iterator[str]:
         yield text
 
 
-def _metered(arrays: Iterator[np.ndarray], meter: Meter, count: Callable[[np.ndarray], int]) -> Iterator[np.ndarray]:
+def _metered(arrays: Iterator[np.ndarray], meter: Meter, sizes: np.ndarray | None) -> Iterator[np.ndarray]:
     for ids in arrays:
-        meter.update(count(ids))
+        meter.update(ids.shape[-1] if sizes is None else byte_count(ids, sizes))
         yield ids

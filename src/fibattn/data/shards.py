@@ -63,11 +63,6 @@ def bytes_path(path: Path) -> Path:
     return path.with_suffix(".bytes.npy")
 
 
-def token_count(document: np.ndarray) -> int:
-    """How many tokens there are in a document, with or without their bytes."""
-    return document.shape[-1]
-
-
 def byte_count(document: np.ndarray, sizes: np.ndarray) -> int:
     """How many bytes of text: those that the tokens come with, else those of the table `sizes`."""
     return int((sizes[document] if document.ndim == 1 else document[1]).sum(dtype=np.int64))
@@ -97,10 +92,10 @@ def write_shard(
         with temporary.open("wb") as file:
             file.write(bytes(HEADER_BYTES))
             for document in documents:
-                cut = token_count(document) > limit - total
+                cut = document.shape[-1] > limit - total
                 document = document[..., : limit - total]
                 starts.append(total)
-                total += token_count(document)
+                total += document.shape[-1]
                 size += byte_count(document, sizes)
                 if document.ndim > 1:
                     document, bytes_here = document
@@ -109,19 +104,13 @@ def write_shard(
                 if total >= min(full, limit):
                     break
             file.seek(0)
-            file.write(_header(dtype, total))
+            file.write(np.array((*FORMATS[dtype], total), "<i4").tobytes())
         save_array(starts_path(path), np.array(starts, np.uint64))
         if bytes_of_tokens:
             save_array(bytes_path(path), np.concatenate(bytes_of_tokens))
         digest = files.sha256(temporary)
     of_bytes = files.sha256(bytes_path(path)) if bytes_of_tokens else None
     return Shard(path.name, total, len(starts), size, cut, digest, files.sha256(starts_path(path)), of_bytes)
-
-
-def _header(dtype: np.dtype, tokens: int) -> bytes:
-    header = np.zeros(HEADER_BYTES // 4, "<i4")
-    header[:3] = (*FORMATS[dtype], tokens)
-    return header.tobytes()
 
 
 def cut_shard(path: Path, sizes: np.ndarray, limit: int) -> Shard:

@@ -79,7 +79,11 @@ def shared_targets(data: PreparedData, *, lengths: list[int], sets: list[str], t
 
     `sets` and `tokens` as in `sweep`, which raises the same.
     """
-    _check_sets(sets, data)
+    if not data.validation:
+        raise InputError(f"{data.folder} has no held-out set; prepare the text again with --held-out or --val")
+    for name in sets:
+        if name not in data.validation:
+            raise InputError(f"there is no held-out set {name!r}: {suggestion(name, data.validation, 'held-out sets')}")
     shared, longest, common = {}, max(lengths), math.lcm(*lengths)
     for name in sets or data.validation:
         held_out = len(data.validation[name])
@@ -96,16 +100,6 @@ def shared_targets(data: PreparedData, *, lengths: list[int], sets: list[str], t
                 f"{longest}; evaluate shorter lengths, raise the limit, or hold out more text"
             )
     return shared
-
-
-def _check_sets(sets: list[str], data: PreparedData) -> None:
-    if not data.validation:
-        raise InputError(f"{data.folder} has no held-out set; prepare the text again with --held-out or --val")
-    unknown = [name for name in sets if name not in data.validation]
-    if unknown:
-        raise InputError(
-            f"there is no held-out set {unknown[0]!r}: {suggestion(unknown[0], data.validation, 'held-out sets')}"
-        )
 
 
 def tables(result: dict[str, Any]) -> list[Table]:

@@ -171,15 +171,8 @@ def _layers(config: PreTrainedConfig, entry: dict[str, Any]) -> list[ConvertedLa
         raise InputError(f"keep_layers is {kept}; expected different indices from 0 to {count - 1}")
     if len(kept) == count:
         raise InputError(f"keep_layers is {kept}, every layer of the model; leave out those to convert")
-    patterns = layer_patterns(
-        entry["base"],
-        entry["schedule"],
-        layers=count,
-        window=entry["window"],
-        rungs=entry["rungs"],
-        reach=entry["rung_reach"],
-        max_offset=entry["max_offset"],
-    )
+    given = {name: entry[name] for name in ("base", "schedule", "window", "rungs", "max_offset")}
+    patterns = layer_patterns(**given, layers=count, reach=entry["rung_reach"])
     layers = []
     for layer, pattern in enumerate(patterns):
         keys = _sliding_window(config, layer)

@@ -65,14 +65,19 @@ def stream(
         raise InputError(f"seed is {seed}; it must be from 0 to 2**63 - 1")
     generator = torch.Generator(model.device)
     generator.seed() if seed is None else generator.manual_seed(seed)
-    cache = _cache(model, len(ids), max_new_tokens) if compiled else DynamicCache(config=model.config)
-    cached: dict[str, Any] = {CACHE_NAME: cache, "use_cache": True}
+    cache: Cache = DynamicCache(config=model.config)
     step: Callable[..., Any] = model
     if compiled:
+        if max_new_tokens is None and growing_layers(model):
+            raise InputError(
+                "a compiled stream of a model with full-attention layers needs a limit: their cache has a fixed size"
+            )
         if model.device.type == "cpu":
             check_compiler()
+        cache = StaticCache(config=model.config, max_cache_len=len(ids) + (max_new_tokens or 0))
         mode = "reduce-overhead" if model.device.type == "cuda" else "default"
         step = torch.compile(model.forward, fullgraph=True, mode=mode)
+    cached: dict[str, Any] = {CACHE_NAME: cache, "use_cache": True}
     logits = None
     for piece in torch.tensor([ids], device=model.device).split(_PREFILL, dim=1):
         logits = model(piece, **cached, logits_to_keep=1).logits
@@ -100,14 +105,6 @@ def growing_layers(model: PreTrainedModel) -> int:
     converted = getattr(config, STORED_PATTERN, None) if hasattr(model.base_model, "fibattn") else None
     unconverted = range(len(kinds)) if converted is None else converted["keep_layers"]
     return sum(kinds[layer] == "full_attention" for layer in unconverted)
-
-
-def _cache(model: PreTrainedModel, prompt: int, limit: int | None) -> Cache:
-    if limit is None and growing_layers(model):
-        raise InputError(
-            "a compiled stream of a model with full-attention layers needs a limit: their cache has a fixed size"
-        )
-    return StaticCache(config=model.config, max_cache_len=prompt + (limit or 0))
 
 
 def _draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:

@@ -92,30 +92,25 @@ is a base model: it goes on with a text."""
 
 
 def _attention(config: FibAttnConfig) -> str:
-    rows = (f"| {row['layers']} | {row['attention']} | {row['rope']} | {row['distances']} |" for row in _layers(config))
-    return "\n".join(
-        (
-            "## Attention",
-            "",
-            f"In a layer with a window, every token attends to the {config.window} tokens before it; where there are "
-            "distances, also to",
-            "the single tokens that far back.",
-            "",
-            "| layers | attention | RoPE | distances beyond the window |",
-            "| --- | --- | --- | --- |",
-            *rows,
-        )
-    )
+    window, rows = config.window, "\n".join(_layers(config))
+    return f"""## Attention
+
+In a layer with a window, every token attends to the {window} tokens before it; where there are distances, also to
+the single tokens that far back.
+
+| layers | attention | RoPE | distances beyond the window |
+| --- | --- | --- | --- |
+{rows}"""
 
 
 def _training(recipe: Recipe, data: PreparedData) -> str:
-    sources = ", ".join(f"{source['name']} ({_taken(source)} tokens)" for source in data.sources if source["train"])
+    taken = {source["name"]: quantity(source["train"]["tokens"]) for source in data.sources if source["train"]}
     optimizer = recipe.optimizer
     rows = {
         "tokens": f"{quantity(recipe.tokens)}: {recipe.steps} steps of {recipe.sequences_per_step} sequences of "
         f"{recipe.sequence_length}",
         "began with": recipe.start and f"the weights of {model_name(recipe.start.resolve())}",
-        "text": sources,
+        "text": ", ".join(f"{name} ({tokens} tokens)" for name, tokens in taken.items()),
         "data fingerprint": f"`{data.fingerprint}`",
         "seeds": f"weights {recipe.init_seed}, data {recipe.data_seed}",
         "peak learning rate": f"{optimizer.learning_rate}, {optimizer.warmup_steps} steps of warm-up",
@@ -124,7 +119,7 @@ def _training(recipe: Recipe, data: PreparedData) -> str:
     return "\n".join(("## Training", "", "| | |", "| --- | --- |", *lines))
 
 
-def _layers(config: FibAttnConfig) -> Iterator[dict[str, str]]:
+def _layers(config: FibAttnConfig) -> Iterator[str]:
     """A row of the card for each run of layers that are the same."""
     rows = []
     for layer, kind in enumerate(config.layer_types or []):
@@ -134,14 +129,10 @@ def _layers(config: FibAttnConfig) -> Iterator[dict[str, str]]:
             distances = f"{', '.join(map(str, config.base_rungs))}, times a learned scale"
         rotated = "yes" if (config.no_rope_layers or [])[layer] else "no"
         bound = f", the last {config.full_reach + 1:,}" if config.full_reach and kind == "full_attention" else ""
-        rows.append({"attention": _ATTENTION[kind] + bound, "rope": rotated, "distances": distances or "none"})
+        rows.append(f"{_ATTENTION[kind]}{bound} | {rotated} | {distances or 'none'}")
     for row, run in groupby(enumerate(rows), key=lambda item: item[1]):
         numbers = [number for number, _ in run]
-        yield {"layers": f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]}–{numbers[-1]}", **row}
-
-
-def _taken(source: dict[str, Any]) -> str:
-    return quantity(source["train"]["tokens"])
+        yield f"| {numbers[0]}{f'–{numbers[-1]}' if len(numbers) > 1 else ''} | {row} |"
 
 
 def _results(result: dict[str, Any]) -> str:
@@ -149,13 +140,8 @@ def _results(result: dict[str, Any]) -> str:
     lines = [f"Perplexity on held-out text ({result['convention']}); data fingerprint `{result['data_fingerprint']}`."]
     for name, lengths in result["sets"].items():
         targets = next(iter(lengths.values()))["targets"]
-        lines += [
-            "",
-            f"{name}, {targets:,} tokens:",
-            "",
-            "| length | perplexity | bits per byte |",
-            "| --: | --: | --: |",
-        ]
+        lines += ["", f"{name}, {targets:,} tokens:", ""]
+        lines += ["| length | perplexity | bits per byte |", "| --: | --: | --: |"]
         lines += [
             f"| {int(length):,} ({int(length) / result['trained_at']:g}×) | {row['perplexity']:.2f} | "
             f"{row['bits_per_byte']:.4f} |"

@@ -111,17 +111,15 @@ class OptimizerRecipe:
         Raises:
             InputError: naming the field, its value and what was expected.
         """
-        for name in ("learning_rate", "epsilon", "max_grad_norm"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise InputError(f"optimizer.{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("final_fraction", "weight_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"optimizer.{name} is {getattr(self, name)}; it must be from 0 to 1")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"optimizer.{name} is {getattr(self, name)}; it must be from 0 to below 1")
-        if not 0 <= self.warmup_steps <= _MOST:
-            raise InputError(f"optimizer.warmup_steps is {self.warmup_steps}; it must be from 0 to {_MOST:,}")
+        for right, expected, names in (
+            (lambda x: 0 < x < math.inf, "above 0", ("learning_rate", "epsilon", "max_grad_norm")),
+            (lambda x: 0 <= x <= 1, "from 0 to 1", ("final_fraction", "weight_decay")),
+            (lambda x: 0 <= x < 1, "from 0 to below 1", ("beta1", "beta2")),
+            (lambda x: 0 <= x <= _MOST, f"from 0 to {_MOST:,}", ("warmup_steps",)),
+        ):
+            for name in names:
+                if not right(value := getattr(self, name)):
+                    raise InputError(f"optimizer.{name} is {value}; it must be {expected}")
 
 
 @dataclass(frozen=True)
@@ -177,13 +175,8 @@ class Recipe:
         return self.steps * self.sequences_per_step * self.sequence_length
 
     @property
-    def max_offset(self) -> int | None:
-        """The model's `max_offset` as a number, sequence being the farthest distance in one; None: no limit."""
-        return self._distance(self.model.max_offset)
-
-    @property
     def full_reach(self) -> int | None:
-        """The finished model's `full_reach`, likewise."""
+        """The finished model's `full_reach` as a number: sequence is the farthest distance in one, None no bound."""
         return self._distance(self.model.full_reach)
 
     def _distance(self, value: int | Literal["sequence"] | None) -> int | None:
@@ -196,7 +189,8 @@ class Recipe:
             layer_types=_to_depth(shape.layer_types, shape.num_hidden_layers),
             no_rope_layers=_to_depth(shape.no_rope_layers, shape.num_hidden_layers),
         )
-        return replace(self, model=replace(shape, **layers, max_offset=self.max_offset, full_reach=self.full_reach))
+        distances = {"max_offset": self._distance(shape.max_offset), "full_reach": self.full_reach}
+        return replace(self, model=replace(shape, **layers, **distances))  # pyright: ignore[reportArgumentType]
 
     def split(self, processes: int) -> tuple[int, int]:
         """How each of `processes` cuts its share of a step: sequences of a micro-batch, and how many micro-batches.
@@ -219,16 +213,8 @@ class Recipe:
         Raises:
             InputError: naming the field, its value and what was expected.
         """
-        positive = (
-            "sequence_length",
-            "sequences_per_step",
-            "steps",
-            "micro_batch",
-            "log_every",
-            "save_every",
-            "keep_checkpoints",
-        )
-        for name in positive:
+        counts = ("sequence_length", "sequences_per_step", "steps", "micro_batch")
+        for name in (*counts, "log_every", "save_every", "keep_checkpoints"):
             _check_count(name, getattr(self, name), _MOST)
         if (sequences := self.steps * self.sequences_per_step) > 1e9:
             raise InputError(

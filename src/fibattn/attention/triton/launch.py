@@ -83,12 +83,12 @@ def blocks(count: int, size: int) -> int:
 
 def wide(*tensors: Tensor) -> bool:
     """Whether a batch entry of (B, T, H, D) tensors has elements that 32-bit offsets do not reach."""
+    most = 0
     for x in tensors:
         _, tokens, heads, size = x.shape
         _, stride_t, stride_h, _ = x.stride()
-        if max(tokens * stride_t + heads * stride_h + size, tokens * heads * size) >= 2**31:
-            return True
-    return False
+        most = max(most, tokens * stride_t + heads * stride_h + size, tokens * heads * size)
+    return most >= 2**31
 
 
 def strides(*tensors: Tensor) -> list[tuple[int, ...]]:
