@@ -8,8 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
 
-from fibattn import files
+from fibattn import FibAttnConfig, files
 from fibattn.cli.main import main
 from fibattn.training.recipe import PRESETS, to_json
 
@@ -250,3 +255,22 @@ def test_compiling_in_a_path_with_a_blank_is_refused_in_a_line(prepared: Path, t
         assert (done.returncode, "Traceback" in done.stderr) == (2, False)
         assert f"PyTorch cannot compile for a CPU from or into '{tmp_path}/my place/venv/" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_with_gaps_between_its_ids_goes_all_the_way(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vocabulary = {letter: 2 * index for index, letter in enumerate(sorted(ByteLevel.alphabet()))} | {"<bos>": 700}
+    made = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    made.pre_tokenizer, made.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    made.add_special_tokens(["<bos>"])
+    PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<bos>").save_pretrained(tmp_path / "gaps")
+    data, run = str(tmp_path / "data"), str(tmp_path / "run")
+    texts = str(prepared.parent / "texts")
+    assert main(["prepare", data, texts, "--tokenizer", str(tmp_path / "gaps"), "--held-out", "0.15"]) == 0
+    assert "vocabulary 701" in capsys.readouterr().out
+    assert main(["train", "small", "--data", data, "--out", run, *TINY]) == 0
+    assert FibAttnConfig.from_pretrained(Path(run) / "model").vocab_size == 701
+    assert main(["eval", run, "--data", data]) == 0
+    assert "| 32 (1×) |" in (Path(run) / "model" / "README.md").read_text()
+    assert main(["sample", run, "so", "--max-new-tokens", "200", "--temperature", "3"]) == 0, "gaps are drawn, too"
