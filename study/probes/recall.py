@@ -276,7 +276,7 @@ def recall(
         "lessons": {str(tokens): parts for tokens, parts in lesson_plan(length).items()},
         "steps": steps,
         "batch_tokens": batch_tokens,
-        "peak_rate": settings.learning_rate,
+        "learning_rate": settings.learning_rate,
         "asked": asked,
     }
     rows = rows_of(earlier, about)

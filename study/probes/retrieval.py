@@ -220,7 +220,7 @@ def retrieval(
         "band": {"widest": WIDEST, "narrowest": NARROWEST, "annealed": ANNEALED},
         "steps": steps,
         "batch": settings.batch,
-        "peak_rate": settings.learning_rate,
+        "learning_rate": settings.learning_rate,
         "sequences": settings.sequences,
         "seeds": list(seeds),
     }

@@ -97,7 +97,7 @@ def _helped_dense(group: Group) -> Judged:
     against = f"against the best of {', '.join(map(in_words, known))}: {_by_seed(evidence)}"
     kinds = {
         "bounded": [way for way in known if way.isdigit()],
-        "trained on in longer windows": [way for way in known if way.startswith(LENGTHENED)],
+        "trained on in longer sequences": [way for way in known if way.startswith(LENGTHENED)],
     }
     untried = [words for words, several in kinds.items() if not tried[several].any(axis=1).all()]
     if untried and all(good):
@@ -114,7 +114,7 @@ def _bounds(group: Group) -> Frame:
 
 
 @OWN.say(
-    "In the longest windows the default recipe is no worse for its bound, which makes its cost constant",
+    "In the longest sequences the default recipe is no worse for its bound, which makes its cost constant",
     f"a run of {DEFAULT} that was evaluated with a bound",
 )
 def _bounded(group: Group) -> Judged:
@@ -125,7 +125,7 @@ def _bounded(group: Group) -> Judged:
         seed: ", ".join(f"{n:,} tokens: {percent(gap)}" for n, gap in row.dropna().items())
         for seed, row in gaps.iterrows()
     }
-    words = f"against no bound, in windows of {group.longest:,}: {_by_seed(evidence)}"
+    words = f"against no bound, in sequences of {group.longest:,}: {_by_seed(evidence)}"
     return verdict_over(gaps.min(axis=1) <= 0), words
 
 

@@ -139,8 +139,8 @@ def copying_table(runs: Frame) -> Table | None:
     return table(
         "Copying",
         "The part of random tokens, read a second time so many tokens after the first, that a model names. Two copies "
-        "fit into a training window up to half its length. Full layers are unbounded. Runs from before this was "
-        "measured are left out; older ones were not asked past the training window.",
+        "fit into a training sequence up to half its length. Full layers are unbounded. Runs from before this was "
+        "measured are left out; older ones were not asked past the training sequence.",
         _asked(runs, cells).loc[order],
         words=3,
     )

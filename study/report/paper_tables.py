@@ -91,10 +91,10 @@ def extrapolation(group: Group) -> Table:
     frame = pd.DataFrame(rows, columns=["model", *headings, "paper 2048", "paper 4096"])
     return table(
         "Table 2. Past the training length",
-        f"Perplexity (geometric mean over the sets) at {group.trained_at:,} tokens, and its change in longer windows "
+        f"Perplexity (geometric mean over the sets) at {group.trained_at:,} tokens, and its change in longer sequences "
         "of the same text; best at the longest first. RoPE is plain unless a scaling is named, which is set for each "
         "length anew. Bounded: full layers see the last so many tokens alone. A tenth more: a copy trained on for a "
-        "tenth of the steps in windows so long, with a larger RoPE base. The last two columns are the paper's "
+        "tenth of the steps in sequences so long, with a larger RoPE base. The last two columns are the paper's "
         "changes (its power-of-two rungs grew with the evaluation length; ours stay those of training).",
         frame,
         ["model", *headings, "paper: 2×", "4×"],
@@ -116,7 +116,7 @@ def _last_positions(group: Group) -> Table:
 
 
 def positions(group: Group) -> Table:
-    """What the stagger gains over fixed distances in each part of the training window, beside the paper's gain."""
+    """What the stagger gains over fixed distances in each part of the training sequence, beside the paper's gain."""
     parts, rows = group.by_part(group.trained_at), {}
     for name in (name for name in ("fixed-w12", "linear-w12") if name in group.models.index):
         rows[group.label(name)] = parts.loc[name].sort_index().iloc[0]
@@ -127,8 +127,9 @@ def positions(group: Group) -> Table:
         frame.at["gain", PARTS[0]] = ABSENT
     return table(
         "Table 3. Loss by position",
-        "Nats, the mean over the sets, in eight equal parts of the training window; gain: fixed minus linear, W = 12.",
-        frame.rename_axis("part of the window").reset_index(),
+        "Nats, the mean over the sets, in eight equal parts of the training sequence; gain: fixed minus linear, "
+        "W = 12.",
+        frame.rename_axis("part of the sequence").reset_index(),
     )
 
 

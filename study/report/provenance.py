@@ -19,8 +19,8 @@ def provenance(groups: Sequence[Group]) -> dict[str, str]:
     used = {name: " and ".join(sorted(versions[name].dropna().unique())) for name in versions}
     return {
         "runs": f"{', '.join(budgets)}; {first['step']} a step; {duration(runs['seconds'].sum())} of training in all",
-        "recipe": f"AdamW, peak rate {rates}, {first['warmup_steps']} warm-up steps, the same order of windows for all "
-        "runs of a seed",
+        "recipe": f"AdamW, peak rate {rates}, {first['warmup_steps']} warm-up steps, the same order of sequences for "
+        "all runs of a seed",
         "seeds": ", ".join(str(seed) for seed in sorted(runs["seed"].unique())),
         "evaluation": f"{first['convention']}; {targets} targets a set",
         "data fingerprint": ", ".join(runs["data"].unique()),

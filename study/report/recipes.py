@@ -48,7 +48,7 @@ def described(recipe: dict[str, Any]) -> dict[str, Any]:
         "digest": hashlib.sha256(text.encode()).hexdigest()[:6],
         "rate": recipe["optimizer"]["learning_rate"],
         "warmup_steps": recipe["optimizer"]["warmup_steps"],
-        "step": f"{recipe['sequences_per_step']} windows of {recipe['sequence_length']:,}",
+        "step": f"{recipe['sequences_per_step']} sequences of {recipe['sequence_length']:,}",
     }
 
 

@@ -30,14 +30,14 @@ _CAPTIONS = {
     "headline": "Perplexity in longer and longer sequences of the same text, at the largest budget, first seeds: "
     "dense, dense with its rotary positions stretched by YaRN, and the default recipe as it is saved, its full layers "
     "bounded to the training length. Lower is better.",
-    "positions": "Loss over the training window, and what the stagger gains over fixed distances in each part of it, "
+    "positions": "Loss over the training sequence, and what the stagger gains over fixed distances in each part of it, "
     "at the largest budget that has both.",
     "alphas": "Where learned scales end, beside the ramp that the stagger sets.",
     "coverage": "The distances that some layer attends to (16 layers, W = 8, context 1,024): what staggering is for. "
     "The paper counts 19 for fixed and about 75 for linear; the latter is what 8 layers give (74), not 16.",
     "recall": "How often a value is found again that stands so far back; small models, trained for it: the median of "
     "their seeds, which are the thin lines.",
-    "frontier": "Quality at the training length, against cost there and in the longest windows; each point is the "
+    "frontier": "Quality at the training length, against cost there and in the longest sequences; each point is the "
     "first seed of a model, its full layers unbounded; down and to the left is better. The line joins those that no "
     "other beats in both.",
 }
@@ -126,10 +126,10 @@ def _figures(results: Results, out: Path) -> dict[str, dict[str, Any]]:
 def _over_length(group: Group) -> str:
     """The caption of a group's figure over evaluation length."""
     return (
-        f"After {quantity(group.tokens)} training tokens: perplexity in longer and longer windows of the same text, "
+        f"After {quantity(group.tokens)} training tokens: perplexity in longer and longer sequences of the same text, "
         "against dense of the same seed at the training length. At the right each curve's name and end, also where it "
         "leaves the figure; thin lines are further seeds; bounded: full layers see the last so many tokens alone; "
-        "trained on: with a tenth more tokens, in windows so long. Lower is better."
+        "trained on: with a tenth more tokens, in sequences so long. Lower is better."
     )
 
 
