@@ -187,14 +187,19 @@ def test_kv_heads_have_scales_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("name", "advice"), [("windw", "did you mean 'window'"), ("full_layers", "the fields are vocab_size, ")]
 )
-def test_a_field_that_there_is_not_is_refused_by_its_name(name: str, advice: str, tmp_path: Path) -> None:
-    message = f"FibAttnConfig has no '{name}': {advice}"
-    with pytest.raises(InputError, match=message):
+def test_a_field_that_there_is_not_is_refused_by_its_name(name: str, advice: str) -> None:
+    with pytest.raises(InputError, match=f"FibAttnConfig has no '{name}': {advice}"):
         FibAttnConfig(**{name: 3})
+
+
+@pytest.mark.parametrize("kind", [FibAttnConfig, AutoConfig])
+def test_loading_refuses_what_is_nearly_a_field_and_takes_the_loaders_options(kind: type, tmp_path: Path) -> None:
     config().save_pretrained(tmp_path)
-    for kind in (FibAttnConfig, AutoConfig):
-        with pytest.raises(InputError, match=message):
-            kind.from_pretrained(tmp_path, **{name: 3})
+    with pytest.raises(InputError, match="FibAttnConfig has no 'windw': did you mean 'window'"):
+        kind.from_pretrained(tmp_path, windw=3)
+    # What `transformers serve` gives a configuration that it loads, among others.
+    options = {"trust_remote_code": True, "device_map": "cpu", "tqdm_class": None, "local_files_only": True}
+    assert kind.from_pretrained(tmp_path, **options).window == config().window
 
 
 def test_what_transformers_knows_is_taken() -> None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
 
@@ -137,7 +138,8 @@ class FibAttnConfig(PreTrainedConfig):
         config, unused = super().from_dict({**config_dict, **own}, return_unused_kwargs=True, **kwargs)
         if give_back:
             return config, unused
-        cls._refuse_unknown(unused)
+        # The rest are the loader's own options, of which there is no list; what is nearly a field was meant as one.
+        cls._refuse_unknown(name for name in unused if get_close_matches(name, cls.__annotations__, cutoff=0.75))
         return config
 
     @classmethod
