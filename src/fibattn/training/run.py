@@ -99,6 +99,23 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     if recipe.gradient_checkpointing:
         # Renamed in the course of Transformers 5; the old name warns in the newer versions.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    sequences = TrainingSequences(data.train, load_order(order), recipe.sequence_length)
+    _say_what_begins(model, sequences, recipe, state)
+    trainer = FibTrainer(model, recipe, sequences, process_count())
+    if checkpoint is not None:
+        _check_same(checkpoint, recipe, inputs)
+        state.print(f"going on from {checkpoint}")
+    with Meter("train", recipe.tokens, "tokens", quiet=not state.is_main_process) as meter:
+        for callback in (MetricsFile(recipe, meter), *callbacks):
+            trainer.add_callback(callback)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    _finish(trainer, recipe, data, tokenizer, finished)
+    return finished
+
+
+def _say_what_begins(
+    model: FibAttnForCausalLM, sequences: TrainingSequences, recipe: Recipe, state: PartialState
+) -> None:
     state.print(
         f"{quantity(model.num_parameters())} parameters, {quantity(recipe.tokens)} tokens in {recipe.steps} steps "
         f"of {recipe.sequences_per_step} sequences of {recipe.sequence_length}, on {_device(state)}"
@@ -108,19 +125,8 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
             f"the rate warms up for {warmup} steps and the run has {recipe.steps}: it ends before the learning rate is "
             f"{recipe.optimizer.learning_rate:g}; set optimizer.warmup_steps lower"
         )
-    sequences = TrainingSequences(data.train, load_order(order), recipe.sequence_length)
-    trainer = FibTrainer(model, recipe, sequences, process_count())
-    if checkpoint is not None:
-        _check_same(checkpoint, recipe, inputs)
-        state.print(f"going on from {checkpoint}")
     if not torch.cuda.is_available():
         _say_how_long(model, sequences, recipe, state)
-    with Meter("train", recipe.tokens, "tokens", quiet=not state.is_main_process) as meter:
-        for callback in (MetricsFile(recipe, meter), *callbacks):
-            trainer.add_callback(callback)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    _finish(trainer, recipe, data, tokenizer, finished)
-    return finished
 
 
 def _say_how_long(model: FibAttnForCausalLM, sequences: TrainingSequences, recipe: Recipe, state: PartialState) -> None:
