@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, NullLocator
 from transformers import StaticCache
 
 from benchmarks.timing import copy_bandwidth, measure
@@ -148,20 +149,23 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
     points = [(row["model"], row["context"], row["median"] / 1e3, row["cache_bytes"] / 2**20) for row in rows]
     contexts = sorted({row["context"] for row in rows})
     with plt.rc_context(plotting.STYLE):
-        figure, panels = plt.subplots(1, 2, figsize=(9.6, 3.8), layout="constrained")
+        figure, panels = plt.subplots(2, figsize=(5.4, 6.4), layout="constrained")
         for name in MODELS:
             kind, _, unbounded = name.partition("-")
             look = {"color": plotting.COLOURS[kind], "linestyle": "--" if unbounded else "-"}
             own = [point for point in points if point[0] == name]
             for index, axes in enumerate(panels):
                 xs, ys = [point[1] for point in own], [point[2 + index] for point in own]
-                axes.plot(xs, ys, marker="o", **look, label=name)
+                axes.plot(xs, ys, marker="o", **look, label=name.replace("-", ", "))
         for axes, (_, label) in zip(panels, columns, strict=True):
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(plotting.plain)
+            axes.yaxis.set_minor_locator(NullLocator())
             axes.set_xticks(contexts, [f"{context / 1024:g}k" for context in contexts])
-            axes.set_xlabel("context (tokens, k = 1,024)")
             axes.set_ylabel(label)
+        panels[-1].set_xlabel("context (tokens, k = 1,024)")
         panels[0].legend(frameon=False)
         return plotting.save(figure, path, ("model", "context", *(name for name, _ in columns)), points)
 

@@ -7,13 +7,24 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from benchmarks.operator.attention import PASSES
-from benchmarks.operator.cases import OURS
+from benchmarks.operator.cases import OURS, SHAPES
 from benchmarks.operator.providers import PROVIDERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Row = dict[str, Any]
+
+_WORDS = {
+    "fibattn": "fibattn",
+    "fibattn-learned": "fibattn, learned alpha",
+    "dense-flash": "dense, FlashAttention",
+    "dense-cudnn": "dense, cuDNN",
+    "dense-math": "dense, not fused",
+    "flex": "FlexAttention",
+    "mask": "PyTorch with a mask",
+}
+"""Every provider's name in the figure."""
 
 
 def table(result: dict[str, Any]) -> Table:
@@ -57,7 +68,7 @@ def reasons(result: dict[str, Any]) -> list[str]:
 
 
 def draw(result: dict[str, Any], path: Path) -> Path:
-    """Microseconds for a million tokens over length, a column for each shape and a row for each pass.
+    """Milliseconds for a million tokens over length, a panel for each shape and pass, one below the other.
 
     SVG and PNG at `path`; the CSV beside them holds every row of the result.
     """
@@ -67,20 +78,16 @@ def draw(result: dict[str, Any], path: Path) -> Path:
 
     rows = [row for row in result["rows"] if any(one in row for one in PASSES)]
     shapes = list(dict.fromkeys(row["shape"] for row in rows)) or ["small"]
+    panels = [(shape, one) for shape in shapes for one in PASSES]
     with plt.rc_context(STYLE):
-        size = (4.6 * len(shapes) + 1.8, 7)
-        figure, grid = plt.subplots(2, len(shapes), figsize=size, layout="constrained", squeeze=False, sharex="col")
-        for column, shape in enumerate(shapes):
-            for axes, one in zip(grid[:, column], PASSES, strict=True):
-                _curves(axes, [row for row in rows if row["shape"] == shape and one in row], one)
-                axes.set_title(f"{shape}: {one.replace('_', ' + ')}", loc="left", fontsize=11)
-            grid[-1, column].set_xlabel("length (tokens, k = 1,024)")
-        for axes in grid[:, 0]:
-            axes.set_ylabel("µs for a million tokens")
-        named = {
-            label: line for axes in grid.flat for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
-        }
-        figure.legend(named.values(), named, loc="outside right upper", frameon=False, fontsize=9)
+        figure, grid = plt.subplots(len(panels), figsize=(5.4, 2.3 * len(panels) + 1.3), layout="constrained")
+        for axes, (shape, one) in zip(grid, panels, strict=True):
+            _curves(axes, [row for row in rows if row["shape"] == shape and one in row], one)
+            axes.set_title(f"{_in_words(shape)}: {one.replace('_', ' + ')}", loc="left", fontsize=11)
+            axes.set_ylabel("ms for a million tokens")
+        grid[-1].set_xlabel("length (tokens, k = 1,024)")
+        named = {label: line for axes in grid for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        figure.legend(named.values(), named, loc="outside lower left", ncols=2, frameon=False, fontsize=9)
         case = ("shape", "window", "length", "batch", "dtype", "provider")
         numbers = [
             (*(row[name] for name in case), one, *(row[one][name] for name in ("median", "least", "most")))
@@ -93,23 +100,33 @@ def draw(result: dict[str, Any], path: Path) -> Path:
 
 def _curves(axes: "Axes", rows: list[Row], one: str) -> None:
     """A line for each provider and window; of cases of the same length the one with the most tokens."""
-    from fibattn.plotting import COLOURS, QUIET
+    from matplotlib.ticker import NullFormatter
+
+    from fibattn.plotting import COLOURS, QUIET, plain
 
     ours, dense = (COLOURS["stagger"], COLOURS["learned"]), (COLOURS["dense"], "#fb923c", "#7c2d12")
-    colours = dict(zip(PROVIDERS, (*ours, *dense, COLOURS["window hybrid"], QUIET), strict=True))
+    colours = dict(zip(PROVIDERS, (*ours, *dense, "#7c3aed", QUIET), strict=True))
     for provider, window in dict.fromkeys((row["provider"], row["window"]) for row in rows):
         some = [row for row in rows if (row["provider"], row["window"]) == (provider, window)]
         times = {row["length"]: _per_million(row, one) for row in sorted(some, key=lambda r: (r["length"], r["batch"]))}
         style = ("o-" if provider in OURS else "s--") if window == rows[0]["window"] else "^:"
-        label = f"{provider} W={window}"
+        label = _WORDS[provider] + ("" if PROVIDERS[provider].dense else f", W = {window}")
         axes.plot(list(times), list(times.values()), style, color=colours[provider], label=label, markersize=4)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 2**20:g}M" if value >= 2**20 else f"{value / 2**10:g}k")
+    axes.yaxis.set_major_formatter(plain)
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _in_words(shape: str) -> str:
+    heads, kv_heads, size = SHAPES[shape]
+    return f"{heads}/{kv_heads} heads of {size}"
 
 
 def _per_million(row: Row, one: str) -> float:
-    return row[one]["median"] / (row["length"] * row["batch"]) * 1e6
+    """Milliseconds."""
+    return row[one]["median"] / (row["length"] * row["batch"]) * 1e3
 
 
 def _with_base(rows: list[Row]) -> Iterator[tuple[Row, Row]]:

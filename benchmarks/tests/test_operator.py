@@ -119,7 +119,10 @@ def test_a_run_writes_json_csv_and_figure(tmp_path: Path, capsys: pytest.Capture
         table = list(csv.DictReader(file))
     assert [(row["length"], row["pass"]) for row in table] == [("65", "forward"), ("65", "forward_backward")]
     assert float(table[0]["median_us"]) == ours["forward"]["median"]
-    assert "<svg" in (tmp_path / "attention.svg").read_text()
+    figure = (tmp_path / "attention.svg").read_text()
+    assert all(
+        f">{words}<" in figure for words in ("fibattn, W = 4", "8/2 heads of 64: forward", "ms for a million tokens")
+    )
 
 
 def test_a_dry_run_says_who_can_run_and_why_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -140,8 +140,12 @@ def _headline(rows: list[dict[str, Any]]) -> str:
     dense, stagger = far["dense"], far["stagger"]
     factor = FACTORS[-1]
     if dense > 0.1 and stagger < 0.02:
-        return f"At {factor} times its training length dense attention is {dense:.0%} worse. The stagger is not."
-    return f"At {factor} times the training length: dense {dense:+.1%}, stagger {stagger:+.1%}"
+        return (
+            f"At {factor} times the training length dense attention's perplexity is {dense:.0%} higher. "
+            "The stagger's is not."
+        )
+    changes = ", ".join(f"{row['label']} {row['changes'][-1]}" for row in rows[:2])
+    return f"Perplexity at {factor} times the training length: {changes}"
 
 
 def _table(rows: list[dict[str, Any]], lengths: list[int]) -> Table:

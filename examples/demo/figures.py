@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib import pyplot as plt
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from fibattn.pattern import Pattern
-from fibattn.plotting import COLOURS, QUIET, STYLE, save
+from fibattn.plotting import COLOURS, STYLE, label_ends, plain, save
 
 
 @dataclass(frozen=True)
@@ -24,31 +24,26 @@ def extrapolation(curves: Sequence[Curve], trained_at: int, path: Path) -> Path:
     """Draw perplexity over evaluation length, both logarithmic, as SVG and PNG; the CSV lies beside them."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(5.4, 3.7), layout="constrained")
+        ends = []
         for curve in curves:
             # A model bounded is the same model.
-            colour, style = COLOURS.get(curve.label.split(",")[0], QUIET), "--" if "," in curve.label else "-"
+            colour, style = COLOURS[curve.label.split(",")[0]], "--" if "," in curve.label else "-"
             axes.plot(curve.lengths, curve.perplexities, "o", color=colour, linestyle=style, linewidth=2, markersize=5)
-            axes.annotate(
-                curve.label,
-                (curve.lengths[-1], curve.perplexities[-1]),
-                xytext=(-4, 9),
-                textcoords="offset points",
-                color=colour,
-                ha="right",
-                weight="bold",
-            )
+            ends.append((curve.label, curve.perplexities[-1], colour))
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         lengths = sorted({length for curve in curves for length in curve.lengths})
         axes.set_xticks(lengths, [f"{length:,}\n{length / trained_at:g}×" for length in lengths])
         axes.xaxis.set_minor_locator(NullLocator())
         values = [value for curve in curves for value in curve.perplexities]
-        axes.set_ylim(min(values) / 1.06, max(values) * 1.12)
-        axes.yaxis.set_major_formatter(FuncFormatter(_plain))
-        axes.yaxis.set_minor_formatter(FuncFormatter(_plain) if max(values) < 6 * min(values) else NullFormatter())
-        axes.grid(which="minor", axis="y")
+        axes.set_ylim(min(values) / 1.06, max(values) * 1.06)
+        narrow = max(values) < 6 * min(values)
+        axes.yaxis.set_major_locator(MaxNLocator(6) if narrow else LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(plain)
         axes.set_xlabel("evaluation length (tokens, times the training length)")
         axes.set_ylabel("perplexity")
+        label_ends(axes, ends)
         rows = [
             (curve.label, length, value)
             for curve in curves
@@ -72,7 +67,7 @@ def distances(patterns: Sequence[Pattern], limit: int, path: Path) -> Path:
             axes.plot(pattern.offsets, [row] * len(pattern.offsets), "o", color=sparse, markersize=6)
         axes.set_xscale("log", base=2)
         axes.set_xlim(0.9, limit * 1.1)
-        axes.xaxis.set_major_formatter(FuncFormatter(_plain))
+        axes.xaxis.set_major_formatter(plain)
         axes.set_yticks(range(len(patterns) + 1), ["dense, every layer", *names])
         axes.set_ylim(len(patterns) + 0.6, -0.6)
         axes.grid(visible=False, axis="y")
@@ -81,7 +76,3 @@ def distances(patterns: Sequence[Pattern], limit: int, path: Path) -> Path:
         axes.set_xlabel("distance back (tokens)")
         rows = [(layer, distance) for layer, one in enumerate(patterns, start=1) for distance in one.distances]
         return save(figure, path, ("layer", "distance"), rows)
-
-
-def _plain(value: float, _: int | None = None) -> str:
-    return f"{value:g}"

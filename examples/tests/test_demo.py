@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,6 +85,7 @@ def test_run_again_trains_nothing_and_writes_the_same_page(demo: Demo) -> None:
 def test_page_says_what_it_rests_on(demo: Demo) -> None:
     text = demo.page.read_text()
     assert PreparedData.open(demo.page.parent.parent / "data").fingerprint in text
+    assert re.search("<h1>[^<]*[Pp]erplexity", text)
     assert "src=" not in text
     assert "http" not in text.replace("http://www.w3.org/", "")
 
@@ -97,6 +99,9 @@ def test_page_in_a_browser(demo: Demo, browser: Browser, width: int) -> None:
     sizes = browser.evaluate(drawn)
     assert len(sizes) == 2
     assert all(0.75 * min(width, 700) < drawn_width < width and height > 100 for drawn_width, height in sizes)
+    assert browser.unreadable() == []
+    cells = "[...document.querySelectorAll('th, td')].map(e => e.getBoundingClientRect().right)"
+    assert max(browser.evaluate(cells)) < width
     assert browser.overflowing() == []
     assert browser.console() == []
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from examples.demo.figures import Curve, distances, extrapolation
 from fibattn.pattern import Pattern, layer_patterns
+from fibattn.plotting import COLOURS
 from study.report.page import inline_svg
 
 
@@ -13,22 +14,31 @@ def rows(path: Path) -> list[list[str]]:
 
 
 def test_extrapolation_and_its_numbers(tmp_path: Path) -> None:
-    curves = [Curve("one", (8, 16), (3.25, 900.5)), Curve("two", (8, 16), (4.0, 4.125))]
+    curves = [Curve("dense", (8, 16), (3.25, 900.5)), Curve("stagger", (8, 16), (4.0, 4.125))]
     path = extrapolation(curves, 8, tmp_path / "figure.svg")
     assert rows(path) == [
         ["model", "length", "perplexity"],
-        ["one", "8", "3.25"],
-        ["one", "16", "900.5"],
-        ["two", "8", "4.0"],
-        ["two", "16", "4.125"],
+        ["dense", "8", "3.25"],
+        ["dense", "16", "900.5"],
+        ["stagger", "8", "4.0"],
+        ["stagger", "16", "4.125"],
     ]
     text = path.read_text()
-    assert all(f">{label}<" in text for label in ("one", "two", "2×", "perplexity"))
+    assert all(f">{label}<" in text for label in ("dense", "stagger", "2×", "perplexity"))
+    assert all(f">{tick}<" in text for tick in ("5", "20", "100", "500"))
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_bounded_model_is_dashed_in_its_own_colour(tmp_path: Path) -> None:
+    curves = [Curve(name, (8, 16), (3.0, end)) for name, end in (("dense", 4.0), ("dense, bounded", 4.001))]
+    text = extrapolation(curves, 8, tmp_path / "figure.svg").read_text()
+    dashed = [line for line in text.splitlines() if "stroke-dasharray" in line]
+    assert len(dashed) == 1
+    assert COLOURS["dense"] in dashed[0]
+
+
 def test_same_numbers_give_the_same_file(tmp_path: Path) -> None:
-    curve = Curve("one", (8, 16), (3.25, 4.5))
+    curve = Curve("dense", (8, 16), (3.25, 4.5))
     first, second = (extrapolation([curve], 8, tmp_path / f"{name}.svg") for name in "ab")
     assert first.read_bytes() == second.read_bytes()
 

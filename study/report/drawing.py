@@ -9,9 +9,9 @@ from matplotlib import pyplot as plt
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator
+from matplotlib.ticker import LogLocator
 
-from fibattn.plotting import COLOURS, save
+from fibattn.plotting import COLOURS, plain, save
 
 _MARKERS = {"dense": "o", "hybrid": "D", "window hybrid": "d", "window": "^", "stagger": "P"}
 _MARKERS |= {"linear": "s", "fixed": "v", "coprime": "X", "learned": "p"}
@@ -33,27 +33,6 @@ def legend(figure: Figure, handles: Sequence[Artist], columns: int = 3) -> None:
     figure.legend(handles=handles, loc="outside lower left", ncols=columns, frameon=False, columnspacing=1)
 
 
-def label_ends(axes: Axes, curves: Sequence[tuple[str, float, str]]) -> None:
-    """Name curves at the right of a finished panel, each at its end and in its colour, none over another.
-
-    Args:
-        axes: the panel; an end outside its limits is named at the edge.
-        curves: name, end and colour of each.
-    """
-    figure: Any = axes.figure
-    figure.draw_without_rendering()
-    step = 1.3 * plt.rcParams["font.size"] / 72 * figure.dpi / axes.get_window_extent().height
-    curves = sorted(curves, key=lambda one: one[1])
-    places = [axes.transLimits.transform(axes.transScale.transform((1, end)))[1] for _, end, _ in curves]
-    places = [min(max(place, 0), 1) for place in places]
-    for one in range(1, len(places)):
-        places[one] = max(places[one], places[one - 1] + step)
-    for one in reversed(range(len(places))):
-        places[one] = min(places[one], 1 - step * (len(places) - 1 - one))
-    for (name, _, colour), place in zip(curves, places, strict=True):
-        axes.annotate(name, (1.02, place), xycoords="axes fraction", color=colour, va="center")
-
-
 def saved(figure: Figure, path: Path, numbers: pd.DataFrame) -> Path:
     """Write a figure with its numbers beside it."""
     return save(figure, path, [str(name) for name in numbers], numbers.to_numpy(object).tolist())
@@ -63,4 +42,4 @@ def plain_ticks(axes: Axes) -> None:
     """A logarithmic axis of lengths or distances, in powers of two written out."""
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(LogLocator(base=4))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_major_formatter(plain)

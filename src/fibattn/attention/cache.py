@@ -20,8 +20,10 @@ class AttentionCache:
         pattern: what the layer attends to, as in `attend`.
 
     Example:
+        ```python
         cache = AttentionCache(pattern)
         out = cache.attend(q, k, v)  # the prompt, then token after token
+        ```
     """
 
     def __init__(self, pattern: Pattern | Sequence[Pattern] | LearnedPattern):

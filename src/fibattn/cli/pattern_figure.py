@@ -6,10 +6,10 @@ from pathlib import Path
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from fibattn.pattern import Composition, Pattern
-from fibattn.plotting import COLOURS, STYLE, save
+from fibattn.plotting import COLOURS, STYLE, plain, save
 
 _NEAR, _FAR = COLOURS["window"], COLOURS["stagger"]
 _NOWHERE = "#d6d3d1"
@@ -49,7 +49,7 @@ def _attended(axes: Axes, patterns: Sequence[Pattern]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xlim(0.9, 1.15 * max(2, *(pattern.reach for pattern in patterns)))
     axes.set_ylim(len(patterns) - 0.5, -0.5)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_major_formatter(plain)
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("distance that the layer attends to (bar: the window)")
@@ -67,6 +67,6 @@ def _needed(axes: Axes, composition: Composition) -> None:
             axes.axvspan(gap[0] - 0.5, gap[-1] + 0.5, color=_NOWHERE, linewidth=0)
     axes.set_ylim(-0.4, most + 0.6)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_major_formatter(plain)
     axes.set_xlabel("distance" + ("" if composition.first_gap is None else " (grey: no path of any length reaches it)"))
     axes.set_ylabel("fewest layers that reach it")
