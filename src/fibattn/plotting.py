@@ -84,6 +84,6 @@ def label_ends(axes: Axes, curves: Sequence[tuple[str, float, str]]) -> None:
         axes.annotate(name, (1.02, place), xycoords="axes fraction", color=colour, va="center")
 
 
-def plain(value: float, _: int | None = None) -> str:
+def plain(value: float, _: float) -> str:
     """A tick's number written out, without powers of ten."""
     return f"{value:,.10g}"
