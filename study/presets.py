@@ -4,14 +4,15 @@ All runs of a study differ in the attention of their layers and in nothing else:
 order of sequences.
 """
 
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
 from fibattn.errors import InputError, suggestion
-from fibattn.pattern import Base, Schedule, hybrid_layers, key_count, layer_patterns
+from fibattn.pattern import Base, Pattern, Schedule, hybrid_layers, layer_patterns
 from fibattn.training.recipe import DEFAULT, PRESETS, ModelRecipe, OptimizerRecipe, Recipe
 
 RopeScaling = Literal["linear", "yarn"]
@@ -124,6 +125,11 @@ def _paper(schedule: Schedule, window: int, base: Base = "fibonacci") -> Run:
 def _stagger(window: int, heads: bool = False) -> Run:
     name = f"{'heads' if heads else 'stagger'}-w{window}"
     return Run(name, ModelRecipe(window=window, stagger_heads=heads))
+
+
+def key_count(patterns: Sequence[Pattern]) -> float:
+    """How many keys a query far from the beginning of the text attends to: the mean over the patterns."""
+    return statistics.mean(len(pattern.distances) for pattern in patterns)
 
 
 def _control(stagger: Run) -> Run:

@@ -20,7 +20,6 @@ from fibattn.pattern import (
     Pattern,
     base_rungs,
     compose,
-    key_count,
     layer_alphas,
     layer_patterns,
     union_coverage,
@@ -174,11 +173,6 @@ def test_union_coverage_counts_only_distances_inside_the_context() -> None:
     assert union_coverage([Pattern(4, (8, 20))], context=20) == 6
     assert union_coverage([Pattern(4, (8, 20))], context=3) == 3
     assert union_coverage([], context=3) == 0
-
-
-def test_key_count_is_the_mean_of_the_patterns() -> None:
-    assert key_count([Pattern(4, (8, 20)), Pattern(0)]) == 4
-    assert key_count(layer_patterns("fibonacci", "fixed", layers=2, window=12)) == 13 + len(FIBONACCI[5:])
 
 
 def fewest_layers_by_enumeration(layers: list[list[Pattern] | None], limit: int) -> list[int | None]:

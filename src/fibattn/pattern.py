@@ -7,7 +7,6 @@ sequence (arXiv 2606.28560, section 3). Offsets are resolved here, once, in floa
 """
 
 import math
-import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -261,11 +260,6 @@ def _check_alpha(alpha: float, rungs: Sequence[int]) -> None:
     rungs = [whole_number("rung", rung) for rung in rungs]
     if not (isinstance(alpha, Real) and alpha > 0 and math.isfinite(alpha * max(rungs, default=1))):
         raise InputError(f"alpha is {alpha}; it must be a finite number above 0, and so must alpha times a rung")
-
-
-def key_count(patterns: Sequence[Pattern]) -> float:
-    """How many keys a query far from the beginning of the text attends to: the mean over the patterns."""
-    return statistics.mean(len(pattern.distances) for pattern in patterns)
 
 
 def union_coverage(patterns: Sequence[Pattern], context: int) -> int:

@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 from fibattn.errors import InputError
 from fibattn.model import FibAttnConfig, FibAttnForCausalLM
 from fibattn.model.loss import IGNORED
-from fibattn.pattern import LayerType, hybrid_layers, key_count
+from fibattn.pattern import LayerType, hybrid_layers
 from fibattn.training.recipe import OptimizerRecipe
+from study.presets import key_count
 from study.probes.fit import Keep, Stage, autocast, device, fit, rows_of
 from study.probes.settings import Recall
 

@@ -8,10 +8,10 @@ from statistics import mean
 
 import pytest
 
-from fibattn import InputError
+from fibattn import InputError, Pattern, layer_patterns
 from fibattn.training.recipe import DEFAULT, PRESETS, Recipe
 from fibattn.training.run import model_config
-from study.presets import HYBRID, STUDIES, Run, Study, find_study, lengthened
+from study.presets import HYBRID, STUDIES, Run, Study, find_study, key_count, lengthened
 from study.store import key_of
 
 EVERY = [(name, run.name) for name, study in STUDIES.items() for run in study.runs]
@@ -112,3 +112,9 @@ def test_runs_are_chosen_by_pattern() -> None:
 def test_unknown_study_is_refused() -> None:
     with pytest.raises(InputError, match="unknown study 'papre': did you mean 'paper'"):
         find_study("papre")
+
+
+def test_key_count_is_the_mean_of_the_patterns() -> None:
+    assert key_count([Pattern(4, (8, 20)), Pattern(0)]) == 4
+    far = (13, 21, 34, 55, 89, 144, 233, 377, 610, 987)
+    assert key_count(layer_patterns("fibonacci", "fixed", layers=2, window=12)) == 13 + len(far)

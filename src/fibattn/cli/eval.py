@@ -48,8 +48,6 @@ def run(arguments: list[str]) -> None:
     if any(length < 1 for length in chosen.lengths) or chosen.tokens < 1 or chosen.batch_tokens < 1:
         values = f"lengths {chosen.lengths}, tokens {chosen.tokens}, batch_tokens {chosen.batch_tokens}"
         raise InputError(f"{values}: each must be at least 1")
-    if chosen.out is not None and chosen.out.is_dir():
-        raise InputError(f"--out is {chosen.out}, a folder; give a file, such as {chosen.out / 'evaluation.json'}")
     folder, data = find_model(chosen.model), PreparedData.open(chosen.data)
     ways = _ways(chosen)
     out = chosen.out or default_output(folder, ways)

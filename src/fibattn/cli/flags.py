@@ -9,13 +9,11 @@ import tyro
 T = TypeVar("T")
 
 
-def parse(kind: type[T], arguments: Sequence[str], program: str, default: T | None = None, **options: Any) -> T:
+def parse(kind: type[T], arguments: Sequence[str], program: str, **options: Any) -> T:
     """The dataclass `kind` filled from the command line; prints help and exits on `--help` or a wrong flag.
 
     A flag of several values may be given more than once, and all its values count; of a flag with one value the last.
     """
-    if default is not None:
-        options["default"] = default
     return tyro.cli(kind, args=_joined(arguments, set(_of_several(kind))), prog=program, **options)
 
 

@@ -147,14 +147,10 @@ class _Meter:
 
     def report(self) -> str:
         """One line: tokens, speed, memory."""
+        import torch
+
+        from fibattn.machine import peak_memory
+
         speed = f"{(self.count - 1) / self.seconds:.1f} tokens/s, " if self.count > 1 else ""
-        return f"{self.count} tokens, {speed}{_memory()}"
-
-
-def _memory() -> str:
-    import torch
-
-    from fibattn.machine import peak_memory
-
-    kind = "GPU memory" if torch.cuda.is_available() else "memory"
-    return f"{peak_memory() / 2**20:.0f} MiB of {kind} at most"
+        kind = "GPU memory" if torch.cuda.is_available() else "memory"
+        return f"{self.count} tokens, {speed}{peak_memory() / 2**20:.0f} MiB of {kind} at most"

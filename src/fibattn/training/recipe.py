@@ -11,13 +11,11 @@ from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from fibattn import files
 from fibattn.errors import InputError, suggestion
-from fibattn.pattern import Base, Layers, LayerType, Schedule, hybrid_layers
-
-T = TypeVar("T")
+from fibattn.pattern import Base, LayerType, Schedule, hybrid_layers
 
 
 @dataclass(frozen=True)
@@ -185,12 +183,12 @@ class Recipe:
     def resolved(self) -> "Recipe":
         """The same with each layer named and distances as numbers: recipes that mean the same are then equal."""
         shape = self.model
-        layers = Layers(
-            layer_types=_to_depth(shape.layer_types, shape.num_hidden_layers),
-            no_rope_layers=_to_depth(shape.no_rope_layers, shape.num_hidden_layers),
-        )
-        distances = {"max_offset": self._distance(shape.max_offset), "full_reach": self.full_reach}
-        return replace(self, model=replace(shape, **layers, **distances))  # pyright: ignore[reportArgumentType]
+        written: dict[str, Any] = {
+            name: tuple(islice(cycle(getattr(shape, name)), shape.num_hidden_layers))
+            for name in ("layer_types", "no_rope_layers")
+        }
+        written |= {"max_offset": self._distance(shape.max_offset), "full_reach": self.full_reach}
+        return replace(self, model=replace(shape, **written))
 
     def split(self, processes: int) -> tuple[int, int]:
         """How each of `processes` cuts its share of a step: sequences of a micro-batch, and how many micro-batches.
@@ -278,11 +276,6 @@ _MOST = (1 << 31) - 1
 def _check_count(name: str, value: int, most: int) -> None:
     if not 1 <= value <= most:
         raise InputError(f"{name} is {value}; it must be {'at least 1' if value < 1 else f'at most {most:,}'}")
-
-
-def _to_depth(entries: tuple[T, ...], layers: int) -> tuple[T, ...]:
-    """The entries over and over until there is one for each layer."""
-    return tuple(islice(cycle(entries), layers))
 
 
 def to_json(recipe: Any) -> Any:

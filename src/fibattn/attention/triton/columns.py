@@ -79,7 +79,9 @@ def _fixed_columns(sets: tuple[tuple[int, ...], ...], window: int, batch_queries
 
 def column_table(sets: tuple[tuple[int, ...], ...], window: int, batch_queries: int, device: torch.device) -> Tensor:
     """Columns on the device, int32 (sets, 1 + 2 * width): their number, then shifts, then bits."""
-    near = [near_column(window, batch_queries, c) for c in range(near_columns(window, batch_queries))]
+    # A near key's distance from query `t` of a batch is `t + shift`.
+    shifts = range(1 - batch_queries, near_columns(window, batch_queries) + 1 - batch_queries)
+    near = [(shift, sum(1 << t for t in range(batch_queries) if 0 <= t + shift <= window)) for shift in shifts]
     rows = [
         near + [(min(d, UNREACHABLE) - t, 1 << t) for d in offsets for t in range(batch_queries)] for offsets in sets
     ]
@@ -93,12 +95,6 @@ def near_columns(window: int, batch_queries: int) -> int:
     """How many columns the window takes, a multiple of `batch_queries`; 0 where it goes through dense tiles."""
     columns = -(-(window + batch_queries) // batch_queries) * batch_queries
     return columns if columns <= WIDEST_NEAR else 0
-
-
-def near_column(window: int, batch_queries: int, column: int) -> tuple[int, int]:
-    """Shift and bits of one of the window's columns: its distance from query `t` of a batch is `t + shift`."""
-    shift = column - (batch_queries - 1)
-    return shift, sum(1 << t for t in range(batch_queries) if 0 <= t + shift <= window)
 
 
 @cache
