@@ -8,7 +8,8 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from fibattn.pattern import Pattern
-from fibattn.plotting import COLOURS, STYLE, label_ends, plain, save
+from fibattn.plotting import COLOURS, STYLE, plain, save
+from study.labels import label_ends
 
 
 @dataclass(frozen=True)

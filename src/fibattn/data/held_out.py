@@ -75,11 +75,6 @@ def threshold(name: str, share: float, found: Survey | None) -> int:
     return min(max(limit, found.lowest_key + 1), found.highest_key)
 
 
-def held_out_documents(source: Source, seed: int, limit: int) -> Iterator[str]:
-    """The texts of a source below the threshold `limit`."""
-    return (text for key, text in source.documents() if key_hash(key, seed) < limit)
-
-
 def training_documents(source: Source, seed: int, limit: int, excluded: Container[int]) -> Iterator[str]:
     """The texts of a source that are neither below the threshold nor held out under another key or source."""
     for key, text in source.documents():

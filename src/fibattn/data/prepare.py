@@ -212,7 +212,8 @@ class _Preparation:
             documents = (text for _, text in self.validation[name].documents())
         else:
             texts = array("Q")
-            documents = _noting(split.held_out_documents(source, self.plan.seed, limit), texts)
+            below = (text for key, text in source.documents() if split.key_hash(key, self.plan.seed) < limit)
+            documents = _noting(below, texts)
         self._write(stream, documents, self.plan.held_out_tokens, None)
         count = len(texts) if name in self.validation else self.record.documents(stream)
         if count == 0:
