@@ -231,13 +231,13 @@ def test_dense_is_judged_at_its_best_at_every_length() -> None:
 def test_a_dense_model_that_was_not_helped_in_every_way_proves_the_recipe_in_part() -> None:
     goal = helped_dense(4.5)
     assert goal.verdict == "partly"
-    assert goal.evidence.endswith("; not every run of dense was trained on in longer windows")
+    assert goal.evidence.endswith("; not every run of dense was trained on in longer sequences")
 
 
 @pytest.mark.parametrize(("gain", "verdict"), [(0.03, "holds"), (-0.01, "does not hold")])
 def test_a_bound_is_judged_and_shown_beside_a_plain_window(gain: float, verdict: str) -> None:
     models = hybrid_and_window(gain)
-    goal = own(models, "In the longest windows")
+    goal = own(models, "In the longest sequences")
     assert goal.verdict == verdict
     assert f"1,024 tokens: {'−3.0' if gain > 0 else '+1.0'} %" in goal.evidence
     long = own(models, "The default recipe gets no worse")

@@ -86,7 +86,7 @@ def test_a_run_goes_on_from_the_start_that_it_began_with_alone(recipe: Recipe, f
         ({"hidden_size": 64}, r"embed_tokens.weight is \(\d+, 32\) there and \(\d+, 64\) here"),
         ({"num_hidden_layers": 2}, r"layers.2.input_layernorm.weight is \(32,\) there and absent here"),
         (
-            {"attention": "fibonacci", "schedule": "learned"},
+            {"layer_types": ("fibonacci_attention",), "schedule": "learned"},
             r"layers.0.self_attn.theta is absent there and \(1,\) here",
         ),
     ],
