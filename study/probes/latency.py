@@ -36,7 +36,7 @@ def models(**shape: Any) -> dict[str, FibAttnConfig]:
         "hybrid": FibAttnConfig(
             window=default.model.window,
             full_reach=default.full_reach,
-            max_offset=default.resolved().model.max_offset,
+            max_offset=default.resolved().model.max_offset,  # pyright: ignore[reportArgumentType]
             layer_types=list(hybrid["layer_types"]),
             no_rope_layers=list(hybrid["no_rope_layers"]),
             **shape,
