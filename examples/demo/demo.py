@@ -140,9 +140,11 @@ def _headline(rows: list[dict[str, Any]]) -> str:
     dense, stagger = far["dense"], far["stagger"]
     factor = FACTORS[-1]
     if dense > 0.1 and stagger < 0.02:
+        too = ", nor is that of dense attention bounded to the training length"
+        bounded = too if far["dense, bounded"] < 0.02 else ""
         return (
             f"At {factor} times the training length dense attention's perplexity is {dense:.0%} higher. "
-            "The stagger's is not."
+            f"The stagger's is not{bounded}."
         )
     changes = ", ".join(f"{row['label']} {row['changes'][-1]}" for row in rows[:2])
     return f"Perplexity at {factor} times the training length: {changes}"
