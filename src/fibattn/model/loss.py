@@ -1,8 +1,9 @@
 """Cross-entropy of a linear head without ever holding all logits.
 
-At the paper's shape the float32 logits of one step are 4.3 GB. Here they live one slice of tokens at a time:
-the forward computes a slice's loss and, where they are wanted, at once its part of the gradients, so the backward
-only scales. It scales in float32: what arrives there, such as a scaler's 65,536, need not fit into 16 bits.
+At the paper's shape the float32 logits of one step are 4.3 GB. Here they live one slice of tokens at a time: the
+forward computes a slice's loss and, where wanted, at once its part of the gradients, so the backward only scales. It
+scales in float32: what arrives there, such as a scaler's 65,536, need not fit into 16 bits. PyTorch has a function of
+this name as well, but not in 2.11, the oldest version that is supported.
 """
 
 from typing import Any
