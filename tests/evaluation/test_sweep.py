@@ -15,7 +15,7 @@ from torch.nn import functional
 from fibattn import FibAttnForCausalLM, files
 from fibattn.data.prepared import PreparedData
 from fibattn.errors import InputError
-from fibattn.evaluation.sweep import change, default_output, sweep, tables
+from fibattn.evaluation.sweep import change, sweep, tables
 from fibattn.model.loading import find_model, load_model
 
 
@@ -141,9 +141,3 @@ def test_what_is_not_a_language_model_is_refused(folder: Path) -> None:
     files.write_json(folder / "config.json", {"model_type": "nothing-known"})
     with pytest.raises(InputError, match=r"holds no model that can be loaded"):
         load_model(folder)
-
-
-def test_results_go_beside_the_model_of_a_run_and_else_here(folder: Path) -> None:
-    name = folder.parent.name
-    assert default_output(folder) == Path(f"evaluation-{name}.json")
-    assert default_output(folder, "-full-reach-31") == Path(f"evaluation-{name}-full-reach-31.json")
