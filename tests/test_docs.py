@@ -51,7 +51,7 @@ def test_every_block_of_the_page_runs(name: str, capsys: pytest.CaptureFixture[s
 
 
 def test_the_site_builds_with_every_page_and_fetches_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     for page in PAGES:
