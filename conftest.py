@@ -1,13 +1,17 @@
-"""Fixtures that several rooms share: a small corpus, prepared once, and a browser to look at pages with."""
+"""Fixtures that several rooms share: a small corpus, prepared once, a model of it, and a browser for pages."""
 
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from browser import CHROMIUM, Browser
+
+if TYPE_CHECKING:
+    from fibattn import FibAttnForCausalLM
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -44,3 +48,28 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         pytest.skip("Chromium is not installed (Debian: apt install chromium)")
     with Browser(tmp_path_factory.mktemp("profile")) as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def model(prepared: Path) -> "FibAttnForCausalLM":
+    """An untrained model that goes with the prepared text; large weights, so that its choices differ clearly."""
+    import torch
+
+    from fibattn import FibAttnConfig, FibAttnForCausalLM
+    from fibattn.data.prepared import PreparedData
+
+    data = PreparedData.open(prepared)
+    torch.manual_seed(0)
+    config = FibAttnConfig(
+        vocab_size=data.vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        window=6,
+        initializer_range=0.4,
+        bos_token_id=data.separator,
+        eos_token_id=data.separator,
+    )
+    return FibAttnForCausalLM(config).eval()
