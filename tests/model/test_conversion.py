@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 from foreign_decoders import LAYERS, PATTERN, SLIDING, model, tokens
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     DynamicCache,
     PreTrainedModel,
@@ -269,36 +267,11 @@ def test_a_short_training_learns() -> None:
 
 
 @torch.no_grad()
-def test_saved_patterns_must_be_applied_again(tmp_path: Any) -> None:
-    made, ids = fibattn.convert(model("qwen2"), **PATTERN, keep_layers=[2]), tokens()
-    right = made(ids).logits
-    made.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    with pytest.raises(InputError, match=re.escape("call fibattn.convert(model)")):
-        loaded(ids)
-    assert torch.equal(fibattn.convert(loaded)(ids).logits, right)
-    fibattn.restore(loaded)
-    dense = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa").eval()
-    assert torch.equal(dense(ids).logits, loaded(ids).logits)
-    assert not torch.equal(dense(ids).logits, right)
-    fibattn.convert(dense, window=7)
-    assert dense.config.fibattn_pattern["window"] == 7
-
-
-@torch.no_grad()
 def test_the_command_line_loads_what_was_saved(tmp_path: Any) -> None:
     made, ids = fibattn.convert(model("gemma3_text"), **PATTERN), tokens()
     made.save_pretrained(tmp_path)
     loaded = load_model(tmp_path).eval()
     close(loaded(ids.to(loaded.device)).logits.cpu(), made(ids).logits)
-
-
-def test_a_converted_model_that_was_loaded_dense_grows_and_can_be_restored(tmp_path: Any) -> None:
-    fibattn.convert(model(), **PATTERN).save_pretrained(tmp_path)
-    dense = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
-    assert growing_layers(dense) == dense.config.num_hidden_layers
-    fibattn.restore(dense).save_pretrained(tmp_path / "again")
-    assert "fibattn" not in (tmp_path / "again" / "config.json").read_text()
 
 
 def test_whole_numbers_of_other_kinds_can_be_saved(tmp_path: Any) -> None:

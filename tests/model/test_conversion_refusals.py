@@ -48,8 +48,6 @@ def test_models_that_cannot_be_converted(which: str) -> None:
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        ({}, "no window was given"),
-        ({"rungs": 8}, "a pattern was given without its window"),
         ({"window": -1}, "window is -1"),
         ({"window": 3, "schedule": "learned"}, "fixed offsets"),
         ({"window": 3, "schedule": "spiral"}, "unknown schedule 'spiral'"),
@@ -63,6 +61,8 @@ def test_models_that_cannot_be_converted(which: str) -> None:
         ({"window": "3"}, r"window is '3'; it must be a whole number"),
         ({"window": 3, "rungs": None}, r"rungs is None; it must be a whole number"),
         ({"window": 3, "max_offset": 2.5}, r"max_offset is 2.5; it must be a whole number"),
+        ({"window": 3, "full_reach": 0, "keep_layers": [0]}, "full_reach is 0; it must be at least 1, or None"),
+        ({"window": 3, "full_reach": 9}, "full_reach is 9, but no layer keeps its own attention"),
         ({"window": 2.5}, "window is 2.5; it must be a whole number"),
     ],
 )
@@ -73,18 +73,6 @@ def test_patterns_that_cannot_be(given: dict[str, Any], reason: str) -> None:
         fibattn.convert(made, **given)
     assert torch.equal(made(ids).logits, right)
     assert made.config.to_dict() == before
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [({"rungs": 8}, "its other fields give"), ({"spin": 1}, "fields .*spin.* newer fibattn")],
-)
-def test_stored_patterns_that_contradict_themselves(changes: dict[str, Any], reason: str) -> None:
-    made = fibattn.convert(model(), **PATTERN)
-    stored = {**made.config.fibattn_pattern, **changes}
-    fibattn.restore(made).config.fibattn_pattern = stored
-    with pytest.raises(InputError, match=reason):
-        fibattn.convert(made)
 
 
 @torch.no_grad()
@@ -111,11 +99,3 @@ def test_calls_that_cannot_be_right() -> None:
         made(ids)
     fibattn.restore(made)
     assert made.config._attn_implementation == "sdpa"
-
-
-def test_a_shared_configuration_is_noticed() -> None:
-    made = model()
-    other = type(made)(made.config)
-    fibattn.convert(made, **PATTERN)
-    with pytest.raises(InputError, match="shares the configuration"):
-        other(tokens())

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, LlamaFor
 
 from fibattn import FibAttnConfig, FibAttnForCausalLM, FibAttnModel, InputError
 from fibattn.model import layers
-from fibattn.model.feed_forward import padded_swiglu
+from fibattn.model.feed_forward import padded_gated
 
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 10_000.0},
@@ -393,7 +393,7 @@ def test_padding_the_feed_forward_changes_nothing(size: int, multiple: int) -> N
     shapes = ((2, 5, 16), (size, 16), (size, 16), (16, size))
     hidden, gate, up, down = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
     expected = functional.linear(functional.silu(functional.linear(hidden, gate)) * functional.linear(hidden, up), down)
-    found = padded_swiglu(hidden, gate, up, down, multiple)
+    found = padded_gated(hidden, gate, up, down, functional.silu, multiple)
     close(found, expected, 1e-12)
     towards = torch.randn_like(expected)
     inputs = (hidden, gate, up, down)

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, configuration_utils
+from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import RopeParameters
 
 from fibattn import files
@@ -17,11 +18,6 @@ from fibattn.pattern import Base, LayerType, LearnedPattern, Pattern, Schedule, 
 LAYER_TYPES = get_args(LayerType)
 
 _SHIM = "modeling_fibattn"
-_AUTO_MAP = {
-    "AutoConfig": f"{_SHIM}.FibAttnConfig",
-    "AutoModel": f"{_SHIM}.FibAttnModel",
-    "AutoModelForCausalLM": f"{_SHIM}.FibAttnForCausalLM",
-}
 
 # Transformers has no call to make a layer type known, and its Trainer reads configurations by their base class.
 configuration_utils.ALLOWED_ATTN_LAYER_TYPES += ("fibonacci_attention",)  # pyright: ignore[reportPrivateImportUsage]
@@ -42,7 +38,13 @@ class FibAttnConfig(PreTrainedConfig):
         max_position_embeddings: the training length. It bounds nothing; evaluation tools read it.
         rope_parameters: as in Llama. Scaling (`yarn`, `linear`, …) acts on the full-attention layers alone:
             a sparse layer never sees a distance beyond its reach, so it has nothing to scale.
+        rope_scales_all: it acts on all layers. A converted model was trained so.
         initializer_range: standard deviation of the initial weights; `hidden_size ** -0.5` when None.
+        hidden_act: the feed-forward's activation, by its name in Transformers: `silu`, `relu2`, `gelu`, …
+        qk_norm: queries and keys go through an RMSNorm over the head size before they are rotated, as in Qwen3.
+        attention_bias: all four projections of the attention have a bias, as they may in Llama.
+        qkv_bias: those to queries, keys and values alone have one, as in Qwen2.
+        mlp_bias: the projections of the feed-forward have a bias.
         base: `fibonacci` or `power_of_two`.
         schedule: `fixed`, `linear`, `coprime` or `learned`: the scale alpha of each layer's rungs.
         stagger_heads: the KV heads of a layer have scales of their own: the schedule runs over the layers of
@@ -57,6 +59,9 @@ class FibAttnConfig(PreTrainedConfig):
         full_reach: how far back the full-attention layers look; None: to the beginning. A trained model may be loaded
             with it (`from_pretrained(…, full_reach=1023)`): then it runs for ever at constant cost, and far context
             cannot spread the attention of those layers thin.
+        layer_limits: for each layer the farthest distance that it may attend to, whatever its type, or None for no
+            limit; all None when None. A converted layer stays within the sliding window that it had.
+        converted_from: the configuration of the model that this one was converted from, for the way back.
         layer_offsets: for each layer the resolved integer offsets, one list for each set of KV heads that
             shares one; None for full attention and learned rungs. Derived when None, checked when given.
 
@@ -80,8 +85,14 @@ class FibAttnConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-6
     initializer_range: float | None = None
     rope_parameters: RopeParameters | dict | None = None
+    rope_scales_all: bool = False
     use_cache: bool = True
     tie_word_embeddings: bool = True
+    hidden_act: str = "silu"
+    qk_norm: bool = False
+    attention_bias: bool = False
+    qkv_bias: bool = False
+    mlp_bias: bool = False
     pad_token_id: int | None = None
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 0
@@ -96,7 +107,9 @@ class FibAttnConfig(PreTrainedConfig):
     layer_types: list[str] | None = None
     no_rope_layers: list[int] | None = None
     full_reach: int | None = None
+    layer_limits: list[int | None] | None = None
     layer_offsets: list[list[list[int]] | None] | None = None
+    converted_from: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if "sliding_window" in kwargs:
@@ -150,9 +163,7 @@ class FibAttnConfig(PreTrainedConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """As in Transformers, and a few lines of code beside it that find the classes in the installed package."""
-        self.auto_map = dict(_AUTO_MAP)
-        shim = Path(__file__).with_name("shim.py").read_text(encoding="utf-8")
-        files.write_text(Path(save_directory) / f"{_SHIM}.py", shim)
+        save_shim(self, Path(save_directory), "FibAttnModel", "FibAttnForCausalLM")
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     @classmethod
@@ -171,10 +182,20 @@ class FibAttnConfig(PreTrainedConfig):
 
     def layer_patterns(self, layer: int) -> tuple[Pattern, ...] | None:
         """The patterns of a layer's KV heads (one when they share it); None for unbounded attention, learned rungs."""
-        if self.full_reach is not None and (self.layer_types or [])[layer] == "full_attention":
-            return (Pattern(self.full_reach, ()),)
-        sets = (self.layer_offsets or [])[layer]
-        return None if sets is None else tuple(Pattern(self.window, tuple(offsets)) for offsets in sets)
+        full = (self.layer_types or [])[layer] == "full_attention"
+        limits = [self._limit(layer), self.full_reach if full else self.window]
+        window = min((limit for limit in limits if limit is not None), default=None)
+        sets = [[]] if full and window is not None else (self.layer_offsets or [])[layer]
+        return None if sets is None or window is None else tuple(Pattern(window, tuple(one)) for one in sets)
+
+    def _limit(self, layer: int) -> int | None:
+        return None if self.layer_limits is None else self.layer_limits[layer]
+
+    @property
+    def unbounded(self) -> bool:
+        """Whether some layer attends to everything."""
+        limits = self.layer_limits or [None] * len(self.layer_types or [])
+        return self.full_reach is None and ("full_attention", None) in zip(self.layer_types or [], limits, strict=True)
 
     @property
     def learned_pattern(self) -> LearnedPattern:
@@ -220,15 +241,21 @@ class FibAttnConfig(PreTrainedConfig):
         for layer, kind in enumerate(self.layer_types or []):
             if kind not in LAYER_TYPES:
                 raise InputError(f"layer_types[{layer}] is {kind!r}; the types are {', '.join(LAYER_TYPES)}")
-        for name in ("layer_types", "no_rope_layers"):
-            if len(getattr(self, name)) != self.num_hidden_layers:
+        for name in ("layer_types", "no_rope_layers", "layer_limits"):
+            if len(getattr(self, name) or [0] * self.num_hidden_layers) != self.num_hidden_layers:
                 raise InputError(f"{name} has {len(getattr(self, name))} entries for {self.num_hidden_layers} layers")
         if self.stagger_heads and self.schedule == "learned":
             raise InputError(
                 "stagger_heads is True, but a learned scale is one for all heads of a layer; set it to False"
             )
+        if any(limit is not None and limit < 1 for limit in self.layer_limits or []):
+            raise InputError(f"layer_limits is {self.layer_limits}; each entry is at least 1, or None for no limit")
+        if self.layer_limits and self.schedule == "learned":
+            raise InputError("layer_limits are given, but a learned scale moves the rungs; take a fixed schedule")
         if set(self.no_rope_layers or []) - {0, 1}:
             raise InputError(f"no_rope_layers is {self.no_rope_layers}; each entry is 1 (with RoPE) or 0 (without)")
+        if self.hidden_act not in ACT2FN:
+            raise InputError(f"hidden_act is {self.hidden_act!r}: {suggestion(self.hidden_act, ACT2FN, 'activations')}")
 
     def _resolve_offsets(self) -> list[list[list[int]] | None]:
         patterns = layer_patterns(
@@ -247,8 +274,8 @@ class FibAttnConfig(PreTrainedConfig):
             elif kind == "full_attention" or self.learns_alpha(layer):
                 resolved.append(None)
             else:
-                heads = patterns[layer :: self.num_hidden_layers]
-                resolved.append([list(pattern.offsets) for pattern in heads])
+                heads, limit = patterns[layer :: self.num_hidden_layers], self._limit(layer)
+                resolved.append([[d for d in one.offsets if limit is None or d <= limit] for one in heads])
         return resolved
 
     def check_offsets(self) -> None:
@@ -267,3 +294,18 @@ class FibAttnConfig(PreTrainedConfig):
                     f"{self.window} and rungs {self.rungs} give {expected}; correct one of them, or leave "
                     "layer_offsets out to have it derived"
                 )
+
+
+def save_shim(config: PreTrainedConfig, folder: Path, body: str, whole: str) -> None:
+    """Put the code that finds our classes into a model's folder, and its place into the configuration.
+
+    Args:
+        config: what is about to be saved there.
+        folder: where to.
+        body: the name of the class without a head.
+        whole: that of the causal language model.
+    """
+    named = {"AutoConfig": type(config).__name__, "AutoModel": body, "AutoModelForCausalLM": whole}
+    config.auto_map = {auto: f"{_SHIM}.{name}" for auto, name in named.items()}  # pyright: ignore
+    shim = Path(__file__).with_name("shim.py").read_text(encoding="utf-8")
+    files.write_text(folder / f"{_SHIM}.py", shim)

@@ -7,7 +7,6 @@ it; layers that keep their own attention have a mask made of it, sized for their
 cache is taken from it before it can write there: the operator writes to the layer's ring itself.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,28 +18,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fibattn.attention import attend, attend_cached
 from fibattn.errors import InputError
 from fibattn.model.cache import RingLayer, check_full, ring_of
+from fibattn.model.converted_pattern import ConvertedLayer
 from fibattn.model.positions import document_positions, packed_positions, says_nothing
-from fibattn.pattern import Pattern
 
 IMPLEMENTATION = "fibattn"
 """The name that the attention and its mask have in Transformers' registries."""
 
-STORED_PATTERN = "fibattn_pattern"
-"""The entry of a converted model's configuration."""
-
 _FORWARD_ARGUMENTS = ("input_ids", "attention_mask", "position_ids")
-
-
-@dataclass(frozen=True)
-class ConvertedLayer:
-    """What a converted decoder's attention module attends to; its attribute `fibattn`.
-
-    `pattern` is None where the layer keeps its own attention: to everything, or with a `sliding_window` to so
-    many keys, the query's own among them.
-    """
-
-    pattern: Pattern | None
-    sliding_window: int | None
 
 
 def before_decoder(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
@@ -147,9 +131,8 @@ def _converted(module: nn.Module) -> ConvertedLayer:
     own = getattr(module, "fibattn", None)
     if own is None:
         raise InputError(
-            "this model's attention is 'fibattn', but it has not been converted (it was loaded from a converted "
-            "model's folder, or shares the configuration of one): call fibattn.convert(model), or load it with "
-            "attn_implementation='sdpa' for its own attention"
+            "this model's attention is 'fibattn', but it has not been converted: load a converted model's folder as "
+            "it is, or call fibattn.convert(model, window=…) on the original"
         )
     return own
 

@@ -4,15 +4,17 @@ The paper's feed-forward size, 1366, is no multiple of 8, so rows of 16-bit matr
 their products run at a fraction of the speed. Parameters and checkpoints keep the model's size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 
-def padded_swiglu(hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, multiple: int = 64) -> Tensor:
-    """SwiGLU of weights padded with zeros to a multiple of `multiple`, gate and up in one product.
+def padded_gated(
+    hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, act: Callable[[Tensor], Tensor], multiple: int = 64
+) -> Tensor:
+    """`down(act(gate(x)) * up(x))` of weights padded to a multiple of `multiple`, gate and up in one product.
 
     The padding adds exact zeros, so values and gradients are those of the plain formula. The products run in
     the autocast dtype where that is on.
@@ -21,6 +23,7 @@ def padded_swiglu(hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, multip
         hidden: (batch, tokens, hidden size).
         gate, up: (feed-forward size, hidden size).
         down: (hidden size, feed-forward size).
+        act: the activation, element by element.
         multiple: what the padded feed-forward size is a multiple of.
     """
     dtype = _product_dtype(hidden)
@@ -28,11 +31,11 @@ def padded_swiglu(hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, multip
     extra = -gate.shape[0] % multiple
     both = functional.pad(torch.stack((gate, up)), (0, 0, 0, extra)).flatten(0, 1)
     gated, lifted = functional.linear(hidden.to(dtype), both).chunk(2, dim=-1)
-    return functional.linear(functional.silu(gated) * lifted, functional.pad(down, (0, extra)))
+    return functional.linear(act(gated) * lifted, functional.pad(down, (0, extra)))
 
 
 def gains_from_padding(hidden: Tensor, projections: Sequence[nn.Linear]) -> bool:
-    """Whether `padded_swiglu` is faster: in 16 bits on a GPU, with enough tokens to pay for copying the weights.
+    """Whether `padded_gated` is faster: in 16 bits on a GPU, with enough tokens to pay for copying the weights.
 
     Projections that are more than their weight run as they are.
     """

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from fibattn.attention import attend, attend_cached
 from fibattn.model.cache import check_full, ring_of
 from fibattn.model.configuration import FibAttnConfig
-from fibattn.model.feed_forward import gains_from_padding, padded_swiglu
+from fibattn.model.feed_forward import gains_from_padding, padded_gated
 from fibattn.model.rotary import Rotation, rotate
 
 
@@ -27,15 +27,17 @@ class FibAttnAttention(nn.Module):
         self.config, self.layer_idx, self.head_dim = config, layer, size
         self.num_key_value_groups = heads // kv_heads
         self.scaling, self.attention_dropout, self.is_causal = size**-0.5, 0.0, True
-        self.full = (config.layer_types or [])[layer] == "full_attention"
+        self.scales_rope = config.rope_scales_all or (config.layer_types or [])[layer] == "full_attention"
         self.rotated = bool((config.no_rope_layers or [])[layer])
         self.pattern = config.learned_pattern if config.learns_alpha(layer) else config.layer_patterns(layer)
         self.theta = nn.Parameter(torch.zeros(1)) if config.learns_alpha(layer) else None
         self.reach = config.layer_reach(layer)
-        self.q_proj = nn.Linear(config.hidden_size, heads * size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_heads * size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_heads * size, bias=False)
-        self.o_proj = _residual_output(nn.Linear(heads * size, config.hidden_size, bias=False))
+        bias = config.attention_bias or config.qkv_bias
+        self.q_proj = nn.Linear(config.hidden_size, heads * size, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads * size, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads * size, bias=bias)
+        self.o_proj = _residual_output(nn.Linear(heads * size, config.hidden_size, bias=config.attention_bias))
+        self.q_norm, self.k_norm = (nn.RMSNorm(size, config.rms_norm_eps) if config.qk_norm else None for _ in "qk")
 
     @property
     def alpha(self) -> Tensor:
@@ -70,6 +72,8 @@ class FibAttnAttention(nn.Module):
         """
         shape = (*hidden.shape[:2], -1, self.head_dim)
         q, k, v = (project(hidden).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if self.rotated:
             q, k = rotate(q, rotation), rotate(k, rotation)
         if self.pattern is None:
@@ -103,20 +107,22 @@ class FibAttnAttention(nn.Module):
 
 
 class FibAttnMLP(nn.Module):
-    """SwiGLU."""
+    """The gated feed-forward: SwiGLU for `silu`."""
 
     def __init__(self, config: FibAttnConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = _residual_output(nn.Linear(config.intermediate_size, config.hidden_size, bias=False))
+        bias = config.mlp_bias
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
+        self.down_proj = _residual_output(nn.Linear(config.intermediate_size, config.hidden_size, bias=bias))
+        self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`hidden` (batch, tokens, hidden size) in and out."""
         projections = (self.gate_proj, self.up_proj, self.down_proj)
         if gains_from_padding(hidden, projections):
-            return padded_swiglu(hidden, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
-        return self.down_proj(functional.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+            return padded_gated(hidden, *(one.weight for one in projections), act=self.act_fn)
+        return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
 def _residual_output(linear: nn.Linear) -> nn.Linear:

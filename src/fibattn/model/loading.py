@@ -11,8 +11,6 @@ from transformers.utils.logging import disable_progress_bar
 from fibattn import files
 from fibattn.errors import InputError
 from fibattn.model.configuration import FibAttnConfig
-from fibattn.model.conversion import convert
-from fibattn.model.converted_layers import STORED_PATTERN
 from fibattn.sealed import is_sealed, verify
 
 
@@ -43,8 +41,6 @@ def find_model(path: Path) -> Path:
 def load_model(folder: Path, **changes: Any) -> PreTrainedModel:
     """The model in `folder`, float32, on the GPU where there is one; `changes` go into its configuration.
 
-    A converted model (`fibattn.convert`) is converted again, to the pattern it was saved with.
-
     Raises:
         InputError: when the files are not those of a causal language model, or weights are missing or cut short.
     """
@@ -59,8 +55,6 @@ def load_model(folder: Path, **changes: Any) -> PreTrainedModel:
     if found["missing_keys"]:
         names = sorted(found["missing_keys"])
         raise InputError(f"{folder} lacks {len(names)} weights, {names[0]} among them; {repair}")
-    if hasattr(model.config, STORED_PATTERN):
-        convert(model)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

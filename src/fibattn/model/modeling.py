@@ -61,6 +61,8 @@ class FibAttnPreTrainedModel(PreTrainedModel):
             if getattr(module, "writes_residual", False):
                 std *= (2 * self.config.num_hidden_layers) ** -0.5
             initialization.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                initialization.zeros_(module.bias)
         elif isinstance(module, nn.RMSNorm):
             initialization.ones_(module.weight)
         elif isinstance(module, FibAttnAttention) and module.theta is not None:
@@ -148,7 +150,7 @@ class FibAttnModel(FibAttnPreTrainedModel):
         for layer in self.layers[: self.config.num_hidden_layers]:
             hidden = layer(
                 hidden,
-                rotation=scaled if layer.self_attn.full else plain,  # pyright: ignore
+                rotation=scaled if layer.self_attn.scales_rope else plain,  # pyright: ignore
                 attention_mask=masks.get("full_attention"),
                 positions=masks.get("positions"),
                 cache=cache,
@@ -177,7 +179,7 @@ class FibAttnModel(FibAttnPreTrainedModel):
             position_ids = None  # `generate` gives both; with a cache, only padding tells rows apart
         positions = document_positions(hidden, attention_mask, position_ids, past)
         masks: dict[str, Any] = {"positions": positions}
-        if config.full_reach is None and "full_attention" in (config.layer_types or []):
+        if config.unbounded:
             if attention_mask is not None and position_ids is not None and says_nothing(attention_mask):
                 attention_mask = None
             masks["full_attention"] = full_mask(config, hidden, attention_mask, position_ids, cache, positions)

@@ -5,12 +5,10 @@ harnesses) can load the folder with `trust_remote_code=True`.
 """
 
 try:
-    from fibattn.model import FibAttnConfig, FibAttnForCausalLM, FibAttnModel
+    from fibattn.model import *  # noqa: F403
 except ImportError as error:
     # Transformers would say `pip install fibattn`, but that name on PyPI is not this package.
     raise ImportError(
         "this model needs the package fibattn, which is not on PyPI; the model card says where it is from: "
         "pip install PATH/TO/fibattn"
     ) from error
-
-__all__ = ["FibAttnConfig", "FibAttnForCausalLM", "FibAttnModel"]

@@ -17,7 +17,8 @@ from transformers.cache_utils import Cache
 from fibattn.errors import InputError
 from fibattn.machine import check_compiler
 from fibattn.model.cache import CACHE_NAME
-from fibattn.model.converted_layers import STORED_PATTERN
+from fibattn.model.configuration import FibAttnConfig
+from fibattn.model.converted_pattern import STORED_PATTERN, sliding_window
 
 _PREFILL = 4096
 
@@ -95,16 +96,14 @@ def stream(
 def growing_layers(model: PreTrainedModel) -> int:
     """How many layers attend to everything, so that their cache grows with the text; converted ones do not."""
     config: Any = model.config
-    if getattr(config, "full_reach", None) is not None:
-        return 0
+    layers: Iterable[int] = range(config.num_hidden_layers)
+    if isinstance(config, FibAttnConfig):
+        return sum(config.layer_reach(layer) is None for layer in layers)
+    converted = getattr(config, STORED_PATTERN, None)
+    if converted is not None:
+        layers = [] if converted["full_reach"] is not None else converted["keep_layers"]
     kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        sliding = getattr(config, "sliding_window", None) is not None
-        kinds = ["sliding_attention" if sliding else "full_attention"] * config.num_hidden_layers
-    # One that was loaded dense still has the pattern in its configuration.
-    converted = getattr(config, STORED_PATTERN, None) if hasattr(model.base_model, "fibattn") else None
-    unconverted = range(len(kinds)) if converted is None else converted["keep_layers"]
-    return sum(kinds[layer] == "full_attention" for layer in unconverted)
+    return sum(sliding_window(config, one) is None and (not kinds or kinds[one] == "full_attention") for one in layers)
 
 
 def _draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:

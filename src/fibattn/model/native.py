@@ -1,0 +1,90 @@
+"""A converted decoder as a model of this project's own kind: the weights have the same names, a configuration the rest.
+
+So a converted Llama is written as a `FibAttnForCausalLM`, which whatever takes the project's models takes, and back.
+"""
+
+from typing import Any
+
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+from fibattn.errors import InputError
+from fibattn.model.configuration import FibAttnConfig
+from fibattn.model.converted_pattern import STORED_PATTERN, layers_of
+from fibattn.model.modeling import FibAttnForCausalLM, FibAttnPreTrainedModel
+
+_SAME = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps"),
+    *("rope_parameters", "use_cache", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id", "dtype"),
+)
+_BIASES = ("attention_bias", "mlp_bias")
+_FAMILIES: dict[str, tuple[tuple[str, ...], dict[str, bool]]] = {
+    "llama": (_BIASES, {}),
+    "mistral": ((), {}),
+    "qwen2": ((), {"qkv_bias": True}),
+    "qwen3": (("attention_bias",), {"qk_norm": True}),
+    "smollm3": (_BIASES, {}),
+}
+"""For each model type that fits the further fields that it has, by the same names here, and what it always has."""
+
+
+def native_config(source: PreTrainedConfig, entry: dict[str, Any]) -> FibAttnConfig | None:
+    """The configuration that a converted decoder has as a model of this kind; None where it does not fit.
+
+    Args:
+        source: the decoder's own configuration, with the architecture that is to be saved where it names one.
+        entry: its pattern, as `fibattn.convert` stores it.
+    """
+    kind = source.model_type
+    heads = {None, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind), MODEL_MAPPING_NAMES.get(kind)}
+    rope: dict[str, Any] = source.rope_parameters or {}  # pyright: ignore
+    known = kind in _FAMILIES and (source.architectures or [None])[0] in heads
+    if not known or rope.get("partial_rotary_factor", 1.0) != 1.0 or hasattr(source, "quantization_config"):
+        return None
+    more, always = _FAMILIES[kind]
+    fields = {name: getattr(source, name) for name in (*_SAME, *more) if hasattr(source, name)}
+    layers = layers_of(source, entry)
+    kept, limits = entry["keep_layers"], [layer.sliding_window and layer.sliding_window - 1 for layer in layers]
+    rungs = ["fibonacci_attention" if offsets else "sliding_attention" for offsets in entry["layer_offsets"]]
+    kinds = ["full_attention" if index in kept else kind for index, kind in enumerate(rungs)]
+    if hasattr(source, "no_rope_layers"):
+        fields["no_rope_layers"] = list(source.no_rope_layers)[: len(layers)]  # pyright: ignore
+    return FibAttnConfig(
+        **fields,
+        **always,
+        **{name: entry[name] for name in entry if name not in ("keep_layers", "layer_offsets")},
+        layer_types=kinds,
+        layer_limits=limits if any(limit is not None for limit in limits) else None,
+        rope_scales_all=rope.get("rope_type", "default") != "default",
+        architectures=["FibAttnModel" if source.architectures == [MODEL_MAPPING_NAMES[kind]] else "FibAttnForCausalLM"],
+        converted_from=plain(source),
+    )
+
+
+def dense_model(model: FibAttnPreTrainedModel) -> PreTrainedModel:
+    """The model that `model` was converted from, with the weights of `model`, which are not copied.
+
+    Raises:
+        InputError: for a model that was not converted.
+    """
+    config = model.config
+    if config.converted_from is None:
+        raise InputError(f"this {type(model).__name__} was not converted from another model; it has no dense form")
+    given = {**config.converted_from, "vocab_size": config.vocab_size, "dtype": model.dtype}
+    source = CONFIG_MAPPING[given["model_type"]].from_dict(given)
+    with no_init_weights():
+        kind = AutoModelForCausalLM if isinstance(model, FibAttnForCausalLM) else AutoModel
+        dense: Any = kind.from_config(source, dtype=model.dtype)
+    dense.load_state_dict(model.state_dict(), assign=True)
+    dense.tie_weights()
+    if dense.can_generate():
+        dense.generation_config = model.generation_config
+    return dense.train(model.training)
+
+
+def plain(source: PreTrainedConfig) -> dict[str, Any]:
+    """A decoder's own configuration as JSON values."""
+    return {name: value for name, value in source.to_diff_dict().items() if name != STORED_PATTERN}
