@@ -42,14 +42,7 @@ class TokenStream:
             )
         if self._maps is None:
             self._maps = [open_shard(path) for path in self.paths]
-        index = int(np.searchsorted(self._ends, start, side="right"))
-        parts = []
-        while length > 0:
-            shard = self._maps[index]
-            at = start - (int(self._ends[index]) - len(shard))
-            parts.append(shard[at : at + length])
-            start, length, index = start + len(parts[-1]), length - len(parts[-1]), index + 1
-        return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
+        return self._cut(self._maps, start, length)
 
     def byte_counts(self, start: int, length: int, sizes: np.ndarray) -> np.ndarray:
         """Bytes of text of each of the tokens start … start+length-1, int64 [length].
@@ -58,8 +51,18 @@ class TokenStream:
         """
         if not self.paths or not bytes_path(self.paths[0]).exists():
             return sizes[self.sequence(start, length)].astype(np.int64)
-        counts = np.concatenate([np.load(bytes_path(path), mmap_mode="r") for path in self.paths])
-        return counts[start : start + length].astype(np.int64)
+        return self._cut([np.load(bytes_path(path), mmap_mode="r") for path in self.paths], start, length)
+
+    def _cut(self, shards: Sequence[np.ndarray], start: int, length: int) -> np.ndarray:
+        """Entries start … start+length-1 of arrays that have one for each token, int64."""
+        index = int(np.searchsorted(self._ends, start, side="right"))
+        parts = []
+        while length > 0:
+            shard = shards[index]
+            at = start - (int(self._ends[index]) - len(shard))
+            parts.append(shard[at : at + length])
+            start, length, index = start + len(parts[-1]), length - len(parts[-1]), index + 1
+        return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
