@@ -30,6 +30,7 @@ _FIELDS: dict[str, dict[str, type]] = {
 """What a line of each kind has at least."""
 
 _HOUSEKEEPING = ("data", "out", "compile", "log_every", "save_every", "keep_checkpoints", "track", "micro_batch")
+_HOUSEKEEPING += ("evaluate_every", "evaluate_tokens")
 
 
 def recipe_of(recipe: Recipe) -> dict[str, Any]:

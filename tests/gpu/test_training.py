@@ -12,6 +12,7 @@ from fibattn.data.prepared import TokenStream
 from fibattn.data.sequences import TrainingSequences
 from fibattn.data.shards import write_shard
 from fibattn.pattern import hybrid_layers
+from fibattn.training.held_out import HeldOut
 from fibattn.training.recipe import ModelRecipe, OptimizerRecipe, Recipe
 from fibattn.training.run import build_model
 from fibattn.training.trainer import FibTrainer
@@ -29,34 +30,44 @@ SHAPE = ModelRecipe(hidden_size=128, intermediate_size=342, num_hidden_layers=3,
 
 
 class Losses(TrainerCallback):
-    """Keeps the loss of every step."""
+    """Keeps the loss of every step, and of every evaluation."""
 
     def __init__(self) -> None:
         self.values: list[float] = []
+        self.held_out: list[float] = []
 
     def on_log(self, args, state, control, logs, **_) -> None:
         if "loss" in logs:
             self.values.append(logs["loss"])
+        if "eval_loss" in logs:
+            self.held_out.append(logs["eval_loss"])
 
 
-def trained(recipe: Recipe, folder: Path) -> tuple[list[float], torch.Tensor]:
-    """The losses of a run on a text that repeats itself at a distance, and its embedding at the end."""
+def trained(recipe: Recipe, folder: Path, *, watched: bool = False) -> tuple[Losses, torch.Tensor]:
+    """The losses of a run on a text that repeats itself at a distance, and its embedding at the end.
+
+    `watched`: held out is the same text.
+    """
     rng = np.random.default_rng(0)
     tokens = np.tile(rng.integers(2, VOCABULARY, 300), 100).astype(np.uint16)
     folder.mkdir()
     write_shard(folder / "train.bin", [tokens], np.ones(VOCABULARY, np.uint16), np.dtype(np.uint16), len(tokens), None)
     starts = rng.integers(0, len(tokens) - recipe.sequence_length - 1, recipe.steps * recipe.sequences_per_step)
+    stream = TokenStream([folder / "train.bin"])
+    sizes = np.ones(VOCABULARY, np.uint16)
+    held_out = HeldOut.choose({"same": stream}, sizes, recipe.sequence_length, recipe.evaluate_tokens)
     trainer = FibTrainer(
         build_model(recipe, VOCABULARY, 0),
         replace(recipe, out=folder),
-        TrainingSequences(TokenStream([folder / "train.bin"]), starts, recipe.sequence_length),
+        TrainingSequences(stream, starts, recipe.sequence_length),
         1,
+        held_out if watched else None,
     )
     trainer.args.save_strategy = "no"
     losses = Losses()
     trainer.add_callback(losses)
     trainer.train()
-    return losses.values, trainer.model.model.embed_tokens.weight.detach().clone()  # pyright: ignore
+    return losses, trainer.model.model.embed_tokens.weight.detach().clone()  # pyright: ignore
 
 
 @pytest.mark.parametrize("micro_batch", [8, 4])
@@ -79,10 +90,34 @@ def test_compiled_steps_learn_what_plain_ones_do(changes: dict, micro_batch: int
     (compiled, embedding), (plain, same) = (
         trained(replace(recipe, compile=way), tmp_path / str(way)) for way in (True, False)
     )
-    assert len(plain) == len(compiled) == STEPS
-    assert plain[-1] < plain[0] - 1
-    np.testing.assert_allclose(compiled, plain, atol=0.03)
+    assert len(plain.values) == len(compiled.values) == STEPS
+    assert plain.values[-1] < plain.values[0] - 1
+    np.testing.assert_allclose(compiled.values, plain.values, atol=0.03)
     assert (same - embedding).norm() < 0.1 * embedding.norm()
+    torch._dynamo.reset()
+
+
+def test_evaluations_between_replayed_steps_leave_them_as_they_are(tmp_path: Path) -> None:
+    """They take more sequences than a step, from the memory that the graphs do not own."""
+    recipe = Recipe(
+        model=replace(SHAPE, window=80, **hybrid_layers(3, full=(2,))),
+        optimizer=OptimizerRecipe(learning_rate=3e-3, warmup_steps=5),
+        sequence_length=256,
+        sequences_per_step=8,
+        micro_batch=8,
+        steps=STEPS,
+        log_every=1,
+        evaluate_every=4,
+        evaluate_tokens=21 * 256,
+        compile=True,
+    )
+    watched, embedding = trained(recipe, tmp_path / "watched", watched=True)
+    alone, same = trained(recipe, tmp_path / "alone")
+    np.testing.assert_allclose(watched.values, alone.values, atol=0.01)
+    assert (same - embedding).norm() < 0.1 * embedding.norm()
+    assert len(watched.held_out) == STEPS // 4
+    # The same text: after a step, its loss is about what the steps around it have.
+    np.testing.assert_allclose(watched.held_out, watched.values[3::4], atol=0.5)
     torch._dynamo.reset()
 
 

@@ -47,6 +47,10 @@ def losses(recipe: Recipe) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
+def held_out_losses(recipe: Recipe) -> list[float]:
+    return [json.loads(line)["loss"] for line in (recipe.out / "held-out.jsonl").read_text().splitlines()]
+
+
 def test_killed_run_ends_with_the_same_bits(recipe: Recipe, tmp_path: Path) -> None:
     whole = replace(recipe, out=tmp_path / "whole", steps=40, save_every=3)
     train(whole)
@@ -76,7 +80,8 @@ def test_two_processes_have_the_losses_of_one_also_when_they_go_on(
     recipe: Recipe, tmp_path: Path, parallel: Literal["ddp", "fsdp"], schedule: Schedule
 ) -> None:
     shape = replace(recipe.model, schedule=schedule)
-    one = replace(recipe, out=tmp_path / "one", model=shape, steps=6)
+    # Five held-out sequences: one process has two, then one, and the other two, then none.
+    one = replace(recipe, out=tmp_path / "one", model=shape, steps=6, evaluate_every=2, evaluate_tokens=5 * 32)
     train(one)
     two = replace(one, out=tmp_path / "two", parallel=parallel)
     port = str(29500 + os.getpid() % 500)
@@ -85,7 +90,8 @@ def test_two_processes_have_the_losses_of_one_also_when_they_go_on(
         run = subprocess.run(launch, capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stderr[-3000:]
         assert run.stdout.count("the model is in") == 1
-        torch.testing.assert_close(torch.tensor(losses(two)), torch.tensor(losses(one)), rtol=2e-5, atol=0)
+        for found in (losses, held_out_losses):
+            torch.testing.assert_close(torch.tensor(found(two)), torch.tensor(found(one)), rtol=2e-5, atol=0)
         expected = load_file(one.out / "model" / "model.safetensors")
         found = load_file(two.out / "model" / "model.safetensors")
         assert found.keys() == expected.keys()

@@ -164,8 +164,12 @@ class Recipe:
     """Steps from one checkpoint to the next."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay."""
+    evaluate_every: int | None = 250
+    """Steps from one look at the held-out loss to the next, into held-out.jsonl; None for none."""
+    evaluate_tokens: int = 262_144
+    """Held-out tokens of a look, always the same ones, an equal part of each set."""
     track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Where metrics go besides metrics.jsonl."""
+    """Where metrics go besides metrics.jsonl and held-out.jsonl."""
 
     @property
     def tokens(self) -> int:
@@ -212,8 +216,9 @@ class Recipe:
             InputError: naming the field, its value and what was expected.
         """
         counts = ("sequence_length", "sequences_per_step", "steps", "micro_batch")
-        for name in (*counts, "log_every", "save_every", "keep_checkpoints"):
-            _check_count(name, getattr(self, name), _MOST)
+        for name in (*counts, "log_every", "save_every", "keep_checkpoints", "evaluate_every", "evaluate_tokens"):
+            if (value := getattr(self, name)) is not None:
+                _check_count(name, value, _MOST)
         if (sequences := self.steps * self.sequences_per_step) > 1e9:
             raise InputError(
                 f"{self.steps} steps of {self.sequences_per_step} sequences are {sequences:.0e}, and the order of a "
@@ -245,6 +250,8 @@ PRESETS: dict[str, Recipe] = {
         steps=1000,
         micro_batch=16,
         save_every=100,
+        evaluate_every=100,
+        evaluate_tokens=32_768,
     ),
 }
 """`paper` is the paper's linear stagger, `dense` its baseline, `hybrid` the project's own: a wider window and two

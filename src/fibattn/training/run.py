@@ -22,10 +22,13 @@ from fibattn.model import FibAttnConfig, FibAttnForCausalLM
 from fibattn.progress import Meter, duration, quantity
 from fibattn.training import checkpoints, start
 from fibattn.training.card import change_bound, write_card
+from fibattn.training.held_out import HeldOut
+from fibattn.training.metrics import MetricsFile
 from fibattn.training.recipe import ON_CPU, Recipe, load_recipe, to_json
-from fibattn.training.trainer import FibTrainer, MetricsFile, process_count
+from fibattn.training.trainer import FibTrainer, process_count
 
 _MAY_CHANGE = {"log_every", "save_every", "keep_checkpoints", "track", "micro_batch", "out", "data", "start"}
+_MAY_CHANGE |= {"evaluate_every", "evaluate_tokens"}
 _MAY_CHANGE |= {"model.full_reach"}  # of the finished model; training is the same
 _CHAT = Path(__file__).with_name("chat.jinja")
 
@@ -101,7 +104,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     sequences = TrainingSequences(data.train, load_order(order), recipe.sequence_length)
     _say_what_begins(model, sequences, recipe, state)
-    trainer = FibTrainer(model, recipe, sequences, process_count())
+    trainer = FibTrainer(model, recipe, sequences, process_count(), _held_out(recipe, data))
     if checkpoint is not None:
         _check_same(checkpoint, recipe, inputs)
         state.print(f"going on from {checkpoint}")
@@ -111,6 +114,13 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     _finish(trainer, recipe, data, tokenizer, finished)
     return finished
+
+
+def _held_out(recipe: Recipe, data: PreparedData) -> HeldOut | None:
+    """What the loss is measured on in training; None where that is not wanted, or there is nothing."""
+    if recipe.evaluate_every is None:
+        return None
+    return HeldOut.choose(data.validation, data.token_bytes, recipe.sequence_length, recipe.evaluate_tokens)
 
 
 def _say_what_begins(

@@ -3,7 +3,6 @@
 The order of the data is a file and is read in sequence, so a run's position is its step and nothing else.
 """
 
-import json
 import math
 import os
 import shutil
@@ -15,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from fibattn import files
 from fibattn.data.sequences import TrainingSequences
 from fibattn.errors import InputError
-from fibattn.progress import Meter
 from fibattn.training import checkpoints
+from fibattn.training.held_out import HeldOut
 from fibattn.training.recipe import OptimizerRecipe, Recipe
 
 
@@ -44,8 +43,8 @@ def adamw(model: nn.Module, optimizer: OptimizerRecipe) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=optimizer.learning_rate, betas=betas, eps=optimizer.epsilon, fused=True)
 
 
-def training_arguments(recipe: Recipe, processes: int) -> TrainingArguments:
-    """The recipe in the Trainer's words."""
+def training_arguments(recipe: Recipe, processes: int, *, evaluates: bool = False) -> TrainingArguments:
+    """The recipe in the Trainer's words; `evaluates`: there is held-out text to measure the loss on."""
     on_gpu = torch.cuda.is_available()
     bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and on_gpu)
     sharded = recipe.parallel == "fsdp" and processes > 1
@@ -57,6 +56,7 @@ def training_arguments(recipe: Recipe, processes: int) -> TrainingArguments:
         run_name=recipe.out.name,
         max_steps=recipe.steps,
         per_device_train_batch_size=micro_batch,
+        per_device_eval_batch_size=micro_batch,
         gradient_accumulation_steps=micro_batches,
         max_grad_norm=recipe.optimizer.max_grad_norm,
         bf16=bf16,
@@ -80,6 +80,8 @@ def training_arguments(recipe: Recipe, processes: int) -> TrainingArguments:
         logging_steps=recipe.log_every,
         logging_first_step=True,
         save_steps=recipe.save_every,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=recipe.evaluate_every,
         report_to=list(recipe.track) or "none",
         disable_tqdm=True,
     )
@@ -89,15 +91,27 @@ def training_arguments(recipe: Recipe, processes: int) -> TrainingArguments:
 
 
 class FibTrainer(Trainer):
-    """Trains one recipe on sequences in a given order."""
+    """Trains one recipe on sequences in a given order, and looks at `held_out` every so often.
 
-    def __init__(self, model: nn.Module, recipe: Recipe, sequences: TrainingSequences, processes: int):
+    `evaluation_seconds` is what that has taken so far, in this process.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        sequences: TrainingSequences,
+        processes: int,
+        held_out: HeldOut | None = None,
+    ):
         super().__init__(
             model=model,  # pyright: ignore[reportArgumentType]
-            args=training_arguments(recipe, processes),
+            args=training_arguments(recipe, processes, evaluates=held_out is not None),
             train_dataset=sequences,
+            eval_dataset=held_out and held_out.sequences,  # pyright: ignore[reportArgumentType]
         )
-        self.recipe, self.sequences = recipe, sequences
+        self.recipe, self.sequences, self.held_out = recipe, sequences, held_out
+        self.evaluation_seconds = 0.0
         # `compute_loss` returns the mean of a micro-batch, and micro-batches are equal: let the Trainer average.
         self.model_accepts_loss_kwargs = False
         for callback in (PrinterCallback, ProgressCallback):
@@ -141,15 +155,34 @@ class FibTrainer(Trainer):
             self._stop(f"the loss is {float(outputs.loss.detach())}", step, step)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The loss on `held_out`, logged; called every `evaluate_every` steps and after the last.
+
+        Not the Trainer's own loop: that makes all logits, draws random numbers for its loader, and calls the compiled
+        model, for which sequences of another number are compiled again.
+        """
+        assert self.held_out is not None
+        began = time.monotonic()
+        model = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
+        found = self.held_out.losses(model, self.args.eval_batch_size, self.accelerator)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        metrics[f"{metric_key_prefix}_runtime"] = time.monotonic() - began
+        self.evaluation_seconds += metrics[f"{metric_key_prefix}_runtime"]
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: the Trainer's estimate walks all modules for every micro-batch, and knows no attention."""
         return 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Pass the metrics on, unless the loss is not finite: then stop, before a checkpoint keeps the damage."""
-        loss = logs.get("loss", 0.0)
-        if not math.isfinite(loss):
-            self._stop(f"the loss is {loss}", self._first_unlogged(), self.state.global_step)
+        for name, what in (("loss", "the loss"), ("eval_loss", "the held-out loss")):
+            if not math.isfinite(loss := logs.get(name, 0.0)):
+                self._stop(f"{what} is {loss}", self._first_unlogged(), self.state.global_step)
         super().log(logs, start_time)
 
     def _first_unlogged(self) -> int:
@@ -198,61 +231,6 @@ class FibTrainer(Trainer):
 def _local(parameter: Tensor) -> Tensor:
     """This process's part of a parameter, the whole where it is not sharded."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
-class MetricsFile(TrainerCallback):
-    """Metrics as JSON Lines, a line every `log_every` steps and with each checkpoint; progress for whoever watches."""
-
-    def __init__(self, recipe: Recipe, meter: Meter):
-        self.path, self.meter = recipe.out / "metrics.jsonl", meter
-        self._step_tokens = recipe.sequences_per_step * recipe.sequence_length
-
-    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        """Drop what a killed run wrote past its last checkpoint, and start the clock."""
-        self._last, self._last_step = time.monotonic(), state.global_step
-        if state.is_world_process_zero:
-            kept = [line for line in _lines(self.path) if _step(line) <= state.global_step]
-            files.write_text(self.path, "".join(kept))
-        self.meter.resume(state.global_step * self._step_tokens)
-
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        """Advance the progress. A line ends with each checkpoint: a resumed run knows no losses from before it."""
-        self.meter.update(self._step_tokens, self.meter.note)
-        control.should_log |= state.global_step % args.save_steps == 0 or state.global_step == state.max_steps
-
-    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-        """Append one line."""
-        if not state.is_world_process_zero or "loss" not in logs:
-            return
-        now = time.monotonic()
-        speed = (state.global_step - self._last_step) * self._step_tokens / max(now - self._last, 1e-9)
-        self._last, self._last_step = now, state.global_step
-        line = {
-            "step": state.global_step,
-            "tokens": state.global_step * self._step_tokens,
-            "loss": logs["loss"],
-            "learning_rate": logs.get("learning_rate"),
-            "grad_norm": logs.get("grad_norm"),
-            "tokens_per_second": round(speed),
-        }
-        self.meter.note = f"step {state.global_step}, loss {logs['loss']:.4f}"
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def _lines(path: Path) -> list[str]:
-    """The whole lines of a JSON Lines file; a last one that a kill cut is left out."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-
-
-def _step(line: str) -> float:
-    """The step of a line of metrics; of one that cannot be read, none that there is."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
 
 
 def process_count() -> int:

@@ -1,0 +1,243 @@
+"""The loss on held-out text in training: the right numbers, the same text, and a run that does not notice."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch.nn import functional
+from transformers import TrainerCallback
+
+from fibattn import FibAttnForCausalLM
+from fibattn.data.prepared import PreparedData, TokenStream
+from fibattn.data.shards import write_shard
+from fibattn.model.loading import load_model
+from fibattn.progress import Meter
+from fibattn.training.held_out import HeldOut
+from fibattn.training.recipe import Recipe
+from fibattn.training.run import train
+
+
+def stream(path: Path, tokens: int) -> TokenStream:
+    """A held-out set of so many tokens: 0, 1, 2, … again and again below 250."""
+    ids = (np.arange(tokens) % 250).astype(np.uint16)
+    write_shard(path, [ids], np.ones(512, np.uint16), np.dtype("<u2"), tokens, None)
+    return TokenStream([path])
+
+
+def lines(recipe: Recipe, name: str = "held-out.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (recipe.out / name).read_text().splitlines()]
+
+
+def starts(found: HeldOut | None) -> dict[str, list[int]]:
+    assert found is not None
+    return {name: one.order.tolist() for name, one in found.sequences.items()}
+
+
+def test_every_set_gives_an_equal_part_that_is_spread_over_it(tmp_path: Path) -> None:
+    sets = {name: stream(tmp_path / f"{name}.bin", size) for name, size in (("a", 1001), ("b", 81), ("c", 8))}
+    sizes = np.full(512, 3, np.uint16)
+    # "c" has no sequence of 8 and the target after it; the other two share 80 tokens, and "b" has ten sequences.
+    assert starts(HeldOut.choose(sets, sizes, 8, 80)) == {"a": [0, 200, 400, 600, 800], "b": [0, 16, 32, 48, 64]}
+    found = HeldOut.choose(sets, sizes, 8, 1000)
+    assert {name: len(one) for name, one in starts(found).items()} == {"a": 62, "b": 10}
+    assert found is not None
+    assert found.sizes == {"a": 62 * 8 * 3, "b": 10 * 8 * 3}
+    assert starts(HeldOut.choose(sets, sizes, 8, 1)) == {"a": [0], "b": [0]}
+    assert HeldOut.choose({"c": sets["c"]}, sizes, 8, 80) is None
+    assert HeldOut.choose({}, sizes, 8, 80) is None
+
+
+@torch.no_grad()
+def plain_loss(model: Any, tokens: torch.Tensor) -> float:
+    """The sum over the targets of one sequence, from whole logits."""
+    logits = model(input_ids=tokens[None, :-1]).logits[0].double()
+    return float(functional.cross_entropy(logits, tokens[1:], reduction="sum"))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 100])
+def test_losses_are_those_of_plain_logits(model: FibAttnForCausalLM, tmp_path: Path, batch: int) -> None:
+    sets = {"a": stream(tmp_path / "a.bin", 900), "b": stream(tmp_path / "b.bin", 70)}
+    sizes = np.arange(512).astype(np.uint16)
+    chosen = HeldOut.choose(sets, sizes, 24, 2 * 5 * 24)
+    assert chosen is not None
+    found = chosen.losses(model, batch, Accelerator(cpu=True))
+    bits = {}
+    for name, at in starts(chosen).items():
+        sequences = [torch.from_numpy(sets[name].sequence(start, 25)) for start in at]
+        total = sum(plain_loss(model, tokens) for tokens in sequences)
+        text = sum(int(sizes[tokens[1:].numpy()].sum()) for tokens in sequences)
+        bits[name] = total / math.log(2) / text
+        assert found[f"{name}/loss"] == pytest.approx(total / (len(at) * 24), rel=1e-6)
+        assert found[f"{name}/bits_per_byte"] == pytest.approx(bits[name], rel=1e-6)
+    assert found["loss"] == pytest.approx((found["a/loss"] + found["b/loss"]) / 2)
+    assert found["bits_per_byte"] == pytest.approx((bits["a"] + bits["b"]) / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_is_left_as_it_was(model: FibAttnForCausalLM, tmp_path: Path, training: bool) -> None:
+    chosen = HeldOut.choose({"a": stream(tmp_path / "a.bin", 900)}, np.ones(512, np.uint16), 24, 100)
+    assert chosen is not None
+    before = torch.get_rng_state()
+    model.train(training)
+    chosen.losses(model, 2, Accelerator(cpu=True))
+    assert all(module.training == training for module in model.modules())
+    model.eval()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class RandomState(TrainerCallback):
+    """Keeps the state of the random numbers after every step."""
+
+    def __init__(self) -> None:
+        self.states: list[torch.Tensor] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.states.append(torch.get_rng_state())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_ends_with_the_same_bits_with_it_and_without(recipe: Recipe, precision: Literal["fp32", "bf16"]) -> None:
+    def run(every: int | None) -> tuple[dict[str, torch.Tensor], list[torch.Tensor], list[float]]:
+        watch = RandomState()
+        one = replace(recipe, out=recipe.out / str(every), precision=precision, evaluate_every=every)
+        weights = load_file(train(one, [watch]) / "model.safetensors")
+        assert (one.out / "held-out.jsonl").exists() == (every is not None)
+        return weights, watch.states, [line["loss"] for line in lines(one, "metrics.jsonl")]
+
+    (weights, states, losses), (expected, right_states, right_losses) = run(2), run(None)
+    assert losses == right_losses
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert len(states) == recipe.steps
+    assert all(torch.equal(*pair) for pair in zip(states, right_states, strict=True))
+
+
+def test_a_line_says_what_the_finished_model_would(recipe: Recipe) -> None:
+    run = replace(recipe, evaluate_every=5, evaluate_tokens=300)
+    model, data = load_model(train(run)), PreparedData.open(run.data)
+    found = lines(run)
+    assert [line["step"] for line in found] == [5, 10, 12]
+    assert [line["tokens"] for line in found] == [step * 4 * 32 for step in (5, 10, 12)]
+    chosen = HeldOut.choose(data.validation, data.token_bytes, 32, 300)
+    assert chosen is not None
+    right = chosen.losses(model, 4, Accelerator(cpu=True))
+    (name,) = data.validation
+    assert found[-1]["loss"] == found[-1]["sets"][name]["loss"] == pytest.approx(right["loss"], rel=1e-6)
+    assert found[-1]["bits_per_byte"] == pytest.approx(right["bits_per_byte"], rel=1e-6)
+    assert found[-1]["sets"][name]["bits_per_byte"] == found[-1]["bits_per_byte"]
+    assert found[-1]["loss"] < found[0]["loss"]
+
+
+def test_the_gap_is_to_the_training_loss_since_the_evaluation_before(recipe: Recipe) -> None:
+    run = replace(recipe, evaluate_every=4, log_every=3, save_every=100)
+    train(run)
+    training = {line["step"]: line["loss"] for line in lines(run, "metrics.jsonl")}
+    assert list(training) == [1, 3, 4, 6, 8, 9, 12]
+    for line, expected in zip(
+        lines(run),
+        (
+            (training[1] + 2 * training[3] + training[4]) / 4,
+            (2 * training[6] + 2 * training[8]) / 4,
+            (training[9] + 3 * training[12]) / 4,
+        ),
+        strict=True,
+    ):
+        assert line["training_loss"] == pytest.approx(expected)
+        assert line["gap"] == pytest.approx(line["loss"] - expected)
+
+
+def test_lines_are_those_of_a_whole_run_wherever_it_was_cut(recipe: Recipe) -> None:
+    """The checkpoint is between two evaluations, whose training loss then has parts from before and after the cut."""
+    run = replace(recipe, evaluate_every=5, log_every=2, save_every=7)
+
+    def found() -> list[dict[str, Any]]:
+        train(run)
+        return [{name: value for name, value in line.items() if name != "seconds"} for line in lines(run)]
+
+    whole = found()
+    assert [line["step"] for line in whole] == [5, 10, 12]
+    for made in ("model", "checkpoint-12"):
+        shutil.rmtree(run.out / made)
+    with (run.out / "held-out.jsonl").open("a") as file:
+        file.write('{"step": 13, "lo')
+    assert found() == whole
+
+
+def test_a_run_that_goes_on_may_be_watched_and_logged_more_often(recipe: Recipe) -> None:
+    run = replace(recipe, evaluate_every=None, log_every=4, save_every=6)
+    train(run)
+    for made in ("model", "checkpoint-12"):
+        shutil.rmtree(run.out / made)
+    run = replace(run, evaluate_every=3, log_every=2)
+    train(run)
+    assert [line["step"] for line in lines(run)] == [9, 12]
+    assert [line["step"] for line in lines(run, "metrics.jsonl")] == [1, 4, 6, 8, 9, 10, 12]
+
+
+def test_the_clock_of_the_tokens_a_second_stands_still_meanwhile(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that counts 2 seconds for a step and 1,000 for an evaluation."""
+    now, measure = [0.0], HeldOut.losses
+
+    class Step(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            now[0] += 2
+
+    def slowly(self: HeldOut, *rest: Any) -> dict[str, float]:
+        now[0] += 1000
+        return measure(self, *rest)
+
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr(HeldOut, "losses", slowly)
+    run = replace(recipe, evaluate_every=3, log_every=2, save_every=6)
+    train(run, [Step()])
+    assert [line["seconds"] for line in lines(run)] == [1000] * 4
+    assert {line["tokens_per_second"] for line in lines(run, "metrics.jsonl")} == {4 * 32 / 2}
+
+
+def test_the_progress_and_the_trackers_say_it(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[dict[str, Any]] = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, *_: Any, logs: dict[str, Any], **__: Any) -> None:
+            logged.append(logs)
+
+    monkeypatch.setattr("fibattn.training.run.Meter", partial(Meter, every=0.0))
+    run = replace(recipe, evaluate_every=6)
+    train(run, [Tracker()])
+    (name,) = PreparedData.open(run.data).validation
+    said = capsys.readouterr().err
+    values = [logs for logs in logged if "eval_loss" in logs]
+    assert len(values) == 2
+    for logs, line in zip(values, lines(run), strict=True):
+        assert logs["eval_bits_per_byte"] == line["bits_per_byte"]
+        assert logs[f"eval_{name}/loss"] == line["sets"][name]["loss"]
+    losses = {line["step"]: line["loss"] for line in lines(run, "metrics.jsonl")}
+    first = lines(run)[0]["bits_per_byte"]
+    for step in (7, 8):
+        assert f", step {step - 1}, loss {losses[step - 1]:.4f}, held out {first:.4f} bits/byte\n" in said
+
+
+def test_data_without_a_held_out_set_are_trained_on_in_silence(recipe: Recipe, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {n} of {n * n % 97};\n" for n in range(2000)))
+    command = [sys.executable, "-m", "fibattn", "prepare", str(tmp_path / "data"), str(text), "--vocab-size", "300"]
+    subprocess.run([*command, "--held-out", "0"], check=True, capture_output=True)
+    run = replace(recipe, data=tmp_path / "data", evaluate_every=2)
+    train(run)
+    assert not (run.out / "held-out.jsonl").exists()
+    assert [line["step"] for line in lines(run, "metrics.jsonl")] == list(range(1, 13))
