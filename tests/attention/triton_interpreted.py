@@ -7,8 +7,10 @@ races and speed are the business of `tests/gpu`.
 import pytest
 import torch
 import triton.runtime.interpreter as interpreter
+from paged_requests import MIX, STEPS, requests
 
 from fibattn.attention import attend, attend_cached
+from fibattn.attention.paged import attend_paged, packed, store_paged
 from fibattn.errors import InputError
 from fibattn.pattern import LearnedPattern, Pattern
 
@@ -261,3 +263,46 @@ def test_unsupported_input_is_refused():
         q = torch.randn(1, 4, 2, size, dtype=dtype)
         with pytest.raises(InputError, match=message):
             attend(q, q, q, Pattern(2), backend="triton")
+
+
+@pytest.mark.parametrize("sizes", [MIX, STEPS])
+@pytest.mark.parametrize(
+    ("pattern", "alpha", "group"),
+    [
+        (Pattern(3, (5, 8, 13, 34)), None, 2),
+        (Pattern(70, (80,)), None, 3),
+        ((Pattern(3, (5, 8, 13, 21)), Pattern(3, (4, 9))), None, 4),
+        (LearnedPattern(3, (1, 2, 3, 5, 8, 13)), 1.23, 2),
+    ],
+)
+def test_pages(sizes, pattern, alpha, group):
+    alpha = None if alpha is None else torch.tensor(alpha)
+    q, k, v, batch, expected = requests(sizes, pattern, alpha=alpha, group=group, size=24)
+    found = attend_paged(q, k, v, pattern, batch, alpha=alpha, backend="triton")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_of_no_request_come_out_as_zeros():
+    q, k, v, batch, expected = requests(MIX, Pattern(3, (5, 8)))
+    q = torch.cat([q, torch.full_like(q[:9], torch.nan)])
+    found = attend_paged(q, k, v, Pattern(3, (5, 8)), batch, backend="triton")
+    torch.testing.assert_close(found[:-9], expected, rtol=1e-5, atol=1e-5)
+    assert found[-9:].count_nonzero() == 0
+
+
+def test_keys_in_one_row():
+    q, k, v, batch, expected = requests(((30, 7), (20, 20)), Pattern(3, (5, 8, 29)), rows=32)
+    rows = [x[batch.table[:, 0]] for x in (k, v)]
+    keys, values = (torch.cat([x[0, :30], x[1, :20]]) for x in rows)
+    pages = packed(keys, values, batch.starts, torch.tensor([0, 30, 50], dtype=torch.int32), 20)
+    found = attend_paged(q, *pages[:2], Pattern(3, (5, 8, 29)), pages[2], backend="triton")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_storing_in_pages():
+    k, v = torch.randn(2, 5, 2, 24)
+    slots = torch.tensor([17, -1, 8, 0, 31])
+    pages = torch.zeros(2, 2, 4, 2, 8, 24).transpose(3, 4)
+    store_paged(k, v, *pages[0], slots)
+    store_paged(k, v, *pages[1], slots, backend="triton")
+    assert torch.equal(*pages)

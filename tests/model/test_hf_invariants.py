@@ -9,7 +9,7 @@ from tiny_models import VOCABULARY, model, tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fibattn import FibAttnForCausalLM, FibAttnModel, InputError
+from fibattn import FibAttnForCausalLM, FibAttnModel
 
 
 def answer(made: PreTrainedModel, ids: Tensor, **how: Any) -> Tensor:
@@ -104,9 +104,3 @@ def test_half_precision_models_run_and_generate() -> None:
         made = model("learned mixture").to(dtype)
         assert made(ids).logits.dtype == dtype
         assert answer(made, ids).shape == (2, 70)
-
-
-def test_continuous_batching_is_refused() -> None:
-    for kind in ("linear", "full"):
-        with pytest.raises(InputError, match=r"no continuous batching, .* call generate\(\) with a padded batch"):
-            model(kind).generate_batch([tokens(1, 9)[0].tolist()])

@@ -106,7 +106,7 @@ def attend(
     scale = check_tensors(q, k, v, scale)
     patterns = check_pattern(pattern, alpha, q, k.shape[2])
     positions = check_positions(q, k, positions, cu_seqlens)
-    out, lse = _attend(q, k, v, patterns, alpha, scale, positions, _choose(backend, q))
+    out, lse = _attend(q, k, v, patterns, alpha, scale, positions, choose(backend, q))
     return (out, lse) if return_lse else out
 
 
@@ -156,7 +156,7 @@ def attend_cached(
     positions = check_positions(q, k, positions, None)
     reach = patterns.reach if isinstance(patterns, LearnedPattern) else max(one.reach for one in patterns)
     check_rings(q, k_cache, v_cache, k, cache_positions, reach)
-    chosen = _choose(backend, q)
+    chosen = choose(backend, q)
     if not _is_step(chosen, q, k, v, alpha):
         keys, values, limit = _take(k_cache, v_cache, k, v, cache_positions, positions, reach)
         return _attend(q, keys, values, patterns, alpha, scale, check_positions(q, keys, limit, None), chosen)[0]
@@ -206,7 +206,12 @@ def _take(
     return keys, values, ring.write(k_cache, v_cache, k, v, cache_positions, positions)
 
 
-def _choose(backend: Backend, q: Tensor) -> str:
+def choose(backend: Backend, q: Tensor) -> str:
+    """The backend that a call will take.
+
+    Raises:
+        InputError: for an unknown one, or one that does not run on the device of `q`.
+    """
     if backend not in get_args(Backend):
         raise InputError(f"unknown backend {backend!r}; the backends are {', '.join(get_args(Backend))}")
     if backend == "reference":

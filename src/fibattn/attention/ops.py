@@ -66,7 +66,7 @@ def kept_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
 
 
-class _Given(NamedTuple):
+class Given(NamedTuple):
     """A pattern and a way to run it, as the schemas have them."""
 
     scale: float
@@ -93,30 +93,30 @@ class _Given(NamedTuple):
         return cpu.LearnedRungs(self.at(alpha), q.device)
 
 
-def _kernels() -> Any:
+def kernels() -> Any:
     """The GPU's kernels; Triton is imported here and nowhere before."""
     from fibattn.attention import triton
 
     return triton
 
 
-def _columns(q: Tensor, k: Tensor, alpha: Tensor | None, given: _Given) -> Any:
-    return _kernels().columns_of(q, k, alpha, given.window, given.sets, given.max_offset)
+def _columns(q: Tensor, k: Tensor, alpha: Tensor | None, given: Given) -> Any:
+    return kernels().columns_of(q, k, alpha, given.window, given.sets, given.max_offset)
 
 
 @torch.library.impl(_library, "attend_forward", "CUDA")
 def _triton_forward(q, k, v, alpha, positions, *pattern) -> tuple[Tensor, Tensor]:
-    given = _Given(*pattern)
-    return _kernels().forward.forward(q, k, v, positions, given.scale, _columns(q, k, alpha, given))
+    given = Given(*pattern)
+    return kernels().forward.forward(q, k, v, positions, given.scale, _columns(q, k, alpha, given))
 
 
 @torch.library.impl(_library, "attend_backward", "CUDA")
 def _triton_backward(
     grad_out, grad_lse, out, lse, q, k, v, alpha, positions, *pattern
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    given = _Given(*pattern)
+    given = Given(*pattern)
     saved, columns = (grad_out, grad_lse, out, lse), _columns(q, k, alpha, given)
-    *grads, partial = _kernels().backward.backward(*saved, q, k, v, positions, given.scale, columns)
+    *grads, partial = kernels().backward.backward(*saved, q, k, v, positions, given.scale, columns)
     if alpha is None:
         return *grads, q.new_empty(0)
     return *grads, partial.sum(dtype=torch.float64).to(alpha.dtype).reshape(alpha.shape)
@@ -124,17 +124,17 @@ def _triton_backward(
 
 @torch.library.impl(_library, "attend_step", "CUDA")
 def _triton_step(q, k_cache, v_cache, k, v, cache_positions, alpha, positions, *pattern) -> Tensor:
-    kernels, given = _kernels(), _Given(*pattern)
+    room, given = kernels(), Given(*pattern)
     cached = (q, k_cache, v_cache, k, v, cache_positions, positions, given.scale, given.window)
     if alpha is None:
-        return kernels.decode.decode(*cached, kernels.columns.offset_table(given.sets, q.device))
-    rungs, fractions, _ = kernels.learned.resolve(alpha, given.sets[0], given.window, given.max_offset)
-    return kernels.decode.decode(*cached, rungs, fractions)
+        return room.decode.decode(*cached, room.columns.offset_table(given.sets, q.device))
+    rungs, fractions, _ = room.learned.resolve(alpha, given.sets[0], given.window, given.max_offset)
+    return room.decode.decode(*cached, rungs, fractions)
 
 
 @torch.library.impl(_library, "attend_forward", "CPU")
 def _(q, k, v, alpha, positions, *pattern):
-    given = _Given(*pattern)
+    given = Given(*pattern)
     if given.interpret:
         return _triton_forward(q, k, v, alpha, positions, *pattern)
     out, lse = cpu.forward(q, k, v, given.window, given.rungs(q, alpha), given.scale, positions)
@@ -143,7 +143,7 @@ def _(q, k, v, alpha, positions, *pattern):
 
 @torch.library.impl(_library, "attend_backward", "CPU")
 def _(grad_out, grad_lse, out, lse, q, k, v, alpha, positions, *pattern):
-    given = _Given(*pattern)
+    given = Given(*pattern)
     if given.interpret:
         return _triton_backward(grad_out, grad_lse, out, lse, q, k, v, alpha, positions, *pattern)
     rungs = given.rungs(q, alpha)
@@ -157,7 +157,7 @@ def _(grad_out, grad_lse, out, lse, q, k, v, alpha, positions, *pattern):
 
 @torch.library.impl(_library, "attend_step", "CPU")
 def _(q, k_cache, v_cache, k, v, cache_positions, alpha, positions, *pattern):
-    given = _Given(*pattern)
+    given = Given(*pattern)
     cached = (q, k_cache, v_cache, k, v, cache_positions)
     if given.interpret:
         return _triton_step(*cached, alpha, positions, *pattern)

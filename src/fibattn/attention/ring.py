@@ -6,7 +6,7 @@ token has a row of its own. Here is what every device does with a chunk of token
 the CPU, which reads no more rows than the query has distances.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -77,16 +77,38 @@ def step(
     if fractions is not None:
         _check_farther_keys(sets[0], k_cache.shape[1], oldest)
     limit = write(k_cache, v_cache, k, v, cache_positions, positions)[:, :, None]
+
+    def read(distances: Tensor) -> tuple[Tensor, Tensor]:
+        rows = (cache_positions[:, :, None] - distances) % k_cache.shape[1]
+        return _rows(k_cache, rows), _rows(v_cache, rows)
+
+    return attend_at(q, read, limit, oldest, scale, window, sets, fractions)
+
+
+def attend_at(
+    q: Tensor,
+    read: Callable[[Tensor], tuple[Tensor, Tensor]],
+    limit: Tensor,
+    oldest: int,
+    scale: float,
+    window: int,
+    sets: Sequence[tuple[int, ...]],
+    fractions: Sequence[float] | None = None,
+) -> Tensor:
+    """The output of one token of each sequence (batch, 1, query heads, head size), wherever its keys lie.
+
+    `read` gives the keys and values (batch, KV heads, count, head size) at distances (1 or KV heads, count); beyond
+    `limit` (batch, 1, 1) they may be anything. `oldest` is the largest limit.
+    """
     held = _held(window, oldest)
     distances = _distances(held, tuple(sets))
-    rows = (cache_positions[:, :, None] - distances) % k_cache.shape[1]
-    keys, values = _rows(k_cache, rows), _rows(v_cache, rows)
+    keys, values = read(distances)
     if fractions is not None:
         parts = torch.tensor([0.0] * (held + 1) + list(fractions), dtype=keys.dtype)
         # The first key of a document has none before it to interpolate with.
         parts = (parts * (distances != limit))[..., None]
-        farther = (rows - 1) % k_cache.shape[1]
-        keys, values = keys.lerp(_rows(k_cache, farther), parts), values.lerp(_rows(v_cache, farther), parts)
+        farther = read(distances + 1)
+        keys, values = keys.lerp(farther[0], parts), values.lerp(farther[1], parts)
     return _attend(q, keys, values, distances > limit, scale)
 
 

@@ -7,13 +7,15 @@ module, so adapters, quantised weights, devices and sharding stay untouched.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from fibattn.errors import InputError, whole_number
+from fibattn.model.batching import start_batching
 from fibattn.model.configuration import FibAttnConfig
 from fibattn.model.converted_layers import IMPLEMENTATION, before_attention, before_decoder
 from fibattn.model.converted_pattern import FIELDS, STORED_PATTERN, in_words, layers_of, with_offsets
@@ -114,6 +116,9 @@ def apply(model: PreTrainedModel, entry: dict[str, Any], name: str | None) -> Pr
     for module in rotary_modules(decoder):
         handles.append(module.register_forward_pre_hook(before_rotation))
         handles.append(module.register_forward_hook(after_rotation, with_kwargs=True))
+    if isinstance(model, GenerationMixin):
+        reaches = [None if layer.bounded is None else layer.bounded.reach for layer in layers]
+        model.init_continuous_batching = partial(start_batching, model, reaches)
     decoder.fibattn = _Conversion(previous, model.name_or_path, handles)
     model.name_or_path = decoder.name_or_path = name
     setattr(decoder.config, STORED_PATTERN, stored)
@@ -148,6 +153,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     for module in decoder.modules():
         if hasattr(module, "fibattn"):
             del module.fibattn
+    vars(model).pop("init_continuous_batching", None)
     model.name_or_path = decoder.name_or_path = done.name  # pyright: ignore
     delattr(decoder.config, STORED_PATTERN)
     model.set_attn_implementation(done.previous)

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
+from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fibattn.attention import attend, attend_cached
 from fibattn.errors import InputError
+from fibattn.model import batching
 from fibattn.model.cache import RingLayer, check_full, ring_of
 from fibattn.model.converted_pattern import ConvertedLayer
 from fibattn.model.positions import document_positions, packed_positions, says_nothing
@@ -39,6 +41,11 @@ def before_decoder(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     given = {**dict(zip(_FORWARD_ARGUMENTS, args, strict=False)), **kwargs}
     mask, tokens, cache = given.get("attention_mask"), given.get("input_ids"), _cache(given)[1]
     tokens = given.get("inputs_embeds") if tokens is None else tokens
+    if isinstance(cache, PagedAttentionCache):
+        # What stands for a mask is taken as it is; attention reads where requests begin.
+        given["fibattn_full_mask"] = batching.full_mask(mask)
+        given["attention_mask"] = _as_mask(given["position_ids"].to(torch.int32))
+        return (), given
     # `generate` makes the mask ahead where the cache is static: one, or one for every type of layer.
     if tokens is not None and not isinstance(mask, dict) and not _holds_positions(mask):
         documents, past = given.get("position_ids"), 0 if cache is None else cache.get_seq_length()
@@ -72,6 +79,8 @@ def before_attention(
         )
     own, index = _converted(module), int(module.layer_idx)  # pyright: ignore
     name, cache = _cache(kwargs)
+    if isinstance(cache, PagedAttentionCache):
+        return args, kwargs
     if own.pattern is None:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         return args, {**kwargs, "attention_mask": _dense_mask(own, hidden, kwargs.get("attention_mask"), cache, index)}
@@ -102,6 +111,8 @@ def attention(
         (batch, tokens, query heads, head size), and no weights.
     """
     own = _converted(module)
+    if "read_index" in kwargs:
+        return _attend_batch(module, own, query, key, value, scaling=scaling, **kwargs)
     if own.pattern is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     # Norms and rotations in float32 leave queries and keys wider than values under autocast.
@@ -113,6 +124,27 @@ def attention(
     rings = fibattn_ring.take(k, v)
     how: dict[str, Any] = {"cache_positions": cache_positions, "positions": positions, "scale": scaling}
     return attend_cached(q, *rings, k, v, own.pattern, **how), None
+
+
+def _attend_batch(
+    module: nn.Module,
+    own: ConvertedLayer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    fibattn_full_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`attention` for the requests of continuous batching."""
+    if own.bounded is None:
+        full: Any = ALL_ATTENTION_FUNCTIONS[batching.CONVERTED_FULL]
+        return full(module, query, key, value, fibattn_full_mask, scaling=scaling, **kwargs)
+    if kwargs.get("cache") is not None:
+        # Before 5.20 layers leave it to their attention to update the cache.
+        key, value = batching.update(kwargs["cache"], key, value, int(module.layer_idx), kwargs)  # pyright: ignore
+    query, key = (x.to(value.dtype) for x in (query, key))
+    return batching.attend_batch(query.transpose(1, 2), key, value, own.bounded, kwargs, scale=scaling), None
 
 
 def mask(
@@ -137,7 +169,7 @@ def _converted(module: nn.Module) -> ConvertedLayer:
     return own
 
 
-def _cache(arguments: dict[str, Any]) -> tuple[str, Cache | None]:
+def _cache(arguments: dict[str, Any]) -> tuple[str, Any]:
     """The cache and its name; Transformers renamed `past_key_values` to `cache` in the course of version 5."""
     name = "cache" if arguments.get("cache") is not None else "past_key_values"
     return name, arguments.get(name)

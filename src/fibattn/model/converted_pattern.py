@@ -30,6 +30,13 @@ class ConvertedLayer:
     pattern: Pattern | None
     sliding_window: int | None
 
+    @property
+    def bounded(self) -> Pattern | None:
+        """All that it attends to, as a pattern; None for everything."""
+        if self.pattern is None and self.sliding_window is not None:
+            return Pattern(self.sliding_window - 1)
+        return self.pattern
+
 
 def layers_of(config: PreTrainedConfig, entry: dict[str, Any]) -> list[ConvertedLayer]:
     """What every layer of a decoder attends to; a converted layer stays inside the sliding window it had.

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
+from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from fibattn.attention import attend, attend_cached
+from fibattn.model import batching
 from fibattn.model.cache import check_full, ring_of
 from fibattn.model.configuration import FibAttnConfig
 from fibattn.model.feed_forward import gains_from_padding, padded_gated
@@ -62,7 +64,7 @@ class FibAttnAttention(nn.Module):
         rotation: Rotation,
         attention_mask: Tensor | None,
         positions: Tensor | None,
-        cache: Cache | None,
+        cache: Cache | PagedAttentionCache | None,
         cache_positions: Tensor,
         **kwargs: Any,
     ) -> Tensor:
@@ -78,6 +80,10 @@ class FibAttnAttention(nn.Module):
             q, k = rotate(q, rotation), rotate(k, rotation)
         if self.pattern is None:
             out = self._attend_fully(q, k, v, attention_mask, cache, **kwargs)
+        elif isinstance(cache, PagedAttentionCache):
+            k, v = batching.update(cache, k.transpose(1, 2), v.transpose(1, 2), self.layer_idx, kwargs)
+            alpha = None if self.theta is None else self.alpha
+            out = batching.attend_batch(q, k, v, self.pattern, kwargs, alpha=alpha, scale=self.scaling)
         else:
             out = self._attend_sparsely(q, k, v, positions, cache, cache_positions)
         return self.o_proj(out.reshape(*hidden.shape[:2], -1))
@@ -94,13 +100,24 @@ class FibAttnAttention(nn.Module):
         return attend_cached(q, *rings, k, v, self.pattern, cache_positions=cache_positions, **how)
 
     def _attend_fully(
-        self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, cache: Cache | None, **kwargs: Any
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attention_mask: Tensor | None,
+        cache: Cache | PagedAttentionCache | None,
+        **kwargs: Any,
     ) -> Tensor:
         interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             str(self.config._attn_implementation), eager_attention_forward
         )
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if cache is not None:
+        if isinstance(cache, PagedAttentionCache):
+            if batching.LAYERS_UPDATE:
+                k, v = batching.update(cache, k, v, self.layer_idx, kwargs)
+            else:
+                kwargs["cache"] = cache
+        elif cache is not None:
             check_full(cache, self.layer_idx, k.shape[2])
             k, v = cache.update(k, v, self.layer_idx)
         return interface(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)[0]

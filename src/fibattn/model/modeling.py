@@ -1,18 +1,20 @@
 """A Llama-like decoder whose layers attend to a window and a few far distances, or to everything."""
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import GenerationMixin, initialization
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.continuous_batching import ContinuousBatchingManager, PagedAttentionCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from fibattn.errors import InputError
+from fibattn.model import batching
 from fibattn.model.cache import CACHE_NAME, only_cache
 from fibattn.model.configuration import FibAttnConfig
 from fibattn.model.feed_forward import is_plain
@@ -127,12 +129,13 @@ class FibAttnModel(FibAttnPreTrainedModel):
         if 0 in hidden.shape[:2]:
             raise InputError("there are no tokens; a prompt has at least one, such as the model's bos_token_id")
         cache = only_cache(cache, past_key_values)
-        past = cache.get_seq_length() if cache is not None else 0
+        paged = isinstance(cache, PagedAttentionCache)
+        past = 0 if cache is None or paged else cache.get_seq_length()
         cache_positions = torch.arange(hidden.shape[1], device=hidden.device)[None] + past
         documents = position_ids
-        if kwargs.get("cu_seq_lens_q") is not None:
+        masks: Any = {"full_attention": batching.full_mask(attention_mask)} if paged else attention_mask
+        if kwargs.get("cu_seq_lens_q") is not None and not paged:
             documents = packed_positions(hidden, kwargs["cu_seq_lens_q"], attention_mask, cache)
-        masks = attention_mask
         if not isinstance(masks, dict):
             masks = self.prepare_masks(self.config, hidden, attention_mask, documents, cache)
             if documents is not None and cache is None:
@@ -222,16 +225,19 @@ class FibAttnForCausalLM(FibAttnPreTrainedModel, GenerationMixin):
         cache = only_cache(cache, past_key_values)
         return FibAttnModel.prepare_masks(config, inputs_embeds, attention_mask, position_ids, cache)
 
-    def init_continuous_batching(self, *_: Any, **__: Any) -> NoReturn:
-        """Refused: its paged cache keeps every token, and knows no rings.
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> ContinuousBatchingManager:
+        """As in Transformers."""
+        reaches = [self.config.layer_reach(layer) for layer in range(self.config.num_hidden_layers)]
+        return batching.start_batching(self, reaches, *args, **kwargs)
+
+    def generate_batch(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in Transformers, which writes what is wrong with a request to its log and returns nothing.
 
         Raises:
-            InputError: always.
+            InputError: for a request without tokens.
         """
-        raise InputError(
-            f"{type(self).__name__} has no continuous batching, whose paged cache keeps every token; call generate() "
-            "with a padded batch, or serve without --continuous-batching"
-        )
+        batching.check_requests(inputs)
+        return super().generate_batch(inputs, *args, **kwargs)
 
     def _summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """The loss of all tokens; with all logits where the head is more than its weight, or that is elsewhere."""
