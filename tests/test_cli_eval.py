@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,6 +56,14 @@ def test_all_sets_and_four_lengths_by_default(
         assert {row["targets"] for row in rows.values()} == {rows["256"]["targets"]}
         assert f"{name}: {rows['256']['targets']:,} tokens" in printed
         assert f"{rows['256']['perplexity']:.2f}" in printed
+        assert f"{name}: perplexity of repeated pairs" in printed
+        for row in rows.values():
+            assert row["repeats"]["hits"]["targets"] + row["repeats"]["rest"]["targets"] == row["targets"]
+        blocks = result["positions"][name]["blocks"]
+        assert [block["last"] for block in blocks] == list(range(31, 256, 32))
+        assert f"{blocks[-1]['cumulative_perplexity']:.2f}" in printed
+    assert result["frequent_above"] == 1250
+    assert "perplexity by position in a document" in printed
     assert "256 (8×)" in printed
     assert f"written to {out}" in printed
 
@@ -80,6 +89,19 @@ def test_chosen_sets_lengths_and_tokens(
     rows = json.loads(out.read_text())["sets"]
     assert list(rows) == ["docs"]
     assert {length: row["targets"] for length, row in rows["docs"].items()} == {"16": 96, "48": 96}
+    assert {name: one["documents"] for name, one in json.loads(out.read_text())["positions"].items()} == {"docs": 1}
+
+
+def test_without_a_document_so_long_there_is_nothing_by_position(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = PreparedData.open(data).validation["books"]
+    longest = int(np.diff(held_out.documents()).max())
+    flags = ["--sets", "books", "--out", str(tmp_path / "result.json"), "--lengths"]
+    for length, sets in ((longest - 1, ["books"]), (longest, [])):
+        assert main(["eval", str(model), "--data", str(data), *flags, str(length)]) == 0
+        assert list(json.loads((tmp_path / "result.json").read_text())["positions"]) == sets
+        assert ("by position" in capsys.readouterr().out) == bool(sets)
 
 
 def test_full_layers_can_be_bounded(data: Path, tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, LlamaCo
 
 from fibattn import FibAttnForCausalLM
 from fibattn.data.prepared import PreparedData
+from fibattn.data.sequences import held_out_sequences
 from fibattn.errors import InputError
 from fibattn.evaluation import loss
-from fibattn.evaluation.loss import PositionLoss, position_loss
+from fibattn.evaluation.loss import PositionLoss, token_losses
 
 TINY = {
     "vocab_size": 512,
@@ -51,18 +52,23 @@ def first_tokens(data: PreparedData, count: int) -> np.ndarray:
     return stream.sequence(0, count)
 
 
+def measured(model: PreTrainedModel, data: PreparedData, length: int, limit: int, **options: int) -> PositionLoss:
+    (stream,) = data.validation.values()
+    losses = token_losses(model, held_out_sequences(stream, length, limit), quiet=True, **options)
+    return PositionLoss(losses, int(stream.byte_counts(1, losses.size, data.token_bytes).sum()))
+
+
 @pytest.mark.parametrize("length", [1, 24, 64, 150])
 @pytest.mark.parametrize("kind", ["fibattn", "llama"])
 def test_losses_equal_those_of_plain_logits(
     kind: str, length: int, data: PreparedData, model: FibAttnForCausalLM
 ) -> None:
     chosen = model if kind == "fibattn" else llama()
-    (stream,) = data.validation.values()
     limit = 600 if length > 1 else 40
-    found = position_loss(chosen, stream, length, data.token_bytes, limit_tokens=limit, batch_tokens=200)
+    found = measured(chosen, data, length, limit, batch_tokens=200)
     expected = plainly(chosen, first_tokens(data, limit // length * length + 1), length)
-    assert (found.sequences, found.length) == (limit // length, length)
-    np.testing.assert_allclose(found.sums, expected.sum(0).numpy(), rtol=1e-5)
+    assert found.losses.shape == (limit // length, length)
+    np.testing.assert_allclose(found.losses, expected.numpy(), rtol=1e-4, atol=1e-5)
     assert found.nll() == pytest.approx(float(expected.mean()), rel=1e-5)
     assert found.perplexity() == pytest.approx(math.exp(float(expected.mean())), rel=1e-5)
     last = expected[:, -min(10, length) :].mean()
@@ -70,35 +76,29 @@ def test_losses_equal_those_of_plain_logits(
 
 
 def test_bits_per_byte_are_bits_of_the_targets_over_their_bytes(data: PreparedData, model: FibAttnForCausalLM) -> None:
-    (stream,) = data.validation.values()
-    found = position_loss(model, stream, 50, data.token_bytes, limit_tokens=500)
+    found = measured(model, data, 50, 500)
     tokens = first_tokens(data, 501)
     tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_path)
     text = tokenizer.decode(tokens[1:].tolist(), skip_special_tokens=True)
     expected = float(plainly(model, tokens, 50).sum()) / math.log(2) / len(text.encode())
     assert found.bits_per_byte == pytest.approx(expected, rel=1e-5)
-    assert found.byte_counts.sum() == len(text.encode())
+    assert found.size == len(text.encode())
 
 
 def test_the_size_of_batches_and_of_slices_of_the_head_changes_nothing(
     data: PreparedData, model: FibAttnForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (stream,) = data.validation.values()
+    def losses(batch_tokens: int) -> np.ndarray:
+        return measured(model, data, 40, 400, batch_tokens=batch_tokens).losses
 
-    def sums(batch_tokens: int) -> np.ndarray:
-        return position_loss(
-            model, stream, 40, data.token_bytes, limit_tokens=400, batch_tokens=batch_tokens, quiet=True
-        ).sums
-
-    expected = sums(400)
-    np.testing.assert_allclose(sums(1), expected, rtol=1e-6)
+    expected = losses(400)
+    np.testing.assert_allclose(losses(1), expected, rtol=1e-5, atol=1e-6)
     monkeypatch.setattr(loss, "_HEAD_LOGITS", 7 * 512)
-    np.testing.assert_allclose(sums(130), expected, rtol=1e-6)
+    np.testing.assert_allclose(losses(130), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_bins_partition_the_sequence() -> None:
-    sums = np.arange(10, dtype=np.float64)
-    found = PositionLoss(sums, np.ones(10), sequences=2)
+    found = PositionLoss(np.array([np.zeros(10), np.arange(10)], np.float32), size=20)
     assert found.bins(5) == [0.25, 1.25, 2.25, 3.25, 4.25]
     assert found.bins(3) == pytest.approx([sum(range(3)) / 6, (3 + 4 + 5) / 6, (6 + 7 + 8 + 9) / 8])
     assert found.bins(1) == [found.nll()]
@@ -106,30 +106,27 @@ def test_bins_partition_the_sequence() -> None:
 
 @pytest.mark.parametrize("length", [1, 3, 7])
 def test_a_sequence_shorter_than_the_bins_has_one_for_each_position(length: int) -> None:
-    found = PositionLoss(np.arange(length, dtype=np.float64), np.ones(length), sequences=1)
+    found = PositionLoss(np.arange(length, dtype=np.float32)[None], size=length)
     assert found.bins(8) == list(range(length))
 
 
 def test_a_model_is_left_in_evaluation_mode_and_without_gradients(data: PreparedData) -> None:
-    (stream,) = data.validation.values()
     model = LlamaForCausalLM(LlamaConfig(**TINY, attention_dropout=0.9)).train()
-    twice = [position_loss(model, stream, 20, data.token_bytes, limit_tokens=100).sums for _ in range(2)]
+    twice = [measured(model, data, 20, 100).losses for _ in range(2)]
     assert not model.training
     assert np.array_equal(*twice)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_a_model_that_caps_its_logits_is_refused_rather_than_measured_wrong(data: PreparedData) -> None:
-    (stream,) = data.validation.values()
     torch.manual_seed(0)
     model = Gemma2ForCausalLM(Gemma2Config(**TINY, head_dim=8, final_logit_softcapping=5.0))
     with pytest.raises(InputError, match=r"Gemma2ForCausalLM changes its logits after the output embedding"):
-        position_loss(model, stream, 20, data.token_bytes, limit_tokens=100)
+        measured(model, data, 20, 100)
 
 
 def test_less_than_one_window_is_refused(data: PreparedData, model: FibAttnForCausalLM) -> None:
-    (stream,) = data.validation.values()
     with pytest.raises(
         InputError, match=r"a sequence of 50 needs 51 tokens; the held-out set has \d+ and a limit of 49"
     ):
-        position_loss(model, stream, 50, data.token_bytes, limit_tokens=49)
+        measured(model, data, 50, 49)

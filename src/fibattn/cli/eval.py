@@ -1,8 +1,8 @@
-"""`fibattn eval MODEL`: perplexity, bits per byte, position bins and the length sweep."""
+"""`fibattn eval MODEL`: perplexity by length, by position and where text repeats itself; bits per byte."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -41,7 +41,9 @@ def run(arguments: list[str]) -> None:
     from fibattn.data.prepared import PreparedData
     from fibattn.data.tokenizer import check_same_vocabulary
     from fibattn.errors import InputError
-    from fibattn.evaluation.sweep import default_output, sweep, tables
+    from fibattn.evaluation.positions import by_position, positions_table
+    from fibattn.evaluation.repeats import FREQUENT, frequent_pairs
+    from fibattn.evaluation.sweep import default_output, shared_targets, sweep, tables
     from fibattn.model.loading import find_model, load_bounded
     from fibattn.training.card import add_results
 
@@ -57,14 +59,16 @@ def run(arguments: list[str]) -> None:
     model = load_bounded(folder, chosen.full_reach)
     trained_at = model.config.get_text_config().max_position_embeddings
     lengths = sorted(set(chosen.lengths)) or [trained_at * factor for factor in (1, 2, 4, 8)]
-    result = sweep(
-        model, data, lengths=lengths, sets=list(chosen.sets), tokens=chosen.tokens, batch_tokens=chosen.batch_tokens
-    )
-    result["model"] = str(folder)
+    limits: dict[str, Any] = {"tokens": chosen.tokens, "batch_tokens": chosen.batch_tokens}
+    targets = shared_targets(data, lengths=lengths, sets=list(chosen.sets), tokens=chosen.tokens)
+    frequent = frequent_pairs(data, targets)
+    result = sweep(model, data, lengths=lengths, sets=list(targets), frequent=frequent, **limits)
+    positions = by_position(model, data, length=max(lengths), sets=list(targets), **limits)
+    result |= {"frequent_above": FREQUENT, "positions": positions, "model": str(folder)}
     if (bound := getattr(model.config, "full_reach", None)) is not None:
         result["full_reach"] = bound
     console = Console()
-    for table in tables(result):
+    for table in (*tables(result), *([positions_table(positions)] if positions else [])):
         console.print(table)
     if out is not None:
         files.write_json(out, result)

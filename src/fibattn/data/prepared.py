@@ -14,7 +14,7 @@ import numpy as np
 
 from fibattn import files
 from fibattn.data.record import DATA, UNFINISHED
-from fibattn.data.shards import bytes_path, is_intact, listed, open_shard
+from fibattn.data.shards import bytes_path, is_intact, listed, open_shard, starts_path
 from fibattn.errors import InputError
 
 
@@ -43,6 +43,12 @@ class TokenStream:
         if self._maps is None:
             self._maps = [open_shard(path) for path in self.paths]
         return self._cut(self._maps, start, length)
+
+    def documents(self) -> np.ndarray:
+        """Where each document begins, and where the last ends, int64 [documents + 1]."""
+        edges = [0, *self._ends.tolist()]
+        starts = (np.load(starts_path(path)).astype(np.int64) for path in self.paths)
+        return np.concatenate([*(first + one for first, one in zip(edges[:-1], starts, strict=True)), edges[-1:]])
 
     def byte_counts(self, start: int, length: int, sizes: np.ndarray) -> np.ndarray:
         """Bytes of text of each of the tokens start … start+length-1, int64 [length].

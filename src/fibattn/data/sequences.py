@@ -40,3 +40,10 @@ def held_out_sequences(stream: TokenStream, length: int, limit_tokens: int | Non
             "prepare a larger held-out set or evaluate shorter sequences"
         )
     return TrainingSequences(stream, np.arange(targets // length, dtype=np.int64) * length, length)
+
+
+def document_beginnings(stream: TokenStream, length: int, limit_tokens: int) -> TrainingSequences:
+    """The first `length` targets of every document that has so many; at most `limit_tokens` in all, maybe none."""
+    edges = stream.documents()
+    starts = edges[:-1][np.diff(edges) > length]
+    return TrainingSequences(stream, starts[: limit_tokens // length], length)

@@ -1,4 +1,4 @@
-"""The loss of a model at every position of held-out sequences; perplexity and its relatives follow from it.
+"""The loss of a model on every token of held-out sequences; perplexity and its relatives follow from it.
 
 Convention: disjoint sequences of `length` inputs, each with `length` targets, nothing carried over (the
 paper's, section 5). Early positions have little context, so a longer sequence is a little easier; the loss of
@@ -15,8 +15,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from fibattn.data.prepared import TokenStream
-from fibattn.data.sequences import held_out_sequences
+from fibattn.data.sequences import TrainingSequences
 from fibattn.errors import InputError
 from fibattn.progress import Meter
 
@@ -28,21 +27,14 @@ _HEAD_LOGITS = 1 << 27
 
 @dataclass(frozen=True)
 class PositionLoss:
-    """Summed losses (nats, float64) and text bytes of the targets at every position of a number of sequences."""
+    """The loss of every target of sequences (nats, float32, (sequences, length)), and their bytes of text in all."""
 
-    sums: np.ndarray
-    byte_counts: np.ndarray
-    sequences: int
-
-    @property
-    def length(self) -> int:
-        """Positions in a sequence."""
-        return len(self.sums)
+    losses: np.ndarray
+    size: int
 
     def nll(self, first: int = 0, last: int | None = None) -> float:
         """Mean loss in nats over positions first … last - 1."""
-        part = self.sums[first:last]
-        return float(part.sum() / (len(part) * self.sequences))
+        return float(self.losses[:, first:last].mean(dtype=np.float64))
 
     def perplexity(self, first: int = 0) -> float:
         """`exp` of the mean loss from position `first` on."""
@@ -51,60 +43,53 @@ class PositionLoss:
     @property
     def bits_per_byte(self) -> float:
         """Bits of loss for each byte of text, which does not depend on the tokenizer."""
-        return float(self.sums.sum() / math.log(2) / self.byte_counts.sum())
+        return float(self.losses.sum(dtype=np.float64)) / math.log(2) / self.size
 
     def bins(self, count: int = 8) -> list[float]:
         """Mean loss in nats of `count` equal parts of the sequence, or of every position of a shorter one."""
-        count = min(count, self.length)
-        edges = [self.length * part // count for part in range(count + 1)]
+        length = self.losses.shape[1]
+        count = min(count, length)
+        edges = [length * part // count for part in range(count + 1)]
         return [self.nll(first, last) for first, last in itertools.pairwise(edges)]
 
 
 @torch.inference_mode()
-def position_loss(
+def token_losses(
     model: nn.Module,
-    stream: TokenStream,
-    length: int,
-    token_bytes: np.ndarray,
+    sequences: TrainingSequences,
     *,
-    limit_tokens: int,
     batch_tokens: int = 32_768,
     label: str = "eval",
     quiet: bool = False,
-) -> PositionLoss:
-    """The loss of `model` on disjoint sequences of `length` over the first `limit_tokens` targets of `stream`.
+) -> np.ndarray:
+    """The loss of every target, float32 (sequences, length), in nats.
 
     The head is applied a slice of tokens at a time, so that a long sequence does not need all its logits at once.
 
     Args:
         model: a Transformers causal language model; it is put in evaluation mode.
-        stream: held-out tokens.
-        length: inputs, and targets, of a sequence.
-        token_bytes: (vocabulary,), how many bytes of text each token stands for.
-        limit_tokens: targets to look at, at most.
+        sequences: all of them are taken, in order.
         batch_tokens: tokens of a forward pass, at least one sequence.
         label: what the progress line is called.
         quiet: show no progress.
 
     Raises:
-        InputError: when not even one sequence fits, or the model changes its logits after the output embedding.
+        InputError: when the model changes its logits after the output embedding.
     """
-    sequences = held_out_sequences(stream, length, limit_tokens)
     device = next(model.parameters()).device
     model.eval()
     _check_head(model, sequences[0]["input_ids"][None, :16].to(device))
-    sums = torch.zeros(length, dtype=torch.float64, device=device)
-    byte_counts = stream.byte_counts(1, len(sequences) * length, token_bytes).reshape(-1, length).sum(axis=0)
+    found = []
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
-    with Meter(label, len(sequences) * length, "tokens", quiet=quiet) as meter, autocast:
+    with Meter(label, len(sequences) * sequences.length, "tokens", quiet=quiet) as meter, autocast:
         # From pinned memory a copy need not wait for what the GPU still has to do.
         pinned = device.type == "cuda"
-        size = min(max(1, batch_tokens // length), len(sequences))
+        size = min(max(1, batch_tokens // sequences.length), len(sequences))
         for batch in DataLoader(sequences, size, pin_memory=pinned):  # pyright: ignore
             inputs, targets = (batch[name].to(device, non_blocking=pinned) for name in ("input_ids", "shift_labels"))
-            sums += _losses(model, inputs, targets).sum(dim=0, dtype=torch.float64)
+            found.append(_losses(model, inputs, targets))
             meter.update(inputs.numel())
-    return PositionLoss(sums.cpu().numpy(), byte_counts, len(sequences))
+    return torch.cat(found).cpu().numpy()
 
 
 def _check_head(model: nn.Module, inputs: torch.Tensor) -> None:

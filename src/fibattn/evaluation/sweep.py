@@ -4,12 +4,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 from transformers import PreTrainedModel
 
 from fibattn.data.prepared import PreparedData
+from fibattn.data.sequences import held_out_sequences
 from fibattn.errors import InputError, suggestion
-from fibattn.evaluation.loss import LAST, position_loss
+from fibattn.evaluation.loss import LAST, PositionLoss, token_losses
+from fibattn.evaluation.repeats import repeats, repeats_table
 
 CONVENTION = "disjoint sequences, every position; the same tokens at every length"
 
@@ -22,6 +25,7 @@ def sweep(
     sets: list[str],
     tokens: int = 1_048_576,
     batch_tokens: int = 32_768,
+    frequent: np.ndarray | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Evaluate on the same tokens at every length; the result is plain JSON values.
@@ -33,6 +37,7 @@ def sweep(
         sets: names of held-out sets, all of them when empty.
         tokens: targets of each set at most.
         batch_tokens: tokens of a forward pass.
+        frequent: where given, from `frequent_pairs` over the same targets, rows have what `repeats` makes of them.
         quiet: show no progress.
 
     Raises:
@@ -46,19 +51,13 @@ def sweep(
         )
     results: dict[str, Any] = {}
     for name, limit in shared_targets(data, lengths=lengths, sets=sets, tokens=tokens).items():
-        results[name] = {}
+        results[name], stream = {}, data.validation[name]
+        size = int(stream.byte_counts(1, limit, data.token_bytes).sum())
         for length in lengths:
-            loss = position_loss(
-                model,
-                data.validation[name],
-                length,
-                data.token_bytes,
-                limit_tokens=limit,
-                batch_tokens=batch_tokens,
-                label=f"{name} at {length}",
-                quiet=quiet,
-            )
-            results[name][str(length)] = {
+            sequences, label = held_out_sequences(stream, length, limit), f"{name} at {length}"
+            losses = token_losses(model, sequences, batch_tokens=batch_tokens, label=label, quiet=quiet)
+            loss = PositionLoss(losses, size)
+            results[name][str(length)] = row = {
                 "targets": limit,
                 "nll": loss.nll(),
                 "perplexity": loss.perplexity(),
@@ -66,6 +65,8 @@ def sweep(
                 "bins": loss.bins(),
                 "last_256_perplexity": loss.perplexity(max(length - LAST, 0)),
             }
+            if frequent is not None:
+                row["repeats"] = repeats(losses, sequences, frequent, data.vocab_size)
     return {
         "trained_at": model.config.get_text_config().max_position_embeddings,
         "convention": CONVENTION,
@@ -103,7 +104,7 @@ def shared_targets(data: PreparedData, *, lengths: list[int], sets: list[str], t
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """The result as tables for people, two a held-out set: the length sweep, and the loss over the sequence."""
+    """The result as tables for people: of each held-out set the length sweep, the loss over the sequence, repeats."""
     made = []
     for name, lengths in result["sets"].items():
         table = Table(title=f"{name}: {next(iter(lengths.values()))['targets']:,} tokens", title_justify="left")
@@ -119,6 +120,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
                 f"{row['last_256_perplexity']:.2f}",
             )
         made += [table, _bins(name, lengths)]
+        if all("repeats" in row for row in lengths.values()):
+            made.append(repeats_table(name, lengths))
     return made
 
 

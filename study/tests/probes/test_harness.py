@@ -14,10 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from fibattn import FibAttnForCausalLM
 from fibattn.data.prepared import TokenStream
+from fibattn.data.sequences import held_out_sequences
 from fibattn.data.shards import write_shard
 from fibattn.data.tokenizer import token_bytes
 from fibattn.errors import InputError
-from fibattn.evaluation.loss import position_loss
+from fibattn.evaluation.loss import token_losses
 from study.probes.harness import harness, language_model
 from study.probes.settings import Harness
 
@@ -64,12 +65,13 @@ def test_rolling_perplexity_is_ours(
     sizes = token_bytes(tokenizer)  # pyright: ignore
     tokens = np.array([tokenizer.bos_token_id, *tokenizer.encode(whole_windows)])
     write_shard(tmp_path / "one.bin", [tokens], sizes, np.dtype("uint16"), len(tokens), None)
-    ours = position_loss(model, TokenStream([tmp_path / "one.bin"]), LENGTH, sizes, limit_tokens=len(tokens))
+    losses = token_losses(model, held_out_sequences(TokenStream([tmp_path / "one.bin"]), LENGTH))
     (tmp_path / "rows.jsonl").write_text(json.dumps({"text": whole_windows}) + "\n")
     (tmp_path / "rolling.yaml").write_text(ROLLING.format(rows=tmp_path / "rows.jsonl"))
     row = harness(model, tokenizer, Harness(("fibattn_rolling",), include=tmp_path, length=LENGTH))["rows"][0]
-    assert row["bits_per_byte"] == pytest.approx(ours.bits_per_byte, rel=1e-5)
-    per_word = ours.sums.sum() / len(whole_windows.split())
+    bits_per_byte = losses.sum() / math.log(2) / len(whole_windows.encode())
+    assert row["bits_per_byte"] == pytest.approx(bits_per_byte, rel=1e-5)
+    per_word = losses.sum() / len(whole_windows.split())
     assert math.log(row["word_perplexity"]) == pytest.approx(per_word, rel=0.01)
 
 
