@@ -8,12 +8,12 @@ from typing import Any
 import foreign_decoders
 import pytest
 import torch
-from tiny_models import model, tokens
+from tiny_models import config, model, tokens
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import fibattn
-from fibattn import FibAttnForCausalLM
+from fibattn import FibAttention, FibAttnForCausalLM, LearnedPattern
 from fibattn.model.conversion import ARCHITECTURES
 
 KINDS = ["linear", "mixture", "learned mixture", "bounded mixture", "full, linear RoPE"]
@@ -91,6 +91,40 @@ def test_a_converted_model_cast_and_one_loaded_in_16_bits_are_the_same(architect
         assert torch.equal(exact[0][name], exact[1][name])
 
 
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_no_cast_rounds_the_frequencies_of_a_converted_model(architecture: str, cast: str) -> None:
+    """Whether it is cast before or after it is converted, there or there and back."""
+    right = frequencies(foreign_decoders.model(architecture).base_model.rotary_emb)
+    after = CASTS[cast](converted(architecture))
+    before = fibattn.convert(CASTS[cast](foreign_decoders.model(architecture)), window=3)
+    for found in (after, before, copy.deepcopy(after).half().float()):
+        for name, exact in frequencies(found.base_model.rotary_emb).items():
+            assert torch.equal(exact, right[name])
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_no_cast_rounds_the_learned_scale_of_a_layer_of_ones_own(cast: str) -> None:
+    layer = FibAttention(32, 4, LearnedPattern(3, (5, 8, 610)))
+    with torch.no_grad():
+        layer.theta.fill_(0.1234567)  # pyright: ignore
+    assert torch.equal(CASTS[cast](copy.deepcopy(layer)).alpha, layer.alpha)
+
+
+@pytest.mark.parametrize("way", ["default dtype", "from_config"])
+def test_a_model_made_in_16_bits_learns_its_scales_in_32(way: str) -> None:
+    if way == "from_config":
+        made = AutoModelForCausalLM.from_config(config("learned"), dtype=torch.bfloat16)
+    else:
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            made = FibAttnForCausalLM(config("learned"))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert made.lm_head.weight.dtype == torch.bfloat16
+    assert {layer.self_attn.theta.dtype for layer in made.model.layers} == {torch.float32}  # pyright: ignore
+
+
 @pytest.mark.parametrize("rope", ["default", "linear", "yarn", "dynamic", "llama3"])
 @pytest.mark.parametrize("shift", [10**6, 2**24 + 1])
 def test_converted_layers_are_as_sharp_far_out_as_near(rope: str, shift: int) -> None:
@@ -128,13 +162,14 @@ def test_a_restored_model_rotates_as_it_did() -> None:
     assert torch.equal(far_logits(fibattn.restore(fibattn.convert(made, window=3)), ids), right)
 
 
+@pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("kind", ["mixture", "learned"])
-def test_a_model_made_without_memory_is_whole_once_it_has_weights(kind: str) -> None:
+def test_a_model_made_without_memory_is_whole_once_it_has_weights(kind: str, assign: bool) -> None:
     made, ids = model(kind), tokens()
     with torch.device("meta"):
         empty = FibAttnForCausalLM(made.config)
-    filled = empty.to_empty(device="cpu").eval()
-    filled.load_state_dict(made.state_dict())
+    filled = empty.eval() if assign else empty.to_empty(device="cpu").eval()
+    filled.load_state_dict(made.state_dict(), assign=assign)
     filled.tie_weights()
     assert torch.equal(filled(ids).logits, made(ids).logits)
 

@@ -19,7 +19,7 @@ from fibattn.model.batching import start_batching
 from fibattn.model.configuration import FibAttnConfig
 from fibattn.model.converted_layers import IMPLEMENTATION, before_attention, before_decoder
 from fibattn.model.converted_pattern import FIELDS, STORED_PATTERN, in_words, layers_of, with_offsets
-from fibattn.model.converted_rotary import after_rotation, before_rotation, rotary_modules
+from fibattn.model.converted_rotary import after_rotation, before_rotation, keep_exact, rotary_modules
 from fibattn.model.modeling import FibAttnPreTrainedModel
 from fibattn.model.native import dense_model
 from fibattn.pattern import Base, Schedule
@@ -114,6 +114,7 @@ def apply(model: PreTrainedModel, entry: dict[str, Any], name: str | None) -> Pr
         module.fibattn = layer  # pyright: ignore[reportArgumentType]
         handles.append(module.register_forward_pre_hook(before_attention, with_kwargs=True))
     for module in rotary_modules(decoder):
+        keep_exact(module)
         handles.append(module.register_forward_pre_hook(before_rotation))
         handles.append(module.register_forward_hook(after_rotation, with_kwargs=True))
     if isinstance(model, GenerationMixin):
@@ -150,6 +151,8 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
         raise InputError(f"this {type(model).__name__} is not converted; there is nothing to restore")
     for handle in done.handles:
         handle.remove()
+    for module in rotary_modules(decoder):
+        del module._apply  # the class has its own
     for module in decoder.modules():
         if hasattr(module, "fibattn"):
             del module.fibattn

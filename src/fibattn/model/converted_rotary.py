@@ -4,6 +4,8 @@ Transformers keeps the frequencies in buffers, which `model.bfloat16()` rounds f
 which blur at millions of tokens. A converted model streams that far, so hooks on its rotary module mend both.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,17 +22,36 @@ def rotary_modules(decoder: nn.Module) -> list[nn.Module]:
     return [module for module in decoder.modules() if type(module).__name__.endswith("RotaryEmbedding")]
 
 
-def before_rotation(module: nn.Module, _: tuple[Any, ...]) -> None:
-    """A rotary module's forward pre-hook: frequencies that a cast has rounded are made anew."""
+def keep_exact(module: nn.Module) -> None:
+    """Make a rotary module's frequencies anew, now and after every cast: one there and back would not show."""
+    _refill(module)
+    module._apply = partial(_apply, module)  # as a method of the module's class would be; copies keep it
+
+
+def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    type(module)._apply(module, fn, recurse)
+    _refill(module)
+    return module
+
+
+def _refill(module: nn.Module) -> None:
     kinds: Any = module.rope_type
     for layer_type, rope_type in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
-        name = _named("inv_freq", layer_type)
-        if getattr(module, name).dtype == torch.float32:
+        names = [_named(name, layer_type) for name in ("inv_freq", "original_inv_freq")]
+        device = getattr(module, names[0]).device
+        if device.type == "meta":
             continue
         make: Any = ROPE_INIT_FUNCTIONS.get(rope_type, getattr(module, "compute_default_rope_parameters", None))
         frequencies = make(module.config, **({} if layer_type is None else {"layer_type": layer_type}))[0]
-        for one in (name, _named("original_inv_freq", layer_type)):
-            setattr(module, one, frequencies.clone().to(getattr(module, one).device))
+        for name in names:
+            setattr(module, name, frequencies.clone().to(device))
+        setattr(module, _named("max_seq_len_cached", layer_type), module.original_max_seq_len)
+
+
+def before_rotation(module: nn.Module, _: tuple[Any, ...]) -> None:
+    """A rotary module's forward pre-hook: frequencies that were cast past `_apply`, as by FSDP, are made anew."""
+    if any(one.dtype != torch.float32 for name, one in module.named_buffers() if name.endswith("inv_freq")):
+        _refill(module)
 
 
 def after_rotation(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], found: Rotation) -> Rotation:

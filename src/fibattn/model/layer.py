@@ -1,6 +1,7 @@
 """Attention as a layer of any PyTorch model: projections, rotary positions, the operator, a cache."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,33 @@ from fibattn.model.rotary import cosines_and_sines, rotate
 from fibattn.pattern import LearnedPattern, Pattern
 
 
-class FibAttention(nn.Module):
+class LearnedScale(nn.Module):
+    """What attention layers share that may learn how far their rungs are: `theta`, None where they do not."""
+
+    theta: nn.Parameter | None
+
+    @property
+    def alpha(self) -> Tensor | None:
+        """The learned scale of the rungs, `0.5 + sigmoid(theta)` (paper, section 3.4), float32 (1,)."""
+        return None if self.theta is None else 0.5 + torch.sigmoid(self.theta.float())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """As any module's, but no cast reaches theta: in 16 bits a far rung would be off by half a token."""
+
+        def uncast(tensor: Tensor) -> Tensor:
+            done = fn(tensor)
+            own = self.theta is not None and (tensor is self.theta or tensor is self.theta.grad)
+            return tensor.to(done.device) if own and done.dtype != tensor.dtype else done
+
+        return super()._apply(uncast, recurse)
+
+
+def new_theta() -> nn.Parameter:
+    """A theta whose alpha is 1; float32 whatever PyTorch's default is."""
+    return nn.Parameter(torch.zeros(1, dtype=torch.float32))
+
+
+class FibAttention(LearnedScale):
     """Causal self-attention to the distances of a pattern, (batch, tokens, hidden size) in and out.
 
     Args:
@@ -52,7 +79,7 @@ class FibAttention(nn.Module):
         self.k_proj = nn.Linear(hidden_size, kv_heads * self.head_size, bias=False)
         self.v_proj = nn.Linear(hidden_size, kv_heads * self.head_size, bias=False)
         self.o_proj = nn.Linear(heads * self.head_size, hidden_size, bias=False)
-        self.theta = nn.Parameter(torch.zeros(1)) if isinstance(pattern, LearnedPattern) else None
+        self.theta = new_theta() if isinstance(pattern, LearnedPattern) else None
 
     def forward(
         self, hidden: Tensor, *, positions: Tensor | None = None, cache: AttentionCache | None = None
@@ -72,9 +99,8 @@ class FibAttention(nn.Module):
             frequencies = 1.0 / self.rope_theta ** (steps / self.head_size)
             rotation = cosines_and_sines(index if positions is None else positions, frequencies, 1.0, q.dtype)
             q, k = rotate(q, rotation), rotate(k, rotation)
-        alpha = None if self.theta is None else 0.5 + torch.sigmoid(self.theta.float())
         if cache is None:
-            out = attend(q, k, v, self.pattern, alpha=alpha, positions=positions)
+            out = attend(q, k, v, self.pattern, alpha=self.alpha, positions=positions)
         else:
-            out = cache.attend(q, k, v, alpha=alpha, positions=positions)
+            out = cache.attend(q, k, v, alpha=self.alpha, positions=positions)
         return self.o_proj(out.flatten(2))

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -17,10 +16,11 @@ from fibattn.model import batching
 from fibattn.model.cache import check_full, ring_of
 from fibattn.model.configuration import FibAttnConfig
 from fibattn.model.feed_forward import gains_from_padding, padded_gated
+from fibattn.model.layer import LearnedScale, new_theta
 from fibattn.model.rotary import Rotation, rotate
 
 
-class FibAttnAttention(nn.Module):
+class FibAttnAttention(LearnedScale):
     """Grouped-query attention of one layer: with a pattern through `fibattn.attend`, full through Transformers."""
 
     def __init__(self, config: FibAttnConfig, layer: int):
@@ -32,7 +32,7 @@ class FibAttnAttention(nn.Module):
         self.scales_rope = config.rope_scales_all or (config.layer_types or [])[layer] == "full_attention"
         self.rotated = bool((config.no_rope_layers or [])[layer])
         self.pattern = config.learned_pattern if config.learns_alpha(layer) else config.layer_patterns(layer)
-        self.theta = nn.Parameter(torch.zeros(1)) if config.learns_alpha(layer) else None
+        self.theta = new_theta() if config.learns_alpha(layer) else None
         self.reach = config.layer_reach(layer)
         bias = config.attention_bias or config.qkv_bias
         self.q_proj = nn.Linear(config.hidden_size, heads * size, bias=bias)
@@ -40,23 +40,6 @@ class FibAttnAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * size, bias=bias)
         self.o_proj = _residual_output(nn.Linear(heads * size, config.hidden_size, bias=config.attention_bias))
         self.q_norm, self.k_norm = (nn.RMSNorm(size, config.rms_norm_eps) if config.qk_norm else None for _ in "qk")
-
-    @property
-    def alpha(self) -> Tensor:
-        """The learned scale of the rungs, `0.5 + sigmoid(theta)` (paper, section 3.4), float32 (1,)."""
-        if self.theta is None:
-            raise AttributeError(f"layer {self.layer_idx} has no learned scale")
-        return 0.5 + torch.sigmoid(self.theta.float())
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """As any module's, but no cast reaches theta: in 16 bits a far rung would be off by half a token."""
-
-        def uncast(tensor: Tensor) -> Tensor:
-            done = fn(tensor)
-            own = self.theta is not None and (tensor is self.theta or tensor is self.theta.grad)
-            return tensor.to(done.device) if own and done.dtype != tensor.dtype else done
-
-        return super()._apply(uncast, recurse)
 
     def forward(
         self,
@@ -92,11 +75,10 @@ class FibAttnAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, cache: Cache | None, cache_positions: Tensor
     ) -> Tensor:
         assert self.pattern is not None
-        alpha = None if self.theta is None else self.alpha
         if cache is None:
-            return attend(q, k, v, self.pattern, alpha=alpha, scale=self.scaling, positions=positions)
+            return attend(q, k, v, self.pattern, alpha=self.alpha, scale=self.scaling, positions=positions)
         rings = ring_of(cache, self.layer_idx, self.pattern, self.reach or 0).take(k, v)
-        how: dict[str, Any] = {"alpha": alpha, "scale": self.scaling, "positions": positions}
+        how: dict[str, Any] = {"alpha": self.alpha, "scale": self.scaling, "positions": positions}
         return attend_cached(q, *rings, k, v, self.pattern, cache_positions=cache_positions, **how)
 
     def _attend_fully(

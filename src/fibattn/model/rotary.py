@@ -53,12 +53,12 @@ class FibAttnRotaryEmbedding(nn.Module):
         """What `to`, `half`, `to_empty` and the like do to a module; the frequencies are made anew after it."""
         super()._apply(fn, recurse)
         if not self.inv_freq.is_meta:
-            self._refill()
+            self._refill(self.inv_freq.device)
         return self
 
-    def _refill(self) -> None:
+    def _refill(self, device: torch.device) -> None:
         with torch.device("cpu"):
-            frequencies = self.frequencies().to(self.inv_freq.device)
+            frequencies = self.frequencies().to(device)
         self.inv_freq, self.original_inv_freq = frequencies, frequencies.clone()
         self.max_seq_len_cached = self.original_max_seq_len
 
@@ -69,8 +69,9 @@ class FibAttnRotaryEmbedding(nn.Module):
 
         In float32 the angles blur with the position: at millions of tokens a model no longer tells near ones apart.
         """
-        if self.inv_freq.dtype != torch.float32:  # FSDP's mixed precision casts buffers past `_apply`
-            self._refill()
+        # FSDP's mixed precision casts buffers past `_apply`, and `load_state_dict(assign=True)` leaves them on meta.
+        if self.inv_freq.dtype != torch.float32 or (self.inv_freq.is_meta and not x.is_meta):
+            self._refill(x.device)
         return cosines_and_sines(position_ids, self.inv_freq.to(x.device), self.attention_scaling, x.dtype)
 
 
