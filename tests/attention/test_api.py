@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 from operator_inputs import FIBONACCI, Shape, fixed, learned, random_inputs, run
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fibattn import InputError, LearnedPattern, Pattern, attend, padded_positions
 from fibattn.attention import api
@@ -214,15 +216,27 @@ def test_an_unknown_backend_is_refused() -> None:
 def test_an_explicit_backend_never_becomes_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     refuses("backend 'triton' runs on an NVIDIA GPU, not on cpu; use 'auto'", **tensors(), backend="triton")
-    meta = {name: x.to("meta") for name, x in tensors().items()}
-    with pytest.raises(InputError, match="backend 'cpu' runs on the CPU, not on meta; use 'auto' or 'triton'"):
-        attend(**meta, pattern=PATTERN, backend="cpu")
+    with pytest.raises(InputError, match="backend 'cpu' runs on the CPU, not on mps:0; use 'auto' or 'triton'"):
+        attend(**elsewhere(), pattern=PATTERN, backend="cpu")
 
 
 def test_a_device_without_a_backend_is_told_of_the_reference() -> None:
-    meta = {name: x.to("meta") for name, x in tensors().items()}
-    with pytest.raises(InputError, match="no backend for meta; backend='reference' runs anywhere, in quadratic time"):
-        attend(**meta, pattern=PATTERN)
+    with pytest.raises(InputError, match="no backend for mps:0; backend='reference' runs anywhere, in quadratic time"):
+        attend(**elsewhere(), pattern=PATTERN)
+
+
+def elsewhere() -> dict[str, Tensor]:
+    """Tensors of a device that this machine need not have; they hold nothing."""
+    with FakeTensorMode():
+        return {name: torch.empty(x.shape, device="mps") for name, x in tensors().items()}
+
+
+def test_on_the_meta_device_there_are_shapes() -> None:
+    meta = {name: x.to("meta").requires_grad_() for name, x in tensors().items()}
+    out, lse = attend(**meta, pattern=PATTERN, return_lse=True)
+    out.sum().backward()
+    assert (out.shape, lse.shape) == (meta["q"].shape, tuple(meta["q"].shape[i] for i in (0, 2, 1)))
+    assert meta["k"].grad.is_meta
 
 
 def test_auto_takes_the_cpu_backend_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:

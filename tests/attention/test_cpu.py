@@ -320,6 +320,14 @@ def test_functional_transforms_equal_autograd(learns: bool) -> None:
     torch.testing.assert_close(stacked, torch.stack([call(q, *inputs[1:]), call(2 * q, *inputs[1:])]))
 
 
+def test_positions_may_be_mapped_over() -> None:
+    q, k, v = (x.detach() for x in small())
+    positions = torch.stack([torch.arange(q.shape[1]), torch.arange(q.shape[1]) % 4])
+    mapped = torch.func.vmap(lambda at: attend(q, k, v, Pattern(2), positions=at[None]))(positions)
+    for found, at in zip(mapped, positions, strict=True):
+        assert torch.equal(found, attend(q, k, v, Pattern(2), positions=at[None]))
+
+
 def test_a_compiled_functional_gradient_is_right() -> None:
     q, k, v = (x.detach() for x in small())
     gradient = torch.func.grad(lambda q: attend(q, k, v, Pattern(2)).sin().sum())

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from tiny_models import model, tokens
+from tiny_models import config, model, tokens
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.nn.utils import prune
 
@@ -303,6 +304,45 @@ def test_functional_gradients_equal_autograd() -> None:
     found = torch.func.grad(lambda h, w: linear_cross_entropy(h, w, targets), argnums=(0, 1))(hidden, weight)
     for mine, right in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, right)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mixture", "bounded mixture"])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_gradients_of_every_sequence_alone(kind: str, training: bool) -> None:
+    """As differential privacy and influence functions take them: `vmap` over `grad` over `functional_call`."""
+    made, ids = model(kind).train(training), tokens(3, 20)
+    ids[1, 12:] = 0
+    labels = ids.masked_fill(ids == 0, IGNORED)
+    weights = {name: one.detach() for name, one in made.named_parameters()}
+
+    def one(weights: dict[str, Tensor], ids: Tensor, labels: Tensor) -> Tensor:
+        return torch.func.functional_call(made, weights, (ids[None],), {"labels": labels[None]}).loss
+
+    found = torch.func.vmap(torch.func.grad(one), in_dims=(None, 0, 0))(weights, ids, labels)
+    for row in range(3):
+        made.zero_grad()
+        made(ids[row : row + 1], labels=labels[row : row + 1]).loss.backward()
+        for name, parameter in made.named_parameters():
+            torch.testing.assert_close(found[name][row], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_masks_may_be_mapped_over() -> None:
+    made, ids = model(), tokens(2, 20)
+    masks = torch.ones_like(ids)
+    masks[0, :7] = 0
+    mapped = torch.func.vmap(lambda x, mask: made(x[None], attention_mask=mask[None], use_cache=False).logits[0])
+    torch.testing.assert_close(mapped(ids, masks), made(ids, attention_mask=masks).logits)
+
+
+@pytest.mark.parametrize("where", ["meta", "fake"])
+def test_a_loss_without_data_has_a_shape(where: str) -> None:
+    """For who counts memory or operations beforehand."""
+    with FakeTensorMode() if where == "fake" else torch.device("meta"):
+        made, ids = type(model())(config()), torch.ones(2, 20, dtype=torch.long)
+        out = made(ids, attention_mask=torch.ones_like(ids), labels=ids)
+        out.loss.backward()
+    assert out.loss.shape == ()
+    assert made.lm_head.weight.grad.shape == made.lm_head.weight.shape
 
 
 def test_second_derivatives_are_refused_rather_than_left_out() -> None:

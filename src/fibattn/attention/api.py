@@ -75,7 +75,7 @@ def attend(
     strides are taken as they are as long as the last dimension is contiguous. With fewer queries than keys, the
     queries are the last tokens. Under autocast q, k and v are cast to its dtype, as PyTorch's attention casts them.
 
-    Gradients are of first order (`torch.func` included); a second derivative is refused, but by the reference.
+    Gradients are of first order (`torch.func` included), in reverse; others are refused, but by the reference.
 
     Args:
         q: (batch, query tokens, query heads, head size).
@@ -217,9 +217,10 @@ def choose(backend: Backend, q: Tensor) -> str:
     if backend == "reference":
         return backend
     device = q.device.type
-    chosen = {"cpu": "cpu", "cuda": "triton"}.get(device) if backend == "auto" else backend
+    # On the meta device there are shapes and nothing to compute.
+    chosen = {"cpu": "cpu", "meta": "cpu", "cuda": "triton"}.get(device) if backend == "auto" else backend
     interpreted = device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    if chosen == "cpu" and device != "cpu":
+    if chosen == "cpu" and device not in ("cpu", "meta"):
         raise InputError(f"backend 'cpu' runs on the CPU, not on {q.device}; use 'auto' or 'triton'")
     if chosen == "triton" and device != "cuda" and not interpreted:
         raise InputError(

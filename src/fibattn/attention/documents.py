@@ -1,14 +1,21 @@
 """Where each token stands in its document: what `attend` takes for `positions`, made from what callers have."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fibattn.errors import InputError
 
 
+def has_values(x: Tensor) -> bool:
+    """Whether the values can be looked at: not while compiling, under `vmap`, or of tensors that have none."""
+    if torch.compiler.is_compiling() or x.is_meta:
+        return False
+    return type(x) in (Tensor, nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
 def readable(x: Tensor) -> bool:
-    """Whether looking at the values is free: not on a GPU, which would stall, nor while compiling."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether looking at the values is free, too: on a GPU it would stall."""
+    return x.device.type == "cpu" and has_values(x)
 
 
 def packed_positions(cu_seqlens: Tensor, tokens: int, name: str = "cu_seqlens") -> Tensor:

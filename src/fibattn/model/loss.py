@@ -30,10 +30,14 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     Returns:
         A float32 scalar (float64 for float64 input).
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    if torch.is_autocast_enabled(device := _autocast_device(hidden)):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
     differentiable = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _LinearCrossEntropy.apply(hidden, weight, targets, differentiable)[0]
+
+
+def _autocast_device(x: Tensor) -> str:
+    return "cpu" if x.is_meta else x.device.type  # PyTorch knows no autocast of what has no data
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -52,7 +56,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # A sum over a slice's tokens may be beyond 65,504; a power of two keeps it inside, and is exact.
             step, shrink = min(step, 4096), 1 / 4096
         start = 0
-        with torch.autocast(hidden.device.type, enabled=False):
+        with torch.autocast(_autocast_device(hidden), enabled=False):
             # `for start in range(…)` would compile a graph for every number of tokens.
             while start < hidden.shape[0]:
                 rows, goal = hidden[start : start + step], targets[start : start + step, None]
@@ -72,6 +76,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(*output[1:])
         ctx.dtypes = [given.dtype for given in inputs[:2]]
         ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[int | None, ...], *given: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """One after the other: a gradient of the weight for each would not fit into memory that is there for one."""
+        each = range(info.batch_size)
+        rows = [[x if dim is None else x.select(dim, i) for x, dim in zip(given, dims, strict=True)] for i in each]
+        outputs = zip(*(_LinearCrossEntropy.apply(*row) for row in rows), strict=True)
+        return tuple(torch.stack(output) for output in outputs), (0, 0, 0)
 
     @staticmethod
     def backward(

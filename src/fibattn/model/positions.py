@@ -81,11 +81,11 @@ def packed_positions(
 
 def says_nothing(attention_mask: Tensor) -> bool:
     """Whether nothing is padded; not asked in a graph, which the answer would break."""
-    return not torch.compiler.is_compiling() and bool(attention_mask.all())
+    return documents.has_values(attention_mask) and bool(attention_mask.all())
 
 
 def _check_order(position_ids: Tensor, past: int) -> None:
-    if position_ids.device.type != "cpu" or torch.compiler.is_compiling():
+    if not documents.readable(position_ids):
         return
     if int(position_ids[:, 0].min()) < past or bool((position_ids.diff(dim=1) < 0).any()):
         raise InputError(
@@ -95,7 +95,7 @@ def _check_order(position_ids: Tensor, past: int) -> None:
 
 
 def _check_unpacked(position_ids: Tensor, past: int | Tensor) -> None:
-    if torch.compiler.is_compiling() or isinstance(past, Tensor) or past or position_ids.shape[-1] == 1:
+    if not documents.has_values(position_ids) or isinstance(past, Tensor) or past or position_ids.shape[-1] == 1:
         return
     if bool((position_ids.diff(dim=-1) != 1).any()):
         raise InputError(
@@ -166,7 +166,7 @@ def _check_mask(mask: Tensor, batch: int, past: int, tokens: int) -> None:
             f"({batch}, {past + tokens}), 1 for a token and 0 for padding"
         )
     # While tokens are generated one by one, looking at the mask would stall a GPU at each.
-    if torch.compiler.is_compiling() or (tokens == 1 and mask.device.type != "cpu"):
+    if not documents.has_values(mask) or (tokens == 1 and mask.device.type != "cpu"):
         return
     begins = (mask.to(torch.int32).diff(dim=1, prepend=mask.new_zeros(batch, 1, dtype=torch.int32)) > 0).sum(dim=1)
     if bool((begins > 1).any()):
