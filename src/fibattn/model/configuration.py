@@ -152,7 +152,9 @@ class FibAttnConfig(PreTrainedConfig):
         if give_back:
             return config, unused
         # The rest are the loader's own options, of which there is no list; what is nearly a field was meant as one.
-        cls._refuse_unknown(name for name in unused if get_close_matches(name, cls.__annotations__, cutoff=0.75))
+        # A tokenizer's go through here as well: its tokens (pad_token) are called nearly as their ids.
+        own = (name for name in unused if not name.endswith("_token"))
+        cls._refuse_unknown(name for name in own if get_close_matches(name, cls.__annotations__, cutoff=0.75))
         return config
 
     @classmethod
