@@ -64,27 +64,31 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-class _AfterTransformers:
-    """Finds Transformers as the finders behind it do, and has the model registered once it is imported."""
+_AFTERWARDS = {"transformers": "fibattn.model", "peft": "fibattn.model.adapters"}
+"""What makes this package known to a library, once both are imported."""
+
+
+class _Finder:
+    """Finds these libraries as the finders behind it do, and has this package made known to each once it is there."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != "transformers":
+        if name not in _AFTERWARDS:
             return None
         found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
         spec = next((spec for spec in found if spec is not None), None)
         if spec is not None and spec.loader is not None:
-            spec.loader.exec_module = partial(_load_and_register, spec.loader.exec_module)
+            spec.loader.exec_module = partial(_load_and_tell, spec.loader.exec_module)
         return spec
 
 
-def _load_and_register(load: Callable[[ModuleType], None], module: ModuleType) -> None:
+def _load_and_tell(load: Callable[[ModuleType], None], module: ModuleType) -> None:
     load(module)
-    importlib.import_module("fibattn.model")
+    importlib.import_module(_AFTERWARDS[module.__name__])
 
 
-if "transformers" in sys.modules:
-    importlib.import_module("fibattn.model")
-else:
-    sys.meta_path.insert(0, _AfterTransformers())
+sys.meta_path.insert(0, _Finder())
+for _library, _home in _AFTERWARDS.items():
+    if _library in sys.modules:
+        importlib.import_module(_home)

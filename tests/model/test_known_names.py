@@ -1,5 +1,8 @@
 """What other programs look up by name: that the model is a causal language model, and what follows from it."""
 
+import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +10,11 @@ import foreign_decoders
 import pytest
 from tiny_models import model, tokens
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from transformers.modelcard import TASK_MAPPING
 
 import fibattn
+from fibattn.data.tokenizer import BOS, train_tokenizer
 
 
 def smoothed(made: Any, folder: Path) -> float:
@@ -42,6 +46,38 @@ def test_label_smoothing_shifts_the_labels_of_an_adapted_model(tmp_path: Path) -
         model("mixture"), peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
     )
     assert smoothed(adapted, tmp_path) == pytest.approx(by_hand(adapted), rel=1e-4)
+
+
+@pytest.mark.parametrize("chosen", ["LoraConfig", "IA3Config", "LNTuningConfig", "LoHaConfig", "OFTConfig"])
+def test_an_adapter_that_names_no_layers_goes_where_a_llamas_goes(chosen: str) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+
+    def places(made: Any) -> set[str]:
+        adapted = peft.get_peft_model(made, getattr(peft, chosen)(task_type="CAUSAL_LM"))
+        return {name for name, one in adapted.named_parameters() if one.requires_grad}
+
+    assert places(model("learned mixture")) == places(foreign_decoders.model()) != set()
+
+
+@pytest.mark.parametrize("order", ["peft, fibattn", "fibattn, peft", "fibattn, transformers, peft"])
+def test_peft_knows_the_layers_whichever_is_imported_first(order: str) -> None:
+    pytest.importorskip("peft", reason="peft is not installed")
+    code = f"import {order}; from peft.utils import constants as c; "
+    code += "print(c.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING['fibattn'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "['q_proj', 'v_proj']"
+
+
+def test_a_tokenizer_may_be_loaded_with_tokens_of_ones_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Transformers reads the configuration with the tokenizer's options, `pad_token` among them."""
+    model().save_pretrained(tmp_path)
+    train_tokenizer(["a text"], 300).save_pretrained(tmp_path)
+    logging.getLogger("transformers").propagate = True
+    try:
+        assert AutoTokenizer.from_pretrained(tmp_path, pad_token=BOS).pad_token == BOS
+    finally:
+        logging.getLogger("transformers").propagate = False
+    assert "to instantiate a model of type" not in caplog.text
 
 
 def test_the_auto_classes_and_their_tables_stay_readable() -> None:
