@@ -24,12 +24,17 @@ _AGREE = 16  # tokens that two pieces must have in common on either side of thei
 def keeps_bytes(tokenizer: "PreTrainedTokenizerFast") -> bool:
     """Whether the tokens of a text, by the table of `token_bytes`, have its bytes, neither more nor fewer.
 
-    They have not where a blank is put before the text, or where it is normalised.
+    They have not where a blank is put before the text, where it is normalised, or where there is not a token for every
+    byte: the others are left out.
     """
-    settings = json.loads(tokenizer.backend_tokenizer.to_str())
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    settings, known = json.loads(tokenizer.backend_tokenizer.to_str()), tokenizer.get_vocab().keys()
     words_kept = all(_keeps_bytes(one) for one in _steps(settings["pre_tokenizer"]))
     strips = any(token["lstrip"] or token["rstrip"] for token in settings["added_tokens"] if not token["special"])
-    return settings["normalizer"] is None and words_kept and not strips
+    marks = any(settings["model"].get(name) for name in ("continuing_subword_prefix", "end_of_word_suffix"))
+    every_byte = known >= set(ByteLevel.alphabet()) or known >= {f"<0x{byte:02X}>" for byte in range(256)}
+    return settings["normalizer"] is None and words_kept and every_byte and not strips and not marks
 
 
 def _steps(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:

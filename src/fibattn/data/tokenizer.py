@@ -169,12 +169,12 @@ def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
     added = {token["id"]: token for token in settings["added_tokens"]}
     sizes = np.zeros(vocabulary_size(tokenizer), np.uint16)
     for token, index in backend.get_vocab().items():
-        if index in added:
+        if byte_fallback and len(token) == 6 and token.startswith("<0x"):  # even where it is called special
+            sizes[index] = 1
+        elif index in added:
             sizes[index] = 0 if added[index]["special"] else len(token.encode())
         elif byte_level:
             sizes[index] = len(token)  # one character of the byte alphabet a byte
-        elif len(token) == 6 and token.startswith("<0x"):
-            sizes[index] = 1
         else:
             sizes[index] = len(token.replace("\u2581", " ").encode())
     return sizes
