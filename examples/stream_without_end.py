@@ -12,13 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fibattn import FibAttnConfig, FibAttnForCausalLM
-from fibattn.model.streaming import stream
+from fibattn.model.streaming import pieces, stream
 
 if len(sys.argv) > 1:
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
     tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-    for token in stream(model, [tokenizer.bos_token_id], temperature=0.8):
-        print(tokenizer.decode(token), end="", flush=True)
+    for text in pieces(tokenizer, stream(model, [tokenizer.bos_token_id], temperature=0.8)):
+        print(text, end="", flush=True)
 
 torch.manual_seed(0)
 config = FibAttnConfig(

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from fibattn.cli.main import main
+from fibattn.model.streaming import pieces
 
 TEXT = "so says line 7.\naaa 49"
 
@@ -143,26 +146,36 @@ def test_an_endless_stream_ends_cleanly_when_interrupted(folder):
     assert "Traceback" not in err.decode()
 
 
+class Chunks:
+    """A tokenizer whose tokens are these bytes, some of them special."""
+
+    def __init__(self, chunks: list[bytes], special: tuple[int, ...] = ()):
+        self.chunks = chunks
+        self.added_tokens_decoder = {index: AddedToken(repr(chunks[index]), special=True) for index in special}
+
+    def decode(self, ids, **_):
+        kept = (self.chunks[one] for one in ids if one not in self.added_tokens_decoder)
+        return b"".join(kept).decode("utf-8", errors="replace")
+
+
 def test_characters_come_whole():
-    from fibattn.cli.sample import pieces
-
-    class Bytes:
-        def decode(self, ids, **_):
-            return bytes(ids).decode("utf-8", errors="replace")
-
+    every_byte = Chunks([bytes([byte]) for byte in range(256)])
     text = "a✓é🙂z"
-    assert list(pieces(Bytes(), text.encode())) == list(text)
-    mixed = "xyz🙂"  # the character begins within a token and ends within another
-    tokens = [b"xyz\xf0", b"\x9f", b"\x99", b"\x82"]
+    assert list(pieces(every_byte, text.encode())) == list(text)
+    # the character begins within a token and ends within another
+    assert list(pieces(Chunks([b"xyz\xf0", b"\x9f", b"\x99", b"\x82"]), range(4))) == ["xyz", "🙂"]
+    assert "".join(pieces(every_byte, "a\ufffdb\ufffd".encode())) == "a\ufffdb\ufffd"
+    assert "".join(pieces(every_byte, b"a\xff\xff\xff\xffb\xe2")) == "a\ufffd\ufffd\ufffd\ufffdb\ufffd"
 
-    class Chunks:
-        def decode(self, ids, **_):
-            return b"".join(tokens[one] for one in ids).decode("utf-8", errors="replace")
 
-    assert list(pieces(Chunks(), range(4))) == ["xyz", "🙂"]
-    assert mixed == "".join(pieces(Chunks(), range(4)))
-    assert "".join(pieces(Bytes(), "a\ufffdb\ufffd".encode())) == "a\ufffdb\ufffd"
-    assert "".join(pieces(Bytes(), b"a\xff\xff\xff\xffb\xe2")) == "a\ufffd\ufffd\ufffd\ufffdb\ufffd"
+def test_words_after_a_special_token_keep_their_blank():
+    """Where a word begins a text, Llama 2's tokenizer writes no blank before it; here none does."""
+    words = {"<unk>": 0, "</s>": 1, "▁the": 2, "▁cat": 3, "▁": 4}
+    made = Tokenizer(models.BPE(words, [], unk_token="<unk>"))
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])  # pyright: ignore
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="</s>")
+    for ids in ([2, 1, 3], [1, 2, 3, 1, 1, 2], [4, 2], [1, 4, 1, 2, 3]):
+        assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize(
@@ -171,8 +184,9 @@ def test_characters_come_whole():
         (["x", "--prompt-file", "y"], "give one of them"),
         (["--prompt-file", "missing.txt"], "missing.txt cannot be read"),
         (["--prompt-file", "."], ". cannot be read"),
-        (["x", "--max-new-tokens", "many"], "expected a whole number, 0 or inf"),
-        (["x", "--temperature", "-1"], "temperature is -1.0; it must be a finite number, 0 or more\n"),
+        (["x", "--max-new-tokens", "many"], "expected a whole number below 1e9, 0 or inf"),
+        (["x", "--max-new-tokens", "9" * 30, "--compile"], "expected a whole number below 1e9, 0 or inf"),
+        (["a prompt", "--temperature", "-1"], "temperature is -1.0; it must be a finite number, 0 or more\n"),
         (["x", "--temperature", "nan"], "temperature is nan"),
         (["x", "--top-p", "0"], "sample: top_p is 0.0; it must be above 0 and at most 1"),
         (["x", "--seed", "-1"], "seed is -1"),
@@ -181,7 +195,9 @@ def test_characters_come_whole():
 )
 def test_mistakes(folder, capsys, words, message):
     assert main(["sample", str(folder), *words]) == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.out == "", "not even the prompt is printed"
 
 
 def test_no_model(tmp_path, capsys):

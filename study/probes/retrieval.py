@@ -90,8 +90,8 @@ class BandAttention(FibAttnAttention):
     def bias(self, tokens: int) -> Tensor:
         """The log-weight of the keys at distances 0 … tokens - 1, float32 (tokens,)."""
         farthest = math.ceil(1.5 * self.config.base_rungs[-1] + 6 * WIDEST)
-        distance = torch.arange(max(tokens, farthest), device=self.alpha.device, dtype=torch.float32)
-        centers = self.alpha * self.rungs
+        distance = torch.arange(max(tokens, farthest), device=self.rungs.device, dtype=torch.float32)
+        centers = self.alpha * self.rungs  # pyright: ignore[reportOptionalOperand]
         logs = -((distance - centers[:, None]) ** 2) / (2 * self.width**2)
         inside = (centers.round() <= self.config.window)[:, None]
         bands = logs.log_softmax(dim=-1).masked_fill(inside, -math.inf).logsumexp(dim=0)

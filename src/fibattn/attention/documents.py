@@ -1,5 +1,7 @@
 """Where each token stands in its document: what `attend` takes for `positions`, made from what callers have."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +12,8 @@ def has_values(x: Tensor) -> bool:
     """Whether the values can be looked at: not while compiling, under `vmap`, or of tensors that have none."""
     if torch.compiler.is_compiling() or x.is_meta:
         return False
-    return type(x) in (Tensor, nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    wrapped: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return type(x) in (Tensor, nn.Parameter) and not wrapped.is_functorch_wrapped_tensor(x)
 
 
 def readable(x: Tensor) -> bool:

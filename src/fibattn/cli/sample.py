@@ -44,7 +44,7 @@ def run(arguments: list[str]) -> None:
     limit, prompt = _limit(chosen.max_new_tokens), _prompt(chosen)
     from fibattn.data.tokenizer import load_tokenizer, separator, tokenizer_folder
     from fibattn.model.loading import find_model, load_bounded
-    from fibattn.model.streaming import growing_layers, stream
+    from fibattn.model.streaming import growing_layers, pieces, stream
 
     folder = find_model(chosen.model)
     model = load_bounded(folder, chosen.full_reach).eval()
@@ -80,8 +80,8 @@ def run(arguments: list[str]) -> None:
 def _limit(words: str) -> int | None:
     if words in ("0", "inf"):
         return None
-    if not words.isdecimal():
-        raise InputError(f"--max-new-tokens is {words!r}; expected a whole number, 0 or inf for no limit")
+    if not words.isdecimal() or not 0 < len(words) < 10:
+        raise InputError(f"--max-new-tokens is {words!r}; expected a whole number below 1e9, 0 or inf for no limit")
     return int(words)
 
 
@@ -99,30 +99,6 @@ def _prompt(chosen: Arguments) -> str:
     except UnicodeEncodeError:
         raise InputError("the prompt is not UTF-8 text; convert it first, for example with iconv") from None
     return text
-
-
-def pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
-    """The text of a stream of tokens, in whole characters.
-
-    A token is decoded after the ones before it, since some tokenizers write a word differently at the start of a text.
-    Up to three replacement characters at the end may be the bytes of a character that is not complete: they wait.
-    """
-    before: list[int] = []
-    waiting: list[int] = []
-    said = 0
-    for token in tokens:
-        waiting.append(token)
-        text = tokenizer.decode([*before, *waiting], skip_special_tokens=True)
-        whole = len(text) - min(len(text) - len(text.rstrip("\ufffd")), 3)
-        if whole > said:
-            yield text[said:whole]
-            said = whole
-        if whole == len(text):
-            before, waiting = waiting, []
-            said = len(tokenizer.decode(before, skip_special_tokens=True))
-    rest = tokenizer.decode([*before, *waiting], skip_special_tokens=True)[said:]
-    if rest:
-        yield rest
 
 
 def _ends(model: Any, separator: int) -> tuple[int, ...]:

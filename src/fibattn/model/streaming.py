@@ -6,7 +6,8 @@ ever at constant cost.
 """
 
 import math
-from collections.abc import Callable, Collection, Generator, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,6 @@ from fibattn.model.converted_pattern import STORED_PATTERN, sliding_window
 _PREFILL = 4096
 
 
-@torch.no_grad()
 def stream(
     model: PreTrainedModel,
     prompt: Iterable[int],
@@ -35,7 +35,7 @@ def stream(
     stop: Collection[int] = (),
     compiled: bool = False,
 ) -> Generator[int, None, None]:
-    """Yield the tokens that follow `prompt`, each as soon as it is drawn.
+    """The tokens that follow `prompt`, each as soon as it is drawn; what is wrong with the arguments is said at once.
 
     Args:
         model: a causal language model; its layers with full attention, if any, keep every token.
@@ -78,14 +78,27 @@ def stream(
         cache = StaticCache(config=model.config, max_cache_len=len(ids) + (max_new_tokens or 0))
         mode = "reduce-overhead" if model.device.type == "cuda" else "default"
         step = torch.compile(model.forward, fullgraph=True, mode=mode)
-    cached: dict[str, Any] = {CACHE_NAME: cache, "use_cache": True}
+    draw = partial(_draw, temperature=temperature, top_p=top_p, generator=generator)
+    return _written(model, step, ids, {CACHE_NAME: cache, "use_cache": True}, draw, max_new_tokens, stop)
+
+
+@torch.no_grad()
+def _written(
+    model: PreTrainedModel,
+    step: Callable[..., Any],
+    ids: list[int],
+    cached: dict[str, Any],
+    draw: Callable[[Tensor], Tensor],
+    max_new_tokens: int | None,
+    stop: Collection[int],
+) -> Generator[int, None, None]:
     logits = None
     for piece in torch.tensor([ids], device=model.device).split(_PREFILL, dim=1):
         logits = model(piece, **cached, logits_to_keep=1).logits
     made = 0
     while max_new_tokens is None or made < max_new_tokens:
         assert logits is not None
-        token = _draw(logits[0, -1].float(), temperature, top_p, generator)
+        token = draw(logits[0, -1].float())
         made += 1
         yield int(token)
         if int(token) in stop or made == max_new_tokens:
@@ -115,3 +128,30 @@ def _draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Gen
     # A token stays while those more likely than it have not reached top_p: the first always does.
     chances[chances.cumsum(0) - chances >= top_p] = 0.0
     return order[torch.multinomial(chances, 1, generator=generator)]
+
+
+def pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of a stream of tokens, in whole characters.
+
+    A token is decoded after the ones before it, since some tokenizers write a word differently at the start of a text.
+    Up to three replacement characters at the end may be the bytes of a character that is not complete: they wait.
+    """
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    before: list[int] = []
+    waiting: list[int] = []
+    said = 0
+    for token in tokens:
+        if token in special:  # not printed, and no word to decode the next one after
+            continue
+        waiting.append(token)
+        text = tokenizer.decode([*before, *waiting], skip_special_tokens=True)
+        whole = len(text) - min(len(text) - len(text.rstrip("\ufffd")), 3)
+        if whole > said:
+            yield text[said:whole]
+            said = whole
+        if whole == len(text):
+            before, waiting = waiting, []
+            said = len(tokenizer.decode(before, skip_special_tokens=True))
+    rest = tokenizer.decode([*before, *waiting], skip_special_tokens=True)[said:]
+    if rest:
+        yield rest
