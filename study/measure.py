@@ -58,8 +58,8 @@ def evaluate(folder: Path, data: PreparedData, study: Study) -> dict[str, Any]:
         "convention": result["convention"],
         "evaluation": result["sets"],
         "copying": copying(model, distances(trained_at)),
-        "ruler": ruler(model, tokenizer, Ruler(items=study.items), quiet=True)["rows"],
-        "lego": lego(model, tokenizer, Lego(items=study.items), quiet=True)["rows"],
+        "ruler": ruler(model, tokenizer, Ruler(items=study.items), quiet=True)["rows"] if study.items else [],
+        "lego": lego(model, tokenizer, Lego(items=study.items), quiet=True)["rows"] if study.items else [],
     }
 
 

@@ -35,6 +35,8 @@ class Run:
     """Bounds of the full layers, tried on the finished model: so many training lengths are seen, the last ones."""
     lengthened: bool = False
     """Whether a copy of the finished model is trained on in the longest sequences of the evaluation, and evaluated."""
+    recipe: Recipe | None = None
+    """The run's own recipe, for all but its model, seed and budget; the study's when None."""
 
     def repeated(self, seed: int) -> "Run":
         """The same model from another seed."""
@@ -53,7 +55,7 @@ class Study:
     eval_tokens: int = 1_048_576
     """Targets of each held-out set."""
     items: int = 120
-    """Questions of RULER and of LEGO, for each length of their chains; the paper's number."""
+    """Questions of RULER and of LEGO, for each length of their chains; the paper's number. 0 asks none."""
 
     def chosen(self, patterns: Iterable[str]) -> tuple[Run, ...]:
         """The runs whose names match one of the shell-style `patterns`, all without any.
@@ -74,7 +76,7 @@ class Study:
         Raises:
             InputError: when `tokens` is less than one step.
         """
-        base = self.recipe
+        base = run.recipe or self.recipe
         step = base.sequences_per_step * base.sequence_length
         steps = base.steps if tokens is None else tokens // step
         if steps < 1:

@@ -32,10 +32,32 @@ _FIELDS: dict[str, dict[str, type]] = {
 _HOUSEKEEPING = ("data", "out", "compile", "log_every", "save_every", "keep_checkpoints", "track", "micro_batch")
 _HOUSEKEEPING += ("evaluate_every", "evaluate_tokens")
 
+_FIRST = {
+    "model": {
+        *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+        *("layer_types", "no_rope_layers", "base", "schedule", "stagger_heads", "window", "rungs", "max_offset"),
+        *("full_reach", "rope_theta"),
+    },
+    "optimizer": {
+        *("learning_rate", "final_fraction", "warmup_steps", "beta1", "beta2", "epsilon", "weight_decay"),
+        "max_grad_norm",
+    },
+}
+"""The fields that every result has."""
+
 
 def recipe_of(recipe: Recipe) -> dict[str, Any]:
-    """What of a recipe moves the result, resolved, as JSON: without folders, logging and how the work is cut."""
-    return {name: value for name, value in to_json(recipe.resolved()).items() if name not in _HOUSEKEEPING}
+    """What of a recipe moves the result, resolved, as JSON: without folders, logging and how the work is cut.
+
+    Fields that are younger than the first results are left out at their defaults, so that those results stay known.
+    """
+    plain = to_json(Recipe().resolved())
+    found = {name: value for name, value in to_json(recipe.resolved()).items() if name not in _HOUSEKEEPING}
+    for part in ("model", "optimizer"):
+        found[part] = {
+            name: value for name, value in found[part].items() if name in _FIRST[part] or value != plain[part][name]
+        }
+    return found
 
 
 def key_of(recipe: Recipe, data_fingerprint: str) -> str:

@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from fibattn.errors import InputError
 from fibattn.progress import Meter
+from fibattn.training.optimizers import build_optimizer
 from fibattn.training.recipe import OptimizerRecipe
-from fibattn.training.trainer import adamw, rate_factor
+from fibattn.training.trainer import rate_factor
 
 _LOOK_EVERY = 25
 _WORKERS = min(8, os.cpu_count() or 1)  # rows are made one by one, and a GPU would wait for short ones
@@ -91,7 +92,7 @@ def fit(
     where = next(model.parameters()).device
     torch._dynamo.reset()
     compiled = _compiled(model, where, lengths_differ=len(stages) > 1)
-    adam = adamw(model, optimizer)
+    adam = build_optimizer(model, optimizer)
     steps = sum(stage.steps for stage in stages)
     last = torch.zeros((), device=where)
     counted = max(1, steps // 10)

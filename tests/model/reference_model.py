@@ -59,13 +59,21 @@ def logits(model: FibAttnForCausalLM, ids: Tensor) -> Tensor:
         return x * cosine + torch.cat((-second, first), dim=-1) * sine
 
     x = weights["model.embed_tokens.weight"][ids]
+    if config.embedding_skip:
+        x = norm(x, "embed_norm")
+    embedded = x
     for number, layer in enumerate(model.model.layers):
         kind, at = config.layer_types[number], f"layers.{number}"
+        if config.embedding_skip:
+            of_stream, of_embedding = weights[f"model.{at}.skip"]
+            x = of_stream * x + of_embedding * embedded
         h = norm(x, f"{at}.input_layernorm")
         q, k, v = (
             (h @ weights[f"model.{at}.self_attn.{name}_proj.weight"].T).view(length, -1, size).transpose(0, 1)
             for name in "qkv"
         )
+        if config.qk_norm:
+            q, k = norm(q, f"{at}.self_attn.q_norm"), norm(k, f"{at}.self_attn.k_norm")
         if config.no_rope_layers[number]:
             plain = {"rope_type": "default", "rope_theta": config.rope_parameters["rope_theta"]}
             rope = config.rope_parameters if kind == "full_attention" else plain
@@ -82,6 +90,12 @@ def logits(model: FibAttnForCausalLM, ids: Tensor) -> Tensor:
             out = weights_over_keys(distances, q @ k.transpose(1, 2) * scale) @ v
         x = x + out.transpose(0, 1).reshape(length, -1) @ weights[f"model.{at}.self_attn.o_proj.weight"].T
         h = norm(x, f"{at}.post_attention_layernorm")
-        gate, up, down = (weights[f"model.{at}.mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
-        x = x + (functional.silu(h @ gate.T) * (h @ up.T)) @ down.T
+        up, down = (weights[f"model.{at}.mlp.{name}_proj.weight"] for name in ("up", "down"))
+        if config.gated_mlp:
+            assert config.hidden_act == "silu"
+            inner = functional.silu(h @ weights[f"model.{at}.mlp.gate_proj.weight"].T) * (h @ up.T)
+        else:
+            assert config.hidden_act == "relu2"
+            inner = (h @ up.T).relu() ** 2
+        x = x + inner @ down.T
     return norm(x, "norm") @ weights["lm_head.weight"].T

@@ -383,6 +383,21 @@ def test_autocast_reaches_the_operator_in_16_bits(kind: str, monkeypatch: pytest
     close(out.loss.detach(), made(ids, labels=ids, use_cache=False).loss.detach(), 0.05)
 
 
+def test_the_residual_stream_in_the_autocast_dtype() -> None:
+    made, ids = model(autocast_residual=True), tokens()
+    exact = made(ids, labels=ids).loss.detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = made(ids, labels=ids, output_hidden_states=True)
+    assert {one.dtype for one in out.hidden_states[:-1]} == {torch.bfloat16}
+    close(out.loss.detach(), exact, 0.05)
+    assert made(ids, output_hidden_states=True).hidden_states[0].dtype == torch.float32
+
+
+def test_layers_that_begin_at_zero_add_nothing() -> None:
+    made, ids = FibAttnForCausalLM(config(zero_init_outputs=True)), tokens()
+    close(made.model(ids).last_hidden_state, made.model.norm(made.get_input_embeddings()(ids)), 1e-6)
+
+
 # The padded feed-forward
 
 

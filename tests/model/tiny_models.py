@@ -44,6 +44,14 @@ KINDS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0},
     },
     "untied": {"tie_word_embeddings": False},
+    "modern": {
+        "layer_types": ["fibonacci_attention", "full_attention", "sliding_attention", "fibonacci_attention"],
+        "no_rope_layers": [1, 0, 1, 1],
+        "hidden_act": "relu2",
+        "gated_mlp": False,
+        "qk_norm": True,
+        "embedding_skip": True,
+    },
 }
 
 
@@ -72,7 +80,7 @@ def model(kind: str = "linear", **changes: Any) -> FibAttnForCausalLM:
         for name, parameter in made.named_parameters():
             if name.endswith("theta"):
                 parameter.fill_(-0.37 + 0.2 * made.config.num_hidden_layers)
-            if "norm" in name:
+            if "norm" in name or name.endswith("skip"):
                 parameter.uniform_(0.5, 1.5)
     return made
 

@@ -17,7 +17,7 @@ from fibattn.data.prepared import PreparedData
 from fibattn.errors import InputError
 from fibattn.training.recipe import ModelRecipe, OptimizerRecipe, Recipe
 from fibattn.training.run import build_model, train
-from fibattn.training.trainer import adamw, rate_factor, training_arguments
+from fibattn.training.trainer import rate_factor, training_arguments
 
 PAPER = OptimizerRecipe()
 
@@ -44,16 +44,12 @@ def test_rates_of_short_runs_stay_between_nothing_and_the_peak(warmup: int, step
         assert rates[-1] == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "learned"])
-def test_weight_decay_is_for_matrices_alone(schedule: Any) -> None:
-    shape = ModelRecipe(hidden_size=32, intermediate_size=40, num_hidden_layers=2, schedule=schedule)
-    model = build_model(Recipe(model=shape), vocab_size=64, separator=0)
-    decayed, plain = adamw(model, OptimizerRecipe()).param_groups
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
-    assert all(names[id(one)].endswith(("_proj.weight", "embed_tokens.weight")) for one in decayed["params"])
-    assert all(names[id(one)].endswith(("norm.weight", "theta")) for one in plain["params"])
-    assert len(decayed["params"]) + len(plain["params"]) == len(names)
+def test_a_plateau_and_a_linear_fall_to_nothing() -> None:
+    chosen = OptimizerRecipe(warmup_steps=10, decay="linear", decay_fraction=0.4, final_fraction=0.0)
+    rates = [rate_factor(step, chosen, 110) for step in range(1, 111)]
+    assert rates[4] == 0.5
+    assert rates[9:70] == [1.0] * 61
+    assert rates[69:] == pytest.approx([1 - done / 40 for done in range(41)])
 
 
 def test_arguments_of_the_papers_run() -> None:

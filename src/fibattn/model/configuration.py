@@ -45,6 +45,11 @@ class FibAttnConfig(PreTrainedConfig):
         attention_bias: all four projections of the attention have a bias, as they may in Llama.
         qkv_bias: those to queries, keys and values alone have one, as in Qwen2.
         mlp_bias: the projections of the feed-forward have a bias.
+        gated_mlp: the feed-forward has a gate (`gate_proj`), as in Llama; without one it is `down(act(up(x)))`.
+        embedding_skip: the embedding is normalised, and every layer begins with a learned mix of the residual stream
+            and that embedding.
+        zero_init_outputs: what writes to the residual stream begins at zero; otherwise small (paper, section 4).
+        autocast_residual: under autocast the residual stream has the autocast dtype; otherwise the embedding's.
         base: `fibonacci` or `power_of_two`.
         schedule: `fixed`, `linear`, `coprime` or `learned`: the scale alpha of each layer's rungs.
         stagger_heads: the KV heads of a layer have scales of their own: the schedule runs over the layers of
@@ -93,6 +98,10 @@ class FibAttnConfig(PreTrainedConfig):
     attention_bias: bool = False
     qkv_bias: bool = False
     mlp_bias: bool = False
+    gated_mlp: bool = True
+    embedding_skip: bool = False
+    zero_init_outputs: bool = False
+    autocast_residual: bool = False
     pad_token_id: int | None = None
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 0

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -17,6 +18,7 @@ from fibattn.model.cache import check_full, ring_of
 from fibattn.model.configuration import FibAttnConfig
 from fibattn.model.feed_forward import gains_from_padding, padded_gated
 from fibattn.model.layer import LearnedScale, new_theta
+from fibattn.model.norm import FibAttnRMSNorm
 from fibattn.model.rotary import Rotation, rotate
 
 
@@ -39,7 +41,7 @@ class FibAttnAttention(LearnedScale):
         self.k_proj = nn.Linear(config.hidden_size, kv_heads * size, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * size, bias=bias)
         self.o_proj = _residual_output(nn.Linear(heads * size, config.hidden_size, bias=config.attention_bias))
-        self.q_norm, self.k_norm = (nn.RMSNorm(size, config.rms_norm_eps) if config.qk_norm else None for _ in "qk")
+        self.q_norm, self.k_norm = (FibAttnRMSNorm(size, config.rms_norm_eps) if config.qk_norm else None for _ in "qk")
 
     def forward(
         self,
@@ -106,18 +108,21 @@ class FibAttnAttention(LearnedScale):
 
 
 class FibAttnMLP(nn.Module):
-    """The gated feed-forward: SwiGLU for `silu`."""
+    """The feed-forward, with a gate (SwiGLU for `silu`) or without."""
 
     def __init__(self, config: FibAttnConfig):
         super().__init__()
         bias = config.mlp_bias
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
+        gated = config.gated_mlp
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias) if gated else None
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
         self.down_proj = _residual_output(nn.Linear(config.intermediate_size, config.hidden_size, bias=bias))
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`hidden` (batch, tokens, hidden size) in and out."""
+        if self.gate_proj is None:
+            return self.down_proj(self.act_fn(self.up_proj(hidden)))
         projections = (self.gate_proj, self.up_proj, self.down_proj)
         if gains_from_padding(hidden, projections):
             return padded_gated(hidden, *(one.weight for one in projections), act=self.act_fn)
@@ -137,10 +142,13 @@ class FibAttnDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = FibAttnAttention(config, layer)
         self.mlp = FibAttnMLP(config)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = FibAttnRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = FibAttnRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.skip = nn.Parameter(torch.tensor([1.0, 0.0])) if config.embedding_skip else None
 
-    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
-        """`hidden` (batch, tokens, hidden size) in and out; the rest goes to the attention."""
+    def forward(self, hidden: Tensor, embedded: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """`hidden` (batch, tokens, hidden size) in and out, `embedded` likewise; the rest goes to the attention."""
+        if self.skip is not None and embedded is not None:
+            hidden = self.skip[0] * hidden + self.skip[1] * embedded
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), **kwargs)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))

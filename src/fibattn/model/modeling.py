@@ -20,6 +20,7 @@ from fibattn.model.configuration import FibAttnConfig
 from fibattn.model.feed_forward import is_plain
 from fibattn.model.layers import FibAttnAttention, FibAttnDecoderLayer
 from fibattn.model.loss import IGNORED, linear_cross_entropy
+from fibattn.model.norm import FibAttnRMSNorm
 from fibattn.model.positions import (
     TAKES_MASKS,
     document_lengths,
@@ -61,7 +62,7 @@ class FibAttnPreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range or 0.0
         if isinstance(module, nn.Linear | nn.Embedding):
             if getattr(module, "writes_residual", False):
-                std *= (2 * self.config.num_hidden_layers) ** -0.5
+                std *= 0.0 if self.config.zero_init_outputs else (2 * self.config.num_hidden_layers) ** -0.5
             initialization.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 initialization.zeros_(module.bias)
@@ -69,6 +70,8 @@ class FibAttnPreTrainedModel(PreTrainedModel):
             initialization.ones_(module.weight)
         elif isinstance(module, FibAttnAttention) and module.theta is not None:
             initialization.zeros_(module.theta)
+        elif isinstance(module, FibAttnDecoderLayer) and module.skip is not None:
+            initialization.copy_(module.skip, module.skip.new_tensor([1.0, 0.0]))
         elif isinstance(module, FibAttnRotaryEmbedding):
             initialization.copy_(module.inv_freq, module.frequencies())
             initialization.copy_(module.original_inv_freq, module.frequencies())
@@ -82,7 +85,8 @@ class FibAttnModel(FibAttnPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(FibAttnDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = FibAttnRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.embed_norm = FibAttnRMSNorm(config.hidden_size, eps=config.rms_norm_eps) if config.embedding_skip else None
         self.rotary_emb = FibAttnRotaryEmbedding(config, scaled=False)
         scaled = config.rope_parameters["rope_type"] != "default"  # pyright: ignore
         self.scaled_rotary_emb = FibAttnRotaryEmbedding(config, scaled=True) if scaled else None
@@ -126,6 +130,10 @@ class FibAttnModel(FibAttnPreTrainedModel):
                 f"it anew: from_pretrained(…, full_reach={self.config.full_reach})"
             )
         hidden: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.embed_norm is not None:
+            hidden = self.embed_norm(hidden)
+        if self.config.autocast_residual and torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         if 0 in hidden.shape[:2]:
             raise InputError("there are no tokens; a prompt has at least one, such as the model's bos_token_id")
         cache = only_cache(cache, past_key_values)
@@ -149,10 +157,12 @@ class FibAttnModel(FibAttnPreTrainedModel):
             raise InputError("a cache was given under gradient checkpointing; leave it out, or call eval() first")
         plain = self.rotary_emb(hidden, position_ids)
         scaled = plain if self.scaled_rotary_emb is None else self.scaled_rotary_emb(hidden, position_ids)
+        embedded = hidden
         # Fewer than there are where `assistant_early_exit` drafts with the first of them.
         for layer in self.layers[: self.config.num_hidden_layers]:
             hidden = layer(
                 hidden,
+                embedded=embedded,
                 rotation=scaled if layer.self_attn.scales_rope else plain,  # pyright: ignore
                 attention_mask=masks.get("full_attention"),
                 positions=masks.get("positions"),

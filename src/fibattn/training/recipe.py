@@ -54,6 +54,18 @@ class ModelRecipe:
     ever at constant cost. None: to the beginning. Training is the same."""
     rope_theta: float = 10_000.0
     """Base of the rotary positions: larger turns slower."""
+    hidden_act: Literal["silu", "relu2"] = "silu"
+    """The feed-forward's activation; relu2 is the square of ReLU."""
+    gated_mlp: bool = True
+    """Give the feed-forward a gate, a third matrix."""
+    qk_norm: bool = False
+    """Normalise queries and keys."""
+    embedding_skip: bool = False
+    """Normalise the embedding, and mix it into the input of every layer."""
+    zero_init_outputs: bool = False
+    """Begin with layers that add nothing."""
+    autocast_residual: bool = False
+    """Keep the residual stream in 16 bits where the products are."""
 
     def check(self) -> None:
         """Refuse what only a recipe can say wrongly; the rest is checked with the configuration.
@@ -88,6 +100,16 @@ class OptimizerRecipe:
 
     learning_rate: float = 3e-4
     """The highest, after the warm-up."""
+    muon: bool = False
+    """Muon for the matrices of the layers, AdamW for the rest; AdamW for everything when off."""
+    muon_learning_rate: float = 3e-3
+    """Muon's highest rate; scaled so that AdamW's rates suit it."""
+    muon_momentum: float = 0.95
+    """How slowly Muon's mean of the gradients follows."""
+    decay: Literal["cosine", "linear"] = "cosine"
+    """How the rate falls."""
+    decay_fraction: float = 1.0
+    """The part of the steps after the warm-up in which it falls; before, it stays at the highest."""
     final_fraction: float = 0.1
     """The rate at the end, as a part of the highest."""
     warmup_steps: int = 300
@@ -110,9 +132,14 @@ class OptimizerRecipe:
             InputError: naming the field, its value and what was expected.
         """
         for right, expected, names in (
-            (lambda x: 0 < x < math.inf, "above 0", ("learning_rate", "epsilon", "max_grad_norm")),
+            (
+                lambda x: 0 < x < math.inf,
+                "above 0",
+                ("learning_rate", "muon_learning_rate", "epsilon", "max_grad_norm"),
+            ),
+            (lambda x: 0 < x <= 1, "above 0, at most 1", ("decay_fraction",)),
             (lambda x: 0 <= x <= 1, "from 0 to 1", ("final_fraction", "weight_decay")),
-            (lambda x: 0 <= x < 1, "from 0 to below 1", ("beta1", "beta2")),
+            (lambda x: 0 <= x < 1, "from 0 to below 1", ("beta1", "beta2", "muon_momentum")),
             (lambda x: 0 <= x <= _MOST, f"from 0 to {_MOST:,}", ("warmup_steps",)),
         ):
             for name in names:

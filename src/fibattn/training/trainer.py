@@ -21,26 +21,21 @@ from fibattn.data.sequences import TrainingSequences
 from fibattn.errors import InputError
 from fibattn.training import checkpoints
 from fibattn.training.held_out import HeldOut
+from fibattn.training.optimizers import build_optimizer
 from fibattn.training.recipe import OptimizerRecipe, Recipe
 
 
 def rate_factor(step: int, optimizer: OptimizerRecipe, steps: int) -> float:
-    """The learning rate of `step` (counted from 1) over the peak: linear warm-up, then cosine (paper, section 4)."""
+    """The learning rate of `step` (counted from 1) over the highest: linear warm-up, a plateau, then the decay.
+
+    The paper's is a cosine without a plateau (section 4).
+    """
     if step <= optimizer.warmup_steps:
         return step / optimizer.warmup_steps
-    done = (step - optimizer.warmup_steps) / max(steps - optimizer.warmup_steps, 1)
-    return optimizer.final_fraction + (1 - optimizer.final_fraction) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-
-
-def adamw(model: nn.Module, optimizer: OptimizerRecipe) -> torch.optim.AdamW:
-    """Fused AdamW at the peak rate; weight decay on parameters of two dimensions or more, none on the rest."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": optimizer.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    betas = (optimizer.beta1, optimizer.beta2)
-    return torch.optim.AdamW(groups, lr=optimizer.learning_rate, betas=betas, eps=optimizer.epsilon, fused=True)
+    decay = (steps - optimizer.warmup_steps) * optimizer.decay_fraction
+    left = min(max(steps - step, 0) / max(decay, 1), 1.0)
+    shape = left if optimizer.decay == "linear" else 0.5 * (1 - math.cos(math.pi * left))
+    return optimizer.final_fraction + (1 - optimizer.final_fraction) * shape
 
 
 def training_arguments(recipe: Recipe, processes: int, *, evaluates: bool = False) -> TrainingArguments:
@@ -126,7 +121,7 @@ class FibTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The paper's."""
         if self.optimizer is None:
-            self.optimizer = adamw(self.model if model is None else model, self.recipe.optimizer)  # pyright: ignore
+            self.optimizer = build_optimizer(self.model if model is None else model, self.recipe.optimizer)  # pyright: ignore
         return self.optimizer
 
     def create_scheduler(

@@ -1,0 +1,117 @@
+"""AdamW, alone or beside Muon for the matrices between the embedding and the head.
+
+Muon (https://kellerjordan.github.io/posts/muon) replaces a matrix's momentum by the nearest matrix with orthonormal
+rows or columns. `torch.optim.Muon` does that one matrix at a time, thousands of small launches a step; here matrices of
+one shape go through it together.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from fibattn.training.recipe import OptimizerRecipe
+
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the quintic x ↦ ax + bx³ + cx⁵, from the page above; `torch.optim.Muon` has the same."""
+_ITERATIONS = 5
+
+
+def build_optimizer(model: nn.Module, chosen: OptimizerRecipe) -> torch.optim.Optimizer:
+    """The optimizer of a recipe; weight decay on parameters of two dimensions or more, none on the rest."""
+    trained = [(name, one) for name, one in model.named_parameters() if one.requires_grad]
+    is_matrix = {name: chosen.muon and one.dim() == 2 and ".layers." in f".{name}" for name, one in trained}
+    adamw = {
+        "lr": chosen.learning_rate,
+        "betas": (chosen.beta1, chosen.beta2),
+        "eps": chosen.epsilon,
+        "fused": True,
+    }
+    decayed = [one for name, one in trained if one.dim() >= 2 and not is_matrix[name]]
+    groups = [
+        {**adamw, "params": decayed, "weight_decay": chosen.weight_decay},
+        {**adamw, "params": [one for _, one in trained if one.dim() < 2], "weight_decay": 0.0},
+    ]
+    if not chosen.muon:
+        return torch.optim.AdamW(groups)
+    muon = {"lr": chosen.muon_learning_rate, "momentum": chosen.muon_momentum, "weight_decay": chosen.weight_decay}
+    matrices = [one for name, one in trained if is_matrix[name]]
+    return MuonAndAdamW(groups, [{**muon, "params": matrices}])
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon for some groups of matrices, AdamW for the others, as one optimizer with one state.
+
+    Args:
+        adamw: groups of `torch.optim.AdamW`.
+        muon: groups of matrices with `lr`, `momentum` (Nesterov's) and `weight_decay`. The rate is scaled by
+            `0.2 * sqrt(max(rows, columns))`, so that an update is as large as AdamW's (arXiv 2502.16982, section 2.2).
+    """
+
+    def __init__(self, adamw: list[dict[str, Any]], muon: list[dict[str, Any]]):
+        self._adamw = torch.optim.AdamW(adamw)
+        groups = [{**group, "muon": False} for group in self._adamw.param_groups]
+        super().__init__([*groups, *({**group, "muon": True} for group in muon)], {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._adamw.param_groups = [group for group in self.param_groups if not group["muon"]]
+        self._adamw.state = self.state
+        self._adamw.step()
+        for group in self.param_groups:
+            if group["muon"]:
+                self._step_matrices(group)
+        return loss
+
+    def _step_matrices(self, group: dict[str, Any]) -> None:
+        by_shape: dict[torch.Size, list[Tensor]] = {}
+        for one in group["params"]:
+            if one.grad is not None:
+                by_shape.setdefault(one.shape, []).append(one)
+        for shape, matrices in by_shape.items():
+            gradients = [one.grad for one in matrices]
+            for one in matrices:
+                if "momentum" not in self.state[one]:
+                    self.state[one]["momentum"] = torch.zeros_like(one)
+            momenta = [self.state[one]["momentum"] for one in matrices]
+            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])  # pyright: ignore
+            ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # pyright: ignore
+            # A processor has no 16-bit products that pay.
+            narrow = torch.bfloat16 if matrices[0].is_cuda else torch.float32
+            updates = orthogonalized(torch.stack([_whole(one).to(narrow) for one in ahead]))
+            rate = 0.2 * math.sqrt(max(shape)) * group["lr"]
+            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])  # pyright: ignore
+            for one, update in zip(matrices, updates.unbind(), strict=True):
+                one.add_(_as(one, update).to(one.dtype), alpha=-rate)
+
+
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """The matrices (many, rows, columns) with their singular values brought near 1, between about 0.7 and 1.2."""
+    wide = matrices.shape[1] <= matrices.shape[2]
+    x = matrices if wide else matrices.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    a, b, c = _COEFFICIENTS
+    for _ in range(_ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if wide else x.mT
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A matrix from the parts that processes hold: its singular values belong to all of it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _as(like: Tensor, update: Tensor) -> Tensor:
+    """The update of a parameter, sharded as it is; every process has the whole."""
+    if isinstance(like, DTensor):
+        return distribute_tensor(update, like.device_mesh, like.placements, src_data_rank=None)
+    return update
