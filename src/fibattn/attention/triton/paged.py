@@ -6,7 +6,6 @@ token, `BN` at a time. Where tokens begin, how long sequences are and where page
 grid depends on shapes alone, so that a captured CUDA graph serves any mix of as many tokens and sequences.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,17 +28,17 @@ def attend(
     table: Tensor | None,
     first: Tensor | None,
     longest: int,
+    out: Tensor,
     scale: float,
     window: int,
     rungs: Tensor,
     fractions: Tensor | None = None,
 ) -> Tensor:
-    """Output like q (T, Hq, D); pages (P, rows, Hkv, D); the rest as in `paged.Batch`, rungs as in `Columns`."""
+    """Fill `out`, like q (T, Hq, D); pages (P, rows, Hkv, D); the rest as in `paged.Batch`, rungs as in `Columns`."""
     shape = shape_of(q[None], k_pages)
     sequences, kv_heads, rows = lengths.shape[0], k_pages.shape[2], k_pages.shape[1]
     tokens = 1 if longest == 1 else max(1, (64 if window >= 64 else 16) // shape.padded_group)
     blocks = sequences if longest == 1 else q.shape[0] // tokens + sequences
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     columns, stages = tiles_for(shape, window)
     try:
         paged_kernel[(blocks * kv_heads,)](

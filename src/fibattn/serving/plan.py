@@ -1,0 +1,67 @@
+"""What a configuration means to an engine with a paged cache: which models it can run, and what a layer keeps."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from fibattn.errors import InputError
+from fibattn.model.configuration import FibAttnConfig
+
+SERVED = frozenset(
+    (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
+        *("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "initializer_range", "rope_parameters"),
+        *("rope_scales_all", "use_cache", "tie_word_embeddings", "hidden_act", "qk_norm", "attention_bias", "qkv_bias"),
+        *("mlp_bias", "pad_token_id", "bos_token_id", "eos_token_id", "base", "schedule", "stagger_heads", "window"),
+        *("rungs", "rung_reach", "max_offset", "layer_types", "no_rope_layers", "full_reach", "layer_limits"),
+        *("converted_from", "layer_offsets"),
+    )
+)
+"""The fields that the model for vLLM follows, or may pass over."""
+
+
+def check_served(config: FibAttnConfig) -> None:
+    """Refuse a model that has what the one for vLLM lacks.
+
+    Raises:
+        InputError: naming it.
+    """
+    for name in sorted(set(FibAttnConfig.__annotations__) - SERVED):
+        default, value = getattr(FibAttnConfig, name, None), getattr(config, name)
+        if value not in (default, None):
+            raise InputError(
+                f"{name} is {value!r} in this model's configuration, which the one for vLLM does not do yet; serve it "
+                "with transformers serve --continuous-batching"
+            )
+
+
+def windows(config: FibAttnConfig, block: int, chunk: int, longest: int) -> list[int | None]:
+    """How many tokens of every layer vLLM is to keep, the newest included; None for all.
+
+    Either each layer's own reach, or one for all layers of a type, the longest: fewer groups of layers, each of which
+    has tables of its own. The first where it takes less memory.
+
+    Args:
+        block: tokens of a block.
+        chunk: the most tokens of a step.
+        longest: the most tokens of a request.
+    """
+    reaches = [config.layer_reach(layer) for layer in range(config.num_hidden_layers)]
+    kinds = [
+        (kind == "full_attention", reach is None) for kind, reach in zip(config.layer_types or [], reaches, strict=True)
+    ]
+    most = {kind: max((reach or 0) for reach, one in zip(reaches, kinds, strict=True) if one == kind) for kind in kinds}
+    own = [None if reach is None else reach + 1 for reach in reaches]
+    shared = [None if reach is None else most[kind] + 1 for reach, kind in zip(reaches, kinds, strict=True)]
+    return min(shared, own, key=lambda windows: rows_held(windows, block, chunk, longest))
+
+
+def rows_held(windows: Sequence[int | None], block: int, chunk: int, longest: int) -> int:
+    """The rows that a request takes at most in all layers, in blocks, and with layers grouped as vLLM groups them."""
+    counts = Counter(windows)
+    fewest, most = min(counts.values()), max(counts.values())
+    size = most if most < 1.5 * fewest else fewest
+    rows = 0
+    for window, layers in counts.items():
+        tokens = longest if window is None else min(window - 1 + chunk, longest)
+        rows += -(-layers // size) * size * (-(-tokens // block) + (window is not None)) * block
+    return rows

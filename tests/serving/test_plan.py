@@ -1,0 +1,61 @@
+"""What a paged cache is to keep of every layer, without vLLM."""
+
+import pytest
+import tiny_models
+
+import fibattn.serving
+from fibattn import FibAttnConfig, InputError
+from fibattn.serving import plan
+
+
+def test_every_field_of_the_configuration_is_followed_or_refused() -> None:
+    """Whoever adds a field either teaches the model for vLLM, and adds it to SERVED, or has it refused."""
+    fields = set(FibAttnConfig.__annotations__)
+    assert fields >= plan.SERVED
+    config = tiny_models.config()
+    plan.check_served(config)
+    for name in fields - plan.SERVED:
+        config.__dict__[name] = "something"
+        with pytest.raises(InputError, match=f"{name} is 'something'"):
+            plan.check_served(config)
+        del config.__dict__[name]
+
+
+def test_a_field_that_the_model_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "SERVED", plan.SERVED - {"qk_norm"})
+    plan.check_served(tiny_models.config())
+    with pytest.raises(InputError, match=r"qk_norm is True .* transformers serve --continuous-batching"):
+        plan.check_served(tiny_models.config(qk_norm=True))
+
+
+@pytest.mark.parametrize("kind", sorted(tiny_models.KINDS))
+@pytest.mark.parametrize("block", [16, 32, 128])
+def test_no_layer_keeps_less_than_it_reads(kind: str, block: int) -> None:
+    config = tiny_models.config(kind)
+    found = plan.windows(config, block, chunk=64, longest=4096)
+    for layer, window in enumerate(found):
+        reach = config.layer_reach(layer)
+        assert (window is None) == (reach is None)
+        assert window is None or reach is None or window > reach
+
+
+def test_layers_keep_their_own_reach_where_that_is_less() -> None:
+    config = FibAttnConfig()
+    reaches = [config.layer_reach(layer) or 0 for layer in range(16)]
+    assert plan.windows(config, 16, chunk=512, longest=100_000) == [reach + 1 for reach in reaches]
+    # In large blocks the reaches make no difference, and one window has fewer tables.
+    assert plan.windows(config, 4096, chunk=512, longest=100_000) == [max(reaches) + 1] * 16
+
+
+def test_rows_are_counted_in_blocks_and_groups() -> None:
+    # 99 tokens before a chunk of 64 lie in at most 7 blocks of 32; four layers of one window are one group.
+    assert plan.rows_held([100] * 4, 32, chunk=64, longest=10_000) == 4 * 7 * 32
+    # Four layers of one window and three of another go in groups of four, one layer of them padding.
+    assert plan.rows_held([100] * 4 + [10] * 3, 16, chunk=16, longest=10_000) == 4 * 9 * 16 + 4 * 3 * 16
+    # What is not bounded keeps all, and is never longer than a request may be.
+    assert plan.rows_held([None, 5000], 16, chunk=64, longest=1000) == 63 * 16 + 64 * 16
+
+
+def test_the_package_does_without_vllm() -> None:
+    with pytest.raises(ImportError, match="vllm"):
+        fibattn.serving.register()
