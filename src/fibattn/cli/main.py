@@ -13,6 +13,7 @@ PROGRAM = Program(
         "train": "train a model from a recipe",
         "eval": "perplexity, bits per byte and length extrapolation of a trained model",
         "sample": "continue a prompt, streamed, for as long as wanted",
+        "convert": "give a Llama, Qwen, Gemma, ... this attention, or go back",
         "pattern": "show which distances every layer attends to, and what the stack reaches",
     },
     package="fibattn.cli",

@@ -181,7 +181,7 @@ def _check_model(model: Any) -> None:
 def _refusal(config: PreTrainedConfig) -> str | None:
     """Why a model of this configuration cannot be converted."""
     if config.model_type == FibAttnConfig.model_type:
-        return "its layers are sparse by themselves; change its configuration instead"
+        return "its layers are sparse by themselves; restore one that was converted, or change its configuration"
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder-decoder; fixed offsets are causal, for decoders alone"
     if getattr(config, "attn_logit_softcapping", None) is not None:

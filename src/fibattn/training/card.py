@@ -1,14 +1,17 @@
 """The model card: what a finished model is, was trained on and reached, for those who find its folder."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from fibattn import files
 from fibattn._version import __version__
 from fibattn.data.prepared import PreparedData
 from fibattn.model import FibAttnConfig
+from fibattn.model.converted_pattern import ConvertedLayer
 from fibattn.model.loading import model_name
 from fibattn.progress import quantity
 from fibattn.sealed import CARD
@@ -16,11 +19,22 @@ from fibattn.training.recipe import Recipe
 
 _BEGIN, _END = "<!-- results: `fibattn eval` writes here -->", "<!-- end of results -->"
 _NONE_YET = "Not evaluated yet."
+_EMPTY = f"## Results\n\n{_BEGIN}\n{_NONE_YET}\n{_END}"
 _ATTENTION = {
     "fibonacci_attention": "window and distances",
     "sliding_attention": "window only",
     "full_attention": "full",
 }
+
+_FRONT = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- fibattn
+- sparse-attention
+---
+
+# """
 
 _LOAD = """## How to load
 
@@ -46,9 +60,37 @@ def write_card(folder: Path, config: FibAttnConfig, parameters: int, recipe: Rec
         _head(recipe, parameters),
         _attention(config),
         _training(recipe, data),
-        f"## Results\n\n{_BEGIN}\n{_NONE_YET}\n{_END}",
+        _EMPTY,
         _LOAD,
     )
+    files.write_text(folder / CARD, "\n\n".join(sections) + "\n")
+
+
+def write_converted_card(
+    folder: Path, name: str, source: str, model: PreTrainedModel, placement: dict[str, Any] | None
+) -> None:
+    """Write the card of a converted model's folder.
+
+    Args:
+        folder: where it goes.
+        name: what the model is called.
+        source: what it was converted from.
+        model: as `fibattn.convert` left it.
+        placement: what `fibattn.evaluation.placement.search` found, where the kept layers were measured.
+    """
+    found = (getattr(module, "fibattn", None) for module in model.modules())
+    rows = [_converted_row(layer) for layer in found if isinstance(layer, ConvertedLayer)]
+    head = f"""{_FRONT}{name}
+
+A decoder of {quantity(model.num_parameters())} parameters, converted from {source} (a {type(model).__name__}) with
+fibattn {__version__} ([fixed-offset sparse attention](https://arxiv.org/abs/2606.28560)). The weights are those of the
+original. Its layers learnt with more to attend to: expect it to be worse than the original until it is trained."""
+    attention = f"""## Attention
+
+| layers | attention | distances beyond the window |
+| --- | --- | --- |
+{chr(10).join(_grouped(rows))}"""
+    sections = [head, attention, *([measured(placement)] if placement else []), _EMPTY, _LOAD]
     files.write_text(folder / CARD, "\n\n".join(sections) + "\n")
 
 
@@ -76,15 +118,7 @@ def _fill(folder: Path, results: str) -> bool:
 
 
 def _head(recipe: Recipe, parameters: int) -> str:
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- fibattn
-- sparse-attention
----
-
-# {recipe.out.name}
+    return f"""{_FRONT}{recipe.out.name}
 
 A decoder of {quantity(parameters)} parameters, trained with fibattn {__version__}
 ([fixed-offset sparse attention](https://arxiv.org/abs/2606.28560)) on sequences of {recipe.sequence_length} tokens. It
@@ -131,11 +165,43 @@ def _layers(config: FibAttnConfig) -> Iterator[str]:
         if config.learns_alpha(layer):
             distances = f"{', '.join(map(str, config.base_rungs))}, times a learned scale"
         rotated = "yes" if (config.no_rope_layers or [])[layer] else "no"
-        bound = f", the last {config.full_reach + 1:,}" if config.full_reach and kind == "full_attention" else ""
+        window = patterns[0].window if patterns else config.window
+        bounded = window != config.window or (patterns is not None and kind == "full_attention")
+        bound = f", the last {window + 1:,}" if bounded else ""
         rows.append(f"{_ATTENTION[kind]}{bound} | {rotated} | {distances or 'none'}")
+    return _grouped(rows)
+
+
+def _converted_row(layer: ConvertedLayer) -> str:
+    if layer.pattern is None:
+        return f"its own, {'full' if layer.sliding_window is None else f'the last {layer.sliding_window:,}'} | none"
+    return f"the last {layer.pattern.window + 1:,} | {', '.join(map(str, layer.pattern.offsets)) or 'none'}"
+
+
+def _grouped(rows: Sequence[str]) -> Iterator[str]:
+    """Rows of a table, each with the numbers of the layers that have it."""
     for row, run in groupby(enumerate(rows), key=lambda item: item[1]):
         numbers = [number for number, _ in run]
         yield f"| {numbers[0]}{f'–{numbers[-1]}' if len(numbers) > 1 else ''} | {row} |"
+
+
+def measured(found: dict[str, Any]) -> str:
+    """How the kept layers were found, in Markdown: what `fibattn.evaluation.placement.search` returns."""
+    kept = [step["layer"] for step in found["search"]]
+    lines = [
+        f"| {layer} | {rise:+.4f} | {kept.index(layer) + 1 if layer in kept else ''} |"
+        for layer, rise in enumerate(found["alone"])
+    ]
+    evenly = found["evenly"]
+    return f"""## Which layers keep their attention
+
+Measured on {found["sequences"]} sequences of {found["sequence_length"]} tokens, in {found["seconds"]:.0f} s; losses in
+nats a token. The original has {found["dense"]:.4f}, with no layer kept it is {found["none"]:.4f}, with those kept here
+{found["search"][-1]["loss"]:.4f}, with the layers {", ".join(map(str, evenly["layers"]))} {evenly["loss"]:.4f}.
+
+| layer | rise where it alone is sparse | kept, in this order |
+| --: | --: | --: |
+{chr(10).join(lines)}"""
 
 
 def _results(result: dict[str, Any]) -> str:

@@ -158,6 +158,8 @@ class Recipe:
     start: Path | None = None
     """A finished run, or its model, whose weights are the beginning; fresh ones when left out. What its layers
     attend to may differ, the length too."""
+    keep_model: bool = False
+    """Train the model of the start as it is, as one that was converted needs: `model` then says nothing."""
     model: ModelRecipe = field(default_factory=ModelRecipe)
     """The shape of the model, and what its layers attend to."""
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
@@ -251,6 +253,8 @@ class Recipe:
                 f"{self.steps} steps of {self.sequences_per_step} sequences are {sequences:.0e}, and the order of a "
                 "run is a file of at most 1e9; make steps smaller"
             )
+        if self.keep_model and self.start is None:
+            raise InputError("keep_model is True, but there is no start; name the model that is to be trained: --start")
         self.optimizer.check()
         for name in ("init_seed", "data_seed"):
             if not 0 <= getattr(self, name) < 2**32:

@@ -49,7 +49,10 @@ def model_config(recipe: Recipe, vocab_size: int, separator: int) -> FibAttnConf
 
 def build_model(recipe: Recipe, vocab_size: int, separator: int) -> FibAttnForCausalLM:
     """A freshly initialised model; `init_seed` alone decides its weights."""
-    config = model_config(recipe, vocab_size, separator)
+    return _fresh(model_config(recipe, vocab_size, separator), recipe)
+
+
+def _fresh(config: FibAttnConfig, recipe: Recipe) -> FibAttnForCausalLM:
     torch.manual_seed(recipe.init_seed)
     return FibAttnForCausalLM(config)
 
@@ -72,12 +75,14 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     with state.main_process_first():
         data = PreparedData.open(recipe.data, verify=state.is_main_process)
         tokenizer = _tokenizer(data)  # needed at the end, when much would be lost
-        config = model_config(recipe, data.vocab_size, data.separator)  # a shape that cannot be claims no folder
+        config = _config(recipe, data)  # a shape that cannot be claims no folder
         order = _order(recipe, data)
         inputs = {"data_fingerprint": data.fingerprint, "order_sha256": files.sha256(order)}
         if recipe.start is not None:
             inputs["start_sha256"] = _start(recipe, config, data)
         _claim(recipe, inputs)
+        if recipe.keep_model:
+            files.write_json(recipe.out / start.KEPT, config.to_dict())
         if not (recipe.out / "tokenizer").exists():
             save_tokenizer(tokenizer, recipe.out / "tokenizer")  # for who looks at a checkpoint
     finished = recipe.out / "model"
@@ -91,7 +96,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
         raise InputError(f"{finished} exists and is no finished model of a run; move it away, or give another --out")
     disable_progress_bar()
     try:
-        model = build_model(recipe, data.vocab_size, data.separator)
+        model = _fresh(config, recipe)
     except (MemoryError, RuntimeError) as error:
         if "memory" not in str(error):
             raise
@@ -114,6 +119,12 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     _finish(trainer, recipe, data, tokenizer, finished)
     return finished
+
+
+def _config(recipe: Recipe, data: PreparedData) -> FibAttnConfig:
+    if recipe.keep_model and recipe.start is not None:
+        return start.configuration(recipe.start, recipe.out)
+    return model_config(recipe, data.vocab_size, data.separator)
 
 
 def _held_out(recipe: Recipe, data: PreparedData) -> HeldOut | None:
@@ -250,7 +261,7 @@ def _verify_finished(model: Path) -> None:
 def _bound(finished: Path, recipe: Recipe) -> None:
     """Give a finished model the bound of the recipe, where it has another."""
     old = FibAttnConfig.from_pretrained(finished)
-    if old.full_reach != recipe.full_reach:
+    if not recipe.keep_model and old.full_reach != recipe.full_reach:
         new = FibAttnConfig.from_pretrained(finished, full_reach=recipe.full_reach)
         new.save_pretrained(finished)
         change_bound(finished, old, new)
@@ -271,7 +282,7 @@ def _finish(
             tokenizer.chat_template = tokenizer.chat_template or _CHAT.read_text(encoding="utf-8")
             tokenizer.save_pretrained(staged)
             config = FibAttnConfig.from_pretrained(staged)
-            if recipe.full_reach is not None:
+            if recipe.full_reach is not None and not recipe.keep_model:
                 config.full_reach = recipe.full_reach
                 config.save_pretrained(staged)
             write_card(staged, config, parameters, recipe, data)

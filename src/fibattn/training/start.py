@@ -5,11 +5,14 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import load_model
 
-from fibattn import sealed
+from fibattn import files, sealed
 from fibattn.data.prepared import PreparedData
 from fibattn.data.tokenizer import check_same_vocabulary
 from fibattn.errors import InputError
-from fibattn.model import FibAttnForCausalLM
+from fibattn.model import FibAttnConfig, FibAttnForCausalLM
+
+KEPT = "start.json"
+"""A run's copy of the configuration of a start that it keeps."""
 
 _WEIGHTS = "model.safetensors"
 
@@ -26,6 +29,23 @@ def fingerprint(start: Path, data: PreparedData) -> str:
     return sums[_WEIGHTS]
 
 
+def configuration(start: Path, run: Path) -> FibAttnConfig:
+    """The configuration of the finished model `start`, for a run that keeps it.
+
+    The run has a copy, since it may go on without its start.
+
+    Raises:
+        InputError: where no finished model is, or one of another kind.
+    """
+    copy = run / KEPT
+    if not copy.exists():
+        found = files.read_json(_model(start) / "config.json")
+        if (kind := found.get("model_type")) != FibAttnConfig.model_type:
+            raise InputError(f"{start} is a {kind} model; only fibattn models are trained here, others by Transformers")
+        return FibAttnConfig.from_dict(found)
+    return FibAttnConfig.from_dict(files.read_json(copy))
+
+
 def check_shapes(model: FibAttnForCausalLM, start: Path) -> None:
     """Whether `model`, which may be on the meta device, has the weights of the finished model `start`.
 
@@ -33,6 +53,8 @@ def check_shapes(model: FibAttnForCausalLM, start: Path) -> None:
         InputError: when they differ: other sizes, another number of layers, or scales that only one of them learns.
     """
     path = _model(start) / _WEIGHTS
+    if model.config.converted_from is None and files.read_json(path.with_name("config.json")).get("converted_from"):
+        raise InputError(f"{start} was converted from another model, which no recipe describes; add --keep-model")
     with safe_open(path, framework="pt") as file:
         theirs = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     ours = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
@@ -40,7 +62,7 @@ def check_shapes(model: FibAttnForCausalLM, start: Path) -> None:
         if theirs.get(name) != ours.get(name):
             raise InputError(
                 f"{path} does not fit the recipe: {name} is {theirs.get(name, 'absent')} there and "
-                f"{ours.get(name, 'absent')} here; give the recipe the sizes of the model that it starts from"
+                f"{ours.get(name, 'absent')} here; give the recipe the sizes of its start, or keep_model"
             )
 
 

@@ -1,0 +1,133 @@
+"""`fibattn convert MODEL OUT`: a Llama, Qwen, Gemma, … with this attention, as a folder that whoever has it loads."""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from fibattn.cli.flags import parse
+from fibattn.errors import InputError
+from fibattn.pattern import Base, Schedule
+
+_KEEP = "layers by number (7,15), every n-th (every:4), or as many measured on a text (auto:4)"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Convert a decoder to fixed-offset attention, or one that was converted back; weights stay as they are."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """What to convert: a model's folder, or a name of the Hub."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """The folder to write; it must not be there yet."""
+    window: int | None = None
+    """Distances 0 … WINDOW are attended: window + 1 keys."""
+    rungs: int = 15
+    """How many distances there are beyond the window, before scaling; 0 for the window alone."""
+    base: Base = "fibonacci"
+    """The distances before scaling: Fibonacci numbers or powers of two."""
+    schedule: Schedule = "linear"
+    """How the scale of the distances goes over the layers."""
+    max_offset: int | Literal["sequence"] | None = "sequence"
+    """Drop rungs farther than this; sequence: those that the model was never trained at. None keeps all."""
+    keep: str = ""
+    """Layers that keep their own attention: by number (7,15), every n-th (every:4), or as many measured on a text
+    (auto:4), which takes a pass over it for each layer and place. Without it all are converted."""
+    full_reach: int | Literal["sequence"] | None = None
+    """How far back those layers look; sequence: as far as in training, so that it runs for ever at constant cost.
+    None: as far as they did."""
+    text: tuple[Path, ...] = ()
+    """For --keep auto: files of text like the model's use (.txt, .jsonl, .parquet, …)."""
+    tokens: int = 65_536
+    """For --keep auto: how much of the text is measured."""
+    sequence_length: int = 2048
+    """For --keep auto: tokens of a sequence, at most as many as the model was trained at."""
+    restore: bool = False
+    """The way back: write the dense model that a converted one was made from, with its present weights."""
+
+
+def run(arguments: list[str]) -> None:
+    """Convert, measure where that is asked for, and write the folder."""
+    chosen = parse(Arguments, arguments, "fibattn convert")
+    _check(chosen)
+    from fibattn.model.conversion import convert, restore
+    from fibattn.training.converting import load_source, load_tokenizer_of, write_folder
+
+    tokenizer = load_tokenizer_of(chosen.model)
+    if tokenizer is None:
+        print(f"{chosen.model} has no tokenizer; the folder has none, either")
+    if chosen.restore:
+        dense = restore(load_source(chosen.model))
+        write_folder(chosen.out, dense, tokenizer, source=chosen.model)
+        print(f"{chosen.out} is a {type(dense).__name__} again")
+        return
+    model: Any = load_source(chosen.model, attn_implementation="sdpa")
+    pattern = _pattern(chosen, model.base_model.config)
+    kept, placement = _kept(chosen, model, tokenizer, pattern)
+    convert(model, **pattern, keep_layers=kept, full_reach=_distance(chosen.full_reach, model))
+    write_folder(chosen.out, model, tokenizer, source=chosen.model, placement=placement)
+    print(f"{chosen.out} holds the converted model; try it: {shlex.join(['fibattn', 'sample', str(chosen.out)])} …")
+
+
+def _check(chosen: Arguments) -> None:
+    """Refuse what cannot be, before the model is loaded."""
+    if chosen.out.exists():
+        raise InputError(f"{chosen.out} is there already; give another place, or move it away")
+    if chosen.restore == (chosen.window is not None):
+        raise InputError("give --window to convert a model (128, for example), or --restore alone to go back")
+    measured = chosen.keep.startswith("auto:")
+    if measured != bool(chosen.text):
+        raise InputError(
+            f"--keep is {chosen.keep!r}, --text {'is given' if chosen.text else 'is not'}; the two go together: "
+            "--keep auto:4 --text FILE"
+        )
+    if chosen.tokens < 1 or chosen.sequence_length < 1:
+        raise InputError(f"tokens {chosen.tokens}, sequence_length {chosen.sequence_length}: each must be at least 1")
+
+
+def _pattern(chosen: Arguments, config: Any) -> dict[str, Any]:
+    """The arguments of `fibattn.convert` that hold whichever layers are kept."""
+    farthest = config.max_position_embeddings - 1 if chosen.max_offset == "sequence" else chosen.max_offset
+    names = ("window", "rungs", "base", "schedule")
+    return {**{name: getattr(chosen, name) for name in names}, "max_offset": farthest}
+
+
+def _distance(value: int | Literal["sequence"] | None, model: Any) -> int | None:
+    return model.base_model.config.max_position_embeddings - 1 if value == "sequence" else value
+
+
+def _kept(
+    chosen: Arguments, model: Any, tokenizer: Any, pattern: dict[str, Any]
+) -> tuple[list[int], dict[str, Any] | None]:
+    """The layers that keep their own attention, and what was found where they are measured."""
+    depth = model.base_model.config.num_hidden_layers
+    how, _, number = chosen.keep.partition(":")
+    if how == "auto" and number.isdecimal():
+        found = _measured(chosen, model, tokenizer, pattern, int(number))
+        return sorted(step["layer"] for step in found["search"]), found
+    if how == "every" and number.isdecimal() and int(number) > 0:
+        return list(range(int(number) - 1, depth, int(number))), None
+    numbers = chosen.keep.split(",") if chosen.keep else []
+    if not all(one.strip().isdecimal() for one in numbers):
+        raise InputError(f"--keep is {chosen.keep!r}; expected {_KEEP}")
+    return [int(one) for one in numbers], None
+
+
+def _measured(chosen: Arguments, model: Any, tokenizer: Any, pattern: dict[str, Any], count: int) -> dict[str, Any]:
+    """What the search for `count` layers finds; shown as a table."""
+    import torch
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from fibattn.evaluation.placement import search, sequences
+    from fibattn.training.card import measured
+
+    if tokenizer is None:
+        raise InputError(f"--keep is {chosen.keep!r}, and {chosen.model} has no tokenizer to read a text with")
+    length = min(chosen.sequence_length, model.base_model.config.max_position_embeddings)
+    text = sequences(chosen.text, tokenizer, length, chosen.tokens)
+    found = search(model.to("cuda" if torch.cuda.is_available() else "cpu"), pattern, text, count)
+    Console().print(Markdown(measured(found)))
+    return {**found, "text": [str(path) for path in chosen.text]}

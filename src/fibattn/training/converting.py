@@ -1,0 +1,86 @@
+"""Models of other kinds on disk: loaded for conversion, and written as folders that whoever has them loads."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from fibattn import files
+from fibattn._version import __version__
+from fibattn.errors import InputError
+from fibattn.model.converted_pattern import STORED_PATTERN
+from fibattn.sealed import seal
+from fibattn.training.card import write_converted_card
+
+RECORD = "conversion.json"
+"""The file of a converted folder that says what it was made from, and how its kept layers were found."""
+
+
+def load_source(name: str, **how: Any) -> PreTrainedModel:
+    """The causal language model of a folder or of the Hub, in the precision that it was saved in.
+
+    Args:
+        name: the folder, or a name of the Hub.
+        how: further arguments of Transformers' `from_pretrained`.
+
+    Raises:
+        InputError: for a model that cannot be loaded, or whose weights are quantised.
+    """
+    disable_progress_bar()
+    if Path(name).exists() and not (Path(name) / "config.json").exists():
+        raise InputError(f"{name} holds no model (config.json is missing); give a model's folder, or a name of the Hub")
+    try:
+        config = AutoConfig.from_pretrained(name)
+        if (given := getattr(config, "quantization_config", None)) is not None:
+            kind = given.get("quant_method") if isinstance(given, dict) else type(given).__name__
+            raise InputError(f"the weights of {name} are quantised ({kind}); give those that they were made of")
+        model, found = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+            name, dtype="auto", output_loading_info=True, **how
+        )
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name} cannot be loaded ({str(error).splitlines()[0]}); check it, and the network") from None
+    if found["missing_keys"]:
+        names = sorted(found["missing_keys"])
+        raise InputError(f"{name} lacks {len(names)} weights, {names[0]} among them; give a whole model")
+    return model
+
+
+def load_tokenizer_of(name: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a model's weights; None where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_folder(
+    out: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    source: str,
+    placement: dict[str, Any] | None = None,
+) -> None:
+    """Write a model that was converted, or restored, as the folder `out`, whole or not at all.
+
+    A converted one has a card and the record of its conversion, and is sealed. `source` says what it was made from;
+    `placement` is what `fibattn.evaluation.placement.search` found, where the kept layers were measured.
+    """
+    pattern = getattr(model.base_model.config, STORED_PATTERN, None)
+    staged = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(staged, ignore_errors=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with files.naming_a_full_disk(out.parent):
+        model.save_pretrained(staged)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staged)
+        if pattern is not None:
+            record = {"source": source, "fibattn": __version__, "pattern": pattern, "placement": placement}
+            files.write_json(staged / RECORD, record)
+            write_converted_card(staged, out.name, source, model, placement)
+            seal(staged)
+    staged.replace(out)

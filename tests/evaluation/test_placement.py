@@ -1,0 +1,114 @@
+"""Which layers should keep their attention: against losses by hand, and where the right answer is known."""
+
+from pathlib import Path
+from typing import Any
+
+import foreign_decoders
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import fibattn
+from fibattn import InputError
+from fibattn.data.tokenizer import load_tokenizer
+from fibattn.evaluation.placement import evenly_kept, kept_loss, search, sequences
+
+PATTERN: dict[str, Any] = {"window": 2, "rungs": 3}
+
+
+def text(count: int = 3, length: int = 40) -> Tensor:
+    return foreign_decoders.tokens(count, length + 1)
+
+
+def by_hand(model: Any, ids: Tensor) -> float:
+    logits = model(ids[:, :-1], use_cache=False).logits.flatten(0, 1)
+    return float(functional.cross_entropy(logits.double(), ids[:, 1:].flatten()))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+@torch.no_grad()
+def test_losses_are_those_of_the_converted_model(architecture: str) -> None:
+    model, ids = foreign_decoders.model(architecture), text()
+    dense = by_hand(model, ids)
+    assert kept_loss(model, PATTERN, ids, range(4)) == pytest.approx(dense, rel=1e-5)
+    for kept in ([], [2], [0, 3]):
+        converted = fibattn.convert(foreign_decoders.model(architecture), **PATTERN, keep_layers=kept)
+        assert kept_loss(model, PATTERN, ids, kept) == pytest.approx(by_hand(converted, ids), rel=1e-5)
+    assert by_hand(model, ids) == dense
+
+
+def test_the_search_takes_the_best_layer_each_time() -> None:
+    model, ids = foreign_decoders.model(), text()
+    found = search(model, PATTERN, ids, 2)
+    dense = kept_loss(model, PATTERN, ids, range(4))
+    alone = [kept_loss(model, PATTERN, ids, [one for one in range(4) if one != layer]) - dense for layer in range(4)]
+    assert found["alone"] == pytest.approx(alone, abs=1e-6)
+    one = {layer: kept_loss(model, PATTERN, ids, [layer]) for layer in range(4)}
+    first = min(one, key=lambda layer: one[layer])
+    two = {layer: kept_loss(model, PATTERN, ids, [first, layer]) for layer in range(4) if layer != first}
+    second = min(two, key=lambda layer: two[layer])
+    assert found["search"] == [
+        {"layer": first, "loss": pytest.approx(one[first])},
+        {"layer": second, "loss": pytest.approx(two[second])},
+    ]
+    assert found["dense"] == pytest.approx(dense)
+    assert found["none"] == pytest.approx(kept_loss(model, PATTERN, ids, []))
+    assert found["evenly"] == {"layers": [1, 3], "loss": pytest.approx(kept_loss(model, PATTERN, ids, [1, 3]))}
+    assert (found["sequences"], found["sequence_length"]) == (3, 40)
+
+
+@pytest.mark.parametrize("only", [0, 2])
+def test_the_one_layer_whose_attention_counts_is_found(only: int) -> None:
+    model: Any = foreign_decoders.model()
+    with torch.no_grad():
+        for index, layer in enumerate(model.model.layers):
+            layer.self_attn.o_proj.weight.mul_(float(index == only))
+    torch.manual_seed(0)
+    written = model.generate(text(8, 1), max_new_tokens=39, do_sample=True)  # by which it is the likelier one
+    found = search(model, PATTERN, written, 1)
+    assert [layer for layer, rise in enumerate(found["alone"]) if abs(rise) > 1e-4] == [only]
+    assert found["alone"][only] > 0.1
+    assert found["search"] == [{"layer": only, "loss": pytest.approx(found["dense"], abs=1e-4)}]
+    assert found["none"] == pytest.approx(found["dense"] + found["alone"][only], abs=1e-4)
+
+
+@pytest.mark.parametrize("count", [0, 4])
+def test_as_many_layers_as_there_are_or_none_are_no_choice(count: int) -> None:
+    with pytest.raises(InputError, match=f"{count} layers are to be kept of 4; give a number from 1 to 3"):
+        search(foreign_decoders.model(), PATTERN, text(), count)
+
+
+def test_evenly() -> None:
+    assert evenly_kept(16, 4) == [3, 7, 11, 15]
+    assert evenly_kept(30, 4) == [7, 14, 21, 29]
+    assert evenly_kept(5, 1) == [4]
+
+
+def test_text_becomes_sequences_that_follow_one_another(prepared: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(prepared / "tokenizer")
+    (tmp_path / "a.txt").write_text("aaa 49 follows n7; so says line 4.\n" * 20)
+    (tmp_path / "b.jsonl").write_text('{"text": "bb 1 follows h1"}\n{"text": "c 4"}\n')
+    bos = tokenizer.bos_token_id
+    plain = [tokenizer.encode(one, add_special_tokens=False) for one in ("bb 1 follows h1", "c 4")]
+    first = tokenizer.encode((tmp_path / "a.txt").read_text(), add_special_tokens=False)
+    whole = [bos, *first, bos, *plain[0], bos, *plain[1]]
+    found = sequences([tmp_path / "a.txt", tmp_path / "b.jsonl"], tokenizer, 7, 10**6)
+    assert found.shape == ((len(whole) - 1) // 7, 8)
+    assert found.dtype == torch.int64
+    assert found[:, :-1].flatten().tolist() == whole[: len(found) * 7]
+    assert found[:, 1:].flatten().tolist() == whole[1 : len(found) * 7 + 1]
+    assert sequences([tmp_path / "a.txt"], tokenizer, 7, 30).shape == (4, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "message"),
+    [
+        ("a.txt", 999, r"a sequence of 999 needs 1000 tokens, and .*a\.txt with a limit of 65536 gives \d+"),
+        ("a.pdf", 9, r"a\.pdf is no text that can be read"),
+    ],
+)
+def test_text_that_cannot_be_measured_on(name: str, length: int, message: str, prepared: Path, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("so says line 4.\n" * 9)
+    with pytest.raises(InputError, match=message):
+        sequences([tmp_path / name], load_tokenizer(prepared / "tokenizer"), length, 65_536)
