@@ -4,7 +4,6 @@ import ast
 import inspect
 import itertools
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -216,9 +215,17 @@ def test_every_field_has_words_for_the_help(kind: type) -> None:
             assert isinstance(after.value, ast.Constant), ast.unparse(one)
 
 
-def test_of_several_processes_one_says_that_a_step_does_not_divide() -> None:
-    command = [sys.executable, "-m", "fibattn", "train", "small"]
-    for rank, said in (("0", True), ("1", False)):
-        world = os.environ | {"WORLD_SIZE": "3", "RANK": rank}
-        done = subprocess.run(command, env=world, capture_output=True, text=True, check=False)
-        assert (done.returncode, "do not divide over 3 processes" in done.stderr) == (2, said)
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["small", "--sequences-per-step", "3"], "3 sequences a step do not divide over 2 processes"),
+        (["smal"], "unknown recipe 'smal'"),
+        (["small", "--stpes", "3"], "Unrecognized options: --stpes"),
+        (["small", "--data", "nowhere"], "nowhere holds no prepared data"),
+    ],
+)
+def test_of_several_processes_one_says_what_is_wrong(words: list[str], message: str) -> None:
+    several = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "fibattn", "train"]
+    done = subprocess.run([*several, *words], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert (done.stdout + done.stderr).count(message) == 1

@@ -2,31 +2,24 @@
 
 import os
 import shlex
-from contextlib import nullcontext
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from pathlib import Path
 
 from fibattn.cli.flags import parse
+from fibattn.data.prepared import PreparedData
 from fibattn.errors import InputError
 from fibattn.lock import locked
 from fibattn.training.recipe import DEFAULT, ON_CPU, PRESETS, Recipe, load_recipe
 
+_PATIENCE = 20  # seconds
+
 
 def run(arguments: list[str]) -> None:
     """Train the recipe (a preset or a recipe.json), with its fields overridden by flags."""
-    named = bool(arguments) and not arguments[0].startswith("-")
-    name, flags = (arguments[0], arguments[1:]) if named else (DEFAULT, arguments)
-    if {"-h", "--help"} & set(flags):
-        print(f"usage: fibattn train [RECIPE] [flags]\n\nRECIPE is one of {', '.join(PRESETS)}, or a recipe.json;")
-        print(f"{DEFAULT} when left out, {ON_CPU} without a GPU. The defaults below are those of {name}.\n")
-    elif not named:
-        name = _default()
-    recipe = parse(Recipe, flags, f"fibattn train {name}", default=load_recipe(name))
-    try:  # before torch loads: torchrun says much when a process ends
-        recipe.check()
-        recipe.split(int(os.environ.get("WORLD_SIZE", "1")))
-    except InputError:
-        if _first_process():
-            raise
-        raise SystemExit(2) from None  # one process says it
+    with _said_once():
+        recipe = _recipe(arguments)
     from accelerate import PartialState  # these take seconds to import
 
     from fibattn.training.run import train
@@ -42,14 +35,44 @@ def run(arguments: list[str]) -> None:
     state.destroy_process_group()
 
 
+@contextmanager
+def _said_once() -> Iterator[None]:
+    """Of several processes under torchrun the first one says what is wrong; it ends the others, who wait for that."""
+    if _first_process():
+        yield
+        return
+    try:
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            yield
+    except (InputError, SystemExit) as error:
+        code = getattr(error, "code", 2)
+        time.sleep(_PATIENCE if code else 0)
+        raise SystemExit(code) from None
+
+
+def _recipe(arguments: list[str]) -> Recipe:
+    """The recipe of the command line, checked as far as can be before torch is loaded, which takes seconds."""
+    named = bool(arguments) and not arguments[0].startswith("-")
+    name, flags = (arguments[0], arguments[1:]) if named else (DEFAULT, arguments)
+    if {"-h", "--help"} & set(flags):
+        print(f"usage: fibattn train [RECIPE] [flags]\n\nRECIPE is one of {', '.join(PRESETS)}, or a recipe.json;")
+        print(f"{DEFAULT} when left out, {ON_CPU} without a GPU. The defaults below are those of {name}.\n")
+    elif not named:
+        name = _default()
+    recipe = parse(Recipe, flags, f"fibattn train {name}", default=load_recipe(name))
+    recipe.check()
+    recipe.split(int(os.environ.get("WORLD_SIZE", "1")))
+    PreparedData.open(recipe.data, verify=False)
+    return recipe
+
+
 def _default() -> str:
     """The recipe of who names none."""
     import torch
 
     if torch.cuda.is_available():
         return DEFAULT
-    if _first_process():
-        print(f"no GPU here: the recipe is {ON_CPU}, a toy; for the full size name it: fibattn train {DEFAULT} …")
+    print(f"no GPU here: the recipe is {ON_CPU}, a toy; for the full size name it: fibattn train {DEFAULT} …")
     return ON_CPU
 
 
