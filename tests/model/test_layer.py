@@ -23,6 +23,16 @@ def test_a_sequence_in_parts_equals_the_whole(pattern, chunks: list[int]) -> Non
     assert cache.length == 60
 
 
+@pytest.mark.parametrize("modes", [(0, 1), (1, 0), (0, 1, 0, 0), (1, 0, 1)], ids=str)
+def test_a_cache_outlives_inference_mode(modes: tuple[int, ...]) -> None:
+    layer, pattern = FibAttention(32, 4, PATTERNS["fixed"]), PATTERNS["fixed"]
+    hidden, cache, parts = torch.randn(2, 60, 32), AttentionCache(pattern), []
+    for part, inference in zip(hidden.split(60 // len(modes), dim=1), modes, strict=True):
+        with torch.inference_mode(bool(inference)):
+            parts += [layer(token, cache=cache).detach().clone() for token in part.split(5, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), layer(hidden))
+
+
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 def test_every_parameter_has_a_gradient(pattern) -> None:
     layer = FibAttention(32, 4, pattern, kv_heads=2)

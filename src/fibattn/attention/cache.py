@@ -50,7 +50,8 @@ class AttentionCache:
         """The rings, with room for the tokens of k."""
         one = isinstance(self.pattern, Pattern | LearnedPattern)
         reach = self.pattern.reach if one else max(each.reach for each in self.pattern)  # pyright: ignore
-        rings = self._rings or (k.new_zeros(k.shape[0], 0, *k.shape[2:]),) * 2
-        more = ring.lacking(rings[0].shape[1], self.length + k.shape[1], reach)
-        keys, values = (functional.pad(x, (0, 0, 0, 0, 0, more)) if more else x for x in rings)
+        with torch.inference_mode(False):  # what is made inside can be written to in any mode
+            rings = self._rings or (k.new_zeros(k.shape[0], 0, *k.shape[2:]),) * 2
+            more = ring.lacking(rings[0].shape[1], self.length + k.shape[1], reach)
+            keys, values = (functional.pad(x, (0, 0, 0, 0, 0, more)) if more else x for x in rings)
         return keys, values
