@@ -332,10 +332,10 @@ def test_compiles_as_one_graph(kind: str, backend: str) -> None:
         close(parameter.grad, expected[name], 1e-3)
 
 
-@pytest.mark.parametrize("given", ["labels", "shift_labels"])
+@pytest.mark.parametrize("given", ["labels", "shift_labels", "cache"])
 @pytest.mark.parametrize("training", [True, False])
 def test_texts_of_any_length_share_two_graphs(given: str, training: bool) -> None:
-    """One for the first length, one for all others, as of any model in PyTorch."""
+    """One for the first length, one for all others, as of any model in PyTorch; also beside a cache that is made."""
     torch.compiler.reset()
     graphs: list[Any] = []
 
@@ -343,14 +343,15 @@ def test_texts_of_any_length_share_two_graphs(given: str, training: bool) -> Non
         graphs.append(graph)
         return graph
 
-    made = model("learned mixture").train(training)
+    made = model("linear" if given == "cache" else "learned mixture").train(training)
     compiled = torch.compile(made, fullgraph=True, backend=count)
     for length in (16, 24, 31, 40, 48, 57, 64, 70):
         ids = tokens(2, length)
-        out = compiled(ids, use_cache=False, **{given: ids})
+        how: dict[str, Any] = {"use_cache": True} if given == "cache" else {"use_cache": False, given: ids}
+        found, right = (run(ids, **how)["logits" if given == "cache" else "loss"] for run in (compiled, made))
         if training:
-            out.loss.backward()
-        torch.testing.assert_close(out.loss, made(ids, use_cache=False, **{given: ids}).loss, rtol=1e-4, atol=1e-4)
+            found.sum().backward()
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
     assert len(graphs) <= 2
 
 

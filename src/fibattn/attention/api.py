@@ -198,9 +198,10 @@ def _take(
     """The keys and values that a chunk may attend to, how far back each query may look; the ring takes the chunk."""
     rows = k_cache.shape[1]
     earlier = [ring.before(cache, cache_positions, min(reach, rows)) for cache in (k_cache, v_cache)]
-    if rows < reach and not readable(cache_positions):
+    # A compiler would make a graph for each side of a comparison of lengths, and so one for every reach.
+    if not readable(cache_positions) and (torch.compiler.is_compiling() or rows < reach):
         # Too few rows cannot be refused here; they must not give plausible numbers.
-        lost = (cache_positions[:, :1] > rows)[..., None, None]
+        lost = (cache_positions[:, :1].clamp(max=reach) > rows)[..., None, None]
         earlier = [x.masked_fill(lost, torch.nan) for x in earlier]
     keys, values = (torch.cat(pair, dim=1) for pair in zip(earlier, (k, v), strict=True))
     return keys, values, ring.write(k_cache, v_cache, k, v, cache_positions, positions)
