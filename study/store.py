@@ -44,6 +44,8 @@ _FIRST = {
     },
 }
 """The fields that every result has."""
+_LATER = ("keep_model",)
+"""Those of a recipe itself that only some have."""
 
 
 def recipe_of(recipe: Recipe) -> dict[str, Any]:
@@ -52,7 +54,11 @@ def recipe_of(recipe: Recipe) -> dict[str, Any]:
     Fields that are younger than the first results are left out at their defaults, so that those results stay known.
     """
     plain = to_json(Recipe().resolved())
-    found = {name: value for name, value in to_json(recipe.resolved()).items() if name not in _HOUSEKEEPING}
+    found = {
+        name: value
+        for name, value in to_json(recipe.resolved()).items()
+        if name not in _HOUSEKEEPING and (name not in _LATER or value != plain[name])
+    }
     for part in ("model", "optimizer"):
         found[part] = {
             name: value for name, value in found[part].items() if name in _FIRST[part] or value != plain[part][name]
