@@ -18,7 +18,6 @@ from benchmarks.timing import copy_bandwidth, measure
 from fibattn import FibAttnConfig, FibAttnForCausalLM, Pattern, attend_cached, plotting
 from fibattn.training.recipe import DEFAULT, PRESETS
 from fibattn.training.run import model_config
-from study.probes import latency
 
 MODELS = ("stagger", "hybrid", "hybrid-unbounded", "dense")
 """Of the paper's 60 M-parameter shape: its linear stagger, the default recipe, the same before it is bounded, dense."""
@@ -84,9 +83,9 @@ def models(names: Sequence[str], contexts: Sequence[int], batch: int, device: st
 
 def configurations() -> dict[str, FibAttnConfig]:
     """The models' configurations, by name."""
-    timed = latency.models()
-    unbounded = model_config(PRESETS[DEFAULT], FibAttnConfig.vocab_size, separator=0)
-    found = (timed["static"], timed["hybrid"], unbounded, timed["dense"])
+    recipes = (PRESETS["paper"], PRESETS[DEFAULT], PRESETS[DEFAULT], PRESETS["dense"])
+    found = [model_config(recipe, FibAttnConfig.vocab_size, separator=0) for recipe in recipes]
+    found[1].full_reach = PRESETS[DEFAULT].full_reach
     return dict(zip(MODELS, found, strict=True))
 
 

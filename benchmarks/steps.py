@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from fibattn.data.prepared import TokenStream
 from fibattn.data.sequences import TrainingSequences
 from fibattn.data.shards import write_shard
-from fibattn.training.recipe import PRESETS, ModelRecipe, Recipe
+from fibattn.training.recipe import DEFAULT, PRESETS, ModelRecipe, Recipe
 from fibattn.training.run import build_model
 from fibattn.training.trainer import FibTrainer
 from study.presets import STUDIES
@@ -27,6 +27,8 @@ from study.presets import STUDIES
 MODELS = {
     "stagger": ModelRecipe(max_offset=None),
     "learned": ModelRecipe(schedule="learned", max_offset=None),
+    "default": PRESETS[DEFAULT].model,
+    "default-dense": PRESETS["dense"].model,
     **{run.name: run.model for run in STUDIES["beyond"].runs},
 }
 WARM, PROFILED = 12, 3
@@ -74,10 +76,12 @@ class Clock(TrainerCallback):
 
 
 def recipe_of(model: ModelRecipe, length: int, timed: int) -> Recipe:
-    """A short run of the paper's recipe."""
+    """A short run of the default recipe, for its model and its rival, or of the paper's, for all others."""
     sequences = max(STEP_TOKENS // length, 1)
     size = {"sequence_length": length, "sequences_per_step": sequences, "micro_batch": sequences}
-    return replace(PRESETS["paper"], model=model, steps=WARM + timed + PROFILED, save_every=10**6, **size)
+    tuned = model in (PRESETS[DEFAULT].model, PRESETS["dense"].model)
+    recipe = PRESETS[DEFAULT if tuned else "paper"]
+    return replace(recipe, model=model, steps=WARM + timed + PROFILED, save_every=10**6, **size)
 
 
 def clocked(recipe: Recipe, folder: Path) -> Clock:

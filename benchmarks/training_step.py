@@ -17,8 +17,8 @@ class Arguments:
     A step has 32,768 tokens, or one sequence where that is longer; bf16 autocast, compiled. The tokens are random.
     """
 
-    models: tuple[str, ...] = ("dense", "stagger", "learned", "hybrid")
-    """`stagger`, `learned`, or runs of the study `beyond`, such as `hybrid-w128`."""
+    models: tuple[str, ...] = ("default", "default-dense", "stagger", "learned")
+    """The default recipe and its dense rival, `stagger`, `learned`, or runs of the study `beyond`, such as `hybrid`."""
     sequence_length: int = 1024
     """Tokens of a training sequence."""
     timed: int = 40

@@ -14,6 +14,7 @@ from typing import Literal
 from fibattn.errors import InputError, suggestion
 from fibattn.pattern import Base, Pattern, Schedule, hybrid_layers, layer_patterns
 from fibattn.training.recipe import DEFAULT, PRESETS, ModelRecipe, OptimizerRecipe, Recipe
+from study.ladder import LADDER
 
 RopeScaling = Literal["linear", "yarn"]
 
@@ -166,8 +167,9 @@ DENSE = Run(
 )
 """The baseline, with all that helps it past its training length."""
 
-HYBRID = Run(DEFAULT, replace(PRESETS[DEFAULT].model, full_reach=None), bounds=(1,))
-"""The project's default recipe: linear stagger, W = 64, two full-attention layers without RoPE.
+HYBRID = Run(DEFAULT, ModelRecipe(window=64, **hybrid_layers(8, full=(7,))), bounds=(1,))
+"""What the project's default recipe attends to, trained as the paper's models are: linear stagger, W = 64, two
+full-attention layers without RoPE.
 
 It is trained the same with and without its bound, so a run without one is evaluated both ways.
 """
@@ -253,6 +255,14 @@ STUDIES: dict[str, Study] = {
             _stagger(256),
             *_controls[1:],
         ),
+    ),
+    "ladder": Study(
+        "from the paper's recipe at a tuned rate to the project's, one change a step",
+        _full,
+        tuple(Run(step.name, step.recipe.model, recipe=step.recipe) for step in LADDER),
+        factors=(1,),
+        eval_tokens=524_288,
+        items=0,
     ),
 }
 

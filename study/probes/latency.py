@@ -24,8 +24,8 @@ from study.probes.settings import Latency
 def models(**shape: Any) -> dict[str, FibAttnConfig]:
     """What is compared, at the paper's shape unless `shape` changes fields of the configuration.
 
-    `static` and `learned` have a window of 12; the hybrid is the finished default recipe, its full layers in the
-    middle and at the end.
+    `static` and `learned` have a window of 12; the hybrid has the finished default recipe's attention, its full
+    layers in the middle and at the end.
     """
     default = PRESETS[DEFAULT]
     layers = shape.get("num_hidden_layers", FibAttnConfig.num_hidden_layers)

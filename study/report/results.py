@@ -250,6 +250,8 @@ class Results:
     groups: tuple[Group, ...]
     failures: Frame
     probes: Probes
+    ladder: tuple[dict[str, Any], ...] = ()
+    """The records of the study `ladder`, whose runs differ in more than their attention."""
 
     @classmethod
     def load(cls, folder: Path) -> "Results":
@@ -271,12 +273,16 @@ class Results:
                     f"{path} is not a result of `python -m study probe`; move it out of the folder, or make it anew"
                 )
             probes[probe["probe"]].append(probe)
-        return cls(grouped(finished.values()), pd.DataFrame(failures), dict(probes))
+        ladder = tuple(one for one in finished.values() if one["study"] == "ladder")
+        others = [one for one in finished.values() if one["study"] != "ladder"]
+        return cls(grouped(others), pd.DataFrame(failures), dict(probes), ladder)
 
 
 def grouped(records: Iterable[dict[str, Any]]) -> tuple[Group, ...]:
     """The records of finished runs, those together that may be compared."""
     records = sorted(records, key=lambda record: record["time"])
+    if not records:
+        return ()
     runs: Frame = pd.DataFrame([_run(record) for record in records])
     losses = pd.DataFrame([row for record in records for row in _losses(record)])
     groups = []

@@ -13,6 +13,7 @@ from fibattn.plotting import STYLE
 from fibattn.progress import quantity
 from study.report import charts
 from study.report.claims import Claims, Finding
+from study.report.ladder_table import ladder_table
 from study.report.own_claims import OWN, recalls_farther
 from study.report.own_tables import asked_tables, beyond_tables, cost_table, failures_table, other_budget
 from study.report.page import inline_svg, write_page
@@ -46,10 +47,17 @@ _CAPTIONS = {
 def write_report(folder: Path) -> Path:
     """Read a results folder and write `report/` in it: index.html, tables.md and the figures; returns the page.
 
+    Of a folder with the ladder alone tables.md is all.
+
     Raises:
         InputError: when the folder holds no finished run.
     """
     results = Results.load(folder)
+    ladder = ladder_table(results.ladder)
+    if not results.groups:  # nothing but the ladder, whose runs are compared in its table alone
+        tables = folder / "report" / "tables.md"
+        files.write_text(tables, "\n".join(table.markdown() for table in ladder))
+        return tables
     group, *others = results.groups
     papers = [*papers_tables(group), retrieval_table(results.probes), cost_table(results.groups)]
     beyond = [*beyond_tables(group), *asked_tables(results.groups)]
@@ -61,7 +69,7 @@ def write_report(folder: Path) -> Path:
     goals += [recalls_farther(results.probes)] if budgets else []
     about = provenance(results.groups)
     checked = [findings_table("The paper's findings", findings), findings_table("Past the paper", goals)]
-    told = [*(checked if budgets else []), *papers, *beyond, *probes, *other]
+    told = [*(checked if budgets else []), *ladder, *papers, *beyond, *probes, *other]
     source = "\n".join(f"- {name}: {value}" for name, value in about.items())
     markdown = [*(table.markdown() for table in told), f"### Where this comes from\n\n{source}\n"]
     out = folder / "report"
@@ -76,6 +84,7 @@ def write_report(folder: Path) -> Path:
         sections={
             **({"papers-claims": "What the paper found, and what came out here"} if budgets else {}),
             **({"own-claims": "What the project set out to do"} if budgets else {}),
+            **({"ladder": "The recipe"} if ladder else {}),
             "past": "Past the paper",
             "papers": "The paper's tables",
             **({"probes": "Beside perplexity"} if probes else {}),
@@ -85,6 +94,7 @@ def write_report(folder: Path) -> Path:
         figures=_figures(results, out),
         findings=findings,
         goals=goals,
+        ladder=ladder,
         papers=papers,
         beyond=beyond,
         probes=probes,

@@ -14,7 +14,7 @@ from fibattn.training.run import model_config
 from study.presets import HYBRID, STUDIES, Run, Study, find_study, key_count, lengthened
 from study.store import key_of
 
-EVERY = [(name, run.name) for name, study in STUDIES.items() for run in study.runs]
+EVERY = [(name, run.name) for name, study in STUDIES.items() if name != "ladder" for run in study.runs]
 
 
 def resolved(study: Study, run: Run, tokens: int | None = None) -> Recipe:
@@ -76,7 +76,8 @@ def test_default_recipe_is_in_paper_and_beyond_as_one_run() -> None:
     assert len(keys) == 1
     kinds = PRESETS[DEFAULT].resolved().model.layer_types
     assert [layer for layer, kind in enumerate(kinds) if kind == "full_attention"] == [7, 15]
-    assert replace(HYBRID.model, full_reach="sequence") == PRESETS[DEFAULT].model
+    attention = ("layer_types", "no_rope_layers", "window", "rungs", "schedule", "base", "max_offset", "rope_theta")
+    assert all(getattr(HYBRID.model, name) == getattr(PRESETS[DEFAULT].model, name) for name in attention)
 
 
 def test_budget_scales_steps_and_a_long_warm_up() -> None:

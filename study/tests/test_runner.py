@@ -56,6 +56,13 @@ def lines(out: Path, run: str) -> list[dict]:
     return [json.loads(line) for line in (out / "smoke" / f"{run}.jsonl").read_text().splitlines()]
 
 
+def says(recipe: object, kept: object) -> bool:
+    """Whether a recipe, or a part of it, is what a result kept; younger fields at their defaults are not kept."""
+    if isinstance(recipe, dict) and isinstance(kept, dict):
+        return all(says(recipe[name], value) for name, value in kept.items())
+    return recipe == kept
+
+
 def again(job: Job, folder: Path, **changes: object) -> tuple[Job, Outcome]:
     other = replace(job, out=folder, work=folder / "work", **changes)  # pyright: ignore[reportArgumentType]
     return other, run_study(other)
@@ -72,7 +79,7 @@ def test_a_result_is_that_of_the_model_it_names(job: Job, tmp_path: Path) -> Non
     assert found["model"]["learned_alphas"] == [float(layer.self_attn.alpha.detach()) for layer in layers]
     assert found["model"]["parameters"] == model.num_parameters()
     assert found["tokens"] == 4 * 4 * 32
-    assert found["recipe"]["model"] == json.loads(json.dumps(to_json(recipe.resolved().model)))
+    assert says(json.loads(json.dumps(to_json(recipe.resolved().model))), found["recipe"]["model"])
     assert (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -122,7 +129,7 @@ def test_a_copy_is_trained_on_in_the_longest_sequences_and_evaluated_at_every_le
     assert (recipe["sequence_length"], recipe["start"]) == (128, str(folder / "model"))
     kept = found["lengthened_recipe"]
     assert kept["start"] == found["key"]
-    assert all(recipe[name] == value for name, value in kept.items() if name != "start")
+    assert all(says(recipe[name], value) for name, value in kept.items() if name != "start")
     tried = {one["run"] for one in Store(job.out).records() if one["lengthened"]}
     assert tried == {"dense", "dense-seed43"}
 

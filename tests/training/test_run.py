@@ -75,10 +75,13 @@ def test_killed_run_ends_with_the_same_bits(recipe: Recipe, tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the processes would share one GPU")
-@pytest.mark.parametrize(("parallel", "schedule"), [("ddp", "linear"), ("fsdp", "learned")])
+@pytest.mark.parametrize(
+    ("parallel", "schedule", "muon"), [("ddp", "linear", False), ("fsdp", "learned", False), ("fsdp", "linear", True)]
+)
 def test_two_processes_have_the_losses_of_one_also_when_they_go_on(
-    recipe: Recipe, tmp_path: Path, parallel: Literal["ddp", "fsdp"], schedule: Schedule
+    recipe: Recipe, tmp_path: Path, parallel: Literal["ddp", "fsdp"], schedule: Schedule, muon: bool
 ) -> None:
+    recipe = replace(recipe, optimizer=replace(recipe.optimizer, muon=muon))
     shape = replace(recipe.model, schedule=schedule)
     # Five held-out sequences: one process has two, then one, and the other two, then none.
     one = replace(recipe, out=tmp_path / "one", model=shape, steps=6, evaluate_every=2, evaluate_tokens=5 * 32)

@@ -263,15 +263,28 @@ class Recipe:
 
 
 _paper = Recipe(out=Path("runs/paper"), model=ModelRecipe(max_offset=None), compile=True)
-_every_eighth = hybrid_layers(8, full=(7,))
+_tuned = Recipe(
+    optimizer=OptimizerRecipe(
+        learning_rate=3e-3, muon=True, muon_learning_rate=8e-3, decay="linear", final_fraction=0.0
+    ),
+    compile=True,
+)
+_dense = ModelRecipe(
+    intermediate_size=2048,
+    hidden_act="relu2",
+    gated_mlp=False,
+    qk_norm=True,
+    zero_init_outputs=True,
+    autocast_residual=True,
+    layer_types=("full_attention",),
+)
+_hybrid = replace(_dense, window=64, full_reach="sequence", **hybrid_layers(8, full=(7,)))
 _small = ModelRecipe(hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=6)
 
 PRESETS: dict[str, Recipe] = {
     "paper": _paper,
-    "dense": replace(_paper, out=Path("runs/dense"), model=ModelRecipe(layer_types=("full_attention",))),
-    "hybrid": replace(
-        _paper, out=Path("runs/hybrid"), model=ModelRecipe(window=64, full_reach="sequence", **_every_eighth)
-    ),
+    "dense": replace(_tuned, out=Path("runs/dense"), model=_dense),
+    "hybrid": replace(_tuned, out=Path("runs/hybrid"), model=_hybrid),
     "small": Recipe(
         out=Path("runs/small"),
         model=_small,
@@ -285,9 +298,9 @@ PRESETS: dict[str, Recipe] = {
         evaluate_tokens=32_768,
     ),
 }
-"""`paper` is the paper's linear stagger, `dense` its baseline, `hybrid` the project's own: a wider window and two
-layers of full attention without rotary positions, bounded once they are trained; in the study ahead of both.
-`small` trains on a laptop."""
+"""`paper` is the paper's linear stagger at its rate, `hybrid` the project's own, tuned (the study's ladder): a wider
+window and two layers of full attention without rotary positions, bounded once they are trained. `dense` is its rival:
+full attention, all else as in `hybrid`. `small` trains on a laptop."""
 
 DEFAULT, ON_CPU = "hybrid", "small"
 """The recipe of who names none, with a GPU and without."""
