@@ -234,6 +234,18 @@ def test_mistakes_are_one_line_and_leave_nothing(
     assert not list(tmp_path.glob(".*.tmp"))
 
 
+def test_a_folder_that_an_earlier_version_wrote_is_written_anew(llama: Path, prepared: Path, tmp_path: Path) -> None:
+    old = source("llama", prepared, tmp_path / "old")
+    pattern = {"window": 3, "base": "fibonacci", "schedule": "linear", "rungs": 7, "rung_reach": 127}
+    stored = {"fibattn_pattern": pattern, "attn_implementation": "fibattn", "architectures": ["FibAttnConverted"]}
+    files.write_json(old / "config.json", files.read_json(old / "config.json") | stored)
+    with pytest.warns(UserWarning, match="the pattern left out: window=3"):
+        assert convert(old, tmp_path / "out", *PLAIN) == 0
+    assert convert(source("llama", prepared, tmp_path / "dense"), tmp_path / "right", *PLAIN) == 0
+    for name in ("config.json", "model.safetensors"):
+        assert files.sha256(tmp_path / "out" / name) == files.sha256(tmp_path / "right" / name)
+
+
 def test_a_model_without_a_tokenizer_is_converted_without(
     llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
