@@ -64,9 +64,12 @@ def run(arguments: list[str]) -> None:
         print(f"{chosen.out} is a {type(dense).__name__} again")
         return
     model: Any = load_source(chosen.model, attn_implementation="sdpa")
-    pattern = _pattern(chosen, model.base_model.config)
+    farthest = model.base_model.config.max_position_embeddings - 1
+    pattern = {name: getattr(chosen, name) for name in ("window", "rungs", "base", "schedule")}
+    pattern["max_offset"] = farthest if chosen.max_offset == "sequence" else chosen.max_offset
     kept, placement = _kept(chosen, model, tokenizer, pattern)
-    convert(model, **pattern, keep_layers=kept, full_reach=_distance(chosen.full_reach, model))
+    full_reach = farthest if chosen.full_reach == "sequence" else chosen.full_reach
+    convert(model, **pattern, keep_layers=kept, full_reach=full_reach)
     write_folder(chosen.out, model, tokenizer, source=chosen.model, placement=placement)
     print(f"{chosen.out} holds the converted model; try it: {shlex.join(['fibattn', 'sample', str(chosen.out)])} …")
 
@@ -85,17 +88,6 @@ def _check(chosen: Arguments) -> None:
         )
     if chosen.tokens < 1 or chosen.sequence_length < 1:
         raise InputError(f"tokens {chosen.tokens}, sequence_length {chosen.sequence_length}: each must be at least 1")
-
-
-def _pattern(chosen: Arguments, config: Any) -> dict[str, Any]:
-    """The arguments of `fibattn.convert` that hold whichever layers are kept."""
-    farthest = config.max_position_embeddings - 1 if chosen.max_offset == "sequence" else chosen.max_offset
-    names = ("window", "rungs", "base", "schedule")
-    return {**{name: getattr(chosen, name) for name in names}, "max_offset": farthest}
-
-
-def _distance(value: int | Literal["sequence"] | None, model: Any) -> int | None:
-    return model.base_model.config.max_position_embeddings - 1 if value == "sequence" else value
 
 
 def _kept(
