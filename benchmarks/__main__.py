@@ -10,6 +10,8 @@ PROGRAM = Program(
     verbs={
         "operator": "the attention operator against dense and masked attention",
         "decoding": "a decoded token over the length of its context",
+        "paged-decode": "attention from pages against attention from rings, many requests at once",
+        "batching": "tokens a second of many requests under continuous batching",
         "training-step": "a training step of the project's trainer, and where its time goes (GPU)",
         "tile-sweep": "one kernel at a time over its tile sizes (GPU)",
         "compare": "one source tree against another: times, and outputs bit by bit",

@@ -5,8 +5,9 @@ sequence's table has at `p // rows`. Pages out of a layer's reach may belong to 
 is what the host does, and the CPU's way: one-token steps together, longer chunks one after the other. No gradients.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,12 @@ from fibattn.attention.checks import check_pattern
 from fibattn.attention.reference import Patterns, wide
 from fibattn.errors import InputError
 from fibattn.pattern import LearnedPattern, Pattern
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _uncompiled(function: _Function) -> _Function:
+    return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Batch:
     first: Tensor | None = None
 
 
-@torch.compiler.disable
+@_uncompiled
 def attend_paged(
     q: Tensor,
     k_pages: Tensor,

@@ -136,7 +136,7 @@ def attend_batch(
         key_starts = key_starts["sliding_attention"]
     longest = given.get("max_length_q", given.get("max_seqlen_q", 0))
     keys, values, batch = packed(k[0].transpose(0, 1), v[0].transpose(0, 1), starts, key_starts, longest)
-    return attend_paged(q[0], keys, values, pattern, batch, **how)[None]  # pyright: ignore[reportCallIssue]
+    return attend_paged(q[0], keys, values, pattern, batch, **how)[None]
 
 
 def update(cache: Any, k: Tensor, v: Tensor, layer: int, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
