@@ -51,6 +51,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "learned, compiled": ("learned", {}, {"enforce_eager": False}),
     "bounded hybrid, long chunks": ("bounded mixture", {}, {"max_num_batched_tokens": 512}),
     "unbounded hybrid, prefixes": ("mixture", {}, {"enable_prefix_caching": True}),
+    "ungated, with a skip": ("modern", {}, {"enforce_eager": False}),
     "every option": (
         "linear",
         {"qk_norm": True, "hidden_act": "gelu", "qkv_bias": True, "mlp_bias": True, "tie_word_embeddings": False},

@@ -14,9 +14,9 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP, LlamaModel
-from vllm.model_executor.models.utils import extract_layer_index
+from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index
 from vllm.sequence import IntermediateTensors
 
 from fibattn.errors import InputError
@@ -67,8 +67,8 @@ class FibAttnAttention(nn.Module):
             **how,
         )
 
-    def forward(self, positions: tuple[Rotation, Rotation], hidden_states: Tensor) -> Tensor:
-        """`hidden_states` (tokens, hidden size) in and out; for positions both rotations of the tokens."""
+    def forward(self, positions: tuple[Rotation, Rotation, Tensor | None], hidden_states: Tensor) -> Tensor:
+        """`hidden_states` (tokens, hidden size) in and out; `positions` as in a layer."""
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split([self.heads, self.kv_heads, self.kv_heads], dim=-2)
         if self.q_norm is not None and self.k_norm is not None:
@@ -89,8 +89,20 @@ class _Gated(nn.Module):
         return self.activation(gate) * up
 
 
+class _Ungated(nn.Module):
+    def __init__(self, config: Any, quant_config: Any, bias: bool, prefix: str):
+        super().__init__()
+        hidden, inner, how = config.hidden_size, config.intermediate_size, {"quant_config": quant_config, "bias": bias}
+        self.up_proj = ColumnParallelLinear(hidden, inner, prefix=f"{prefix}.up_proj", **how)
+        self.down_proj = RowParallelLinear(inner, hidden, prefix=f"{prefix}.down_proj", **how)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.up_proj(hidden)[0]))[0]
+
+
 class FibAttnDecoderLayer(LlamaDecoderLayer):
-    """Llama's, with our attention and any activation."""
+    """Llama's, with our attention, any activation, and where the model has one the skip from its embedding."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str = ""):
         nn.Module.__init__(self)
@@ -98,11 +110,22 @@ class FibAttnDecoderLayer(LlamaDecoderLayer):
         self.hidden_size = config.hidden_size
         self.self_attn = FibAttnAttention(vllm_config, f"{prefix}.self_attn")
         given = {"quant_config": vllm_config.quant_config, "bias": config.mlp_bias, "prefix": f"{prefix}.mlp"}
-        self.mlp = LlamaMLP(config.hidden_size, config.intermediate_size, "silu", **given)
-        if config.hidden_act != "silu":
+        if config.gated_mlp:
+            self.mlp: nn.Module = LlamaMLP(config.hidden_size, config.intermediate_size, "silu", **given)
+        else:
+            self.mlp = _Ungated(config, **given)
+        if config.gated_mlp and config.hidden_act != "silu":
             self.mlp.act_fn = _Gated(config.hidden_act)
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.skip = nn.Parameter(torch.tensor([1.0, 0.0])) if config.embedding_skip else None
+
+    def forward(self, positions: Any, hidden_states: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As Llama's; for positions both rotations of the tokens, and their embedding."""
+        if self.skip is not None:
+            stream = hidden_states if residual is None else hidden_states + residual
+            hidden_states, residual = self.skip[0] * stream + self.skip[1] * positions[2], None
+        return super().forward(positions, hidden_states, residual)
 
 
 @support_torch_compile
@@ -116,6 +139,12 @@ class FibAttnModel(LlamaModel):
         scaled = config.rope_parameters["rope_type"] != "default"
         self.scaled_rotary_emb = FibAttnRotaryEmbedding(config, scaled=True) if scaled else None
         self.register_buffer("like", torch.empty(0), persistent=False)
+        self.embed_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if config.embedding_skip else None
+        if not config.gated_mlp:
+            stacked = LlamaModel.hf_to_vllm_mapper.orig_to_new_stacked
+            self.hf_to_vllm_mapper = WeightsMapper(
+                orig_to_new_stacked={name: of for name, of in stacked.items() if of[0] == ".qkv_proj"}
+            )
 
     def forward(
         self,
@@ -127,7 +156,9 @@ class FibAttnModel(LlamaModel):
         """As Llama's, whose layers are handed the rotations of the tokens for their positions."""
         plain = self.rotary_emb(self.like, positions[None])
         scaled = plain if self.scaled_rotary_emb is None else self.scaled_rotary_emb(self.like, positions[None])
-        return super().forward(input_ids, (plain, scaled), intermediate_tensors, inputs_embeds)
+        if self.embed_norm is not None:
+            inputs_embeds = self.embed_norm(self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds)
+        return super().forward(input_ids, (plain, scaled, inputs_embeds), intermediate_tensors, inputs_embeds)
 
 
 class FibAttnForCausalLM(LlamaForCausalLM):
@@ -136,6 +167,10 @@ class FibAttnForCausalLM(LlamaForCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         config = vllm_config.model_config.hf_config
         check_served(config)
+        if config.embedding_skip and vllm_config.parallel_config.pipeline_parallel_size > 1:
+            raise InputError("embedding_skip is True, and the embedding is on the first pipeline rank alone: use one")
+        if not config.gated_mlp:
+            self.packed_modules_mapping = {"qkv_proj": self.packed_modules_mapping["qkv_proj"]}
         chunk, longest = vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.model_config.max_model_len
         kept = [None if one is None else min(one - 1 + chunk, longest) for one in planned(vllm_config)]
         _log.info_once(memory_of_a_request(config, kept, vllm_config.model_config.dtype))
