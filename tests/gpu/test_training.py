@@ -55,7 +55,8 @@ def trained(recipe: Recipe, folder: Path, *, watched: bool = False) -> tuple[Los
     starts = rng.integers(0, len(tokens) - recipe.sequence_length - 1, recipe.steps * recipe.sequences_per_step)
     stream = TokenStream([folder / "train.bin"])
     sizes = np.ones(VOCABULARY, np.uint16)
-    held_out = HeldOut.choose({"same": stream}, sizes, recipe.sequence_length, recipe.evaluate_tokens)
+    same = {"same": stream}
+    held_out = HeldOut.choose(same, same, sizes, recipe.sequence_length, recipe.evaluate_tokens)
     trainer = FibTrainer(
         build_model(recipe, VOCABULARY, 0),
         replace(recipe, out=folder),

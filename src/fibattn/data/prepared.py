@@ -75,13 +75,15 @@ class TokenStream:
 class PreparedData:
     """A whole prepared folder.
 
-    `token_bytes` [vocabulary] are the bytes of text each token stands for, where its tokenizer keeps bytes (see
-    `TokenStream.byte_counts`); `fingerprint` changes when any token does; `separator` is the id that begins every
-    document; `sources` is what `data.json` says of each source.
+    `training` and `validation` are by source, `train` is all of `training`. `token_bytes` [vocabulary] are the bytes of
+    text each token stands for, where its tokenizer keeps bytes (see `TokenStream.byte_counts`); `fingerprint` changes
+    when any token does; `separator` is the id that begins every document; `sources` is what `data.json` says of each
+    source.
     """
 
     folder: Path
     train: TokenStream
+    training: dict[str, TokenStream]
     validation: dict[str, TokenStream]
     tokenizer_path: Path
     vocab_size: int
@@ -113,11 +115,15 @@ class PreparedData:
             (name, split): TokenStream([folder / "shards" / name / shard.file for shard in shards])
             for (name, split), shards in listed(data["sources"]).items()
         }
-        paths = [path for (_, split), stream in streams.items() if split == "train" for path in stream.paths]
+        training, validation = (
+            {name: stream for (name, split), stream in streams.items() if split == wanted}
+            for wanted in ("train", "val")
+        )
         return cls(
             folder=folder,
-            train=TokenStream(paths),
-            validation={name: stream for (name, split), stream in streams.items() if split == "val"},
+            train=TokenStream([path for stream in training.values() for path in stream.paths]),
+            training=training,
+            validation=validation,
             tokenizer_path=folder / "tokenizer",
             vocab_size=data["vocab_size"],
             separator=data["separator"],

@@ -1,4 +1,4 @@
-"""The loss on held-out text while a model trains: the same few sequences of every set each time.
+"""The loss on held-out text while a model trains, beside that on training text: the same few sequences each time.
 
 It draws no random numbers and leaves the model as it was, so a run ends with the same bits with it and without it.
 """
@@ -21,65 +21,85 @@ from fibattn.model.loss import IGNORED
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Fixed sequences of every held-out set, and how many bytes of text their targets are."""
+    """Fixed sequences of every held-out set, others of the training text of the same name, and how many bytes of text
+    the held-out targets are."""
 
-    sequences: dict[str, TrainingSequences]
+    held_out: dict[str, TrainingSequences]
+    training: dict[str, TrainingSequences]
     sizes: dict[str, int]
 
     @classmethod
     def choose(
-        cls, sets: dict[str, TokenStream], token_bytes: np.ndarray, length: int, tokens: int
+        cls,
+        held_out: dict[str, TokenStream],
+        training: dict[str, TokenStream],
+        token_bytes: np.ndarray,
+        length: int,
+        tokens: int,
     ) -> "HeldOut | None":
-        """Sequences of `length`, `tokens` targets in all, of which every set gives an equal part, spread over it.
+        """Sequences of `length`, of which each set has an equal part of `tokens` targets, and as many of its training.
 
-        A set with fewer gives what it has, each gives one sequence at least; one shorter than that is left out. None
-        where no set is left.
+        They are spread over a text; one with fewer gives what it has, each gives one sequence at least. A set that is
+        shorter than that, or whose training text is, is left out. None where no set is left.
         """
-        sequences, sizes = {}, {}
-        long = {name: stream for name, stream in sets.items() if len(stream) > length}
-        for name, stream in long.items():
-            count = min(max(tokens // len(long) // length, 1), (len(stream) - 1) // length)
-            starts = np.arange(count, dtype=np.int64) * ((len(stream) - 1) // count)
-            sequences[name] = TrainingSequences(stream, starts, length)
-            texts = (stream.byte_counts(start + 1, length, token_bytes) for start in starts.tolist())
-            sizes[name] = sum(int(text.sum()) for text in texts)
-        return cls(sequences, sizes) if sequences else None
+        names = [name for name in held_out if min(len(held_out[name]), len(training[name])) > length]
+        count = max(tokens // max(len(names), 1) // length, 1)
+        parts = {name: _spread(held_out[name], length, count) for name in names}
+        sizes = {name: _size(part, token_bytes) for name, part in parts.items()}
+        return cls(parts, {name: _spread(training[name], length, count) for name in names}, sizes) if names else None
 
     @torch.no_grad()
     def losses(self, model: nn.Module, batch: int, accelerator: Accelerator) -> dict[str, float]:
-        """The mean loss of a target in nats, and bits per byte, of each set ("books/loss") and their means ("loss").
+        """What is found for each set ("books/loss"), and the means of that over the sets ("loss").
 
-        Every process of a run calls this, and gets the same. `batch` sequences are one forward pass of a process.
-        `model` is called itself, not parts of it: where it is sharded, its call gathers the weights.
+        `loss` is the mean of the targets in nats, `bits_per_byte` the same for their text, `training_loss` that of the
+        training text, `gap` by how much it is lower. Every process of a run calls this, and gets the same. `batch`
+        sequences are one forward pass of a process. `model` is called itself, not parts of it: where it is sharded, its
+        call gathers the weights.
         """
         was_training = model.training
         model.eval()
-        parts = torch.stack([self._sum(model, one, batch, accelerator) for one in self.sequences.values()])
+        texts = [*self.held_out.values(), *self.training.values()]
+        parts: Any = torch.stack([_sum(model, text, batch, accelerator) for text in texts])
         model.train(was_training)
         sums: Any = accelerator.reduce(parts)
-        found: dict[str, float] = {}
-        for (name, one), total in zip(self.sequences.items(), sums.tolist(), strict=True):
-            found[f"{name}/loss"] = total / (len(one) * one.length)
-            found[f"{name}/bits_per_byte"] = total / math.log(2) / self.sizes[name]
-        for what in ("loss", "bits_per_byte"):
-            found[what] = sum(found[f"{name}/{what}"] for name in self.sequences) / len(self.sequences)
-        return found
+        means = [total / (len(text) * text.length) for total, text in zip(sums.tolist(), texts, strict=True)]
+        rows = {}
+        for name, loss, training in zip(self.held_out, means, means[len(self.held_out) :], strict=False):
+            nats = loss * len(self.held_out[name]) * self.held_out[name].length
+            found = {"loss": loss, "training_loss": training, "gap": loss - training}
+            rows[name] = found | {"bits_per_byte": nats / math.log(2) / self.sizes[name]}
+        totals = {what: sum(row[what] for row in rows.values()) / len(rows) for what in next(iter(rows.values()))}
+        return totals | {f"{name}/{what}": value for name, row in rows.items() for what, value in row.items()}
 
-    def _sum(self, model: nn.Module, sequences: TrainingSequences, batch: int, accelerator: Accelerator) -> Tensor:
-        """This process's part of a set's loss, in nats, a float64 scalar."""
-        total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-        world = accelerator.num_processes
-        for first in range(0, len(sequences), world * batch):
-            last = min(first + world * batch, len(sequences))
-            inputs, targets = _batch(sequences, range(first + accelerator.process_index, last, world))
-            total += model(
-                input_ids=inputs.to(accelerator.device),
-                shift_labels=targets.to(accelerator.device),
-                use_cache=False,
-                num_items_in_batch=1,  # the sum
-                logits_to_keep=1,  # the loss is over all targets nevertheless, without all logits at once
-            ).loss
-        return total
+
+def _spread(stream: TokenStream, length: int, count: int) -> TrainingSequences:
+    """At most `count` sequences, evenly over the stream."""
+    count = min(count, (len(stream) - 1) // length)
+    return TrainingSequences(stream, np.arange(count, dtype=np.int64) * ((len(stream) - 1) // count), length)
+
+
+def _size(sequences: TrainingSequences, token_bytes: np.ndarray) -> int:
+    """Bytes of text of all targets."""
+    starts = (sequences.order + 1).tolist()
+    return sum(int(sequences.stream.byte_counts(start, sequences.length, token_bytes).sum()) for start in starts)
+
+
+def _sum(model: nn.Module, sequences: TrainingSequences, batch: int, accelerator: Accelerator) -> Tensor:
+    """This process's part of the loss of all targets, in nats, a float64 scalar."""
+    total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    world = accelerator.num_processes
+    for first in range(0, len(sequences), world * batch):
+        last = min(first + world * batch, len(sequences))
+        inputs, targets = _batch(sequences, range(first + accelerator.process_index, last, world))
+        total += model(
+            input_ids=inputs.to(accelerator.device),
+            shift_labels=targets.to(accelerator.device),
+            use_cache=False,
+            num_items_in_batch=1,  # the sum
+            logits_to_keep=1,  # the loss is over all targets nevertheless, without all logits at once
+        ).loss
+    return total
 
 
 def _batch(sequences: TrainingSequences, rows: Sequence[int]) -> tuple[Tensor, Tensor]:

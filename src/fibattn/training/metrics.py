@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,13 @@ class MetricsFile(TrainerCallback):
     """`metrics.jsonl` has a line every `log_every` steps and with each checkpoint and evaluation, `held-out.jsonl` one
     for each evaluation.
 
-    `tokens_per_second` leaves the time of evaluations out. `training_loss` is the mean over the steps since the
-    evaluation before.
+    `tokens_per_second` leaves the time of evaluations out.
     """
 
     def __init__(self, recipe: Recipe, meter: Meter):
         self.path, self.meter = recipe.out / "metrics.jsonl", meter
         self.held_out = recipe.out / "held-out.jsonl"
         self._step_tokens = recipe.sequences_per_step * recipe.sequence_length
-        self._since: list[tuple[int, float]] = []  # steps and their mean loss, one for each line since the evaluation
         self._notes = {"training": "", "held out": ""}
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
@@ -34,11 +31,8 @@ class MetricsFile(TrainerCallback):
         state.compute_steps(args, state.max_steps)  # those of this run: a resumed state has its checkpoint's
         self._last, self._last_step = time.monotonic(), state.global_step
         if state.is_world_process_zero:
-            lines = _keep(self.path, state.global_step)
-            evaluated = max((line["step"] for line in _keep(self.held_out, state.global_step)), default=0)
-            ends = [0, *(line["step"] for line in lines)]
-            spans = zip(pairwise(ends), lines, strict=True)
-            self._since = [(last - first, line["loss"]) for (first, last), line in spans if last > evaluated]
+            for path in (self.path, self.held_out):
+                _cut(path, state.global_step)
         self.meter.resume(state.global_step * self._step_tokens)
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
@@ -51,10 +45,9 @@ class MetricsFile(TrainerCallback):
         """Append one line."""
         if not state.is_world_process_zero or "loss" not in logs:
             return
-        now, steps = time.monotonic(), state.global_step - self._last_step
-        speed = steps * self._step_tokens / max(now - self._last, 1e-9)
+        now = time.monotonic()
+        speed = (state.global_step - self._last_step) * self._step_tokens / max(now - self._last, 1e-9)
         self._last, self._last_step = now, state.global_step
-        self._since.append((steps, logs["loss"]))
         line = {
             "loss": logs["loss"],
             "learning_rate": logs.get("learning_rate"),
@@ -69,18 +62,15 @@ class MetricsFile(TrainerCallback):
         self._last += metrics["eval_runtime"]
         if not state.is_world_process_zero:
             return
-        line: dict[str, Any] = {"loss": metrics["eval_loss"]}
-        if self._since:
-            training = sum(steps * loss for steps, loss in self._since) / sum(steps for steps, _ in self._since)
-            line |= {"training_loss": training, "gap": metrics["eval_loss"] - training}
-            self._since = []
+        line: dict[str, Any] = {}
         sets: dict[str, dict[str, float]] = {}
         for key, value in metrics.items():
             name, slash, what = key.removeprefix("eval_").rpartition("/")
             if slash:
                 sets.setdefault(name, {})[what] = value
-        line |= {"bits_per_byte": metrics["eval_bits_per_byte"], "sets": sets}
-        line["seconds"] = round(metrics["eval_runtime"], 3)
+            elif what in ("loss", "training_loss", "gap", "bits_per_byte"):
+                line[what] = value
+        line |= {"sets": sets, "seconds": round(metrics["eval_runtime"], 3)}
         self._note("held out", f"held out {metrics['eval_bits_per_byte']:.4f} bits/byte")
         self._append(self.held_out, state.global_step, line)
 
@@ -93,14 +83,11 @@ class MetricsFile(TrainerCallback):
             file.write(json.dumps({"step": step, "tokens": step * self._step_tokens} | line) + "\n")
 
 
-def _keep(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop the lines of a JSON Lines file after `step`, and what is no whole line; return the others."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in text if line.endswith("\n") and _step(line) <= step]
-    files.write_text(path, "".join(kept))
-    return [json.loads(line) for line in kept]
+def _cut(path: Path, step: int) -> None:
+    """Drop the lines of a JSON Lines file after `step`, and what is no whole line."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        files.write_text(path, "".join(line for line in lines if line.endswith("\n") and _step(line) <= step))
 
 
 def _step(line: str) -> float:

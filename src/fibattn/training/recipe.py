@@ -195,8 +195,8 @@ class Recipe:
     """How many of the newest checkpoints stay."""
     evaluate_every: int | None = 250
     """Steps from one look at the held-out loss to the next, into held-out.jsonl; None for none."""
-    evaluate_tokens: int = 262_144
-    """Held-out tokens of a look, always the same ones, an equal part of each set."""
+    evaluate_tokens: int = 131_072
+    """Held-out tokens of a look, always the same ones, an equal part of each set; beside them as many of training."""
     track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Where metrics go besides metrics.jsonl and held-out.jsonl."""
 
@@ -295,7 +295,7 @@ PRESETS: dict[str, Recipe] = {
         micro_batch=16,
         save_every=100,
         evaluate_every=100,
-        evaluate_tokens=32_768,
+        evaluate_tokens=16_384,
     ),
 }
 """`paper` is the paper's linear stagger at its rate, `hybrid` the project's own, tuned (the study's ladder): a wider

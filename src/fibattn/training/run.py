@@ -131,7 +131,8 @@ def _held_out(recipe: Recipe, data: PreparedData) -> HeldOut | None:
     """What the loss is measured on in training; None where that is not wanted, or there is nothing."""
     if recipe.evaluate_every is None:
         return None
-    return HeldOut.choose(data.validation, data.token_bytes, recipe.sequence_length, recipe.evaluate_tokens)
+    length, tokens = recipe.sequence_length, recipe.evaluate_tokens
+    return HeldOut.choose(data.validation, data.training, data.token_bytes, length, tokens)
 
 
 def _say_what_begins(

@@ -103,7 +103,7 @@ class FibTrainer(Trainer):
             model=model,  # pyright: ignore[reportArgumentType]
             args=training_arguments(recipe, processes, evaluates=held_out is not None),
             train_dataset=sequences,
-            eval_dataset=held_out and held_out.sequences,  # pyright: ignore[reportArgumentType]
+            eval_dataset=held_out and held_out.held_out,  # pyright: ignore[reportArgumentType]
         )
         self.recipe, self.sequences, self.held_out = recipe, sequences, held_out
         self.evaluation_seconds = 0.0
