@@ -56,7 +56,7 @@ def test_what_a_file_leaves_out_has_its_default(tmp_path: Path) -> None:
     [
         ('{"stpes": 5}', r"mine.json has an unknown key 'stpes': did you mean 'steps'\?"),
         ('{"model": {"widow": 5}}', r"mine.json: model has an unknown key 'widow': did you mean 'window'\?"),
-        ('{"zzz": 5}', r"unknown key 'zzz': the keys are data, out, start, model"),
+        ('{"zzz": 5}', r"unknown key 'zzz': the keys are data, out, start, keep_model, model"),
         ('{"steps": "5"}', r"mine.json: steps is '5'; expected a whole number"),
         ('{"steps": true}', r"mine.json: steps is True; expected a whole number"),
         ('{"steps": 2.5}', r"mine.json: steps is 2.5; expected a whole number"),
