@@ -75,7 +75,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     with state.main_process_first():
         data = PreparedData.open(recipe.data, verify=state.is_main_process)
         tokenizer = _tokenizer(data)  # needed at the end, when much would be lost
-        config = _config(recipe, data)  # a shape that cannot be claims no folder
+        config = _config(recipe, data, tokenizer)  # a shape that cannot be claims no folder
         order = _order(recipe, data)
         inputs = {"data_fingerprint": data.fingerprint, "order_sha256": files.sha256(order)}
         if recipe.start is not None:
@@ -121,10 +121,13 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     return finished
 
 
-def _config(recipe: Recipe, data: PreparedData) -> FibAttnConfig:
+def _config(recipe: Recipe, data: PreparedData, tokenizer: PreTrainedTokenizerFast) -> FibAttnConfig:
     if recipe.keep_model and recipe.start is not None:
         return start.configuration(recipe.start, recipe.out)
-    return model_config(recipe, data.vocab_size, data.separator)
+    config = model_config(recipe, data.vocab_size, data.separator)
+    if tokenizer.eos_token_id not in (None, data.separator):
+        config.eos_token_id = [data.separator, tokenizer.eos_token_id]  # pyright: ignore  # so the turns of a chat end
+    return config
 
 
 def _held_out(recipe: Recipe, data: PreparedData) -> HeldOut | None:
