@@ -106,6 +106,7 @@ def test_rungs_of_two_go_up_to_the_context(tmp_path: Path, capsys: pytest.Captur
     [
         (["--window", "-1"], "window is -1; it must be 0 or more"),
         (["--layers", "0"], "the number of layers is 0; it must be at least 1"),
+        (["--layers", "1000000", "--farthest", "9"], "layers is 1,000,000; at most 1,000 are shown"),
         (["--rungs", "-3"], "the number of rungs is -3"),
         (["--context", "1"], "context is 1; it must be at least 2 tokens"),
         (["--max-offset", "-2"], "max_offset is -2; it must be 0 or more"),

@@ -29,3 +29,13 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, content: bytes, message: s
 def test_a_byte_order_mark_is_no_part_of_it(tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_bytes(b"\xef\xbb\xbf" + b'{"steps": 3}')
     assert files.read_json(tmp_path / "recipe.json") == {"steps": 3}
+
+
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="no /sys, where even root may write nothing")
+def test_a_place_is_tried_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (Path("/sys/kernel/result.json"), Path("/sys/kernel/new/result.json"), tmp_path / "file" / "r.json"):
+        with pytest.raises(InputError, match="cannot be written: .* is no folder that may be written to; give another"):
+            files.check_writable(path)
+    files.check_writable(tmp_path / "new" / "result.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

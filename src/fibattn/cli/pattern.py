@@ -12,7 +12,7 @@ from fibattn.cli.flags import parse
 from fibattn.errors import InputError, MissingExtraError
 from fibattn.pattern import Base, Composition, Pattern, Schedule, compose, layer_alphas, layer_patterns, union_coverage
 
-_FARTHEST = 200_000  # takes seconds
+_FARTHEST, _DEEPEST = 200_000, 1_000  # take seconds
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ def run(arguments: list[str]) -> None:
         raise MissingExtraError("--out draws with matplotlib", "plots")
     if chosen.context < 2:
         raise InputError(f"context is {chosen.context}; it must be at least 2 tokens")
+    if chosen.layers > _DEEPEST:
+        raise InputError(f"layers is {chosen.layers:,}; at most {_DEEPEST:,} are shown")
     patterns = layer_patterns(
         chosen.base,
         chosen.schedule,
