@@ -148,6 +148,12 @@ def test_names(tmp_path):
         ("not.txt.zst", b"plain text", r"not.txt.zst cannot be read"),
         ("not.parquet", b"PAR1 not really", r"not.parquet is not valid parquet"),
         ("field.jsonl", b'{"content": "a"}\n', r"row 1 of .*has no field 'text'; it has 'content': .*--text"),
+        (
+            "utf16.jsonl",
+            '{"text": "ö"}'.encode("utf-16"),
+            r"line 1 of .* is not UTF-8: ff at byte 0 .*iconv -f UTF-16",
+        ),
+        ("latin.jsonl", '{"text": "ö"}'.encode("latin1"), r"line 1 of .* is not UTF-8: f6 at .*iconv -f LATIN1"),
         ("number.jsonl", b'{"text": 5}\n', r"field 'text' in row 1 .* is int, text was expected"),
         ("x.docx", b"a", r"x.docx is of no known kind; expected .txt"),
     ],
@@ -177,8 +183,9 @@ def test_numbers_of_any_length_may_stand_beside_the_text(tmp_path):
     digits = "7" * 5000
     (tmp_path / "a.jsonl").write_text(f'{{"text": "a", "n": {digits}}}\n{{"text": "b", "n": [-{digits}, 1]}}\n')
     assert texts(tmp_path / "a.jsonl") == ["a", "b"]
-    with pytest.raises(InputError, match=r"field 'n' in row 1 of .* is float, text was expected"):
-        list(Source("a", (tmp_path / "a.jsonl",), text=("n",)).documents())
+    for flag, given in (("--text", {"text": ("n",)}), ("--key", {"key": "n"})):
+        with pytest.raises(InputError, match=rf"field 'n' in row 1 of .* is float, text was expected: .* with {flag}"):
+            list(Source("a", (tmp_path / "a.jsonl",), **given).documents())
 
 
 @pytest.mark.parametrize("log", [27, 28, 31])

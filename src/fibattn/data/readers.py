@@ -100,9 +100,10 @@ def _decompressed(blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 def _not_utf8(what: str, error: UnicodeDecodeError) -> str:
     found = error.object[error.start : error.end].hex(" ")
+    encoding = "UTF-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "LATIN1"  # by its byte-order mark
     return (
         f"{what} is not UTF-8: {found} at byte {error.start} ({error.reason}); "
-        "convert it (iconv -f LATIN1 -t UTF-8) or leave it out"
+        f"convert it (iconv -f {encoding} -t UTF-8) or leave it out"
     )
 
 
@@ -172,7 +173,8 @@ def from_row(row: Mapping[str, Any], fields: tuple[str, ...], key: str | None, w
             raise InputError(_no_field(where, field, row))
         if not isinstance(row[field], str):
             got = type(row[field]).__name__
-            raise InputError(f"field {field!r} in {where} is {got}, text was expected: name another field with --text")
+            flag = "--text" if field in fields else "--key"
+            raise InputError(f"field {field!r} in {where} is {got}, text was expected: name another field with {flag}")
         try:
             row[field].encode()
         except UnicodeEncodeError as error:
