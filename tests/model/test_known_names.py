@@ -48,6 +48,26 @@ def test_label_smoothing_shifts_the_labels_of_an_adapted_model(tmp_path: Path) -
     assert smoothed(adapted, tmp_path) == pytest.approx(by_hand(adapted), rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["mixture", "converted", "adapted"])
+def test_the_trainer_evaluates_loss_and_metrics(kind: str, tmp_path: Path) -> None:
+    """It finds by name which arguments are labels, and has no loss where one of them is not given."""
+    made: Any = fibattn.convert(foreign_decoders.model(), window=3) if kind == "converted" else model("mixture")
+    if kind == "adapted":
+        peft = pytest.importorskip("peft", reason="peft is not installed")
+        made = peft.get_peft_model(made, peft.LoraConfig(task_type="CAUSAL_LM"))
+    ids = tokens(4, 30)
+    rows = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in ids]
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", disable_tqdm=True, use_cpu=True)
+    seen = {}
+    trainer = Trainer(
+        model=made, args=arguments, eval_dataset=rows, compute_metrics=lambda found: seen.update(vars(found)) or {}
+    )
+    loss = trainer.evaluate()["eval_loss"]
+    assert loss == pytest.approx(float(made.eval()(input_ids=ids, labels=ids).loss.detach()), rel=1e-4)
+    assert seen["label_ids"].tolist() == ids.tolist()
+    assert seen["predictions"].shape == (4, 30, 61)
+
+
 @pytest.mark.parametrize("chosen", ["LoraConfig", "IA3Config", "LNTuningConfig", "LoHaConfig", "OFTConfig"])
 def test_an_adapter_that_names_no_layers_goes_where_a_llamas_goes(chosen: str) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")

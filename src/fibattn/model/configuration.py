@@ -76,7 +76,7 @@ class FibAttnConfig(PreTrainedConfig):
     """
 
     model_type = "fibattn"
-    keys_to_ignore_at_inference = ("cache", "past_key_values")
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012  # the Trainer adds a list to it
     default_theta = 10_000.0
 
     vocab_size: int = 32_768

@@ -264,7 +264,6 @@ class FibAttnForCausalLM(FibAttnPreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
@@ -284,6 +283,8 @@ class FibAttnForCausalLM(FibAttnPreTrainedModel, GenerationMixin):
         Raises:
             InputError: as `FibAttnModel.forward`, and for targets of another shape than the tokens.
         """
+        # Not in the signature: the Trainer evaluates only what has all arguments with "label" in their names.
+        shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
