@@ -14,13 +14,14 @@ triton = pytest.importorskip("triton", reason="Triton is not installed (the extr
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fibattn.attention.triton import backward, decode, forward, key_gradients  # noqa: E402
+from fibattn.attention.triton import backward, decode, forward, key_gradients, paged  # noqa: E402
 from fibattn.attention.triton.columns import Columns  # noqa: E402
 from fibattn.attention.triton.launch import FUSED, row_options  # noqa: E402
 from fibattn.attention.triton.shape import shape_of  # noqa: E402
 
 SMALL_GPU, SHARED_MEMORY = 86, 101_376
 POINTERS = dict.fromkeys(("p_positions", "p_cache_positions", "p_table", "p_rungs"), "i32")
+POINTERS |= dict.fromkeys(("p_starts", "p_lengths", "p_first"), "i32")
 POINTERS |= dict.fromkeys(("p_fractions", "p_factors", "p_grad_lse"), "fp32")
 
 
@@ -33,7 +34,7 @@ def shared_memory(kernel: Any, sizes: dict[str, Any], dtype: str, absent: set[st
             signature[name], constants[name] = "constexpr", None if name in absent else sizes[name]
         elif name.startswith("p_"):
             signature[name] = "*" + pointers.get(name, dtype)
-        elif name.startswith("stride_") and not name.endswith(("set", "positions")):
+        elif name.startswith("stride_") and not name.endswith(("set", "positions", "stride_table")):
             signature[name] = ("i32",) * 3
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
@@ -106,3 +107,19 @@ def test_decoding_fits_a_small_gpu(dtype: torch.dtype, size: int, group: int, le
     absent = {"p_positions"} | (set() if learned else {"p_fractions"})
     word = "fp32" if shape.exact else "bf16"
     assert shared_memory(decode.decode_kernel, sizes, word, absent) <= SHARED_MEMORY
+
+
+@pytest.mark.parametrize("longest", [1, 512])
+@pytest.mark.parametrize(("window", "learned", "pages"), [(12, False, True), (128, True, True), (1023, False, False)])
+@pytest.mark.parametrize(
+    ("dtype", "size", "group"), [(torch.bfloat16, 64, 4), (torch.bfloat16, 256, 32), (torch.float32, 128, 32)]
+)
+def test_pages_fit_a_small_gpu(
+    dtype: torch.dtype, size: int, group: int, window: int, learned: bool, pages: bool, longest: int
+) -> None:
+    q, k = (torch.empty(1, 1, heads, size, dtype=dtype, device="meta") for heads in (group, 1))
+    shape = shape_of(q, k)
+    absent = {"p_first" if pages else "p_table"} | (set() if learned else {"p_fractions"})
+    word = "fp32" if shape.exact else "bf16"
+    sizes = paged.options_for(shape, window, longest)
+    assert shared_memory(paged.paged_kernel, sizes, word, absent) <= SHARED_MEMORY

@@ -6,6 +6,8 @@ token, `BN` at a time. Where tokens begin, how long sequences are and where page
 grid depends on shapes alone, so that a captured CUDA graph serves any mix of as many tokens and sequences.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,7 +18,7 @@ from fibattn.attention.triton.columns import row_stride
 from fibattn.attention.triton.decode import tiles_for
 from fibattn.attention.triton.rows import load_rows
 from fibattn.attention.triton.scores import LOG2E, softmax_step
-from fibattn.attention.triton.shape import shape_of
+from fibattn.attention.triton.shape import Shape, shape_of
 
 
 def attend(
@@ -37,29 +39,27 @@ def attend(
     """Fill `out`, like q (T, Hq, D); pages (P, rows, Hkv, D); the rest as in `paged.Batch`, rungs as in `Columns`."""
     shape = shape_of(q[None], k_pages)
     sequences, kv_heads, rows = lengths.shape[0], k_pages.shape[2], k_pages.shape[1]
-    tokens = 1 if longest == 1 else max(1, (64 if window >= 64 else 16) // shape.padded_group)
-    blocks = sequences if longest == 1 else q.shape[0] // tokens + sequences
-    columns, stages = tiles_for(shape, window)
+    options = options_for(shape, window, longest)
+    blocks = sequences if longest == 1 else q.shape[0] // options["BQ"] + sequences
     try:
         paged_kernel[(blocks * kv_heads,)](
             *(q, k_pages, v_pages, out, starts, lengths, table, first, rungs, fractions),
             *(scale, window, sequences, rows, kv_heads, row_stride(rungs), 0 if table is None else table.stride(0)),
-            *(q.stride()[:2], k_pages.stride()[:3], v_pages.stride()[:3], out.stride()[:2]),
-            GROUP=shape.group,
-            GP=shape.padded_group,
-            SIZE=shape.size,
-            BD=shape.padded_size,
-            BQ=tokens,
-            ROWS=max(16, tokens * shape.padded_group),
-            BN=max(columns, tokens),
-            STEPS=longest == 1,
-            **launch.FUSED,
-            num_warps=4,
-            num_stages=stages,
+            *(q.stride(), k_pages.stride()[:3], v_pages.stride()[:3], out.stride()),
+            **options,
         )
     except OutOfResources as error:
         raise launch.explain(error, shape) from error
     return out
+
+
+def options_for(shape: Shape, window: int, longest: int) -> dict[str, Any]:
+    """What the kernel is compiled for; a wide window's keys serve more rows."""
+    columns, stages = tiles_for(shape, window)
+    tokens = 1 if longest == 1 else max(1, (64 if window >= 64 else 16) // shape.padded_group)
+    sizes = {"GROUP": shape.group, "GP": shape.padded_group, "SIZE": shape.size, "BD": shape.padded_size}
+    sizes |= {"BQ": tokens, "ROWS": max(16, tokens * shape.padded_group), "BN": max(columns, tokens)}
+    return {**sizes, "STEPS": longest == 1, **launch.FUSED, "num_warps": 4, "num_stages": stages}
 
 
 _UNSPECIALIZED = ["window", "sequences", "rows", "kv_heads", "stride_set", "stride_table"]
@@ -108,7 +108,7 @@ def paged_kernel(
         before = (i_block - i_sequence - start // BQ) * BQ
         new = tl.load(p_starts + i_sequence + 1) - start
     length = tl.load(p_lengths + i_sequence)
-    if before >= new or length == 0:
+    if (before >= new) | (length == 0):
         return
     # The position of the program's first token, and of its row's.
     position = length - new + before
