@@ -1,4 +1,4 @@
-"""`python -m examples.demo`: train a dense and a staggered model on Python's standard library, and show both."""
+"""`python -m examples.demo`: train a dense and a hybrid model on Python's standard library, and show both."""
 
 import sys
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from fibattn.cli.flags import parse
 
 @dataclass(frozen=True)
 class Arguments:
-    """Train a dense and a staggered model on Python's standard library and show both past their training length."""
+    """Train a dense and a hybrid model on Python's standard library and show both past their training length."""
 
     out: Path = Path("demo")
     """Folder for the data, the models and the report."""

@@ -58,8 +58,8 @@ def distances(patterns: Sequence[Pattern], limit: int, path: Path) -> Path:
 
     SVG and PNG, and a CSV with one row for each layer (counted from 1) and distance.
     """
-    dense, sparse = COLOURS["dense"], COLOURS["stagger"]
-    names = [f"stagger, layer {layer}" for layer in range(1, len(patterns) + 1)]
+    dense, sparse = COLOURS["dense"], COLOURS["hybrid"]
+    names = [f"hybrid, layer {layer}" for layer in range(1, len(patterns) + 1)]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(5.4, 0.9 + 0.32 * (1 + len(patterns))), layout="constrained")
         axes.plot((1, limit), (0, 0), color=dense, linewidth=6, solid_capstyle="butt")

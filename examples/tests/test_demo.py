@@ -4,15 +4,16 @@ import contextlib
 import csv
 import io
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from browser import Browser
 
-from examples.demo.demo import DENSE, FACTORS, STAGGER, run_demo
+from examples.demo.demo import DENSE, FACTORS, HYBRID, run_demo
 from fibattn import InputError, files
 from fibattn.data.prepared import PreparedData
+from fibattn.training.recipe import DEFAULT, PRESETS
 
 
 @dataclass
@@ -42,7 +43,7 @@ def test_no_steps_are_refused_before_anything_is_made(tmp_path: Path) -> None:
 def test_table_and_sample_are_printed(demo: Demo) -> None:
     for factor in FACTORS:
         assert f"{factor * DENSE.sequence_length:,} ({factor}×)" in demo.printed
-    assert "the stagger model writes:\ndef parse_" in demo.printed
+    assert "the hybrid model writes:\ndef parse_" in demo.printed
     assert str(demo.page) in demo.printed
 
 
@@ -66,16 +67,25 @@ def test_figures_lie_beside_their_numbers(demo: Demo) -> None:
 
 def test_both_models_differ_in_attention_alone(demo: Demo) -> None:
     out = demo.page.parent.parent
-    dense, stagger = (files.read_json(out / name / "recipe.json") for name in ("dense", "stagger"))
-    assert {key for key in dense if dense[key] != stagger[key]} == {"model", "out"}
-    assert {key for key in dense["model"] if dense["model"][key] != stagger["model"][key]} == {"layer_types"}
-    assert STAGGER.model.layer_types == ("fibonacci_attention",)
-    assert files.read_json(out / "dense" / "inputs.json") == files.read_json(out / "stagger" / "inputs.json")
+    dense, hybrid = (files.read_json(out / name / "recipe.json") for name in ("dense", "hybrid"))
+    assert {key for key in dense if dense[key] != hybrid[key]} == {"model", "out"}
+    attention = {"layer_types", "no_rope_layers", "window", "full_reach"}
+    assert {key for key in dense["model"] if dense["model"][key] != hybrid["model"][key]} == attention
+    assert files.read_json(out / "dense" / "inputs.json") == files.read_json(out / "hybrid" / "inputs.json")
+
+
+def test_it_shows_the_default_recipe() -> None:
+    default = PRESETS[DEFAULT]
+    same = ("layer_types", "full_reach", "rungs", "schedule", "base", "hidden_act", "gated_mlp", "qk_norm")
+    shown = {name: getattr(HYBRID.model, name) for name in same[1:]}
+    assert shown == {name: getattr(default.model, name) for name in same[1:]}
+    assert set(HYBRID.model.layer_types) == set(default.model.layer_types)
+    assert replace(HYBRID.optimizer, warmup_steps=default.optimizer.warmup_steps) == default.optimizer
 
 
 def test_run_again_trains_nothing_and_writes_the_same_page(demo: Demo) -> None:
     out, text = demo.page.parent.parent, demo.page.read_text()
-    models = [out / name / "model" / "model.safetensors" for name in ("dense", "stagger")]
+    models = [out / name / "model" / "model.safetensors" for name in ("dense", "hybrid")]
     before = [path.stat().st_mtime_ns for path in models]
     again = demonstrate(out)
     assert [path.stat().st_mtime_ns for path in models] == before

@@ -48,7 +48,7 @@ def test_distances_lists_every_layer(tmp_path: Path) -> None:
     path = distances(patterns, 99, tmp_path / "figure.svg")
     expected = [[str(layer), str(d)] for layer in (1, 2, 3) for d in patterns[layer - 1].distances]
     assert rows(path)[1:] == expected
-    assert "stagger, layer 3" in path.read_text()
+    assert "hybrid, layer 3" in path.read_text()
 
 
 def test_distances_without_window_or_rungs(tmp_path: Path) -> None:
