@@ -78,17 +78,18 @@ def test_rungs_are_resolved_as_in_the_pattern():
     learned, shape = (importlib.import_module(f"fibattn.attention.triton.{room}") for room in ("learned", "shape"))
     for alpha in [*torch.linspace(0.4, 1.6, 241, dtype=torch.float64).tolist(), 0.7, 1.3125, 1.1875]:
         for max_offset in (ops.NO_LIMIT, 400):
-            found = learned.resolve(torch.tensor(alpha, dtype=torch.float64, device="cuda"), RUNGS, 12, max_offset)
+            where = torch.tensor(alpha, dtype=torch.float64, device="cuda")
+            rungs, fractions, factors = learned.resolve(where, RUNGS, 12, max_offset)
             right = LearnedPattern(12, RUNGS, max_offset).at(alpha)
-            count = int(found.rungs[0, 0])
-            assert found.rungs[0, 1 : 1 + count].tolist() == [rung.near for rung in right]
-            assert found.factors[:count].tolist() == [RUNGS[rung.index] for rung in right]
+            count = int(rungs[0, 0])
+            assert rungs[0, 1 : 1 + count].tolist() == [rung.near for rung in right]
+            assert factors[:count].tolist() == [RUNGS[rung.index] for rung in right]
             exact = torch.tensor([rung.fraction for rung in right]).float()
-            assert found.fractions[:count].tolist() == exact.tolist()
+            assert fractions[:count].tolist() == exact.tolist()
             # The kernels' tiles read past the last rung, where there must be no key.
-            past = found.rungs.as_strided((learned.MOST_RUNGS,), (1,), 1 + count)
+            past = rungs.as_strided((learned.MOST_RUNGS,), (1,), 1 + count)
             assert (past == shape.UNREACHABLE).all()
-            assert (found.fractions[count : count + learned.MOST_RUNGS] == 0).all()
+            assert (fractions[count : count + learned.MOST_RUNGS] == 0).all()
 
 
 def test_learned_alpha_with_documents():

@@ -117,8 +117,9 @@ def test_evaluations_between_replayed_steps_leave_them_as_they_are(tmp_path: Pat
     np.testing.assert_allclose(watched.values, alone.values, atol=0.01)
     assert (same - embedding).norm() < 0.1 * embedding.norm()
     assert len(watched.held_out) == STEPS // 4
-    # The same text: after a step, its loss is about what the steps around it have.
-    np.testing.assert_allclose(watched.held_out, watched.values[3::4], atol=0.5)
+    # The same text: after a step, its loss is between those of the steps before and after it, which fall fast.
+    before, after = watched.values[3::4], [*watched.values[4::4], watched.values[-1]]
+    assert all(low - 0.1 < found < high + 0.1 for low, found, high in zip(after, watched.held_out, before, strict=True))
     torch._dynamo.reset()
 
 
