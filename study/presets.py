@@ -208,6 +208,7 @@ STUDIES: dict[str, Study] = {
             steps=200,
             save_every=100,
             keep_checkpoints=1,
+            evaluate_every=None,
         ),
         (
             _smoke(DENSE),

@@ -25,6 +25,7 @@ TINY = [
     "--steps=2",
     "--save-every=1",
     "--log-every=1",
+    "--evaluate-tokens=256",
 ]
 TINY += ["--model.hidden-size=32", "--model.intermediate-size=48", "--model.num-hidden-layers=2"]
 TINY += ["--model.num-attention-heads=4", "--model.window=4"]

@@ -50,6 +50,8 @@ DENSE = Recipe(
     micro_batch=8,
     steps=900,
     save_every=300,
+    evaluate_every=300,
+    evaluate_tokens=8192,
 )
 """The rival of the default recipe, at a size for which two cores take a minute or two."""
 
