@@ -122,7 +122,7 @@ def _report(
         distances=inline_svg(distances(patterns, DENSE.sequence_length - 1, folder / "distances.svg")),
         rows=rows,
         lengths=lengths,
-        few_keys=min(len(pattern.distances) for pattern in patterns),
+        few_keys=max(len(pattern.distances) for pattern in patterns if pattern.offsets),
         generated=_SAMPLE_TOKENS,
         sample=sample,
         provenance=_provenance(out, data, hybrid),
