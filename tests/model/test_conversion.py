@@ -2,8 +2,8 @@
 
 import copy
 import itertools
-import sys
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
