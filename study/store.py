@@ -33,19 +33,24 @@ _HOUSEKEEPING = ("data", "out", "compile", "log_every", "save_every", "keep_chec
 _HOUSEKEEPING += ("evaluate_every", "evaluate_tokens")
 
 _FIRST = {
-    "model": {
-        *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-        *("layer_types", "no_rope_layers", "base", "schedule", "stagger_heads", "window", "rungs", "max_offset"),
-        *("full_reach", "rope_theta"),
-    },
-    "optimizer": {
-        *("learning_rate", "final_fraction", "warmup_steps", "beta1", "beta2", "epsilon", "weight_decay"),
-        "max_grad_norm",
-    },
+    *(
+        "start",
+        "model",
+        "optimizer",
+        "sequence_length",
+        "sequences_per_step",
+        "steps",
+        "order",
+        "init_seed",
+        "data_seed",
+    ),
+    *("precision", "gradient_checkpointing", "parallel"),
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("layer_types", "no_rope_layers", "base", "schedule", "stagger_heads", "window", "rungs", "max_offset"),
+    *("full_reach", "rope_theta"),
+    *("learning_rate", "final_fraction", "warmup_steps", "beta1", "beta2", "epsilon", "weight_decay", "max_grad_norm"),
 }
-"""The fields that every result has."""
-_LATER = ("keep_model",)
-"""Those of a recipe itself that only some have."""
+"""The fields of a recipe and its parts that every result has."""
 
 
 def recipe_of(recipe: Recipe) -> dict[str, Any]:
@@ -53,17 +58,15 @@ def recipe_of(recipe: Recipe) -> dict[str, Any]:
 
     Fields that are younger than the first results are left out at their defaults, so that those results stay known.
     """
-    plain = to_json(Recipe().resolved())
-    found = {
-        name: value
-        for name, value in to_json(recipe.resolved()).items()
-        if name not in _HOUSEKEEPING and (name not in _LATER or value != plain[name])
+    return _telling(to_json(recipe.resolved()), to_json(Recipe().resolved()))
+
+
+def _telling(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _telling(value, defaults[name]) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if name not in _HOUSEKEEPING and (name in _FIRST or value != defaults[name])
     }
-    for part in ("model", "optimizer"):
-        found[part] = {
-            name: value for name, value in found[part].items() if name in _FIRST[part] or value != plain[part][name]
-        }
-    return found
 
 
 def key_of(recipe: Recipe, data_fingerprint: str) -> str:

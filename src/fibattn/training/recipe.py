@@ -96,7 +96,7 @@ class ModelRecipe:
 
 @dataclass(frozen=True)
 class OptimizerRecipe:
-    """AdamW and its rate: linear warm-up, then a cosine to a fraction of the peak (paper, section 4)."""
+    """AdamW, alone or beside Muon, and their rate: linear warm-up, then a fall. Defaults: the paper's (section 4)."""
 
     learning_rate: float = 3e-4
     """The highest, after the warm-up."""
@@ -163,7 +163,7 @@ class Recipe:
     model: ModelRecipe = field(default_factory=ModelRecipe)
     """The shape of the model, and what its layers attend to."""
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
-    """AdamW and its rate."""
+    """The optimizer and its rate."""
     sequence_length: int = 1024
     """Tokens of a training sequence."""
     sequences_per_step: int = 32

@@ -119,7 +119,7 @@ class FibTrainer(Trainer):
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))  # pyright: ignore
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The paper's."""
+        """The recipe's."""
         if self.optimizer is None:
             self.optimizer = build_optimizer(self.model if model is None else model, self.recipe.optimizer)  # pyright: ignore
         return self.optimizer
@@ -127,7 +127,7 @@ class FibTrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """The paper's rate; its first step is step 1, the scheduler's is 0."""
+        """The recipe's rate; its first step is step 1, the scheduler's is 0."""
         if self.lr_scheduler is None:
             chosen = self.recipe.optimizer
             self.lr_scheduler = LambdaLR(
