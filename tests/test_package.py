@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "fibattn"
 HEAVY = {"numpy", "torch", "transformers", "triton", "pyarrow", "tokenizers", "matplotlib", "rich", "tyro"}
 # From the ground up: a room may import those before it. The files of no room are below all of them.
-ROOMS = ["pattern", "attention", "model", "data", "training", "evaluation", "serving", "cli"]
+ROOMS = ["pattern", "attention", "model", "parallel", "data", "training", "evaluation", "serving", "cli"]
 # Beside the library; each may import the library and those before it.
 BESIDE = ["study", "benchmarks", "examples"]
 
@@ -161,7 +161,7 @@ def test_rooms_know_only_those_below(path: Path) -> None:
 
 def test_the_library_is_small() -> None:
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCE.rglob("*.py"))
-    assert lines <= 13_086
+    assert lines <= 13_138
 
 
 def names(requirements: list[str]) -> set[str]:

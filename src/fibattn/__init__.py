@@ -64,7 +64,11 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-_AFTERWARDS = {"transformers": "fibattn.model", "peft": "fibattn.model.adapters"}
+_AFTERWARDS = {
+    "transformers": "fibattn.model",
+    "peft": "fibattn.model.adapters",
+    "accelerate": "fibattn.parallel.door",
+}
 """What makes this package known to a library, once both are imported."""
 
 
