@@ -10,6 +10,7 @@ PROGRAM = Program(
     verbs={
         "run": "train and evaluate a matrix of models, and report on them beside the paper's",
         "probe": "retrieval, recall, variable tracking, public tasks, latency, operations",
+        "outside": "another project's program on the same text, as a baseline",
         "report": "write the page and the tables from the results",
     },
     package="study.commands",

@@ -1,0 +1,1 @@
+"""Baselines from outside: other people's training programs, run as they are, on the text of the study."""
