@@ -34,9 +34,7 @@ def run(arguments: list[str]) -> None:
     chosen = parse(Arguments, arguments, "python -m study outside")
     from study.outside.autoresearch import run_outside
 
-    found = run_outside(
-        chosen.code, chosen.data, chosen.like, seconds=chosen.seconds, targets=chosen.eval_tokens
-    )
+    found = run_outside(chosen.code, chosen.data, chosen.like, seconds=chosen.seconds, targets=chosen.eval_tokens)
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(chosen.out, found)
     print(json.dumps(found, indent=1))

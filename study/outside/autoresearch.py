@@ -1,4 +1,4 @@
-"""karpathy/autoresearch (https://github.com/karpathy/autoresearch): five minutes of its `train.py` on the study's text."""
+"""Five minutes of karpathy/autoresearch's `train.py` (https://github.com/karpathy/autoresearch) on the study's text."""
 
 import os
 import runpy

@@ -35,7 +35,8 @@ def window_mask(window: int, length: int, device: str) -> BlockMask:
 
 def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, causal: bool, window_size: tuple[int, int]) -> Tensor:
     """FlashAttention's interface, causal: (batch, tokens, heads, head size) in and out."""
-    assert causal and window_size[1] == 0
+    assert causal
+    assert window_size[1] == 0
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if window_size[0] >= q.shape[2]:
         return scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)

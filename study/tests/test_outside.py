@@ -1,0 +1,80 @@
+"""The baseline from outside: what its program is given, and how it is measured."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fibattn.data.prepared import PreparedData
+from fibattn.errors import InputError
+from study.outside.autoresearch import run_outside
+from study.outside.stand_ins.kernels import flash_attn_func, window_mask
+from study.outside.stand_ins.prepare import MAX_SEQ_LEN, Tokenizer, make_dataloader, targets_within
+
+UNIFORM = """
+import math, torch
+from prepare import TIME_BUDGET, Tokenizer, evaluate_bpb, make_dataloader
+tokenizer = Tokenizer.from_directory()
+def model(inputs, targets, reduction):
+    losses = torch.full(targets.shape, math.log(tokenizer.get_vocab_size()))
+    return (losses * (targets != -1)).view(-1)
+num_params, total_tokens, total_training_time = 0, 0, TIME_BUDGET
+val_bpb = evaluate_bpb(model, tokenizer, 3, "cpu")
+"""
+
+
+def test_a_program_that_knows_nothing_needs_the_logarithm_of_the_vocabulary_for_a_token(
+    prepared: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "train.py").write_text(UNIFORM)
+    out = tmp_path / "out" / "result.json"
+    words = [str(tmp_path), "--data", str(prepared), "--like", str(prepared), "--out", str(out), "--seconds", "7"]
+    subprocess.run([sys.executable, "-m", "study", "outside", *words], check=True, capture_output=True)
+    result, data = json.loads(out.read_text()), PreparedData.open(prepared)
+    assert result["training_seconds"] == 7
+    assert set(result["bits_per_byte"]) == set(data.validation)
+    for name, stream in data.validation.items():
+        targets = (min(524_288, len(stream) - 1) // MAX_SEQ_LEN) * MAX_SEQ_LEN
+        size = stream.byte_counts(1, targets, data.token_bytes).sum()
+        assert result["bits_per_byte"][name] == pytest.approx(math.log2(data.vocab_size) * targets / size)
+
+
+def test_targets_end_within_the_bytes_that_were_asked_for(prepared: Path) -> None:
+    data = PreparedData.open(prepared)
+    stream = next(iter(data.validation.values()))
+    sizes = stream.byte_counts(1, 100, data.token_bytes)
+    assert targets_within(stream, data.token_bytes, int(sizes.sum())) in (100, 101)  # a separator has no bytes
+    assert targets_within(stream, data.token_bytes, int(sizes[:50].sum()) - 1) < 50
+
+
+def test_batches_are_stretches_of_the_text(prepared: Path) -> None:
+    data = PreparedData.open(prepared)
+    inputs, targets, epoch = next(make_dataloader(Tokenizer(data), 3, 16, "train", "cpu"))
+    assert (inputs.shape, epoch) == ((3, 16), 1)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    text = data.train.sequence(0, len(data.train))
+    places = np.lib.stride_tricks.sliding_window_view(text, 16)
+    for row in inputs.numpy():
+        assert (places == row).all(axis=1).any()
+
+
+def test_attention_sees_the_window_and_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    from study.outside.stand_ins import kernels
+
+    monkeypatch.setitem(kernels._MASKS, 4, window_mask(4, 128, "cpu"))
+    q, k, v = torch.randn(3, 2, 128, 2, 16, generator=torch.Generator().manual_seed(0))
+    distance = torch.arange(128)[:, None] - torch.arange(128)
+    for window, seen in ((4, (distance >= 0) & (distance <= 4)), (128, distance >= 0)):
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / 4
+        expected = torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(~seen, -math.inf).softmax(-1), v)
+        torch.testing.assert_close(flash_attn_func(q, k, v, causal=True, window_size=(window, 0)), expected)
+
+
+def test_a_folder_without_the_program_is_refused(prepared: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"has no train\.py"):
+        run_outside(tmp_path, prepared, prepared, seconds=1, targets=64)
