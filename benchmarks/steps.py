@@ -19,20 +19,20 @@ from transformers import TrainerCallback
 from fibattn.data.prepared import TokenStream
 from fibattn.data.sequences import TrainingSequences
 from fibattn.data.shards import write_shard
-from fibattn.training.recipe import DEFAULT, PRESETS, ModelRecipe, Recipe
+from fibattn.training.recipe import PRESETS, ModelRecipe, Recipe
 from fibattn.training.run import build_model
 from fibattn.training.trainer import FibTrainer
 from study.presets import STUDIES
 
-MODELS = {
-    "stagger": ModelRecipe(max_offset=None),
-    "learned": ModelRecipe(schedule="learned", max_offset=None),
-    "default": PRESETS[DEFAULT].model,
-    "default-dense": PRESETS["dense"].model,
-    **{run.name: run.model for run in STUDIES["beyond"].runs},
+_paper = PRESETS["paper"]
+RECIPES: dict[str, Recipe] = {
+    **{run.name: replace(_paper, model=run.model) for run in STUDIES["beyond"].runs},
+    **{name: recipe for name, recipe in PRESETS.items() if recipe.compile},
+    "stagger": _paper,
+    "learned": replace(_paper, model=ModelRecipe(schedule="learned", max_offset=None)),
 }
+"""Presets for a GPU, and attention of the study in the paper's recipe."""
 WARM, PROFILED = 12, 3
-STEP_TOKENS = 32_768
 GROUPS = (
     ("attention", ("forward_kernel", "query_grad", "rung_grad", "window_grad", "resolve", "fmha", "flash")),
     ("attention", ("cudnn_generated", "sdpa")),
@@ -75,13 +75,23 @@ class Clock(TrainerCallback):
                 self.kernels[event.key] += event.self_device_time_total / PROFILED / 1000
 
 
-def recipe_of(model: ModelRecipe, length: int, timed: int) -> Recipe:
-    """A short run of the default recipe, for its model and its rival, or of the paper's, for all others."""
-    sequences = max(STEP_TOKENS // length, 1)
-    size = {"sequence_length": length, "sequences_per_step": sequences, "micro_batch": sequences}
-    tuned = model in (PRESETS[DEFAULT].model, PRESETS["dense"].model)
-    recipe = PRESETS[DEFAULT if tuned else "paper"]
-    return replace(recipe, model=model, steps=WARM + timed + PROFILED, save_every=10**6, **size)
+def shortened(recipe: Recipe, length: int | None, timed: int) -> Recipe:
+    """A short run of a recipe, its steps at most four micro-batches.
+
+    In sequences of another `length` a step has as many tokens, at least one sequence.
+    """
+    length = length or recipe.sequence_length
+    micro_batch, step = (
+        max(one * recipe.sequence_length // length, 1) for one in (recipe.micro_batch, recipe.sequences_per_step)
+    )
+    return replace(
+        recipe,
+        sequence_length=length,
+        micro_batch=micro_batch,
+        sequences_per_step=min(step, 4 * micro_batch),
+        steps=WARM + timed + PROFILED,
+        save_every=10**6,
+    )
 
 
 def clocked(recipe: Recipe, folder: Path) -> Clock:

@@ -12,15 +12,15 @@ from fibattn.errors import InputError, suggestion
 
 @dataclass(frozen=True)
 class Arguments:
-    """Time training steps of the paper's 60 M-parameter model under the project's own trainer, on an NVIDIA GPU.
+    """Time training steps of whole recipes under the project's own trainer, on an NVIDIA GPU.
 
-    A step has 32,768 tokens, or one sequence where that is longer; bf16 autocast, compiled. The tokens are random.
+    bf16 autocast, compiled. The tokens are random.
     """
 
-    models: tuple[str, ...] = ("default", "default-dense", "stagger", "learned")
-    """The default recipe and its dense rival, `stagger`, `learned`, or runs of the study `beyond`, such as `hybrid`."""
-    sequence_length: int = 1024
-    """Tokens of a training sequence."""
+    models: tuple[str, ...] = ("hybrid", "dense", "stagger", "learned")
+    """Presets for a GPU, `stagger` or `learned`, or runs of the study `beyond` in the paper's recipe."""
+    sequence_length: int | None = None
+    """Tokens of a training sequence, the recipe's own when left out; a step keeps its tokens, or has one sequence."""
     timed: int = 40
     """Steps to time, a multiple of ten."""
     kernels: int = 0
@@ -32,7 +32,7 @@ class Arguments:
 def run(arguments: list[str]) -> None:
     """Time, print a line for each model, write the JSON."""
     chosen = parse(Arguments, arguments, "python -m benchmarks training-step")
-    if chosen.timed < 10 or chosen.timed % 10 or chosen.sequence_length < 1:
+    if chosen.timed < 10 or chosen.timed % 10 or (chosen.sequence_length or 1) < 1:
         raise InputError(
             f"timed is {chosen.timed}, sequence_length {chosen.sequence_length}; "
             "expected a multiple of 10, and at least 1"
@@ -40,27 +40,35 @@ def run(arguments: list[str]) -> None:
     import torch
 
     from benchmarks.environment import environment, heading
-    from benchmarks.steps import MODELS, clocked, group_of, recipe_of, row_of
+    from benchmarks.steps import RECIPES, clocked, group_of, row_of, shortened
 
     for name in chosen.models:
-        if name not in MODELS:
-            raise InputError(f"there is no model {name!r}: {suggestion(name, MODELS, 'models')}")
+        if name not in RECIPES:
+            raise InputError(f"there is no model {name!r}: {suggestion(name, RECIPES, 'models')}")
     if not torch.cuda.is_available():
         raise InputError(
             "the kernels of a GPU are what is timed, and PyTorch finds no NVIDIA GPU here; run it where one is"
         )
     print(heading(), flush=True)
-    result: dict[str, Any] = {"environment": environment(), "sequence_length": chosen.sequence_length, "rows": []}
+    result: dict[str, Any] = {"environment": environment(), "rows": []}
     for name in chosen.models:
-        recipe = recipe_of(MODELS[name], chosen.sequence_length, chosen.timed)
+        recipe = shortened(RECIPES[name], chosen.sequence_length, chosen.timed)
         with tempfile.TemporaryDirectory() as folder:
+            torch.cuda.reset_peak_memory_stats()
             clock = clocked(recipe, Path(folder))
-        row = {"model": name, **row_of(clock, recipe.sequences_per_step * recipe.sequence_length)}
+        row = {
+            "model": name,
+            "sequence_length": recipe.sequence_length,
+            "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
+            **row_of(clock, recipe.sequences_per_step * recipe.sequence_length),
+        }
         result["rows"].append(row)
         files.write_json(chosen.out, result)
         parts = ", ".join(f"{group} {milliseconds:.1f}" for group, milliseconds in row["groups"].items())
         print(
-            f"{name}: {row['ms']:.1f} ms a step, {row['tokens_per_second'] / 1e3:,.0f} k tokens/s ({parts})", flush=True
+            f"{name}: {row['ms']:.1f} ms a step, {row['tokens_per_second'] / 1e3:,.0f} k tokens/s, "
+            f"{row['peak_memory_gib']:.0f} GiB ({parts})",
+            flush=True,
         )
         for kernel, milliseconds in clock.kernels.most_common(chosen.kernels):
             print(f"    {milliseconds:7.2f}  {group_of(kernel):<24} {kernel[:100]}", flush=True)
