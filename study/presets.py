@@ -14,6 +14,7 @@ from typing import Literal
 from fibattn.errors import InputError, suggestion
 from fibattn.pattern import Base, Pattern, Schedule, hybrid_layers, layer_patterns
 from fibattn.training.recipe import DEFAULT, PRESETS, ModelRecipe, OptimizerRecipe, Recipe
+from study import rivals
 from study.ladder import LADDER
 
 RopeScaling = Literal["linear", "yarn"]
@@ -265,7 +266,27 @@ STUDIES: dict[str, Study] = {
         eval_tokens=524_288,
         items=0,
     ),
+    "rivals": Study(
+        "dense, hybrids and windows at the tuned recipe: rates, then seeds",
+        rivals.at_rate(1.0),
+        tuple(
+            Run(rivals.name_of(name, factor, seed), model, seed=seed, bounds=(1,), recipe=rivals.at_rate(factor))
+            for factor, seed in [
+                (1.0, SEED),
+                *((one, SEED) for one in rivals.FACTORS if one != 1),
+                (1.0, 43),
+                (1.0, 44),
+            ]
+            for name, model in rivals.MODELS.items()
+        ),
+        factors=(1, 16),
+        eval_tokens=524_288,
+        items=0,
+    ),
 }
+
+TUNED = ("ladder", "rivals")
+"""Studies at tuned rates; each has tables of its own, and is compared with no other."""
 
 
 def find_study(name: str) -> Study:

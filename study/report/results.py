@@ -8,7 +8,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -19,6 +19,7 @@ import pandas as pd
 from fibattn import files
 from fibattn.errors import InputError
 from fibattn.training.recipe import DEFAULT
+from study.presets import TUNED
 from study.report.recipes import described, paper_name
 from study.store import LENGTHENED, Store, ways
 
@@ -250,8 +251,8 @@ class Results:
     groups: tuple[Group, ...]
     failures: Frame
     probes: Probes
-    ladder: tuple[dict[str, Any], ...] = ()
-    """The records of the study `ladder`, whose runs differ in more than their attention."""
+    tuned: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """The records of the studies at tuned rates, by study."""
 
     @classmethod
     def load(cls, folder: Path) -> "Results":
@@ -273,9 +274,9 @@ class Results:
                     f"{path} is not a result of `python -m study probe`; move it out of the folder, or make it anew"
                 )
             probes[probe["probe"]].append(probe)
-        ladder = tuple(one for one in finished.values() if one["study"] == "ladder")
-        others = [one for one in finished.values() if one["study"] != "ladder"]
-        return cls(grouped(others), pd.DataFrame(failures), dict(probes), ladder)
+        tuned = {name: [one for one in finished.values() if one["study"] == name] for name in TUNED}
+        others = [one for one in finished.values() if one["study"] not in TUNED]
+        return cls(grouped(others), pd.DataFrame(failures), dict(probes), tuned)
 
 
 def grouped(records: Iterable[dict[str, Any]]) -> tuple[Group, ...]:

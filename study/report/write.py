@@ -22,6 +22,7 @@ from study.report.paper_tables import papers_tables
 from study.report.probe_tables import other_probes, retrieval_table
 from study.report.provenance import provenance
 from study.report.results import Group, Results
+from study.report.rivals_tables import rivals_tables
 from study.report.tables import findings_table
 
 _TOY = 10_000_000
@@ -47,16 +48,16 @@ _CAPTIONS = {
 def write_report(folder: Path) -> Path:
     """Read a results folder and write `report/` in it: index.html, tables.md and the figures; returns the page.
 
-    Of a folder with the ladder alone tables.md is all.
+    Of a folder with studies at tuned rates alone tables.md is all.
 
     Raises:
         InputError: when the folder holds no finished run.
     """
     results = Results.load(folder)
-    ladder = ladder_table(results.ladder)
-    if not results.groups:  # nothing but the ladder, whose runs are compared in its table alone
+    tuned = [*ladder_table(results.tuned["ladder"]), *rivals_tables(results.tuned["rivals"])]
+    if not results.groups:
         tables = folder / "report" / "tables.md"
-        files.write_text(tables, "\n".join(table.markdown() for table in ladder))
+        files.write_text(tables, "\n".join(table.markdown() for table in tuned))
         return tables
     group, *others = results.groups
     papers = [*papers_tables(group), retrieval_table(results.probes), cost_table(results.groups)]
@@ -69,7 +70,7 @@ def write_report(folder: Path) -> Path:
     goals += [recalls_farther(results.probes)] if budgets else []
     about = provenance(results.groups)
     checked = [findings_table("The paper's findings", findings), findings_table("Past the paper", goals)]
-    told = [*(checked if budgets else []), *ladder, *papers, *beyond, *probes, *other]
+    told = [*(checked if budgets else []), *tuned, *papers, *beyond, *probes, *other]
     source = "\n".join(f"- {name}: {value}" for name, value in about.items())
     markdown = [*(table.markdown() for table in told), f"### Where this comes from\n\n{source}\n"]
     out = folder / "report"
@@ -84,7 +85,7 @@ def write_report(folder: Path) -> Path:
         sections={
             **({"papers-claims": "What the paper found, and what came out here"} if budgets else {}),
             **({"own-claims": "What the project set out to do"} if budgets else {}),
-            **({"ladder": "The recipe"} if ladder else {}),
+            **({"tuned": "The recipe, and its rivals"} if tuned else {}),
             "past": "Past the paper",
             "papers": "The paper's tables",
             **({"probes": "Beside perplexity"} if probes else {}),
@@ -94,7 +95,7 @@ def write_report(folder: Path) -> Path:
         figures=_figures(results, out),
         findings=findings,
         goals=goals,
-        ladder=ladder,
+        tuned=tuned,
         papers=papers,
         beyond=beyond,
         probes=probes,

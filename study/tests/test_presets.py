@@ -11,10 +11,10 @@ import pytest
 from fibattn import InputError, Pattern, layer_patterns
 from fibattn.training.recipe import DEFAULT, PRESETS, Recipe
 from fibattn.training.run import model_config
-from study.presets import HYBRID, STUDIES, Run, Study, find_study, key_count, lengthened
+from study.presets import HYBRID, STUDIES, TUNED, Run, Study, find_study, key_count, lengthened
 from study.store import key_of
 
-EVERY = [(name, run.name) for name, study in STUDIES.items() if name != "ladder" for run in study.runs]
+EVERY = [(name, run.name) for name, study in STUDIES.items() if name not in TUNED for run in study.runs]
 
 
 def resolved(study: Study, run: Run, tokens: int | None = None) -> Recipe:

@@ -1,0 +1,104 @@
+"""The rivals' tables: what layers attend to, at tuned rates, one table for each budget."""
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from study.report.claims import percent
+from study.report.tables import NONE, Table, table
+from study.rivals import FACTORS, MODELS, SEEDS, name_of
+
+Records = dict[int, dict[str, Any]]
+"""By seed."""
+
+
+def rivals_tables(records: Iterable[dict[str, Any]]) -> list[Table]:
+    """A table of models for each budget, the largest first; `records` are finished runs of the study `rivals`."""
+    by_budget: dict[int, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for record in records:
+        by_budget[record["tokens"]][record["run"]] = record
+    return [_of_budget(tokens, by_budget[tokens]) for tokens in sorted(by_budget, reverse=True)]
+
+
+def _of_budget(tokens: int, found: dict[str, dict[str, Any]]) -> Table:
+    rows = []
+    for model in MODELS:
+        tried = {factor: _seeds(found, model, factor) for factor in FACTORS}
+        tried = {factor: seeds for factor, seeds in tried.items() if seeds}
+        if not tried:
+            continue
+        best = min(tried, key=lambda factor: _nll(tried[factor][min(tried[factor])]))
+        rows.append(_row(model, best, sorted(tried), tried[best], _seeds(found, "dense", _best(found, "dense"))))
+    one = next(iter(found.values()))
+    note = (
+        f"{tokens / 1e6:.0f} M tokens, the default recipe but for the attention, {one['hardware']['device']}, PyTorch "
+        f"{one['versions']['torch']}; the geometric mean of the four sets' perplexities over {_targets(one):,} tokens "
+        "of each, the mean of the seeds and their standard deviation; against dense over the seeds that both have. "
+        "Names: rungs or a plain window of so many distances, beside so many full layers of 16; 16 times the length "
+        "with full layers bounded to the training length. Rates are in those of the default recipe: those tried at "
+        "seed 42, and the best, which the row is of. Make one again with `python -m study run rivals --data DATA "
+        f"--tokens {round(tokens / 1e6)}M --only RUN`."
+    )
+    return table(f"Rivals at tuned rates, {tokens / 1e6:.0f} M tokens", note, rows)
+
+
+def _seeds(found: dict[str, dict[str, Any]], model: str, factor: float) -> Records:
+    names = {seed: name_of(model, factor, seed) for seed in SEEDS}
+    return {seed: found[name] for seed, name in names.items() if name in found}
+
+
+def _best(found: dict[str, dict[str, Any]], model: str) -> float:
+    tried = {factor: _seeds(found, model, factor) for factor in FACTORS}
+    return min((f for f in FACTORS if tried[f]), key=lambda f: _nll(next(iter(tried[f].values()))), default=1.0)
+
+
+def _row(model: str, best: float, tried: list[float], seeds: Records, dense: Records) -> dict[str, str]:
+    nlls = [_nll(one) for one in seeds.values()]
+    both = [seed for seed in seeds if seed in dense and model != "dense"]
+    first = next(iter(seeds.values()))
+    sets = list(first["evaluation"])
+    spread = f" ± {statistics.stdev(map(math.exp, nlls)):.2f}" if len(nlls) > 1 else ""
+    far = [_bounded(one) for one in seeds.values()]
+    return {
+        "model": model,
+        "rates": ", ".join(f"{one:g}" for one in tried) + (f" (best {best:g})" if len(tried) > 1 else ""),
+        "seeds": str(len(seeds)),
+        "perplexity": f"{statistics.mean(map(math.exp, nlls)):.2f}{spread}",
+        "against dense": _against(seeds, dense, both, _nll),
+        **{
+            f"{name}, against dense": _against(seeds, dense, both, lambda one, name=name: _loss(one, name))
+            for name in sets
+        },
+        "16×, bounded": f"{math.exp(statistics.mean(far)):.2f}" if None not in far else NONE,  # pyright: ignore
+        "copied from 256": f"{statistics.mean(one['copying']['256'] for one in seeds.values()):.2f}",
+        "keys": f"{first['model']['keys']:.0f}",
+        "tokens/s": f"{statistics.median(one['training']['tokens_per_second'] for one in seeds.values()) / 1e3:.0f} k",
+        "parameters": f"{first['model']['parameters'] / 1e6:.1f} M",
+    }
+
+
+def _against(seeds: Records, dense: Records, both: list[int], loss: Any) -> str:
+    return percent(statistics.mean(loss(seeds[seed]) - loss(dense[seed]) for seed in both)) if both else NONE
+
+
+def _loss(record: dict[str, Any], name: str) -> float:
+    return record["evaluation"][name][str(record["trained_at"])]["nll"]
+
+
+def _nll(record: dict[str, Any]) -> float:
+    return statistics.mean(_loss(record, name) for name in record["evaluation"])
+
+
+def _targets(record: dict[str, Any]) -> int:
+    return next(iter(record["evaluation"].values()))[str(record["trained_at"])]["targets"]
+
+
+def _bounded(record: dict[str, Any]) -> float | None:
+    """The mean loss at the greatest length, with bounded full layers, or as it is where there are none."""
+    sets = record["bounded"].get("1") or record["bounded"].get(str(record["trained_at"])) or record["evaluation"]
+    longest = max(int(length) for rows in sets.values() for length in rows)
+    return (
+        statistics.mean(rows[str(longest)]["nll"] for rows in sets.values()) if longest > record["trained_at"] else None
+    )

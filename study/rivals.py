@@ -1,0 +1,55 @@
+"""The rivals at the tuned recipe: what layers attend to is all that differs, each at its own best rate."""
+
+from dataclasses import replace
+
+from fibattn.pattern import LayerType, hybrid_layers
+from fibattn.training.recipe import DEFAULT, PRESETS, ModelRecipe, Recipe
+
+_recipe = PRESETS[DEFAULT]
+_dense = PRESETS["dense"].model
+
+
+def _attending(window: int, full: tuple[int, ...], *, of: int, sparse: LayerType) -> ModelRecipe:
+    layers = hybrid_layers(of, full, sparse=sparse) if full else {"layer_types": (sparse,)}
+    return replace(_dense, window=window, **layers)
+
+
+def _models() -> dict[str, ModelRecipe]:
+    places = {"two": (8, (7,)), "four": (4, (3,)), "three": (5, (4,)), "none": (16, ())}
+    models = {"dense": _dense}
+    for full, window in (("two", 64), ("four", 64), ("three", 64), ("none", 64)):
+        of, which = places[full]
+        models[f"rungs-w{window}-{full}"] = _attending(window, which, of=of, sparse="fibonacci_attention")
+    for full, window in (
+        ("two", 70),
+        ("two", 128),
+        ("two", 256),
+        ("two", 32),
+        ("four", 70),
+        ("four", 128),
+        ("none", 70),
+    ):
+        of, which = places[full]
+        models[f"window-w{window}-{full}"] = _attending(window, which, of=of, sparse="sliding_attention")
+    return models
+
+
+MODELS = _models()
+"""By name: rungs or a plain window of so many distances, beside so many full layers of 16."""
+
+FACTORS = (0.5, 1.0, 2.0)
+"""The rates that are tried, in those of the default recipe; AdamW's and Muon's together."""
+
+SEEDS = (42, 43, 44)
+
+
+def at_rate(factor: float) -> Recipe:
+    """The default recipe at `factor` times its rates."""
+    chosen = _recipe.optimizer
+    rates = {name: getattr(chosen, name) * factor for name in ("learning_rate", "muon_learning_rate")}
+    return replace(_recipe, optimizer=replace(chosen, **rates), save_every=10**6, keep_checkpoints=1)
+
+
+def name_of(model: str, factor: float, seed: int) -> str:
+    """Of a run: `dense`, `dense-rate2`, `dense-seed43`."""
+    return model + (f"-rate{factor:g}" if factor != 1 else "") + (f"-seed{seed}" if seed != SEEDS[0] else "")

@@ -1,0 +1,76 @@
+"""The rivals: models of one size, each at its own best rate, against dense over the seeds that both have."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fibattn.model.modeling import FibAttnForCausalLM
+from fibattn.training.recipe import DEFAULT, PRESETS
+from fibattn.training.run import model_config
+from study.presets import STUDIES
+from study.report.rivals_tables import rivals_tables
+
+RIVALS = STUDIES["rivals"]
+
+
+def record(run: str, nll: float, far: float, *, seed: int = 42, copied: float = 0.5) -> dict[str, Any]:
+    rows = {"1024": {"nll": nll, "targets": 4096}}
+    return {
+        "run": run,
+        "seed": seed,
+        "tokens": 106_000_000,
+        "trained_at": 1024,
+        "hardware": {"device": "GPU"},
+        "versions": {"torch": "2"},
+        "evaluation": {"books": rows | {"16384": {"nll": far + 1}}, "docs": rows | {"16384": {"nll": far + 1}}},
+        "bounded": {"1": {"books": {"16384": {"nll": far}}, "docs": {"16384": {"nll": far}}}},
+        "copying": {"256": copied},
+        "model": {"keys": 70.0, "parameters": 60_000_000},
+        "training": {"tokens_per_second": 800_000.0},
+    }
+
+
+@pytest.mark.parametrize("run", [run for run in RIVALS.runs if run.seed == 42], ids=lambda run: run.name)
+def test_rivals_have_one_size(run) -> None:
+    import torch
+
+    sizes = []
+    for model in (run.model, PRESETS[DEFAULT].model):
+        recipe = RIVALS.resolved(run, data=Path("d"), out=Path("o"), tokens=106_000_000, compiled=False)
+        with torch.device("meta"):
+            made = FibAttnForCausalLM(model_config(type(recipe)(model=model), 1024, 0))
+        sizes.append(sum(parameter.numel() for parameter in made.parameters()))
+    assert sizes[0] == sizes[1]
+
+
+def test_the_default_recipe_is_among_them() -> None:
+    models = [run.model for run in RIVALS.runs if run.recipe is not None]
+    assert any(
+        (model.layer_types, model.window, model.no_rope_layers)
+        == (PRESETS[DEFAULT].model.layer_types, PRESETS[DEFAULT].model.window, PRESETS[DEFAULT].model.no_rope_layers)
+        for model in models
+    )
+
+
+def test_a_row_is_of_the_best_rate_and_compares_common_seeds() -> None:
+    [table] = rivals_tables(
+        [
+            record("dense", 3.00, 2.9),
+            record("dense-seed43", 3.10, 2.9, seed=43),
+            record("rungs-w64-two", 3.05, 2.9),
+            record("rungs-w64-two-rate2", 2.98, 2.8),
+            record("rungs-w64-two-rate2-seed43", 3.00, 2.6, seed=43),
+            record("rungs-w64-two-rate2-seed44", 3.20, 2.7, seed=44),
+        ]
+    )
+    dense, rungs = (dict(zip(table.frame.columns, row, strict=True)) for row in table.rows)
+    assert (
+        dense["perplexity"]
+        == f"{(math.exp(3.0) + math.exp(3.1)) / 2:.2f} ± {(math.exp(3.1) - math.exp(3.0)) / math.sqrt(2):.2f}"
+    )
+    assert (rungs["rates"], rungs["seeds"]) == ("1, 2 (best 2)", "3")
+    assert rungs["against dense"] == f"−{100 * -math.expm1(-0.06):.1f} %"
+    assert rungs["16×, bounded"] == f"{math.exp(2.7):.2f}"
+    assert rungs["copied from 256"] == "0.50"
