@@ -270,7 +270,14 @@ STUDIES: dict[str, Study] = {
         "dense, hybrids and windows at the tuned recipe: rates, then seeds",
         rivals.at_rate(1.0),
         tuple(
-            Run(rivals.name_of(name, factor, seed), model, seed=seed, bounds=(1,), recipe=rivals.at_rate(factor))
+            Run(
+                rivals.name_of(name, factor, seed),
+                model,
+                seed=seed,
+                rope_scaling=("yarn", "linear") if name == "dense" else (),
+                bounds=(1,) if "full_attention" in model.layer_types else (),
+                recipe=rivals.at_rate(factor),
+            )
             for factor, seed in [
                 (1.0, SEED),
                 *((one, SEED) for one in rivals.FACTORS if one != 1),
@@ -279,7 +286,6 @@ STUDIES: dict[str, Study] = {
             ]
             for name, model in rivals.MODELS.items()
         ),
-        factors=(1, 16),
         eval_tokens=524_288,
         items=0,
     ),
