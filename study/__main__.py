@@ -9,6 +9,7 @@ PROGRAM = Program(
     about="one paper's matrix of models, trained, probed and reported on",
     verbs={
         "run": "train and evaluate a matrix of models, and report on them beside the paper's",
+        "far": "try forms of far reading, each trained as the default recipe",
         "probe": "retrieval, recall, variable tracking, public tasks, latency, operations",
         "outside": "another project's program on the same text, as a baseline",
         "report": "write the page and the tables from the results",

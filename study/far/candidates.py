@@ -1,0 +1,180 @@
+"""What is tried in place of single far keys: a table. No torch here.
+
+Every candidate is the default recipe with other sparse layers: 16 of them (alone), or 14 beside the full layers 7 and
+15. Nothing looks farther back than a training sequence is long.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from itertools import pairwise
+from typing import Literal
+
+from fibattn.errors import InputError, suggestion
+from fibattn.pattern import hybrid_layers
+from fibattn.training.recipe import DEFAULT, PRESETS, ModelRecipe
+
+BESIDE = (7, 15)
+"""The full layers of the default recipe."""
+_LAYERS = PRESETS[DEFAULT].model.num_hidden_layers
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What the sparse layers read, beside their window."""
+
+    name: str
+    about: str
+    window: int = 70
+    """Distances 0 … window are read."""
+    far: Literal["nothing", "rungs", "means", "best"] = "nothing"
+    """Single keys at the default's distances; the means of the spans between Fibonacci distances; the keys of the
+    blocks whose mean key suits a query best."""
+    full: tuple[int, ...] = ()
+    """Layers with full attention, without rotary positions unless they are all."""
+    carry: Literal["nothing", "convolution", "shift"] = "nothing"
+    """A causal convolution of four over keys and values, or half of each key's dimensions from the token before."""
+    carry_in: Literal["all", "sparse", "far"] = "sparse"
+    """The layers, or columns, that read such keys."""
+    rotated: bool = True
+    """Whether far columns have rotary positions."""
+    blocks: int = 4
+    """How many blocks a query takes; its group of heads shares them."""
+    block: int = 16
+    """Keys of a block."""
+    spans: bool = False
+    """One block from each of as many spans, not the best of all."""
+    trust: bool = True
+    """Add a block's own score to those of its keys, times a learned factor a head, so that summaries learn."""
+    summaries: bool = False
+    """Read the mean keys and values of the blocks that were not taken, too."""
+    counts: Literal["nothing", "learned"] = "learned"
+    """A learned bias for each head on columns that are means, from 0."""
+    sink: bool = False
+    """A learned score for each head that takes weight and gives nothing."""
+    random_window: bool = False
+    """Draw each layer's window anew for every step, from a quarter of it up."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether the library's own attention reads it all."""
+        near = not (self.sink or self.random_window) and self.carry_in != "far" and self.rotated
+        return near and self.far in ("nothing", "rungs")
+
+    def like(self, model: ModelRecipe) -> ModelRecipe:
+        """`model` with as many full layers; sparse ones have the window, and the rungs where they are."""
+        model, layers = replace(model, full_reach=None), model.num_hidden_layers
+        full = [layer for layer in self.full if layer < layers]
+        if len(full) == layers:
+            return replace(model, layer_types=("full_attention",), no_rope_layers=(1,), window=ModelRecipe.window)
+        sparse = "fibonacci_attention" if self.far == "rungs" else "sliding_attention"
+        return replace(model, window=self.window, **hybrid_layers(layers, full, sparse=sparse))
+
+    def keys(self, length: int) -> float:
+        """What a sparse layer reads for a token `length` tokens into the text, in keys with their values.
+
+        A summary that is only scored counts half, for it has no value; a mean of a span four, for its two prefix sums
+        are float32.
+        """
+        near = self.window + 1
+        if self.far == "rungs":
+            return near + 6  # the mean over the layers at 1,024 tokens
+        if self.far == "means":
+            return near + 4 * len(spans(self.window, length))
+        if self.far == "best":
+            return near + self.blocks * self.block + length / self.block * (1 if self.summaries else 0.5)
+        return near
+
+
+def fibonacci(above: int, below: int) -> tuple[int, ...]:
+    """The Fibonacci numbers between two numbers."""
+    found, a, b = [], 1, 2
+    while b < below:
+        if b > above:
+            found.append(b)
+        a, b = b, a + b
+    return tuple(found)
+
+
+def spans(window: int, reach: int, count: int | None = None) -> tuple[tuple[int, int], ...]:
+    """The distances past `window` up to `reach` cut at Fibonacci numbers: (first - 1, last) of every span.
+
+    With `count`, so many spans at most, from every second number; the nearest span takes what is left.
+    """
+    cuts = fibonacci(window, reach)
+    if count is not None:
+        cuts = cuts[::-1][1::2][: count - 1][::-1]
+    edges = (window, *cuts, reach)
+    return tuple(pairwise(edges))
+
+
+def _beside(one: Candidate) -> Candidate:
+    return replace(one, name=f"{one.name}-beside", full=BESIDE)
+
+
+def _table() -> tuple[Candidate, ...]:
+    best = Candidate(
+        "best",
+        "the four best blocks of 16 keys, NoPE, keys carry their neighbourhood",
+        window=31,
+        far="best",
+        carry="convolution",
+        rotated=False,
+    )
+    window, rungs = Candidate("window", "plain window"), Candidate("rungs", "default rungs", window=64, far="rungs")
+    wide = Candidate("window-128", "plain window of 128 keys", window=127)
+    conv = replace(wide, name="window-conv", about="window of 128, convolution", carry="convolution")
+    means = Candidate("means", "means of Fibonacci spans", window=64, far="means")
+    alone = (
+        best,
+        replace(best, name="best-plain", about="the same without the convolution", carry="nothing"),
+        replace(best, name="best-rope", about="the same, far keys rotated", rotated=True),
+        replace(best, name="best-untrusted", about="the same, blocks' scores choose only", trust=False),
+        replace(
+            best,
+            name="best-means",
+            about="the two best blocks of 16, and the means of all others",
+            blocks=2,
+            summaries=True,
+            trust=False,
+        ),
+        replace(best, name="best-spans", about="one block of 16 from each of four spans, the best there", spans=True),
+        replace(best, name="best-8", about="the four best blocks of 8", block=8),
+        wide,
+        conv,
+        replace(conv, name="window-shift", about="window of 128, half of a key from the token before", carry="shift"),
+        window,
+        rungs,
+        replace(rungs, name="rungs-conv", about="rungs, convolution", carry="convolution"),
+        replace(rungs, name="rungs-far-conv", about="rungs, convolved", carry="convolution", carry_in="far"),
+        replace(rungs, name="rungs-nope", about="rungs without rotary positions", rotated=False),
+        means,
+        replace(means, name="means-conv", about="means of spans, convolution", carry="convolution"),
+        replace(means, name="means-nope-conv", about="NoPE means, convolution", carry="convolution", rotated=False),
+        replace(window, name="window-sink", about="plain window, learned sinks", sink=True),
+        replace(wide, name="window-random", about="windows of 32 to 128 keys, drawn anew", random_window=True),
+    )
+    every = tuple(range(_LAYERS))
+    dense = Candidate("dense", "full attention in every layer", full=every)
+    dense_conv = replace(dense, name="dense-conv", about="the same, convolution", carry="convolution", carry_in="all")
+    hybrid_conv = replace(_beside(conv), name="window-conv-all-beside", carry_in="all")
+    return (*alone, *map(_beside, alone), hybrid_conv, dense, dense_conv)
+
+
+CANDIDATES = _table()
+
+
+def chosen(patterns: Iterable[str]) -> tuple[Candidate, ...]:
+    """The candidates whose names match one of the shell-style `patterns`, in the order of the patterns.
+
+    Raises:
+        InputError: for a pattern that matches none.
+    """
+    found: dict[str, Candidate] = {}
+    for pattern in patterns:
+        matches = [one for one in CANDIDATES if fnmatch(one.name, pattern)]
+        if not matches:
+            known = [one.name for one in CANDIDATES]
+            raise InputError(f"no candidate is named {pattern!r}: {suggestion(pattern, known, 'candidates')}")
+        found |= {one.name: one for one in matches}
+    return tuple(found.values())

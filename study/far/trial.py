@@ -1,0 +1,212 @@
+"""Trains and measures candidates, one result file a run, as the ladder's runs: same recipe, text, order and sets."""
+
+import json
+import shutil
+import time
+import traceback
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fibattn import files
+from fibattn.data.order import load_order, make_order
+from fibattn.data.prepared import PreparedData
+from fibattn.data.sequences import TrainingSequences
+from fibattn.evaluation.repeats import frequent_pairs
+from fibattn.evaluation.sweep import shared_targets, sweep
+from fibattn.lock import locked
+from fibattn.model import FibAttnForCausalLM
+from fibattn.progress import Meter
+from fibattn.training.metrics import MetricsFile
+from fibattn.training.recipe import DEFAULT, PRESETS, Recipe, to_json
+from fibattn.training.run import model_config
+from fibattn.training.trainer import FibTrainer, process_count
+from study import measure
+from study.far.candidates import Candidate
+from study.far.layer import use
+from study.probes.copying import copying, distances
+from study.runner import say
+from study.store import recipe_of
+from study.turns import turn
+
+FACTOR = 16
+"""The longest sequences of the evaluation, in training lengths."""
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What is to be run, and where."""
+
+    candidates: tuple[Candidate, ...]
+    data: Path
+    out: Path
+    """Result files go into its folder `far`."""
+    work: Path
+    base: Recipe = PRESETS[DEFAULT]
+    """All but the attention."""
+    tokens: int = 106_000_000
+    eval_tokens: int = 524_288
+    seeds: tuple[int, ...] = (42,)
+    command: str = ""
+
+
+def run_trials(trials: Trials) -> tuple[str, ...]:
+    """Finish what is not finished yet; the names of those that failed. Several processes may share the folders.
+
+    Raises:
+        InputError: for data that are not whole, or held-out sets too short for the longest sequences.
+    """
+    data, failed = PreparedData.open(trials.data), []
+    lengths = [trials.base.sequence_length * factor for factor in (1, FACTOR)]
+    targets = shared_targets(data, lengths=lengths, sets=[], tokens=trials.eval_tokens)
+    frequent = _frequent(trials, data, targets)
+    for seed in trials.seeds:
+        for candidate in trials.candidates:
+            name = candidate.name if seed == 42 else f"{candidate.name}-seed{seed}"
+            result, recipe = trials.out / "far" / f"{name}.json", _recipe(trials, candidate, seed, name)
+            with locked(recipe.out) as mine:
+                if not mine or result.exists():
+                    continue
+                try:
+                    found = _measured(trials, candidate, recipe, data, frequent)
+                    files.write_json(result, {"candidate": candidate.name, "seed": seed, **found})
+                    shutil.rmtree(recipe.out)
+                except Exception:
+                    traceback.print_exc()
+                    say(f"{name} failed")
+                    failed.append(name)
+                finally:
+                    torch._dynamo.reset()
+    return tuple(failed)
+
+
+def _recipe(trials: Trials, candidate: Candidate, seed: int, name: str) -> Recipe:
+    base = trials.base
+    steps = trials.tokens // (base.sequences_per_step * base.sequence_length)
+    warmup = min(base.optimizer.warmup_steps, max(steps // 10, 1))
+    return replace(
+        base,
+        data=trials.data,
+        out=trials.work / f"{name}-{trials.tokens}",
+        model=candidate.like(base.model),
+        optimizer=replace(base.optimizer, warmup_steps=warmup),
+        steps=steps,
+        init_seed=seed,
+        data_seed=seed,
+        compile=torch.cuda.is_available(),
+        save_every=10**6,
+        evaluate_every=None,
+    )
+
+
+def _measured(
+    trials: Trials, candidate: Candidate, recipe: Recipe, data: PreparedData, frequent: np.ndarray
+) -> dict[str, Any]:
+    """Train and evaluate one; JSON values."""
+    began, length = time.monotonic(), recipe.sequence_length
+    say(f"{candidate.name}, seed {recipe.init_seed}: {candidate.about}")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with ExitStack() as stack:
+        turns = stack.enter_context(turn(trials.work))
+        model, inputs = _train(candidate, recipe, data, turns)
+        trained, waited = time.monotonic(), sum(one.waited for one in turns)
+        torch._dynamo.reset()
+        how: dict[str, Any] = {"sets": [], "tokens": trials.eval_tokens, "quiet": True}
+        trained_model = _fresh(candidate, recipe, data, None, like=model)
+        evaluation = sweep(trained_model, data, lengths=[length], frequent=frequent, **how)["sets"]
+        copied = copying(trained_model, distances(length))
+        bounded = _fresh(candidate, recipe, data, length - 1, like=model)
+        longer = sweep(bounded, data, lengths=[FACTOR * length], **how)["sets"]
+    ended = time.monotonic()
+    read, full = candidate.keys(length), len(candidate.full)
+    layers, shape = recipe.model.num_hidden_layers, recipe.model
+    a_key = 4 * (shape.num_key_value_heads or 1) * shape.hidden_size // shape.num_attention_heads
+    found = {
+        "about": candidate.about,
+        "settings": asdict(candidate),
+        "command": trials.command,
+        "tokens": recipe.tokens,
+        "trained_at": length,
+        "recipe": recipe_of(recipe),
+        "inputs": inputs,
+        "hardware": measure.machine(),
+        "versions": measure.versions(),
+        "training": measure.training_summary(recipe.out),
+        "seconds": {"training": trained - began - waited, "evaluation": ended - trained, "waiting": waited},
+        "model": {
+            "parameters": sum(one.numel() for one in model.parameters()),
+            "keys": read,
+            "full_layers": full,
+            "bytes": a_key * (read * (layers - full) + length * full),
+        },
+        "evaluation": evaluation,
+        "bounded": longer,
+        "copying": copied,
+    }
+    short, long = (_perplexity(one) for one in (evaluation, longer))
+    speed, back = found["training"]["tokens_per_second"], str(length // 4)
+    say(
+        f"{candidate.name}: perplexity {short:.2f}, {long:.2f} at {FACTOR} times; copied {copied.get(back, 0):.2f} "
+        f"from {back} back; {speed / 1000:.0f} k tokens/s, {found['seconds']['training']:.0f} s and "
+        f"{found['seconds']['evaluation']:.0f} s"
+    )
+    return found
+
+
+def _train(candidate: Candidate, recipe: Recipe, data: PreparedData, turns: list[Any]) -> tuple[Any, dict[str, str]]:
+    """The trained model, and what it was trained on."""
+    shutil.rmtree(recipe.out, ignore_errors=True)
+    path, sequences = recipe.out / "order.npy", recipe.steps * recipe.sequences_per_step
+    length = recipe.sequence_length
+    files.write_json(recipe.out / "recipe.json", to_json(recipe))
+    make_order(path, recipe.order, recipe.data_seed, sequences, len(data.train), length, data.fingerprint)
+    model = _fresh(candidate, recipe, data, None)
+    inputs = {"data_fingerprint": data.fingerprint, "order_sha256": files.sha256(path)}
+    files.write_json(recipe.out / "inputs.json", inputs)
+    text = TrainingSequences(data.train, load_order(path), length)
+    trainer = FibTrainer(model, recipe, text, process_count())
+    with Meter(candidate.name, recipe.tokens, "tokens") as meter:
+        for callback in (MetricsFile(recipe, meter), *turns):
+            trainer.add_callback(callback)
+        trainer.train()
+    return model, inputs
+
+
+def _fresh(
+    candidate: Candidate, recipe: Recipe, data: PreparedData, full_reach: int | None, like: Any = None
+) -> FibAttnForCausalLM:
+    """A model of the candidate, with the weights of one that was trained where `like` is given, on its device."""
+    config = model_config(recipe, data.vocab_size, data.separator)
+    config.full_reach = full_reach if candidate.full else None
+    torch.manual_seed(recipe.init_seed)
+    model = FibAttnForCausalLM(config)
+    use(candidate, model, recipe.sequence_length - 1)
+    if like is not None:
+        model.load_state_dict(like.state_dict())
+        model.to(next(like.parameters()).device)
+    return model
+
+
+def _frequent(trials: Trials, data: PreparedData, targets: dict[str, int]) -> np.ndarray:
+    """What `frequent_pairs` finds, kept in the working folder: it reads all of the training text."""
+    about = json.dumps([data.fingerprint, targets])
+    note, path = trials.work / "frequent.json", trials.work / "frequent.npy"
+    trials.work.mkdir(parents=True, exist_ok=True)
+    if note.exists() and note.read_text(encoding="utf-8") == about:
+        return np.load(path)
+    found = frequent_pairs(data, targets, quiet=True)
+    staged = path.with_name(f".{time.monotonic_ns()}-frequent.npy")
+    np.save(staged, found)
+    staged.replace(path)
+    files.write_text(note, about)
+    return found
+
+
+def _perplexity(sets: dict[str, Any]) -> float:
+    """The geometric mean over the held-out sets."""
+    return float(np.exp(np.mean([next(iter(lengths.values()))["nll"] for lengths in sets.values()])))

@@ -1,0 +1,201 @@
+"""Trials of far reading: each form against a loop over the keys that a query reads, and one run of each kind."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fibattn import FibAttnConfig, FibAttnForCausalLM, files
+from fibattn.pattern import hybrid_layers
+from fibattn.training.recipe import ModelRecipe, OptimizerRecipe, Recipe
+from study.far.candidates import CANDIDATES, Candidate, chosen, spans
+from study.far.layer import use
+from study.far.reading import Bands, Choice, at_distances, best_blocks, merged, near, span_means
+from study.far.trial import Trials, run_trials
+
+HEADS, KV, SIZE, SCALE = 4, 2, 8, 0.3
+Columns = list[tuple[Tensor, Tensor, float]]
+"""Of one query and head: key, value, and what is added to the score."""
+
+
+def made(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    draws = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(1, tokens, n, SIZE, dtype=torch.float64, generator=draws) for n in (HEADS, KV, KV))  # pyright: ignore
+
+
+def by_loop(q: Tensor, columns: dict[tuple[int, int], Columns]) -> Tensor:
+    """The softmax over each query's columns, (1, tokens, heads, size)."""
+    out = torch.zeros_like(q)
+    for (token, head), found in columns.items():
+        scores = torch.stack([q[0, token, head] @ key * SCALE + bias for key, _, bias in found])
+        out[0, token, head] = scores.softmax(0) @ torch.stack([value for _, value, _ in found])
+    return out
+
+
+def near_columns(k: Tensor, v: Tensor, token: int, kv: int, window: int) -> Columns:
+    return [(k[0, j, kv], v[0, j, kv], 0.0) for j in range(max(0, token - window), token + 1)]
+
+
+@pytest.mark.parametrize(("tokens", "far"), [(64, 64), (192, 64)])
+def test_rungs_of_other_keys_beside_a_window(tokens: int, far: int) -> None:
+    q, k, v = made(tokens)
+    other, rungs, window = k.flip(-1), (9, 20, 63), 8
+    parts = [
+        near(q, k, v, window, Bands(tokens, 8), SCALE),
+        at_distances(q, other, v, rungs, Bands(tokens, far), SCALE),
+    ]
+    columns = {
+        (t, h): near_columns(k, v, t, h // 2, window)
+        + [(other[0, t - d, h // 2], v[0, t - d, h // 2], 0.0) for d in rungs if d <= t]
+        for t in range(tokens)
+        for h in range(HEADS)
+    }
+    torch.testing.assert_close(merged(parts, None), by_loop(q, columns))
+
+
+def test_means_of_spans_beside_a_window_and_a_sink() -> None:
+    q, k, v = made(50)
+    window, cuts = 8, ((8, 13), (13, 21), (21, 34))
+    bias, sink = (torch.linspace(a, 1, HEADS, dtype=torch.float64) for a in (-1, 0))
+    parts = [near(q, k, v, window, Bands(50, 50), SCALE), span_means(q, k, v, cuts, bias, SCALE)]
+    columns = {}
+    for t in range(50):
+        for h in range(HEADS):
+            found = near_columns(k, v, t, h // 2, window)
+            for first, last in cuts:
+                inside = [j for j in range(t + 1) if first < t - j <= last]
+                if inside:
+                    mean_key, mean_value = (x[0, inside, h // 2].mean(0) for x in (k, v))
+                    found.append((mean_key, mean_value, float(bias[h])))
+            columns[t, h] = [*found, (torch.zeros(SIZE).double(), torch.zeros(SIZE).double(), float(sink[h]))]
+    torch.testing.assert_close(merged(parts, sink), by_loop(q, columns))
+
+
+@pytest.mark.parametrize(("tokens", "far"), [(64, 64), (192, 64)])
+@pytest.mark.parametrize("per_span", [False, True])
+@pytest.mark.parametrize("means", [False, True])
+def test_the_best_blocks_beside_a_window(tokens: int, far: int, per_span: bool, means: bool) -> None:
+    q, k, v = made(tokens)
+    window, reach, block, blocks = 6, 63, 4, 3
+    cut = ((6, 20), (20, 63)) if per_span else None
+    trust = torch.linspace(0.5, 2, HEADS, dtype=torch.float64)
+    bias = torch.linspace(-1, 1, HEADS, dtype=torch.float64) if means else None
+    choice = Choice(window, reach, block, blocks, cut)
+    parts = [near(q, k, v, window, Bands(tokens, 8), SCALE)]
+    parts += best_blocks(q, k, v, choice, trust, bias, Bands(tokens, far), SCALE)
+    columns: dict[tuple[int, int], Columns] = {}
+    for t in range(tokens):
+        for kv in range(KV):
+            starts = [s for s in range(0, t + 1, block) if s + block - 1 <= t and window < t - s <= reach]
+            heads = (2 * kv, 2 * kv + 1)
+            own = {h: {s: float(q[0, t, h] @ k[0, s : s + block, kv].mean(0)) * SCALE for s in starts} for h in heads}
+            shares = {s: sum(float(_softmax(own[h])[s]) for h in heads) for s in starts}
+            ordered = sorted(starts, key=lambda s: -shares[s])
+            taken = ordered[:blocks]
+            if cut is not None:
+                taken = [next((s for s in ordered if a < t - s <= b), None) for a, b in cut]
+            for h in heads:
+                found = near_columns(k, v, t, kv, window)
+                for s in filter(lambda s: s is not None, taken):
+                    extra = float(trust[h]) * own[h][s]
+                    found += [(k[0, j, kv], v[0, j, kv], extra) for j in range(s, s + block) if t - j > window]
+                for s in set(starts) - set(taken) if bias is not None else ():
+                    found.append((k[0, s : s + block, kv].mean(0), v[0, s : s + block, kv].mean(0), float(bias[h])))
+                columns[t, h] = found
+    torch.testing.assert_close(merged(parts, None), by_loop(q, columns))
+
+
+def _softmax(scores: dict[int, float]) -> dict[int, float]:
+    weights = torch.tensor(list(scores.values()), dtype=torch.float64).softmax(0).tolist()
+    return dict(zip(scores, weights, strict=True))
+
+
+def model_of(candidate: Candidate, reach: int = 63) -> FibAttnForCausalLM:
+    shape = candidate.like(ModelRecipe(hidden_size=32, intermediate_size=48, num_hidden_layers=2))
+    config = FibAttnConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        qk_norm=True,
+        max_position_embeddings=64,
+        layer_types=list(shape.layer_types) * (2 // len(shape.layer_types)),
+        window=shape.window,
+        max_offset=reach,
+    )
+    torch.manual_seed(0)
+    model = FibAttnForCausalLM(config).double()
+    use(candidate, model, reach)
+    return model.double().eval()
+
+
+ALONE = [one for one in CANDIDATES if not one.name.endswith("-beside")]
+
+
+@pytest.mark.parametrize("candidate", ALONE, ids=lambda one: one.name)
+def test_no_token_sees_what_comes_after_it_and_all_weights_learn(candidate: Candidate) -> None:
+    small = replace(candidate, window=min(candidate.window, 8), block=4, full=tuple(range(2)) if candidate.full else ())
+    model = model_of(small).train()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("1.weight", "trust", "bias", "sink")):
+                weight += torch.rand_like(weight)
+    ids = torch.randint(64, (2, 100), generator=torch.Generator().manual_seed(1))
+    other = ids.clone()
+    other[:, 70:] = (other[:, 70:] + 1) % 64
+    first, second = ((torch.manual_seed(3), model(input_ids=one, use_cache=False).logits)[1] for one in (ids, other))
+    torch.testing.assert_close(first[:, :70], second[:, :70])
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert [name for name, one in model.named_parameters() if one.grad is None or not one.grad.any()] == []
+
+
+def test_a_candidate_without_anything_new_is_the_library_s_model() -> None:
+    plain = Candidate("plain", "", window=8)
+    written_out = replace(plain, sink=True)
+    ids = torch.randint(64, (2, 100), generator=torch.Generator().manual_seed(1))
+    expected, model = model_of(plain), model_of(written_out)
+    for layer in model.model.layers:
+        layer.self_attn.sink.data.fill_(-1e6)  # pyright: ignore
+    torch.testing.assert_close(model(input_ids=ids).logits, expected(input_ids=ids).logits)
+
+
+def test_spans_cover_what_is_past_the_window() -> None:
+    assert spans(64, 1023) == ((64, 89), (89, 144), (144, 233), (233, 377), (377, 610), (610, 987), (987, 1023))
+    assert spans(31, 1023, 4) == ((31, 89), (89, 233), (233, 610), (610, 1023))
+
+
+def test_the_best_blocks_read_the_bytes_of_128_keys() -> None:
+    names = ["best", "best-means", "best-spans", "best-beside", "window-128"]
+    assert {one.keys(1024) for one in chosen(names)} == {128}
+
+
+def test_trials_write_a_file_each_and_skip_what_is_there(prepared: Path, tmp_path: Path) -> None:
+    base = Recipe(
+        model=ModelRecipe(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, qk_norm=True,
+            **hybrid_layers(2, full=(1,)),
+        ),
+        optimizer=OptimizerRecipe(learning_rate=3e-3, muon=True),
+        sequence_length=64, sequences_per_step=4, micro_batch=4, log_every=1,
+    )  # fmt: skip
+    small = [replace(one, window=8, block=4) for one in chosen(["best", "rungs-conv", "dense"])]
+    small += [replace(small[0], name="beside", full=(1,))]
+    trials = Trials(
+        tuple(small), prepared, tmp_path / "out", tmp_path / "work", base, tokens=1024, eval_tokens=2048, command="it"
+    )
+    assert run_trials(trials) == ()
+    results = sorted((tmp_path / "out" / "far").glob("*.json"))
+    assert [path.stem for path in results] == ["beside", "best", "dense", "rungs-conv"]
+    before = [path.stat().st_mtime_ns for path in results]
+    found = files.read_json(results[0])
+    assert found["candidate"] == "beside"
+    assert found["model"]["full_layers"] == 1
+    assert set(next(iter(found["evaluation"].values()))) == {"64"}
+    assert set(next(iter(found["bounded"].values()))) == {"1024"}
+    assert set(found["copying"]) >= {"16", "256"}
+    assert run_trials(trials) == ()
+    assert [path.stat().st_mtime_ns for path in results] == before
