@@ -13,6 +13,7 @@ from fibattn.plotting import STYLE
 from fibattn.progress import quantity
 from study.report import charts
 from study.report.claims import Claims, Finding
+from study.report.far_table import far_records, far_table
 from study.report.ladder_table import ladder_table
 from study.report.own_claims import OWN, recalls_farther
 from study.report.own_tables import asked_tables, beyond_tables, cost_table, failures_table, other_budget
@@ -55,6 +56,7 @@ def write_report(folder: Path) -> Path:
     """
     results = Results.load(folder)
     tuned = [*ladder_table(results.tuned["ladder"]), *rivals_tables(results.tuned["rivals"])]
+    tuned += far_table(far_records(folder))
     if not results.groups:
         tables = folder / "report" / "tables.md"
         files.write_text(tables, "\n".join(table.markdown() for table in tuned))
@@ -85,7 +87,7 @@ def write_report(folder: Path) -> Path:
         sections={
             **({"papers-claims": "What the paper found, and what came out here"} if budgets else {}),
             **({"own-claims": "What the project set out to do"} if budgets else {}),
-            **({"tuned": "The recipe, and its rivals"} if tuned else {}),
+            **({"tuned": "The recipe, its rivals, and other far reading"} if tuned else {}),
             "past": "Past the paper",
             "papers": "The paper's tables",
             **({"probes": "Beside perplexity"} if probes else {}),

@@ -14,6 +14,7 @@ from study.far.candidates import CANDIDATES, Candidate, chosen, spans
 from study.far.layer import use
 from study.far.reading import Bands, Choice, at_distances, best_blocks, merged, near, span_means
 from study.far.trial import Trials, run_trials
+from study.report.far_table import far_table
 
 HEADS, KV, SIZE, SCALE = 4, 2, 8, 0.3
 Columns = list[tuple[Tensor, Tensor, float]]
@@ -199,3 +200,44 @@ def test_trials_write_a_file_each_and_skip_what_is_there(prepared: Path, tmp_pat
     assert set(found["copying"]) >= {"16", "256"}
     assert run_trials(trials) == ()
     assert [path.stat().st_mtime_ns for path in results] == before
+
+
+def made_up(candidate: str, full: int, keys: float, losses: tuple[float, float], seed: int = 42) -> dict:
+    row = {"first": 256, "last": 511, "targets": 10, "nll": losses[1]}
+    sets = {
+        name: {"1024": {"nll": nll, "repeats": {"by_distance": [row, row | {"first": 8, "nll": 9.0}]}}}
+        for name, nll in zip("ab", losses, strict=True)
+    }
+    return {
+        "candidate": candidate,
+        "about": "what",
+        "seed": seed,
+        "tokens": 106_000_000,
+        "trained_at": 1024,
+        "hardware": {"device": "H200"},
+        "versions": {"torch": "2.11"},
+        "model": {"full_layers": full, "keys": keys, "bytes": 1e6},
+        "evaluation": sets,
+        "bounded": {name: {"16384": {"nll": 3.0}} for name in "ab"},
+        "copying": {"256": 0.5},
+        "training": {"tokens_per_second": 500_000},
+    }
+
+
+def test_the_table_holds_each_candidate_against_the_window_that_reads_as_much() -> None:
+    records = [
+        made_up("window", 0, 71, (4.0, 4.0)),
+        made_up("window-128", 0, 128, (3.5, 3.5)),
+        made_up("best", 0, 128, (3.0, 3.2)),
+        made_up("best-beside", 2, 128, (2.0, 2.0)),
+        made_up("best", 0, 128, (3.0, 3.2), seed=43),
+    ]
+    [table] = far_table(records)
+    cells = [dict(zip(table.frame.columns, row, strict=True)) for row in table.rows]
+    assert [row["against"] for row in cells] == ["–", "–", "−33.0 % (−39.3 %, −25.9 %)", "–", "–"]
+    assert [row["against dense"] for row in cells] == ["–"] * 5
+    assert cells[2]["far repeats"] == "24.53"
+    assert cells[2]["16×"] == "20.09"
+    [table] = far_table([*records, made_up("dense", 16, 1, (3.0, 3.0))])
+    assert [row[8] for row in table.rows] == ["+171.8 %", "+64.9 %", "+10.5 %", "−63.2 %", "–", "–"]
+    assert far_table([]) == []
