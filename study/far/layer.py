@@ -71,10 +71,13 @@ class FarAttention(FibAttnAttention):
         if small.rotated:
             far_q, far_k = turned, rotate(k, rotation)
         narrow, wide = self._bands(tokens)
-        missing = (0, 0, 0, 0, 0, wide.tokens - tokens)
-        near_columns = (functional.pad(x, missing) for x in (turned, rotate(near_k, rotation), near_v))
-        parts = [near(*near_columns, self._window(hidden.device), narrow, self.scaling)]
-        parts += self._far(*(functional.pad(x, missing) for x in (far_q, far_k, v)), wide)
+
+        def whole(x: Tensor) -> Tensor:
+            return functional.pad(x, (0, 0, 0, 0, 0, wide.tokens - tokens))
+
+        window = self._window(hidden.device)
+        parts = [near(whole(turned), whole(rotate(near_k, rotation)), whole(near_v), window, narrow, self.scaling)]
+        parts += self._far(whole(far_q), whole(far_k), whole(v), wide)
         out = merged(parts, self.sink)[:, :tokens].to(v.dtype)
         return self.o_proj(out.reshape(*hidden.shape[:2], -1))
 
