@@ -3,6 +3,7 @@
 No prompt is run: caches are filled with random keys and values, which a step reads as it would read real ones.
 """
 
+import functools
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -52,33 +53,60 @@ def operator(contexts: Sequence[int], batch: int, device: str) -> Iterator[Row]:
 
 
 def models(names: Sequence[str], contexts: Sequence[int], batch: int, device: str) -> Iterator[Row]:
-    """A row for every model and context: microseconds of a step, tokens a second, the cache and the peak memory."""
-    bandwidth = copy_bandwidth(device)
-    known = configurations()
+    """A row for every model and context: microseconds of a step, tokens a second, the cache and the peak memory.
+
+    Where the GPU has too little memory the row has no times.
+    """
+    bandwidth, known = bandwidth_of(device), configurations()
     for name in names:
         config = known[name]
         bounded = all(config.layer_reach(layer) is not None for layer in range(config.num_hidden_layers))
         decoder: Decoder | None = None
         for context in contexts:
-            if decoder is None or not bounded:
+            row: Row = {"model": name, "context": context, "batch": batch, "median": None}
+            try:
+                if decoder is None or not bounded:
+                    decoder = None
+                    clear(device)
+                    decoder = Decoder(config, batch, contexts[-1] if bounded else context, device)
+                row |= decoder.time(context)
+                row |= {"cache_bytes": decoder.cache_bytes, "cache_rows": decoder.cache_rows}
+                row["least_us"] = least_bytes(decoder.model, context, batch) / bandwidth * 1e6
+                row["tokens_per_second"] = batch / row["median"] * 1e6
+                row["peak_bytes"] = torch.cuda.max_memory_allocated() if device == "cuda" else None
+            except torch.OutOfMemoryError:
                 decoder = None
-                gc.collect()
-                if device == "cuda":
-                    torch.cuda.empty_cache()
-                    torch.cuda.reset_peak_memory_stats()
-                decoder = Decoder(config, batch, contexts[-1] if bounded else context, device)
-            times = decoder.time(context)
-            yield {
-                "model": name,
-                "context": context,
-                "batch": batch,
-                **times,
-                "tokens_per_second": batch / times["median"] * 1e6,
-                "cache_bytes": decoder.cache_bytes,
-                "cache_rows": decoder.cache_rows,
-                "cache_read_us": decoder.cache_bytes / bandwidth * 1e6,
-                "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
-            }
+            yield row
+
+
+def clear(device: str) -> None:
+    """Give back the memory of the model before, and begin to measure the peak anew."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def least_bytes(model: FibAttnForCausalLM, context: int, batch: int) -> int:
+    """What a step must read: the weights, and the keys and values that each token attends to."""
+    config, rows = model.config, 0
+    for layer in range(config.num_hidden_layers):
+        patterns = config.layer_patterns(layer)
+        if patterns is None:
+            rows += (context + 1) * config.num_key_value_heads
+        else:
+            seen = [sum(distance <= context for distance in pattern.distances) for pattern in patterns]
+            rows += sum(seen) * config.num_key_value_heads // len(seen)
+    # Of the embedding a row is read; tied, all of it is the head.
+    untied = 0 if config.tie_word_embeddings else model.get_input_embeddings().weight.nbytes
+    weights = sum(one.nbytes for one in model.parameters()) - untied
+    return weights + batch * rows * 2 * config.head_dim * model.dtype.itemsize
+
+
+@functools.cache
+def bandwidth_of(device: str) -> float:
+    """`copy_bandwidth`, measured once; it takes 8 GB, so before anything whose peak is."""
+    return copy_bandwidth(device)
 
 
 def configurations() -> dict[str, FibAttnConfig]:
@@ -101,6 +129,7 @@ class Decoder:
         with torch.no_grad():
             model(token, past_key_values=cache, use_cache=True)
         self.layers: list[Any] = list(cache.layers)
+        self.model = model
         step: Callable[..., Any] = model.forward
         if device == "cuda":
             torch.compiler.reset()  # or the eighth model would meet the limit on recompilations
@@ -134,19 +163,23 @@ class Decoder:
 
 def line_of(row: Row) -> str:
     """A row of a model in words."""
+    what = f"{row['model']}, {row['context']:,} tokens, {row['batch']} at once"
+    if row["median"] is None:
+        return f"{what}: does not fit into the memory of this GPU"
     peak = "" if row["peak_bytes"] is None else f", peak {row['peak_bytes'] / 2**20:,.0f} MiB"
     return (
-        f"{row['model']}, {row['context']:,} tokens: {row['median'] / 1000:.2f} ms a step of {row['batch']}, "
-        f"{row['tokens_per_second']:,.0f} tokens/s; cache {row['cache_bytes'] / 2**20:,.0f} MiB "
-        f"({row['cache_rows']:,} rows a sequence; to read it once takes {row['cache_read_us'] / 1000:.2f} ms){peak}"
+        f"{what}: {row['median'] / 1000:.3f} ms a step, {row['tokens_per_second']:,.0f} tokens/s; reading what it "
+        f"must would take {row['least_us'] / 1000:.3f} ms; cache {row['cache_bytes'] / 2**20:,.0f} MiB "
+        f"({row['cache_rows']:,} rows a sequence){peak}"
     )
 
 
 def draw(rows: Sequence[Row], path: Path) -> Path:
-    """Time and cache over context, axes logarithmic; SVG and PNG, and the CSV beside them."""
+    """Time and cache over context, axes logarithmic; SVG and PNG, and the CSV beside them. Of rows of one batch."""
     columns = (("ms", "milliseconds a step"), ("cache_mib", "MiB of cache"))
-    points = [(row["model"], row["context"], row["median"] / 1e3, row["cache_bytes"] / 2**20) for row in rows]
-    contexts = sorted({row["context"] for row in rows})
+    timed = [row for row in rows if row["median"] is not None]
+    points = [(row["model"], row["context"], row["median"] / 1e3, row["cache_bytes"] / 2**20) for row in timed]
+    contexts = sorted({row["context"] for row in timed})
     with plt.rc_context(plotting.STYLE):
         figure, panels = plt.subplots(2, figsize=(5.4, 6.4), layout="constrained")
         for name in MODELS:

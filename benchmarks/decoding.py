@@ -20,8 +20,8 @@ class Arguments:
 
     contexts: tuple[int, ...] = (1024, 4096, 16_384, 65_536, 131_072)
     """Tokens before the one that is timed."""
-    batch: int = 1
-    """Sequences of a step."""
+    batches: tuple[int, ...] = (1,)
+    """Sequences of a step; the figure is of the first."""
     models: tuple[Model, ...] = get_args(Model)
     """Which models, of the paper's 60 M-parameter shape: its linear stagger, the default recipe, the same before it is
     bounded, dense."""
@@ -34,10 +34,10 @@ class Arguments:
 def run(arguments: list[str]) -> None:
     """Time, print a line for each row, write the files."""
     chosen = parse(Arguments, arguments, "python -m benchmarks decoding")
-    if min(chosen.contexts, default=0) < 1 or chosen.batch < 1 or not chosen.models:
+    if min(chosen.contexts, default=0) < 1 or min(chosen.batches, default=0) < 1 or not chosen.models:
         raise InputError(
-            f"contexts {chosen.contexts}, batch {chosen.batch}, models {chosen.models}: numbers must be at least 1, "
-            "and there must be a context and a model"
+            f"contexts {chosen.contexts}, batches {chosen.batches}, models {chosen.models}: numbers must be at least "
+            "1, and there must be a context, a batch and a model"
         )
     from benchmarks import decoders
     from benchmarks.environment import device_of, environment, heading
@@ -46,12 +46,15 @@ def run(arguments: list[str]) -> None:
     print(f"{heading()}; caches are filled with random states, no prompt is run", flush=True)
     result: dict[str, Any] = {"environment": environment(), "operator": [], "models": []}
     contexts = sorted(set(chosen.contexts))
-    for row in decoders.operator(contexts, chosen.batch, device):
-        result["operator"].append(row)
-        print(f"operator, W = {row['window']}, {row['context']:,} tokens: {row['median']:,.1f} µs", flush=True)
-    for row in decoders.models(chosen.models, contexts, chosen.batch, device):
-        result["models"].append(row)
-        print(decoders.line_of(row), flush=True)
-        files.write_json(chosen.out / "decoding.json", result)
-    figure = decoders.draw(result["models"], chosen.out / "decoding.svg")
+    for batch in chosen.batches:
+        for row in decoders.operator(contexts, batch, device):
+            result["operator"].append(row)
+            where = f"{row['context']:,} tokens, {batch} at once"
+            print(f"operator, W = {row['window']}, {where}: {row['median']:,.1f} µs", flush=True)
+        for row in decoders.models(chosen.models, contexts, batch, device):
+            result["models"].append(row)
+            print(decoders.line_of(row), flush=True)
+            files.write_json(chosen.out / "decoding.json", result)
+    drawn = [row for row in result["models"] if row["batch"] == chosen.batches[0]]
+    figure = decoders.draw(drawn, chosen.out / "decoding.svg")
     print(f"written to {chosen.out / 'decoding.json'}, {figure.with_suffix('.csv')} and {figure}")

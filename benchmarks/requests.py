@@ -4,7 +4,6 @@ Transformers' manager is given requests that have had their prompts already: the
 whatever stands there, and the next step draws a token for each.
 """
 
-import gc
 import inspect
 import statistics
 from itertools import pairwise
@@ -15,7 +14,7 @@ from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import RequestStatus
 
-from benchmarks.decoders import configurations
+from benchmarks.decoders import bandwidth_of, clear, configurations, least_bytes
 from fibattn import FibAttnForCausalLM
 
 _PAGE, _WARM = 32, 10
@@ -26,10 +25,8 @@ Row = dict[str, Any]
 
 def throughput(name: str, context: int, requests: int, steps: int, device: str) -> Row:
     """Tokens a second of all requests, and the milliseconds of a step: the median of those after the first ten."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    bandwidth = bandwidth_of(device)
+    clear(device)
     torch.manual_seed(0)
     config = configurations()[name]
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -74,6 +71,7 @@ def throughput(name: str, context: int, requests: int, steps: int, device: str) 
         "requests": requests,
         "step_ms": step * 1e3,
         "tokens_per_second": requests / step,
+        "least_ms": least_bytes(model, context, requests) / bandwidth * 1e3,
         "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
     }
 
@@ -97,4 +95,5 @@ def line_of(row: Row) -> str:
     """A row in words."""
     peak = "" if row["peak_bytes"] is None else f", peak {row['peak_bytes'] / 2**20:,.0f} MiB"
     who = f"{row['model']}, {row['requests']} requests at {row['context']:,} tokens"
-    return f"{who}: {row['tokens_per_second']:,.0f} tokens/s, {row['step_ms']:.2f} ms a step{peak}"
+    speed = f"{row['tokens_per_second']:,.0f} tokens/s, {row['step_ms']:.2f} ms a step"
+    return f"{who}: {speed}; reading what it must would take {row['least_ms']:.2f} ms{peak}"

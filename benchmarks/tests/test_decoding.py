@@ -2,20 +2,23 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks.__main__ import main
+from benchmarks.decoders import least_bytes
+from fibattn import FibAttnConfig, FibAttnForCausalLM
 
 
 def test_caches_are_as_large_as_their_models_need(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--contexts", "2048", "512", "--models", "hybrid", "dense", "--device", "cpu", "--out", str(tmp_path)]
-    assert main(["decoding", *words]) == 0
+    words = ["--contexts", "2048", "512", "--batches", "2", "--models", "hybrid", "dense", "--device", "cpu"]
+    assert main(["decoding", *words, "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "decoding.json").read_text())
     rows = {(row["model"], row["context"]): row for row in result["models"]}
     assert list(rows) == [("hybrid", 512), ("hybrid", 2048), ("dense", 512), ("dense", 2048)]
-    # Sixteen layers with two KV heads of 64, float32; some room for the steps that are timed.
-    a_row = 2 * 2 * 64 * 4
+    # Two sequences, sixteen layers with two KV heads of 64, float32; some room for the steps that are timed.
+    a_row = 2 * 2 * 2 * 64 * 4
     for context in (512, 2048):
         dense = rows["dense", context]
         assert 16 * context < dense["cache_rows"] <= 16 * (context + 256)
@@ -26,7 +29,17 @@ def test_caches_are_as_large_as_their_models_need(tmp_path: Path, capsys: pytest
         (window, context) for window in (12, 128) for context in (512, 2048)
     ]
     assert (tmp_path / "decoding.csv").read_text().startswith("model,context,ms,cache_mib\nhybrid,512,")
-    assert "dense, 2,048 tokens: " in capsys.readouterr().out
+    assert "dense, 2,048 tokens, 2 at once: " in capsys.readouterr().out
+
+
+def test_what_a_step_must_read_is_the_weights_and_the_keys_it_attends_to() -> None:
+    shape: Any = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    layers: Any = {"num_hidden_layers": 2, "layer_types": ["fibonacci_attention", "full_attention"], "window": 3}
+    model = FibAttnForCausalLM(FibAttnConfig(vocab_size=100, rungs=6, schedule="fixed", **shape, **layers))
+    weights = sum(one.numel() for one in model.parameters()) * 4
+    # Distances 0 to 3, 5, 8 and 13; keys and values of two heads of 8.
+    assert least_bytes(model, 50, 3) == weights + 3 * (7 + 51) * 2 * 2 * 8 * 4
+    assert least_bytes(model, 2, 1) == weights + (3 + 3) * 2 * 2 * 8 * 4
 
 
 @pytest.mark.parametrize(

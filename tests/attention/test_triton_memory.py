@@ -110,16 +110,19 @@ def test_decoding_fits_a_small_gpu(dtype: torch.dtype, size: int, group: int, le
 
 
 @pytest.mark.parametrize("longest", [1, 512])
-@pytest.mark.parametrize(("window", "learned", "pages"), [(12, False, True), (128, True, True), (1023, False, False)])
+@pytest.mark.parametrize(
+    ("window", "learned", "rungs", "pages"),
+    [(12, False, True, True), (128, True, True, True), (1023, False, False, True), (1023, False, False, False)],
+)
 @pytest.mark.parametrize(
     ("dtype", "size", "group"), [(torch.bfloat16, 64, 4), (torch.bfloat16, 256, 32), (torch.float32, 128, 32)]
 )
 def test_pages_fit_a_small_gpu(
-    dtype: torch.dtype, size: int, group: int, window: int, learned: bool, pages: bool, longest: int
+    dtype: torch.dtype, size: int, group: int, window: int, learned: bool, rungs: bool, pages: bool, longest: int
 ) -> None:
     q, k = (torch.empty(1, 1, heads, size, dtype=dtype, device="meta") for heads in (group, 1))
     shape = shape_of(q, k)
     absent = {"p_first" if pages else "p_table"} | (set() if learned else {"p_fractions"})
     word = "fp32" if shape.exact else "bf16"
-    sizes = paged.options_for(shape, window, longest)
+    sizes = paged.options_for(shape, window, longest, rungs, pages)
     assert shared_memory(paged.paged_kernel, sizes, word, absent) <= SHARED_MEMORY

@@ -271,6 +271,7 @@ def test_unsupported_input_is_refused():
     [
         (Pattern(3, (5, 8, 13, 34)), None, 2),
         (Pattern(70, (80,)), None, 3),
+        (Pattern(130), None, 4),
         ((Pattern(3, (5, 8, 13, 21)), Pattern(3, (4, 9))), None, 4),
         (LearnedPattern(3, (1, 2, 3, 5, 8, 13)), 1.23, 2),
     ],

@@ -1,9 +1,10 @@
 """The kernel for pages: the newest tokens of several sequences, a step or a chunk of each, against a common cache.
 
 A program has a KV head and up to `BQ` tokens of one sequence that follow each other; its rows are those of `rows.py`.
-Its columns are the keys from the newest back to the end of the first token's window, then for each rung one key a
-token, `BN` at a time. Where tokens begin, how long sequences are and where pages lie is read from the device, and the
-grid depends on shapes alone, so that a captured CUDA graph serves any mix of as many tokens and sequences.
+Its columns are the keys from the newest back to the end of the first token's window, or the first key, then for each
+rung one key a token, `BN` at a time. Where tokens begin, how long sequences are and where pages lie is read from the
+device, and the grid depends on shapes alone, so that a captured CUDA graph serves any mix of as many tokens and
+sequences.
 """
 
 from typing import Any
@@ -39,7 +40,7 @@ def attend(
     """Fill `out`, like q (T, Hq, D); pages (P, rows, Hkv, D); the rest as in `paged.Batch`, rungs as in `Columns`."""
     shape = shape_of(q[None], k_pages)
     sequences, kv_heads, rows = lengths.shape[0], k_pages.shape[2], k_pages.shape[1]
-    options = options_for(shape, window, longest)
+    options = options_for(shape, window, longest, rungs.shape[1] > 1, table is not None)
     blocks = sequences if longest == 1 else q.shape[0] // options["BQ"] + sequences
     try:
         paged_kernel[(blocks * kv_heads,)](
@@ -53,13 +54,16 @@ def attend(
     return out
 
 
-def options_for(shape: Shape, window: int, longest: int) -> dict[str, Any]:
+def options_for(shape: Shape, window: int, longest: int, has_rungs: bool, has_table: bool) -> dict[str, Any]:
     """What the kernel is compiled for; a wide window's keys serve more rows."""
     columns, stages = tiles_for(shape, window)
+    if stages > 1 and has_table and not has_rungs:
+        # Triton shares the stages among loads that wait for each other, and a key waits for its page.
+        stages = 2 * stages - 1
     tokens = 1 if longest == 1 else max(1, (64 if window >= 64 else 16) // shape.padded_group)
     sizes = {"GROUP": shape.group, "GP": shape.padded_group, "SIZE": shape.size, "BD": shape.padded_size}
     sizes |= {"BQ": tokens, "ROWS": max(16, tokens * shape.padded_group), "BN": max(columns, tokens)}
-    return {**sizes, "STEPS": longest == 1, **launch.FUSED, "num_warps": 4, "num_stages": stages}
+    return {**sizes, "STEPS": longest == 1, "RUNGS": has_rungs, **launch.FUSED, "num_warps": 4, "num_stages": stages}
 
 
 _UNSPECIALIZED = ["window", "sequences", "rows", "kv_heads", "stride_set", "stride_table"]
@@ -96,6 +100,7 @@ def paged_kernel(
     ROWS: tl.constexpr,
     BN: tl.constexpr,
     STEPS: tl.constexpr,
+    RUNGS: tl.constexpr,
 ):
     """One program: one KV head, `BQ` tokens of one sequence."""
     i_head = (tl.program_id(0) % kv_heads).to(tl.int64)
@@ -131,11 +136,11 @@ def paged_kernel(
     b_max = tl.full([ROWS], -1e30, tl.float32)
     b_sum = tl.zeros([ROWS], tl.float32)
     b_acc = tl.zeros([ROWS, BD], tl.float32)
-    near = window + BQ
+    near = tl.minimum(window, position) + BQ
     count = near + BQ * tl.load(p_set)
     for column in range(0, count, BN):
         o_column = column + tl.arange(0, BN)
-        m_rung = (o_column >= near) & (o_column < count)
+        m_rung = RUNGS & (o_column >= near) & (o_column < count)
         o_rung, o_slot = (o_column - near) // BQ, (o_column - near) % BQ
         b_offset = tl.load(p_set + 1 + o_rung, mask=m_rung, other=0)
         o_key = position + tl.where(m_rung, o_slot - b_offset, BQ - 1 - o_column)
