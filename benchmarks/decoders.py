@@ -87,20 +87,21 @@ def clear(device: str) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def least_bytes(model: FibAttnForCausalLM, context: int, batch: int) -> int:
+def least_bytes(model: Any, context: int, batch: int) -> int:
     """What a step must read: the weights, and the keys and values that each token attends to."""
     config, rows = model.config, 0
+    heads, size = config.num_key_value_heads, config.head_dim
     for layer in range(config.num_hidden_layers):
         patterns = config.layer_patterns(layer)
         if patterns is None:
-            rows += (context + 1) * config.num_key_value_heads
+            rows += (context + 1) * heads
         else:
             seen = [sum(distance <= context for distance in pattern.distances) for pattern in patterns]
-            rows += sum(seen) * config.num_key_value_heads // len(seen)
+            rows += sum(seen) * heads // len(seen)
     # Of the embedding a row is read; tied, all of it is the head.
     untied = 0 if config.tie_word_embeddings else model.get_input_embeddings().weight.nbytes
     weights = sum(one.nbytes for one in model.parameters()) - untied
-    return weights + batch * rows * 2 * config.head_dim * model.dtype.itemsize
+    return weights + batch * rows * 2 * size * model.dtype.itemsize
 
 
 @functools.cache

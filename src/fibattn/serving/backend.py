@@ -5,7 +5,6 @@ size). vLLM writes new tokens and attends in two calls. Nothing is read back to 
 from shapes, so full CUDA graphs of any batch are safe.
 """
 
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -63,7 +62,6 @@ class FibAttnMetadataBuilder(AttentionMetadataBuilder[Batch]):
     """A step's metadata is vLLM's own, under other names."""
 
     _cudagraph_support = AttentionCGSupport.ALWAYS
-    supports_update_block_table = True
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -74,10 +72,6 @@ class FibAttnMetadataBuilder(AttentionMetadataBuilder[Batch]):
         """For one group of layers."""
         given = common_attn_metadata
         return Batch(given.query_start_loc, given.seq_lens, given.max_query_len, given.block_table_tensor)
-
-    def update_block_table(self, metadata: Batch, blk_table: Tensor, slot_mapping: Tensor) -> Batch:
-        """For the next group."""
-        return replace(metadata, table=blk_table)
 
 
 class FibAttnImpl(AttentionImpl[Batch]):
