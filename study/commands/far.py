@@ -4,9 +4,6 @@ import shlex
 from dataclasses import dataclass, replace
 from inspect import cleandoc
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from fibattn.cli.flags import parse
 from fibattn.cli.prepare import count
@@ -35,7 +32,7 @@ class Arguments:
     """Targets of each held-out set."""
     seeds: tuple[int, ...] = (42,)
     """Each seeds the weights and the order of the text of one run."""
-    processes: Annotated[int, tyro.conf.arg(metavar="INT")] = 1
+    processes: int = 1
     """Processes side by side, spread over the GPUs."""
 
 
@@ -47,7 +44,7 @@ def run(arguments: list[str]) -> None:
     if given.processes > 1:
         from study.processes import side_by_side
 
-        if side_by_side(_as_flags(replace(given, processes=1)), given.processes):
+        if side_by_side(as_flags(replace(given, processes=1)), given.processes):
             raise SystemExit(1)
         return
     from study.far.trial import Trials, run_trials
@@ -61,14 +58,14 @@ def run(arguments: list[str]) -> None:
             tokens=count(given.tokens),
             eval_tokens=count(given.eval_tokens),
             seeds=given.seeds,
-            command=shlex.join(["python", "-m", "study", *_as_flags(replace(given, data=Path("DATA"), work=None))]),
+            command=shlex.join(["python", "-m", "study", *as_flags(replace(given, data=Path("DATA"), work=None))]),
         )
     )
     if failed:
         raise SystemExit(1)
 
 
-def _as_flags(given: Arguments) -> list[str]:
+def as_flags(given: Arguments) -> list[str]:
     """The command line that gives these arguments."""
     words = ["far", "--data", str(given.data), "--only", *given.only, "--out", str(given.out)]
     words += ["--work", str(given.work)] if given.work else []

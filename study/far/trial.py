@@ -1,5 +1,6 @@
 """Trains and measures candidates, one result file a run, as the ladder's runs: same recipe, text, order and sets."""
 
+import gc
 import json
 import shutil
 import time
@@ -68,7 +69,7 @@ def run_trials(trials: Trials) -> tuple[str, ...]:
         for candidate in trials.candidates:
             name = candidate.name if seed == 42 else f"{candidate.name}-seed{seed}"
             result, recipe = trials.out / "far" / f"{name}.json", _recipe(trials, candidate, seed, name)
-            with locked(recipe.out) as mine:
+            with locked(recipe.out.parent) as mine:
                 if not mine or result.exists():
                     continue
                 try:
@@ -80,7 +81,7 @@ def run_trials(trials: Trials) -> tuple[str, ...]:
                     say(f"{name} failed")
                     failed.append(name)
                 finally:
-                    torch._dynamo.reset()
+                    _forget()
     return tuple(failed)
 
 
@@ -91,7 +92,7 @@ def _recipe(trials: Trials, candidate: Candidate, seed: int, name: str) -> Recip
     return replace(
         base,
         data=trials.data,
-        out=trials.work / f"{name}-{trials.tokens}",
+        out=trials.work / name / "run",
         model=candidate.like(base.model),
         optimizer=replace(base.optimizer, warmup_steps=warmup),
         steps=steps,
@@ -115,7 +116,7 @@ def _measured(
         turns = stack.enter_context(turn(trials.work))
         model, inputs = _train(candidate, recipe, data, turns)
         trained, waited = time.monotonic(), sum(one.waited for one in turns)
-        torch._dynamo.reset()
+        _forget()
         how: dict[str, Any] = {"sets": [], "tokens": trials.eval_tokens, "quiet": True}
         trained_model = _fresh(candidate, recipe, data, None, like=model)
         evaluation = sweep(trained_model, data, lengths=[length], frequent=frequent, **how)["sets"]
@@ -190,6 +191,14 @@ def _fresh(
         model.load_state_dict(like.state_dict())
         model.to(next(like.parameters()).device)
     return model
+
+
+def _forget() -> None:
+    """Let go of compiled code, CUDA graphs, and the memory of models that are gone."""
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _frequent(trials: Trials, data: PreparedData, targets: dict[str, int]) -> np.ndarray:

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from fibattn import FibAttnConfig, FibAttnForCausalLM, files
+from fibattn.cli.flags import parse
+from fibattn.lock import locked
 from fibattn.pattern import hybrid_layers
 from fibattn.training.recipe import ModelRecipe, OptimizerRecipe, Recipe
+from study.commands.far import Arguments, as_flags
 from study.far.candidates import CANDIDATES, Candidate, chosen, spans
 from study.far.layer import use
 from study.far.reading import Bands, Choice, at_distances, best_blocks, merged, near, span_means
@@ -188,9 +191,13 @@ def test_trials_write_a_file_each_and_skip_what_is_there(prepared: Path, tmp_pat
     trials = Trials(
         tuple(small), prepared, tmp_path / "out", tmp_path / "work", base, tokens=1024, eval_tokens=2048, command="it"
     )
+    with locked(trials.work / "dense"):
+        assert run_trials(trials) == ()
+    assert not (tmp_path / "out" / "far" / "dense.json").exists()  # another process has it
     assert run_trials(trials) == ()
     results = sorted((tmp_path / "out" / "far").glob("*.json"))
     assert [path.stem for path in results] == ["beside", "best", "dense", "rungs-conv"]
+    assert list(trials.work.glob("*/")) == []
     before = [path.stat().st_mtime_ns for path in results]
     found = files.read_json(results[0])
     assert found["candidate"] == "beside"
@@ -241,3 +248,8 @@ def test_the_table_holds_each_candidate_against_the_window_that_reads_as_much() 
     [table] = far_table([*records, made_up("dense", 16, 1, (3.0, 3.0))])
     assert [row[8] for row in table.rows] == ["+171.8 %", "+64.9 %", "+10.5 %", "−63.2 %", "–", "–"]
     assert far_table([]) == []
+
+
+def test_a_process_is_told_what_the_first_was_told() -> None:
+    given = Arguments(Path("a b"), ("best", "window*"), tokens="4M", seeds=(1, 2), work=Path("w"))
+    assert parse(Arguments, as_flags(given)[1:], "far") == given
