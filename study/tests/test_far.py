@@ -18,6 +18,7 @@ from study.far.layer import use
 from study.far.reading import Bands, Choice, at_distances, best_blocks, merged, near, span_means
 from study.far.trial import Trials, run_trials
 from study.report.far_table import far_table
+from study.report.write import write_report
 
 HEADS, KV, SIZE, SCALE = 4, 2, 8, 0.3
 Columns = list[tuple[Tensor, Tensor, float]]
@@ -253,3 +254,11 @@ def test_the_table_holds_each_candidate_against_the_window_that_reads_as_much() 
 def test_a_process_is_told_what_the_first_was_told() -> None:
     given = Arguments(Path("a b"), ("best", "window*"), tokens="4M", seeds=(1, 2), work=Path("w"))
     assert parse(Arguments, as_flags(given)[1:], "far") == given
+
+
+def test_the_report_has_the_table_where_there_are_results(tmp_path: Path) -> None:
+    published = Path(__file__).parents[1] / "results" / "ladder" / "rate.jsonl"
+    (tmp_path / "ladder").mkdir()
+    (tmp_path / "ladder" / "rate.jsonl").write_bytes(published.read_bytes())
+    files.write_json(tmp_path / "far" / "best.json", made_up("best", 0, 128, (3.0, 3.2)))
+    assert "| best | what | 106 M | 0 | 128 |" in write_report(tmp_path).read_text(encoding="utf-8")

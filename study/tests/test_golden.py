@@ -41,8 +41,7 @@ def test_every_table_has_the_cells_that_it_had(report: Path) -> None:
     expected = tables((GOLDEN / "tables.md").read_text(encoding="utf-8"))
     assert len(expected) == 21
     found = tables((report / "tables.md").read_text(encoding="utf-8"))
-    del found["### The ladder: from the paper's recipe to the project's"]  # younger
-    assert list(found) == list(expected)
+    assert [title for title in found if title in expected] == list(expected)  # others are younger
     for title, rows in expected.items():
         assert found[title] == rows, title
 
