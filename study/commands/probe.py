@@ -16,7 +16,7 @@ from fibattn.errors import InputError, suggestion
 from study.probes import settings
 
 FOLDER = Path("study/results/probes")
-_TRAINING = ("retrieval", "recall")
+_TRAINING = ("retrieval", "recall", "healing")
 """Probes that train models, and write every row as it comes: cut short, the same command goes on with what is left."""
 _ASKING = ("ruler", "lego", "harness")
 """Probes of a trained model."""
@@ -30,6 +30,7 @@ PROBES: dict[str, type] = {
         settings.Harness,
         settings.Latency,
         settings.Flops,
+        settings.Healing,
     )
 }
 

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 Start = Literal["uniform", "staggered", "fixed", "linear"]
+Placement = Literal["measured", "evenly", "worst"]
+Shape = Literal["rungs", "window"]
 
 
 @dataclass(frozen=True)
@@ -117,3 +119,41 @@ class Flops:
     """Whose models."""
     length: int | None = None
     """Tokens of a sequence; the training length when left out."""
+
+
+@dataclass(frozen=True)
+class Healing:
+    """A trained dense model made sparse in most layers, and healed with a part of its tokens."""
+
+    model: Path
+    """The dense model, or its finished run."""
+    data: Path
+    """What it was trained on, a folder made by `fibattn prepare`; healed and measured on, too."""
+    tokens: int | None = None
+    """How many tokens it was trained on; its recipe's when left out."""
+    parts: tuple[float, ...] = (0.0, 0.02, 0.01, 0.05)
+    """How much of them each conversion is healed with; 0 for none."""
+    counts: tuple[int, ...] = (4, 2, 8)
+    """Layers that stay full."""
+    placements: tuple[Placement, ...] = ("measured", "evenly", "worst")
+    """Which they are: found on held-out text, evenly over the depth, or those whose loss hurts least by itself."""
+    shapes: tuple[Shape, ...] = ("rungs", "window")
+    """What the other layers attend to: a window and rungs, or a window of as many keys."""
+    window: int = 64
+    """Of the layers with rungs."""
+    learning_rate: float = 1e-3
+    """Of the healing."""
+    matching: float = 0.25
+    """The part of the healing in which layers are matched."""
+    text_weight: float = 0.25
+    """Of the text's cross entropy in the rest."""
+    sequences_per_step: int = 16
+    """Of the healing, each of the training length."""
+    search_tokens: int = 65_536
+    """On which placements are measured, an equal part of each held-out set."""
+    eval_tokens: int = 131_072
+    """Targets of each held-out set at most."""
+    factors: tuple[int, ...] = (1, 4, 16)
+    """Times the training length at which the loss is measured; past it full layers are bounded."""
+    work: Path = Path("healing")
+    """Where models lie until they are measured."""

@@ -16,6 +16,7 @@ _TITLES = {
     "harness": "lm-eval",
     "latency": "Latency of a forward pass",
     "flops": "Operations of a forward pass",
+    "healing": "Conversion and healing",
 }
 _PAPERS = {"ruler": "ruler_vt", "lego": "lego"}
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import foreign_decoders
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,19 +12,28 @@ from torch.nn import functional
 
 import fibattn
 from fibattn import InputError
+from fibattn.data.prepared import TokensInMemory
+from fibattn.data.sequences import TrainingSequences
 from fibattn.data.tokenizer import load_tokenizer
 from fibattn.evaluation.placement import evenly_kept, kept_loss, search, sequences
 
 PATTERN: dict[str, Any] = {"window": 2, "rungs": 3}
 
 
-def text(count: int = 3, length: int = 40) -> Tensor:
-    return foreign_decoders.tokens(count, length + 1)
+def as_sequences(rows: Tensor) -> TrainingSequences:
+    """Each row but its last token a sequence."""
+    starts = np.arange(len(rows)) * rows.shape[1]
+    return TrainingSequences(TokensInMemory(rows.flatten().numpy()), starts, rows.shape[1] - 1)
 
 
-def by_hand(model: Any, ids: Tensor) -> float:
-    logits = model(ids[:, :-1], use_cache=False).logits.flatten(0, 1)
-    return float(functional.cross_entropy(logits.double(), ids[:, 1:].flatten()))
+def text(count: int = 3, length: int = 40) -> TrainingSequences:
+    return as_sequences(foreign_decoders.tokens(count, length + 1))
+
+
+def by_hand(model: Any, rows: TrainingSequences) -> float:
+    inputs, targets = (torch.stack([row[name] for row in rows]) for name in ("input_ids", "shift_labels"))
+    logits = model(inputs, use_cache=False).logits.flatten(0, 1)
+    return float(functional.cross_entropy(logits.double(), targets.flatten()))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
@@ -65,8 +75,10 @@ def test_the_one_layer_whose_attention_counts_is_found(only: int) -> None:
         for index, layer in enumerate(model.model.layers):
             layer.self_attn.o_proj.weight.mul_(float(index == only))
     torch.manual_seed(0)
-    written = model.generate(text(8, 1), max_new_tokens=39, do_sample=True)  # by which it is the likelier one
-    found = search(model, PATTERN, written, 1)
+    written = model.generate(
+        foreign_decoders.tokens(8, 2), max_new_tokens=39, do_sample=True
+    )  # by which it is the likelier one
+    found = search(model, PATTERN, as_sequences(written), 1)
     assert [layer for layer, rise in enumerate(found["alone"]) if abs(rise) > 1e-4] == [only]
     assert found["alone"][only] > 0.1
     assert found["search"] == [{"layer": only, "loss": pytest.approx(found["dense"], abs=1e-4)}]
@@ -94,11 +106,13 @@ def test_text_becomes_sequences_that_follow_one_another(prepared: Path, tmp_path
     first = tokenizer.encode((tmp_path / "a.txt").read_text(), add_special_tokens=False)
     whole = [bos, *first, bos, *plain[0], bos, *plain[1]]
     found = sequences([tmp_path / "a.txt", tmp_path / "b.jsonl"], tokenizer, 7, 10**6)
-    assert found.shape == ((len(whole) - 1) // 7, 8)
-    assert found.dtype == torch.int64
-    assert found[:, :-1].flatten().tolist() == whole[: len(found) * 7]
-    assert found[:, 1:].flatten().tolist() == whole[1 : len(found) * 7 + 1]
-    assert sequences([tmp_path / "a.txt"], tokenizer, 7, 30).shape == (4, 8)
+    assert len(found) == (len(whole) - 1) // 7
+    inputs, targets = (torch.stack([row[name] for row in found]) for name in ("input_ids", "shift_labels"))
+    assert inputs.dtype == torch.int64
+    assert inputs.shape == (len(found), 7)
+    assert inputs.flatten().tolist() == whole[: len(found) * 7]
+    assert targets.flatten().tolist() == whole[1 : len(found) * 7 + 1]
+    assert len(sequences([tmp_path / "a.txt"], tokenizer, 7, 30)) == 4
 
 
 @pytest.mark.parametrize(

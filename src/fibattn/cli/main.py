@@ -14,12 +14,14 @@ PROGRAM = Program(
         "eval": "perplexity, bits per byte and length extrapolation of a trained model",
         "sample": "continue a prompt, streamed, for as long as wanted",
         "convert": "give a Llama, Qwen, Gemma, ... this attention, or go back",
+        "heal": "train a converted model to do what the dense one does",
         "pattern": "show which distances every layer attends to, and what the stack reaches",
     },
     package="fibattn.cli",
     resumed={
         "prepare": "; what was finished is kept, the same command goes on from there",
         "train": "; the same command goes on from the last checkpoint, or begins anew where there is none yet",
+        "heal": "; the same command goes on from the last checkpoint, or begins anew where there is none yet",
     },
 )
 

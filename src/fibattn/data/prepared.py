@@ -71,6 +71,18 @@ class TokenStream:
         return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
 
 
+class TokensInMemory(TokenStream):
+    """Tokens (tokens,) of an integer type, that lie in no file."""
+
+    def __init__(self, tokens: np.ndarray):
+        super().__init__(())
+        self._ends, self._maps = np.array([len(tokens)]), [tokens]
+        self.fingerprint = hashlib.sha256(tokens.tobytes()).hexdigest()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__
+
+
 @dataclass(frozen=True)
 class PreparedData:
     """A whole prepared folder.

@@ -1,11 +1,21 @@
 """Sequences of a token stream as a PyTorch data set."""
 
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from fibattn.data.prepared import TokenStream
+from fibattn.data.encoding import encode
+from fibattn.data.prepared import TokensInMemory, TokenStream
+from fibattn.data.readers import kind, read_file
+from fibattn.data.tokenizer import separator
 from fibattn.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 class TrainingSequences(Dataset[dict[str, torch.Tensor]]):
@@ -47,3 +57,23 @@ def document_beginnings(stream: TokenStream, length: int, limit_tokens: int) -> 
     edges = stream.documents()
     starts = edges[:-1][np.diff(edges) > length]
     return TrainingSequences(stream, starts[: limit_tokens // length], length)
+
+
+def read_tokens(paths: Iterable[Path], tokenizer: "PreTrainedTokenizerFast", most: int) -> TokensInMemory:
+    """The first `most` tokens of some text files, as `fibattn prepare` takes them: each document behind a separator.
+
+    Raises:
+        InputError: for a file of an unknown kind, and one that cannot be read.
+    """
+    paths = list(paths)
+    for path in paths:
+        if kind(path) is None:
+            raise InputError(f"{path} is no text that can be read; give .txt, .md, .jsonl or .parquet files")
+    texts = (text for path in paths for _, text in read_file(path, ("text",), None))
+    found, left = [np.zeros(0, np.uint32)], most
+    for ids in encode(tokenizer, texts, separator(tokenizer), np.dtype(np.uint32)):
+        found.append(ids if ids.ndim == 1 else ids[0])
+        left -= len(found[-1])
+        if left <= 0:
+            break
+    return TokensInMemory(np.concatenate(found)[:most])

@@ -5,65 +5,43 @@ kept ones are found one after another, each time that with which the loss is low
 """
 
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from fibattn.data.encoding import encode
-from fibattn.data.readers import kind, read_file
-from fibattn.data.sequences import TrainingSequences
-from fibattn.data.tokenizer import separator
+from fibattn.data.sequences import TrainingSequences, read_tokens
 from fibattn.errors import InputError
 from fibattn.evaluation.loss import token_losses
 from fibattn.model.conversion import convert, restore
 from fibattn.progress import Meter
 
 
-def sequences(paths: Iterable[Path], tokenizer: PreTrainedTokenizerFast, length: int, tokens: int) -> Tensor:
-    """The beginning of some text files in sequences, int64 (sequences, length + 1): inputs, and targets one later.
-
-    Args:
-        paths: files as `fibattn prepare` takes them; documents follow one another, a separator before each.
-        tokenizer: the model's own.
-        length: inputs of a sequence.
-        tokens: targets in all, at most.
+def sequences(paths: Sequence[Path], tokenizer: PreTrainedTokenizerFast, length: int, tokens: int) -> TrainingSequences:
+    """The beginning of some text files in sequences of `length` that follow one another, of at most `tokens` targets.
 
     Raises:
-        InputError: for a file of an unknown kind, and when not even one sequence fits.
+        InputError: as `read_tokens`, and when not even one sequence fits.
     """
-    paths = list(paths)
-    for path in paths:
-        if kind(path) is None:
-            raise InputError(f"{path} is no text that can be read; give .txt, .md, .jsonl or .parquet files")
-    texts = (text for path in paths for _, text in read_file(path, ("text",), None))
-    found, left = [np.zeros(0, np.int64)], tokens + 1
-    for ids in encode(tokenizer, texts, separator(tokenizer), np.dtype(np.int64)):
-        found.append(ids if ids.ndim == 1 else ids[0].astype(np.int64))
-        left -= len(found[-1])
-        if left <= 0:
-            break
-    stream = torch.from_numpy(np.concatenate(found)[: tokens + 1])
+    stream = read_tokens(paths, tokenizer, tokens + 1)
     count = (len(stream) - 1) // length
     if count < 1:
         raise InputError(
             f"a sequence of {length} needs {length + 1} tokens, and {', '.join(map(str, paths))} with a limit of "
             f"{tokens} gives {len(stream)}; give more text, or measure shorter sequences"
         )
-    return stream[: count * length + 1].unfold(0, length + 1, length)
+    return TrainingSequences(stream, np.arange(count) * length, length)
 
 
-def search(model: Any, pattern: dict[str, Any], text: Tensor, count: int) -> dict[str, Any]:
+def search(model: Any, pattern: dict[str, Any], text: TrainingSequences, count: int) -> dict[str, Any]:
     """Find `count` layers to keep.
 
     Args:
         model: a loaded causal language model that can be converted; it is converted and restored again and again.
         pattern: the arguments of `fibattn.convert`, but for `keep_layers`.
-        text: int64 (sequences, length + 1), as `sequences` gives it.
+        text: what is measured.
         count: how many, at least one and fewer than there are.
 
     Returns:
@@ -95,34 +73,21 @@ def search(model: Any, pattern: dict[str, Any], text: Tensor, count: int) -> dic
             best = min(tried, key=lambda layer: tried[layer])
             kept[best] = tried[best]
     steps = [{"layer": layer, "loss": lowest} for layer, lowest in kept.items()]
-    measured = {"sequences": len(text), "sequence_length": text.shape[1] - 1}
+    measured = {"sequences": len(text), "sequence_length": text.length}
     found = {"dense": dense, "none": none, "alone": alone, "search": steps, "evenly": even}
     return {**found, **measured, "seconds": round(time.monotonic() - began, 1)}
 
 
-def kept_loss(model: Any, pattern: dict[str, Any], text: Tensor, kept: Collection[int]) -> float:
+def kept_loss(model: Any, pattern: dict[str, Any], text: TrainingSequences, kept: Collection[int]) -> float:
     """The mean loss of a token, in nats, where these layers keep their own attention; arguments as in `search`."""
     sparse = len(kept) < model.base_model.config.num_hidden_layers
     if sparse:
         convert(model, **pattern, keep_layers=sorted(kept))
     try:
-        return float(token_losses(model, _Text(text), quiet=True).mean(dtype=np.float64))
+        return float(token_losses(model, text, quiet=True).mean(dtype=np.float64))
     finally:
         if sparse:
             restore(model)
-
-
-class _Text(TrainingSequences):
-    """Sequences in memory, int64 (sequences, length + 1)."""
-
-    def __init__(self, tokens: Tensor):
-        self.tokens, self.length = tokens, tokens.shape[1] - 1
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.tokens[index, :-1], "shift_labels": self.tokens[index, 1:]}
 
 
 def evenly_kept(depth: int, count: int) -> list[int]:

@@ -21,11 +21,11 @@ from fibattn.model.converted_layers import IMPLEMENTATION, before_attention, bef
 from fibattn.model.converted_pattern import FIELDS, STORED_PATTERN, in_words, layers_of, with_offsets
 from fibattn.model.converted_rotary import after_rotation, before_rotation, keep_exact, rotary_modules
 from fibattn.model.modeling import FibAttnPreTrainedModel
-from fibattn.model.native import dense_model
+from fibattn.model.native import attend_by, dense_model, native_config
 from fibattn.pattern import Base, Schedule
 
 ARCHITECTURES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma3_text", "smollm3")
-"""The model types that can be converted: those that the tests convert."""
+"""The model types that can be converted, those that the tests convert, beside dense models that were trained here."""
 
 
 @dataclass
@@ -56,7 +56,8 @@ def convert(
     `save_pretrained` writes a folder of another kind (`converted_folder`) that comes back sparse.
 
     Args:
-        model: a loaded model of one of `ARCHITECTURES`, with any head; not wrapped (convert before `peft`).
+        model: a loaded model of one of `ARCHITECTURES`, with any head, or a dense one of this project's own kind; not
+            wrapped (convert before `peft`).
         window: distances 0 … window are always attended.
         base: `fibonacci` or `power_of_two`.
         schedule: `fixed`, `linear` or `coprime`: the scale of each layer's rungs.
@@ -91,6 +92,9 @@ def convert(
     )
     values = (window, base, schedule, rungs, farthest, max_offset, kept, full_reach)
     entry: dict[str, Any] = dict(zip(FIELDS, values, strict=True))
+    if isinstance(model, FibAttnPreTrainedModel):
+        config: Any = native_config(model.config, with_offsets(entry, layers_of(model.config, entry)))
+        return attend_by(model, config)
     # An adapter keeps this name for its base: were it that of the original, it would be loaded on a dense model.
     name = model.name_or_path and f"{model.name_or_path}, converted by fibattn.convert(model, {in_words(entry)})"
     return apply(model, entry, name)
@@ -105,7 +109,7 @@ def apply(model: PreTrainedModel, entry: dict[str, Any], name: str | None) -> Pr
     decoder: Any = model.base_model
     layers = layers_of(decoder.config, entry)
     stored = with_offsets(entry, layers)
-    modules, previous = _attention_modules(decoder), decoder.config._attn_implementation
+    modules, previous = attention_modules(decoder), decoder.config._attn_implementation
     model.set_attn_implementation(IMPLEMENTATION)
     if decoder.config._attn_implementation != IMPLEMENTATION:
         raise InputError(f"{type(model).__name__} does not take its attention from Transformers' registry")
@@ -180,7 +184,9 @@ def _check_model(model: Any) -> None:
 
 def _refusal(config: PreTrainedConfig) -> str | None:
     """Why a model of this configuration cannot be converted."""
-    if config.model_type == FibAttnConfig.model_type:
+    if isinstance(config, FibAttnConfig):
+        if set(config.layer_types or []) == {"full_attention"}:
+            return None
         return "its layers are sparse by themselves; restore one that was converted, or change its configuration"
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder-decoder; fixed offsets are causal, for decoders alone"
@@ -200,7 +206,7 @@ def _refusal(config: PreTrainedConfig) -> str | None:
     return None
 
 
-def _attention_modules(decoder: Any) -> list[nn.Module]:
+def attention_modules(decoder: Any) -> list[nn.Module]:
     """The attention modules, first layer first."""
     found = [module for module in decoder.modules() if hasattr(module, "num_key_value_groups")]
     found.sort(key=lambda module: module.layer_idx)

@@ -31,17 +31,22 @@ class FibAttnAttention(LearnedScale):
         self.config, self.layer_idx, self.head_dim = config, layer, size
         self.num_key_value_groups = heads // kv_heads
         self.scaling, self.attention_dropout, self.is_causal = size**-0.5, 0.0, True
-        self.scales_rope = config.rope_scales_all or (config.layer_types or [])[layer] == "full_attention"
-        self.rotated = bool((config.no_rope_layers or [])[layer])
-        self.pattern = config.learned_pattern if config.learns_alpha(layer) else config.layer_patterns(layer)
         self.theta = new_theta() if config.learns_alpha(layer) else None
-        self.reach = config.layer_reach(layer)
+        self.attend_by(config)
         bias = config.attention_bias or config.qkv_bias
         self.q_proj = nn.Linear(config.hidden_size, heads * size, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_heads * size, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * size, bias=bias)
         self.o_proj = _residual_output(nn.Linear(heads * size, config.hidden_size, bias=config.attention_bias))
         self.q_norm, self.k_norm = (FibAttnRMSNorm(size, config.rms_norm_eps) if config.qk_norm else None for _ in "qk")
+
+    def attend_by(self, config: FibAttnConfig) -> None:
+        """Attend to what `config` says of this layer."""
+        layer = self.layer_idx
+        self.scales_rope = config.rope_scales_all or (config.layer_types or [])[layer] == "full_attention"
+        self.rotated = bool((config.no_rope_layers or [])[layer])
+        self.pattern = config.learned_pattern if config.learns_alpha(layer) else config.layer_patterns(layer)
+        self.reach = config.layer_reach(layer)
 
     def forward(
         self,

@@ -1,6 +1,7 @@
 """A converted decoder as a model of this project's own kind: the weights have the same names, a configuration the rest.
 
 So a converted Llama is written as a `FibAttnForCausalLM`, which whatever takes the project's models takes, and back.
+A dense model that was trained here is one already: of it the configuration changes.
 """
 
 from typing import Any
@@ -12,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from fibattn.errors import InputError
 from fibattn.model.configuration import FibAttnConfig
-from fibattn.model.converted_pattern import STORED_PATTERN, layers_of
+from fibattn.model.converted_pattern import FIELDS, STORED_PATTERN, layers_of
 from fibattn.model.modeling import FibAttnForCausalLM, FibAttnPreTrainedModel
 
 _SAME = (
@@ -27,6 +28,10 @@ _FAMILIES: dict[str, tuple[tuple[str, ...], dict[str, bool]]] = {
     "qwen2": ((), {"qkv_bias": True}),
     "qwen3": (("attention_bias",), {"qk_norm": True}),
     "smollm3": (_BIASES, {}),
+    FibAttnConfig.model_type: (
+        (*_BIASES, "qkv_bias", "qk_norm", "gated_mlp", "embedding_skip", "autocast_residual", "no_rope_layers"),
+        {},
+    ),
 }
 """For each model type that fits the further fields that it has, by the same names here, and what it always has."""
 
@@ -39,7 +44,8 @@ def native_config(source: PreTrainedConfig, entry: dict[str, Any]) -> FibAttnCon
         entry: its pattern, as `fibattn.convert` stores it.
     """
     kind = source.model_type
-    heads = {None, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind), MODEL_MAPPING_NAMES.get(kind)}
+    bare = MODEL_MAPPING_NAMES.get(kind, "FibAttnModel")
+    heads = {None, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, "FibAttnForCausalLM"), bare}
     rope: dict[str, Any] = source.rope_parameters or {}  # pyright: ignore
     known = kind in _FAMILIES and (source.architectures or [None])[0] in heads
     if not known or rope.get("partial_rotary_factor", 1.0) != 1.0 or hasattr(source, "quantization_config"):
@@ -59,22 +65,54 @@ def native_config(source: PreTrainedConfig, entry: dict[str, Any]) -> FibAttnCon
         layer_types=kinds,
         layer_limits=limits if any(limit is not None for limit in limits) else None,
         rope_scales_all=rope.get("rope_type", "default") != "default",
-        architectures=["FibAttnModel" if source.architectures == [MODEL_MAPPING_NAMES[kind]] else "FibAttnForCausalLM"],
+        architectures=["FibAttnModel" if source.architectures == [bare] else "FibAttnForCausalLM"],
         converted_from=plain(source),
     )
+
+
+def pattern_of(config: Any) -> dict[str, Any] | None:
+    """What a converted model attends to, under the names that `fibattn.convert` takes; None for any other."""
+    if not isinstance(config, FibAttnConfig):
+        return getattr(config, STORED_PATTERN, None)
+    if config.converted_from is None:
+        return None
+    kept = [layer for layer, kind in enumerate(config.layer_types or []) if kind == "full_attention"]
+    given = {name: getattr(config, name) for name in FIELDS if name != "keep_layers"}
+    return {**given, "keep_layers": kept, "layer_offsets": config.layer_offsets}
+
+
+def attend_by(model: FibAttnPreTrainedModel, config: FibAttnConfig) -> FibAttnPreTrainedModel:
+    """Give `model` the attention of `config`, which says the same of its weights, in place."""
+    decoder: Any = model.base_model
+    for name in (*FIELDS, "layer_types", "layer_offsets", "layer_limits", "rope_scales_all", "converted_from"):
+        if name != "keep_layers":
+            setattr(decoder.config, name, getattr(config, name))
+    decoder.full_reach = config.full_reach
+    for layer in decoder.layers:
+        layer.self_attn.attend_by(config)
+    return model
+
+
+def dense_config(config: FibAttnConfig) -> PreTrainedConfig | None:
+    """The configuration of the model that one of this configuration was converted from, with as many token ids."""
+    given: Any = config.converted_from
+    return given and CONFIG_MAPPING[given["model_type"]].from_dict({**given, "vocab_size": config.vocab_size})
 
 
 def dense_model(model: FibAttnPreTrainedModel) -> PreTrainedModel:
     """The model that `model` was converted from, with the weights of `model`, which are not copied.
 
+    One that was dense of this kind is that again, in place.
+
     Raises:
         InputError: for a model that was not converted.
     """
-    config = model.config
-    if config.converted_from is None:
+    source = dense_config(model.config)
+    if source is None:
         raise InputError(f"this {type(model).__name__} was not converted from another model; it has no dense form")
-    given = {**config.converted_from, "vocab_size": config.vocab_size, "dtype": model.dtype}
-    source = CONFIG_MAPPING[given["model_type"]].from_dict(given)
+    if isinstance(source, FibAttnConfig):
+        return attend_by(model, source)
+    source.dtype = model.dtype
     with no_init_weights():
         kind = AutoModelForCausalLM if isinstance(model, FibAttnForCausalLM) else AutoModel
         dense: Any = kind.from_config(source, dtype=model.dtype)

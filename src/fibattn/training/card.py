@@ -36,6 +36,9 @@ tags:
 
 # """
 
+_UNHEALED = """The weights are those
+of the original, whose layers learnt with more to attend to: expect it to be worse until it is healed."""
+
 _LOAD = """## How to load
 
 ```
@@ -78,20 +81,32 @@ def write_converted_card(
         model: as `fibattn.convert` left it.
         placement: what `fibattn.evaluation.placement.search` found, where the kept layers were measured.
     """
-    found = (getattr(module, "fibattn", None) for module in model.modules())
-    rows = [_converted_row(layer) for layer in found if isinstance(layer, ConvertedLayer)]
     head = f"""{_FRONT}{name}
 
 A decoder of {quantity(model.num_parameters())} parameters, converted from {source} (a {type(model).__name__}) with
-fibattn {__version__} ([fixed-offset sparse attention](https://arxiv.org/abs/2606.28560)). The weights are those of the
-original. Its layers learnt with more to attend to: expect it to be worse than the original until it is trained."""
-    attention = f"""## Attention
-
-| layers | attention | distances beyond the window |
-| --- | --- | --- |
-{chr(10).join(_grouped(rows))}"""
+fibattn {__version__} ([fixed-offset sparse attention](https://arxiv.org/abs/2606.28560)). {_UNHEALED}"""
+    config = model.base_model.config
+    attention = _attention(config) if isinstance(config, FibAttnConfig) else _converted_attention(model)
     sections = [head, attention, *([measured(placement)] if placement else []), _EMPTY, _LOAD]
     files.write_text(folder / CARD, "\n\n".join(sections) + "\n")
+
+
+def say_healed(folder: Path, healing: dict[str, Any]) -> None:
+    """Say in the card of a converted model that it was healed, and how; what `fibattn.training.healing` keeps of it."""
+    path, recipe = folder / CARD, healing["recipe"]
+    if not path.exists():
+        return
+    what = "all weights" if recipe["lora"] is None else f"LoRA of rank {recipe['lora']}, merged"
+    share = recipe["matching"]
+    section = f"""## Healing
+
+Trained on {quantity(recipe["tokens"])} tokens in sequences of {healing["sequence_length"]}, beside
+{healing["teacher"]}: {what}. In {share:.0%} of them each sparse layer's attention learnt the output of the dense
+model's, then the whole learnt its next tokens (weight {1 - recipe["text_weight"]:g}) and the text's.
+
+"""
+    text = path.read_text(encoding="utf-8").replace(_UNHEALED, "It was trained since.")
+    files.write_text(path, text.replace("## Results\n", f"{section}## Results\n", 1))
 
 
 def add_results(folder: Path, result: dict[str, Any]) -> bool:
@@ -170,6 +185,16 @@ def _layers(config: FibAttnConfig) -> Iterator[str]:
         bound = f", the last {window + 1:,}" if bounded else ""
         rows.append(f"{_ATTENTION[kind]}{bound} | {rotated} | {distances or 'none'}")
     return _grouped(rows)
+
+
+def _converted_attention(model: PreTrainedModel) -> str:
+    found = (getattr(module, "fibattn", None) for module in model.modules())
+    rows = [_converted_row(layer) for layer in found if isinstance(layer, ConvertedLayer)]
+    return f"""## Attention
+
+| layers | attention | distances beyond the window |
+| --- | --- | --- |
+{chr(10).join(_grouped(rows))}"""
 
 
 def _converted_row(layer: ConvertedLayer) -> str:

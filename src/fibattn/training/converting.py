@@ -10,7 +10,8 @@ from transformers.utils.logging import disable_progress_bar
 from fibattn import files
 from fibattn._version import __version__
 from fibattn.errors import InputError
-from fibattn.model.converted_pattern import STORED_PATTERN
+from fibattn.model.loading import find_model
+from fibattn.model.native import pattern_of
 from fibattn.sealed import seal
 from fibattn.training.card import write_converted_card
 
@@ -22,15 +23,14 @@ def load_source(name: str, **how: Any) -> PreTrainedModel:
     """The causal language model of a folder or of the Hub, in the precision that it was saved in.
 
     Args:
-        name: the folder, or a name of the Hub.
+        name: the folder, a finished run, or a name of the Hub.
         how: further arguments of Transformers' `from_pretrained`.
 
     Raises:
         InputError: for a model that cannot be loaded, or whose weights are quantised.
     """
     disable_progress_bar()
-    if Path(name).exists() and not (Path(name) / "config.json").exists():
-        raise InputError(f"{name} holds no model (config.json is missing); give a model's folder, or a name of the Hub")
+    name = _named(name)
     try:
         config = AutoConfig.from_pretrained(name)
         if (given := getattr(config, "quantization_config", None)) is not None:
@@ -49,10 +49,14 @@ def load_source(name: str, **how: Any) -> PreTrainedModel:
     return model
 
 
+def _named(name: str) -> str:
+    return str(find_model(Path(name))) if Path(name).exists() else name
+
+
 def load_tokenizer_of(name: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside a model's weights; None where there is none."""
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(_named(name))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -70,7 +74,7 @@ def write_folder(
     A converted one has a card and the record of its conversion, and is sealed. `source` says what it was made from;
     `placement` is what `fibattn.evaluation.placement.search` found, where the kept layers were measured.
     """
-    pattern = getattr(model.base_model.config, STORED_PATTERN, None)
+    pattern = pattern_of(model.base_model.config)
     staged = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(staged, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)

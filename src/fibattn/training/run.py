@@ -80,7 +80,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
         inputs = {"data_fingerprint": data.fingerprint, "order_sha256": files.sha256(order)}
         if recipe.start is not None:
             inputs["start_sha256"] = _start(recipe, config, data)
-        _claim(recipe, inputs)
+        claim(recipe, inputs)
         if recipe.keep_model:
             files.write_json(recipe.out / start.KEPT, config.to_dict())
         if not (recipe.out / "tokenizer").exists():
@@ -215,7 +215,7 @@ def _order(recipe: Recipe, data: PreparedData) -> Path:
     return path
 
 
-def _claim(recipe: Recipe, inputs: dict[str, str]) -> None:
+def claim(recipe: Recipe, inputs: dict[str, str]) -> None:
     """Write down what the run is, or check that the run in the folder is this one, of which the bound may change."""
     path = recipe.out / "recipe.json"
     if path.exists():

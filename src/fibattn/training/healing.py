@@ -1,0 +1,226 @@
+"""Healing a converted model: stage after stage beside the dense model, each a run of the Trainer that goes on if cut.
+
+A stage's folder is a run's: its recipe, metrics and checkpoints, and in the end the weights that it trained.
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback
+
+from fibattn import files, sealed
+from fibattn.data.order import load_order, make_order
+from fibattn.data.prepared import PreparedData, TokenStream
+from fibattn.data.sequences import TrainingSequences, read_tokens
+from fibattn.data.tokenizer import check_same_vocabulary, load_tokenizer
+from fibattn.errors import InputError, MissingExtraError
+from fibattn.model import FibAttnConfig
+from fibattn.model.loading import find_model
+from fibattn.model.native import dense_config, pattern_of, plain
+from fibattn.progress import Meter
+from fibattn.training import checkpoints
+from fibattn.training.card import say_healed
+from fibattn.training.converting import RECORD, load_source
+from fibattn.training.healing_recipe import HealingRecipe
+from fibattn.training.healing_stages import AttentionMatching, Distillation, HealingStage
+from fibattn.training.metrics import MetricsFile
+from fibattn.training.recipe import OptimizerRecipe, Recipe
+from fibattn.training.run import claim
+from fibattn.training.trainer import FibTrainer, process_count
+
+_WEIGHTS = "trained.safetensors"
+_LONGEST = 2048
+_UNTOLD = {"dtype", "transformers_version", "architectures", "use_cache", "auto_map"}
+_UNTOLD |= {"pad_token_id", "bos_token_id", "eos_token_id"}
+"""What of a configuration says nothing of the weights."""
+
+Stage = Callable[[PreTrainedModel, PreTrainedModel, list[nn.Parameter]], HealingStage]
+
+
+def heal(recipe: HealingRecipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
+    """Heal a converted model, or go on with it, and return the folder of the healed one; `callbacks` are the Trainer's.
+
+    Raises:
+        InputError: for a model that is not converted, a dense model that does not go with it, text that is too short,
+            another run in the output folder, and what `HealingRecipe.check` and `Recipe.check` refuse.
+    """
+    recipe.check()
+    if process_count() > 1:
+        raise InputError(f"torchrun started {process_count()} processes; healing takes one, with one GPU")
+    folder, finished = find_model(recipe.model), recipe.folder / "model"
+    student, teacher, name = _pair(recipe, folder)
+    length = recipe.sequence_length or min(student.config.get_text_config().max_position_embeddings, _LONGEST)
+    stages: dict[str, Stage] = {
+        "attention": AttentionMatching,
+        "logits": partial(Distillation, text_weight=recipe.text_weight),
+    }
+    runs = _runs(recipe, length)
+    stream, fingerprint = _text(recipe, folder, max(run.tokens for run in runs.values()) + 1)
+    inputs = {
+        "student_sha256": " ".join(files.sha256(path) for path in sorted(folder.glob("*.safetensors"))),
+        "teacher": name,
+        "data_fingerprint": fingerprint,
+        "recipe": {name: getattr(recipe, name) for name in ("tokens", "matching", "text_weight", "lora", "seed")},
+    }
+    orders = {name: _prepare(run, inputs, stream, fingerprint) for name, run in runs.items()}
+    if sealed.is_sealed(finished):
+        sealed.verify(finished)
+        print(f"{finished} is finished already")
+        return finished
+    if finished.exists():
+        raise InputError(f"{finished} exists and is no finished model of a run; move it away, or give another --out")
+    dtype, adapted = student.dtype, None
+    on_gpu = torch.cuda.is_available()
+    if recipe.lora is None or not on_gpu:
+        student.float()
+    if recipe.lora is not None:
+        adapted = _with_adapters(student, recipe.lora)
+    trained = [one for one in student.parameters() if one.requires_grad]
+    for one in (student, teacher if on_gpu else teacher.float()):
+        one.to("cuda" if on_gpu else "cpu")  # pyright: ignore[reportArgumentType]
+    for name, run in runs.items():
+        _run(run, stages[name](student, teacher, trained), orders[name], callbacks)
+    whole: Any = student if adapted is None else adapted.merge_and_unload()
+    _write(finished, folder, whole.requires_grad_(True).to(dtype), {**inputs, "sequence_length": length})
+    return finished
+
+
+def _pair(recipe: HealingRecipe, folder: Path) -> tuple[PreTrainedModel, PreTrainedModel, str]:
+    """The converted model and the dense one, which go together, and how the latter is called."""
+    student = load_source(str(folder))
+    config: Any = student.base_model.config
+    if pattern_of(config) is None:
+        raise InputError(f"{folder} was not converted; heal what `fibattn convert` wrote")
+    before: Any = dense_config(config) if isinstance(config, FibAttnConfig) else config
+    record = folder / RECORD
+    name = recipe.teacher or (files.read_json(record)["source"] if record.exists() else None)
+    if name is None:
+        raise InputError(f"{folder} does not say what it was converted from ({RECORD} is missing); give --teacher")
+    try:
+        teacher = load_source(name)
+    except InputError as error:
+        raise InputError(f"the dense model: {error}; if it is elsewhere now, give --teacher") from None
+    right, found = (_told(one) for one in (before, teacher.base_model.config))
+    wrong = [key for key in ("model_type", *right, *found) if right.get(key) != found.get(key)]
+    if wrong:
+        raise InputError(
+            f"{name} is not what {folder} was converted from: {wrong[0]} is {found.get(wrong[0])} there, expected "
+            f"{right.get(wrong[0])}; give the dense model by --teacher"
+        )
+    ours, theirs = (one.get_input_embeddings().weight.detach().float() for one in (student, teacher))  # pyright: ignore
+    if (ours - theirs).norm() > 0.5 * theirs.norm():
+        raise InputError(
+            f"{name} has the shape of what {folder} was converted from, but other weights; give the dense model by "
+            "--teacher"
+        )
+    return student, teacher, name
+
+
+def _told(config: Any) -> dict[str, Any]:
+    return {name: value for name, value in plain(config).items() if name not in _UNTOLD}
+
+
+def _runs(recipe: HealingRecipe, length: int) -> dict[str, Recipe]:
+    """What the Trainer is told of each stage that has steps."""
+    step = recipe.sequences_per_step * length
+    if step < 1 or recipe.tokens < step:
+        raise InputError(
+            f"tokens is {recipe.tokens}, less than the {step} of one step; give more, or make steps smaller"
+        )
+    whole = recipe.tokens // step
+    matching = round(whole * recipe.matching)
+    shared = Recipe(
+        data=recipe.data or recipe.text[0],
+        start=recipe.model,
+        keep_model=True,
+        sequence_length=length,
+        sequences_per_step=recipe.sequences_per_step,
+        micro_batch=recipe.micro_batch,
+        order="epochs",
+        data_seed=recipe.seed,
+        save_every=recipe.save_every,
+        keep_checkpoints=1,
+        evaluate_every=None,
+    )
+    runs = {}
+    for seed, (name, steps) in enumerate({"attention": matching, "logits": whole - matching}.items(), recipe.seed):
+        if steps:
+            warmup = min(100, steps // 10)
+            rate = OptimizerRecipe(
+                recipe.learning_rate, warmup_steps=warmup, final_fraction=0.0, decay="linear", weight_decay=0.0
+            )
+            runs[name] = replace(shared, out=recipe.folder / name, steps=steps, optimizer=rate, data_seed=seed)
+            runs[name].check()
+    return runs
+
+
+def _text(recipe: HealingRecipe, folder: Path, most: int) -> tuple[TokenStream, str]:
+    """What is trained on, and its fingerprint."""
+    if recipe.data is not None:
+        data = PreparedData.open(recipe.data)
+        check_same_vocabulary(folder, data)
+        return data.train, data.fingerprint
+    stream = read_tokens(recipe.text, load_tokenizer(folder), most)
+    return stream, stream.fingerprint
+
+
+def _prepare(run: Recipe, inputs: dict[str, Any], stream: TokenStream, fingerprint: str) -> TrainingSequences:
+    """Claim a stage's folder, and give the sequences of its steps."""
+    order, count = run.out / "order.npy", run.steps * run.sequences_per_step
+    about: Any = {"mode": run.order, "seed": run.data_seed, "sequences": count, "tokens": len(stream)}
+    about |= {"length": run.sequence_length, "data": fingerprint}
+    claim(run, inputs)
+    if not order.with_suffix(".json").exists():
+        make_order(order, **about)
+    return TrainingSequences(stream, load_order(order, **about), run.sequence_length)
+
+
+def _with_adapters(student: PreTrainedModel, rank: int) -> Any:
+    """Put LoRA at the projections of the attention; the adapters alone are trained then."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise MissingExtraError("--lora needs peft", "lora") from None
+    torch.manual_seed(0)  # a run that goes on begins with the same
+    names = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    chosen = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=names)
+    return get_peft_model(student, chosen)
+
+
+def _run(run: Recipe, stage: HealingStage, sequences: TrainingSequences, callbacks: Sequence[TrainerCallback]) -> None:
+    """Train one stage, from its last checkpoint where it has one; once done, its weights are kept and no checkpoint."""
+    weights = run.out / _WEIGHTS
+    if weights.exists():
+        stage.load_state_dict(load_file(weights))
+        return
+    trainer = FibTrainer(stage, run, sequences, processes=1)
+    checkpoint = checkpoints.latest(run.out)
+    with Meter(f"heal, {run.out.name}", run.tokens, "tokens") as meter:
+        for callback in (MetricsFile(run, meter), *callbacks):
+            trainer.add_callback(callback)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with files.replacing(weights) as temporary:
+        save_file(stage.state_dict(), temporary)
+    for checkpoint in run.out.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
+def _write(finished: Path, folder: Path, model: PreTrainedModel, healing: dict[str, Any]) -> None:
+    """The converted folder again with the healed weights, sealed, by rename."""
+    staged = finished.with_name(f"{checkpoints.STAGING}-model")
+    shutil.rmtree(staged, ignore_errors=True)
+    with files.naming_a_full_disk(finished.parent):
+        shutil.copytree(folder, staged, ignore=shutil.ignore_patterns("*.safetensors*", "COMPLETE.json"))
+        model.save_pretrained(staged)
+        if (staged / RECORD).exists():
+            files.write_json(staged / RECORD, files.read_json(staged / RECORD) | {"healing": healing})
+        say_healed(staged, healing)
+        sealed.seal(staged)
+        staged.replace(finished)

@@ -1,0 +1,151 @@
+"""What a converted model is healed by: two losses beside the dense model, each a module whose state is what it trains.
+
+Layers are matched as in LoLCATs (Zhang and others, arXiv 2410.10254), all of them in one pass: each is given the input
+that it has in the dense model, so that none waits for those before it.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from fibattn.model.conversion import attention_modules
+from fibattn.model.native import pattern_of
+
+_SLICE_LOGITS = 1 << 26
+
+
+class HealingStage(nn.Module):
+    """A loss of `student` beside `teacher`, both causal language models on one device, by which `trained` is trained.
+
+    The teacher is no part of the module: it is neither trained, saved nor moved.
+    """
+
+    _tied_weights_keys = None  # the Trainer looks here when it goes on from a checkpoint
+
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, trained: Iterable[nn.Parameter]):
+        super().__init__()
+        self.student, self._teacher = student, (teacher.eval(),)
+        student.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+    @property
+    def teacher(self) -> PreTrainedModel:
+        """The dense model."""
+        return self._teacher[0]
+
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:
+        """The weights that are trained, each once."""
+        return {name: one.detach() for name, one in self.named_parameters() if one.requires_grad}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Take back what `state_dict` gave."""
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(state_dict[name])
+        return nn.modules.module._IncompatibleKeys([], [])
+
+
+class AttentionMatching(HealingStage):
+    """How far each sparse layer's attention is from the dense model's, given the same input.
+
+    The mean over the layers of the squared distance between the outputs, over the square of the dense model's.
+    """
+
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, trained: Iterable[nn.Parameter]):
+        sparse, modules = sparse_layers(student), attention_modules(student.base_model)
+        inside = {id(one) for layer in sparse for one in modules[layer].parameters()}
+        super().__init__(student, teacher, [one for one in trained if id(one) in inside])
+        self.sparse = sparse
+
+    def forward(self, input_ids: Tensor, **_: Any) -> CausalLMOutput:
+        """The loss over sequences `input_ids` (batch, tokens)."""
+        seen: dict[int, tuple[Tensor, Tensor]] = {}
+        found: list[Tensor] = []
+
+        def record(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+            seen[module.layer_idx] = _input(args, kwargs), _first(output)
+
+        def give(module: Any, args: Any, kwargs: Any) -> Any:
+            return _with_input(args, kwargs, seen[module.layer_idx][0])
+
+        def compare(module: Any, args: Any, output: Any) -> Any:
+            ours, right = _first(output).float(), seen[module.layer_idx][1]
+            goal = right.float()
+            found.append((ours - goal).square().mean() / goal.square().mean())
+            return (right, *output[1:]) if isinstance(output, tuple) else right
+
+        theirs, ours = (attention_modules(model.base_model) for model in (self.teacher, self.student))
+        handles = [theirs[layer].register_forward_hook(record, with_kwargs=True) for layer in self.sparse]
+        handles += [ours[layer].register_forward_pre_hook(give, with_kwargs=True) for layer in self.sparse]
+        handles += [ours[layer].register_forward_hook(compare) for layer in self.sparse]
+        try:
+            with torch.no_grad():
+                self.teacher.base_model(input_ids=input_ids, use_cache=False)
+            self.student.base_model(input_ids=input_ids, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return CausalLMOutput(loss=torch.stack(found).mean())  # pyright: ignore[reportArgumentType]
+
+
+class Distillation(HealingStage):
+    """The divergence of the model's next tokens from the dense model's, mixed with the cross entropy of the text."""
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        trained: Iterable[nn.Parameter],
+        *,
+        text_weight: float,
+    ):
+        super().__init__(student, teacher, trained)
+        self.text_weight = text_weight
+
+    def forward(self, input_ids: Tensor, shift_labels: Tensor, **_: Any) -> CausalLMOutput:
+        """The mean loss in nats over all targets, `shift_labels` of `input_ids`, both (batch, tokens)."""
+        with torch.no_grad():
+            right = self.teacher.base_model(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        ours = self.student.base_model(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        step = max(1, _SLICE_LOGITS // self.student.get_output_embeddings().weight.shape[0])  # pyright: ignore
+        # A slice at a time, and again in the backward pass: the logits of all tokens would be most of the memory.
+        parts = [
+            checkpoint(self._summed, *rows, use_reentrant=False)
+            for rows in zip(ours.split(step), right.split(step), shift_labels.flatten().split(step), strict=True)
+        ]
+        return CausalLMOutput(loss=torch.stack(parts).sum() / shift_labels.numel())  # pyright: ignore
+
+    def _summed(self, ours: Tensor, right: Tensor, targets: Tensor) -> Tensor:
+        own = functional.log_softmax(self.student.get_output_embeddings()(ours).float(), dim=-1)  # pyright: ignore
+        with torch.no_grad():
+            goal = functional.log_softmax(self.teacher.get_output_embeddings()(right).float(), dim=-1)  # pyright: ignore
+        divergence = functional.kl_div(own, goal, reduction="sum", log_target=True)
+        return torch.lerp(divergence, functional.nll_loss(own, targets, reduction="sum"), self.text_weight)
+
+
+def sparse_layers(model: PreTrainedModel) -> list[int]:
+    """The layers of a converted model that do not have their own attention."""
+    config: Any = model.base_model.config
+    pattern: Any = pattern_of(config)
+    return [layer for layer in range(config.num_hidden_layers) if layer not in pattern["keep_layers"]]
+
+
+def _input(args: Any, kwargs: Any) -> Tensor:
+    return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+
+def _with_input(args: Any, kwargs: Any, hidden: Tensor) -> Any:
+    named = "hidden_states" in kwargs
+    return (args, {**kwargs, "hidden_states": hidden}) if named else ((hidden, *args[1:]), kwargs)
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
