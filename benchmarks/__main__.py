@@ -13,6 +13,7 @@ PROGRAM = Program(
         "paged-decode": "attention from pages against attention from rings, many requests at once",
         "batching": "tokens a second of many requests under continuous batching",
         "training-step": "a training step of the project's trainer, and where its time goes (GPU)",
+        "context-parallel": "rows cut over the processes of torchrun: right, bytes sent, and how it scales",
         "tile-sweep": "one kernel at a time over its tile sizes (GPU)",
         "compare": "one source tree against another: times, and outputs bit by bit",
     },

@@ -21,7 +21,7 @@ from fibattn.errors import InputError
 from fibattn.model import batching
 from fibattn.model.cache import RingLayer, check_full, ring_of
 from fibattn.model.converted_pattern import ConvertedLayer
-from fibattn.model.positions import document_positions, packed_positions, says_nothing
+from fibattn.model.positions import Shard, document_positions, packed_positions, says_nothing
 
 IMPLEMENTATION = "fibattn"
 """The name that the attention and its mask have in Transformers' registries."""
@@ -55,6 +55,10 @@ def before_decoder(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             given["position_ids"] = documents
         if mask is not None and cache is not None:
             documents = None  # `generate` gives both; with a cache, only padding tells rows apart
+        shard: Shard | None = given.get("shard")
+        if shard is not None:
+            given["attention_mask"] = _as_mask(shard.positions(mask, documents))
+            return (), given
         positions = document_positions(tokens, mask, documents, past)
         if mask is not None and documents is None and tokens.shape[1] > 1 and says_nothing(mask):
             positions = None
@@ -79,7 +83,7 @@ def before_attention(
         )
     own, index = _converted(module), int(module.layer_idx)  # pyright: ignore
     name, cache = _cache(kwargs)
-    if isinstance(cache, PagedAttentionCache):
+    if isinstance(cache, PagedAttentionCache) or kwargs.get("shard") is not None:
         return args, kwargs
     if own.pattern is None:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -98,6 +102,7 @@ def attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     fibattn_ring: RingLayer | None = None,
+    shard: Shard | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention of a converted layer, in the form of Transformers' `AttentionInterface`.
@@ -106,6 +111,7 @@ def attention(
         query: (batch, query heads, tokens, head size); key, value: (batch, KV heads, tokens, head size).
         attention_mask: positions inside documents, (batch or 1, 1, tokens, 1) int32, or None.
         fibattn_ring: the layer's ring where there is a cache.
+        shard: which part of each row these tokens are, where it is cut.
 
     Returns:
         (batch, tokens, query heads, head size), and no weights.
@@ -113,11 +119,14 @@ def attention(
     own = _converted(module)
     if "read_index" in kwargs:
         return _attend_batch(module, own, query, key, value, scaling=scaling, **kwargs)
-    if own.pattern is None:
+    if own.pattern is None and shard is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     # Norms and rotations in float32 leave queries and keys wider than values under autocast.
     q, k, v = (x.transpose(1, 2).to(value.dtype) for x in (query, key, value))
     positions = None if attention_mask is None else attention_mask[:, 0, :, 0]
+    if shard is not None:
+        return shard.attend(q, k, v, own.bounded, scale=scaling, positions=positions), None
+    assert own.pattern is not None
     if fibattn_ring is None:
         return attend(q, k, v, own.pattern, scale=scaling, positions=positions), None  # pyright: ignore
     cache_positions = torch.arange(k.shape[1], device=k.device)[None] + fibattn_ring.get_seq_length()

@@ -19,6 +19,7 @@ from fibattn.model.configuration import FibAttnConfig
 from fibattn.model.feed_forward import gains_from_padding, padded_gated
 from fibattn.model.layer import LearnedScale, new_theta
 from fibattn.model.norm import FibAttnRMSNorm
+from fibattn.model.positions import Shard
 from fibattn.model.rotary import Rotation, rotate
 
 
@@ -56,11 +57,13 @@ class FibAttnAttention(LearnedScale):
         positions: Tensor | None,
         cache: Cache | PagedAttentionCache | None,
         cache_positions: Tensor,
+        shard: Shard | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """`hidden` (batch, tokens, hidden size) in and out; `positions` as in `attend`, for sparse layers.
 
-        `cache_positions` (1, tokens) count the tokens that went into `cache` before each of these.
+        `cache_positions` (1, tokens) count the tokens that went into `cache` before each of these. With a `shard` they
+        are a part of each row, and full layers take positions, too.
         """
         shape = (*hidden.shape[:2], -1, self.head_dim)
         q, k, v = (project(hidden).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
@@ -68,7 +71,10 @@ class FibAttnAttention(LearnedScale):
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if self.rotated:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        if self.pattern is None:
+        if shard is not None:
+            how: dict[str, Any] = {"alpha": self.alpha, "scale": self.scaling, "positions": positions}
+            out = shard.attend(q, k, v, self.pattern, **how)
+        elif self.pattern is None:
             out = self._attend_fully(q, k, v, attention_mask, cache, **kwargs)
         elif isinstance(cache, PagedAttentionCache):
             k, v = batching.update(cache, k.transpose(1, 2), v.transpose(1, 2), self.layer_idx, kwargs)

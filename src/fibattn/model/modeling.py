@@ -23,6 +23,7 @@ from fibattn.model.loss import IGNORED, linear_cross_entropy
 from fibattn.model.norm import FibAttnRMSNorm
 from fibattn.model.positions import (
     TAKES_MASKS,
+    Shard,
     document_lengths,
     document_positions,
     full_mask,
@@ -142,7 +143,10 @@ class FibAttnModel(FibAttnPreTrainedModel):
         cache_positions = torch.arange(hidden.shape[1], device=hidden.device)[None] + past
         documents = position_ids
         masks: Any = {"full_attention": batching.full_mask(attention_mask)} if paged else attention_mask
-        if kwargs.get("cu_seq_lens_q") is not None and not paged:
+        shard: Shard | None = kwargs.get("shard")
+        if shard is not None:
+            masks = {"positions": shard.positions(attention_mask, position_ids)}
+        elif kwargs.get("cu_seq_lens_q") is not None and not paged:
             documents = packed_positions(hidden, kwargs["cu_seq_lens_q"], attention_mask, cache)
         if not isinstance(masks, dict):
             masks = self.prepare_masks(self.config, hidden, attention_mask, documents, cache)

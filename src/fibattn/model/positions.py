@@ -1,6 +1,6 @@
 """Where each token stands in its document, from what Transformers' callers give: masks or position ids."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +11,18 @@ from transformers.masking_utils import create_causal_mask
 from fibattn.attention import documents
 from fibattn.errors import InputError
 from fibattn.model.configuration import FibAttnConfig
+
+
+class Shard(Protocol):
+    """A part of each row, whose other parts are elsewhere, as a model is given it (`fibattn.parallel`)."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, pattern: Any, **how: Any) -> Tensor:
+        """`fibattn.attend` for the queries of this part; to everything before them where the pattern is None."""
+        ...
+
+    def positions(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
+        """`document_positions` of this part."""
+        ...
 
 
 def document_positions(
@@ -168,8 +180,18 @@ def _check_mask(mask: Tensor, batch: int, past: int, tokens: int) -> None:
     # While tokens are generated one by one, looking at the mask would stall a GPU at each.
     if not documents.has_values(mask) or (tokens == 1 and mask.device.type != "cpu"):
         return
-    begins = (mask.to(torch.int32).diff(dim=1, prepend=mask.new_zeros(batch, 1, dtype=torch.int32)) > 0).sum(dim=1)
-    if bool((begins > 1).any()):
+    check_padding(
+        (mask.to(torch.int32).diff(dim=1, prepend=mask.new_zeros(batch, 1, dtype=torch.int32)) > 0).sum(dim=1)
+    )
+
+
+def check_padding(begins: Tensor) -> None:
+    """Refuse a mask in whose rows (batch,) text begins more than once; not asked in a graph.
+
+    Raises:
+        InputError: naming the row.
+    """
+    if documents.has_values(begins) and bool((begins > 1).any()):
         row = int(begins.argmax())
         raise InputError(
             f"row {row} of attention_mask has zeros between ones; padding must be at the ends of a row. "

@@ -1,0 +1,117 @@
+"""Context parallelism of a model: its rows are cut, and it is told which part it has.
+
+`cut` stands in for `torch.distributed.tensor.experimental.context_parallel`, which replaces PyTorch's attention and
+gives each process the head and the tail of a row. Here a part is what stands together.
+"""
+
+import inspect
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fibattn.errors import InputError
+from fibattn.model.loss import IGNORED
+from fibattn.parallel.exchange import summed
+from fibattn.parallel.shard import Shard
+
+
+class ContextParallel:
+    """Cuts what a model is given over the processes of `group`.
+
+    Args:
+        model: a Transformers model of this package, or a converted one.
+        group: every process of it is given the same rows.
+    """
+
+    def __init__(self, model: nn.Module, group: dist.ProcessGroup):
+        self.group, self.shard, self.inside = group, Shard.of(group), False
+        self._names = list(inspect.signature(model.forward).parameters)
+        model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)
+        model.register_forward_hook(self._after)
+
+    @contextmanager
+    def cut(
+        self,
+        buffers: Sequence[Tensor] | None = None,
+        buffer_seq_dims: Sequence[int] | None = None,
+        no_restore_buffers: Collection[Tensor] | None = None,
+    ) -> Iterator[None]:
+        """Inside, the buffers are this process's part of them along their dimensions, and the model takes parts.
+
+        Raises:
+            InputError: for a length that does not divide, and buffers that are not the same in all processes.
+        """
+        buffers, dims = list(buffers or ()), list(buffer_seq_dims or ())
+        ranks, rank = self.shard.ranks, self.shard.rank
+        for buffer, dim in zip(buffers, dims, strict=True):
+            if buffer.shape[dim] % ranks or not buffer.shape[dim]:
+                raise InputError(
+                    f"{buffer.shape[dim]} tokens do not divide over cp_size {ranks}; pad the rows to a multiple of it"
+                )
+        self._check_same(buffers)
+        whole = [buffer.detach() for buffer in buffers]
+        for buffer, dim in zip(buffers, dims, strict=True):
+            buffer.set_(buffer.chunk(ranks, dim)[rank].contiguous())  # pyright: ignore
+        self.inside = True
+        try:
+            yield
+        finally:
+            self.inside = False
+            for buffer, before in zip(buffers, whole, strict=True):
+                if not any(buffer is kept for kept in no_restore_buffers or ()):
+                    buffer.set_(before)  # pyright: ignore
+
+    def _check_same(self, buffers: list[Tensor]) -> None:
+        """Refuse rows that differ between processes: messages would not fit each other, or parts of rows be mixed."""
+        if not buffers:
+            return
+        first = buffers[0]
+        mine = torch.tensor([*first.shape[:2], 0], device=first.device)
+        mine[2] = first.sum()
+        spread = torch.cat((mine, -mine))
+        dist.all_reduce(spread, dist.ReduceOp.MAX, self.group)
+        if bool((spread[:3] + spread[3:] != 0).any()):
+            raise InputError(
+                f"the processes of a context-parallel group have different rows, here {tuple(first.shape)}; give all "
+                "of them the same batch, it is cut for them (the Trainer and Accelerator.prepare see to that)"
+            )
+
+    def _before(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The model's forward pre-hook: what it must know of the whole row."""
+        if not self.inside:
+            return args, kwargs
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        for name in ("cache", "past_key_values", "cu_seq_lens_q"):
+            if given.get(name) is not None:
+                raise InputError(
+                    f"{name} was given with a row that is cut over processes; leave it out. (Documents are packed by "
+                    "position_ids that restart; what generates takes whole rows, outside of the context)"
+                )
+        targets = given.get("shift_labels")
+        if targets is None and given.get("labels") is not None:
+            raise InputError(
+                "labels of a part cannot be shifted past its end; give shift_labels, made before the row is cut: "
+                "torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)"
+            )
+        if targets is not None:
+            given["labels"] = targets  # without labels other models compute no loss
+            if given.get("num_items_in_batch") is None:
+                # A process's loss is its part of the mean over all, times their number, since gradients are averaged.
+                given["num_items_in_batch"] = summed((targets != IGNORED).sum(), self.shard.group) / self.shard.ranks
+        tokens = given["input_ids"] if given.get("inputs_embeds") is None else given["inputs_embeds"]
+        if given.get("position_ids") is None:
+            place = torch.arange(tokens.shape[1], device=tokens.device) + self.shard.rank * tokens.shape[1]
+            given["position_ids"] = place[None]
+        return (), {**given, "use_cache": False, "shard": self.shard}
+
+    def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """The model's forward hook: an evaluation keeps the loss of some processes, so each has the mean of all."""
+        if self.inside and not torch.is_grad_enabled() and getattr(output, "loss", None) is not None:
+            output.loss = summed(output.loss, self.shard.group) / self.shard.ranks
+        return output

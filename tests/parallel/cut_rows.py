@@ -1,0 +1,123 @@
+"""Run by torchrun, four processes: models on cut rows against the same on whole ones; a line of JSON for each."""
+
+import json
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import foreign_decoders
+import tiny_models
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn import functional
+
+from fibattn import convert
+from fibattn.parallel.context import ContextParallel
+
+OWN = ("linear", "learned", "sliding", "mixture", "learned mixture", "bounded mixture", "modern")
+MODELS: dict[str, Callable[[], Any]] = {
+    **{kind: partial(tiny_models.model, kind) for kind in OWN},
+    "rungs by head": partial(tiny_models.model, "linear", stagger_heads=True),
+    "reach beyond the row": partial(tiny_models.model, "linear", rungs=14),
+    **{
+        f"converted {kind}": lambda kind=kind: convert(foreign_decoders.model(kind), window=3, rungs=7, keep_layers=[1])
+        for kind in ("llama", "gemma3_text")
+    },
+}
+ROWS = ("plain", "packed", "padded", "padded and packed")
+TOKENS = 48
+
+
+def row(kind: str) -> dict[str, Tensor]:
+    """Two rows with targets."""
+    ids = torch.randint(2, 61, (2, TOKENS), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, 20:25] = -100
+    given = {"input_ids": ids}
+    if "padded" in kind:
+        given["attention_mask"] = torch.ones_like(ids)
+        for some in ((0, slice(0, 13)), (1, slice(-5, None))):
+            given["attention_mask"][some], labels[some] = 0, -100
+        labels[0, 13] = -100  # nothing predicts the first token
+    if "packed" in kind:
+        lengths = (7, 24, TOKENS - 31)
+        given["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None].repeat(2, 1)
+    return {**given, "shift_labels": functional.pad(labels[:, 1:], (0, 1), value=-100)}
+
+
+def loss_of(call: Any, given: dict[str, Tensor], converted: bool, share: float) -> Tensor:
+    """A process's loss; of a converted model, which computes it in float32, made of its logits."""
+    if not converted:
+        return call(**given, use_cache=False).loss
+    inputs = {name: x for name, x in given.items() if name != "shift_labels"}
+    logits = call(**inputs, use_cache=False).logits.flatten(0, 1)
+    return functional.cross_entropy(logits, given["shift_labels"].flatten(), reduction="sum") * share
+
+
+def errors(name: str, kind: str, group: Any, way: str = "") -> dict[str, float]:
+    """How far loss and gradients of a cut row are from those of a whole one, relative to the largest."""
+    model, given, ranks = MODELS[name]().double().train(), row(kind), dist.get_world_size(group)
+    converted, each = name.startswith("converted"), 1 / int((given["shift_labels"] != -100).sum())
+    loss = loss_of(model, given, converted, each)
+    loss.backward()
+    whole = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    cutter = ContextParallel(model, group)
+    if way == "checkpointing":
+        model.gradient_checkpointing_enable()
+    if way == "sharded weights":
+        mesh = init_device_mesh("cpu", (ranks,))
+        for module in (*model.model.layers, model):
+            fully_shard(module, mesh=mesh)
+    call = torch.compile(model, backend="aot_eager") if way == "compiled" else model
+    cut = {name: x.clone() for name, x in given.items()}
+    with cutter.cut(list(cut.values()), [1] * len(cut)):
+        part = loss_of(call, cut, converted, each * ranks)
+        part.backward()
+    assert all(torch.equal(cut[name], given[name]) for name in given)
+    mean = averaged(part.detach(), group)
+    found = {"loss": float((mean - loss).detach().abs() / loss.detach()), "gradients": 0.0, "alpha": 0.0}
+    for name, parameter in model.named_parameters():
+        sharded = isinstance(parameter.grad, DTensor)
+        grad = parameter.grad.full_tensor() if sharded else averaged(parameter.grad, group)
+        what = "alpha" if name.endswith("theta") else "gradients"
+        off = (grad - whole[name]).abs().max() / whole[name].abs().max().clamp(min=1e-2)
+        found[what] = max(found[what], float(off))
+    return found
+
+
+def averaged(x: Tensor, group: Any) -> Tensor:
+    x = x.clone()
+    dist.all_reduce(x, group=group)
+    return x / dist.get_world_size(group)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    pairs = [dist.new_group([first, first + 1]) for first in (0, 2)]
+    half = dist.get_rank() // 2
+    # The two pairs share the work.
+    cases = [(name, kind, pairs[half], "") for name in list(MODELS)[half::2] for kind in ROWS]
+    everyone = dist.group.WORLD
+    cases += [(name, "padded and packed", everyone, "") for name in MODELS]
+    cases += [("mixture", "packed", everyone, way) for way in ("checkpointing", "sharded weights", "compiled")]
+    lines = []
+    for name, kind, group, way in cases:
+        found = errors(name, kind, group, way)
+        if dist.get_rank(group) == 0:
+            lines.append(json.dumps({"case": [name, kind, dist.get_world_size(group), way], **found}))
+    gathered: list[Any] = [None] * 4
+    dist.all_gather_object(gathered, lines)
+    if dist.get_rank() == 0:
+        print("\n".join(line for some in gathered for line in some))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

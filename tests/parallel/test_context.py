@@ -1,0 +1,84 @@
+"""Rows cut over processes: loss and gradients of whole ones; what cannot be cut is refused."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fibattn import InputError
+from fibattn.parallel.context import ContextParallel
+
+FOLDER = Path(__file__).parent
+
+
+def launch(program: str, processes: int, *words: str) -> str:
+    """What a program of this folder prints under torchrun."""
+    paths = [FOLDER.parent / "model", *filter(None, [os.environ.get("PYTHONPATH")])]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run(
+        [*command, FOLDER / program, *words],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_a_cut_row_has_the_loss_and_gradients_of_a_whole_one() -> None:
+    found = [json.loads(line) for line in launch("cut_rows.py", 4).splitlines() if line.startswith("{")]
+    assert {tuple(one["case"][2:]) for one in found} == {
+        (2, ""),
+        (4, ""),
+        (4, "checkpointing"),
+        (4, "sharded weights"),
+        (4, "compiled"),
+    }
+    for one in found:
+        # Gemma's norms, and what a learned scale is made of, are float32.
+        bound = 1e-6 if "converted gemma3_text" in one["case"] else 1e-12
+        assert one["loss"] < 1e-12, one
+        assert one["gradients"] < bound, one
+        assert one["alpha"] < 1e-6, one
+
+
+@pytest.fixture(scope="module")
+def alone() -> Any:
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_what_cannot_be_cut_is_refused(alone: Any) -> None:
+    model = tiny_models.model()
+    cutter = ContextParallel(model, alone)
+    ids = tiny_models.tokens()
+    targets = torch.full_like(ids, 1)
+    wrong: dict[str, dict[str, Tensor]] = {
+        "give shift_labels": {"labels": ids},
+        "past_key_values was given": {"past_key_values": model(ids, use_cache=True)[1]},
+        "cu_seq_lens_q was given": {"shift_labels": targets, "cu_seq_lens_q": torch.tensor([0, 50])},
+        "zeros between ones": {"attention_mask": torch.tensor([[1, 0] * 25, [1] * 50])},
+    }
+    for message, given in wrong.items():
+        with cutter.cut(), pytest.raises(InputError, match=message):
+            model(input_ids=ids, **given)
+    model(input_ids=ids, labels=ids)  # a whole row, outside
+
+
+def test_a_length_that_does_not_divide_is_refused(alone: Any) -> None:
+    cutter = ContextParallel(tiny_models.model(), alone)
+    cutter.shard = type(cutter.shard)(0, 4, cutter.shard.group)
+    ids = tiny_models.tokens(length=50)
+    with pytest.raises(InputError, match="50 tokens do not divide over cp_size 4"), cutter.cut([ids], [1]):
+        pass
