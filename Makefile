@@ -26,7 +26,7 @@ help:
 	@echo 'make dist      a wheel and a source distribution in dist/, checked, the wheel in an empty environment'
 	@echo 'make gpu-test  the tests that need an NVIDIA GPU'
 	@echo 'make vllm-test the tests of serving with vLLM on CPUs, in an environment of their own (3.5 GB)'
-	@echo 'make hf-tests  the tests of a causal language model that Transformers has, on ours'
+	@echo "make hf-tests  Transformers' own tests of a causal language model, on ours, and tests with TRL"
 
 setup: $(STAMP)
 
@@ -69,8 +69,8 @@ gpu-test:
 
 # Their markers are not in our configuration, so its options are left out.
 hf-tests: $(STAMP)
-	@$(RUN) -m pip install --quiet --disable-pip-version-check parameterized && \
-	$(RUN) -m pytest -o addopts= -W ignore -rs tests/hf/causal_lm.py || $(FAIL) 'tests failed, as said above'
+	@$(RUN) -m pip install --quiet --disable-pip-version-check parameterized trl && \
+	$(RUN) -m pytest -o addopts= -W ignore -rs tests/hf/causal_lm.py tests/hf/tuning.py || $(FAIL) 'tests failed, as said above'
 
 # What vLLM brings along for CUDA breaks `import transformers` beside a torch for CPUs.
 vllm-test: $(VLLM)/installed
