@@ -68,6 +68,7 @@ _AFTERWARDS = {
     "transformers": "fibattn.model",
     "peft": "fibattn.model.adapters",
     "accelerate": "fibattn.parallel.door",
+    "transformers.trainer": "fibattn.parallel.trainer",
 }
 """What makes this package known to a library, once both are imported."""
 

@@ -102,8 +102,7 @@ class ContextParallel:
         if targets is not None:
             given["labels"] = targets  # without labels other models compute no loss
             if given.get("num_items_in_batch") is None:
-                # A process's loss is its part of the mean over all, times their number, since gradients are averaged.
-                given["num_items_in_batch"] = summed((targets != IGNORED).sum(), self.shard.group) / self.shard.ranks
+                given["num_items_in_batch"] = self.items(targets)
         tokens = given["input_ids"] if given.get("inputs_embeds") is None else given["inputs_embeds"]
         if given.get("position_ids") is None:
             place = torch.arange(tokens.shape[1], device=tokens.device) + self.shard.rank * tokens.shape[1]
@@ -111,7 +110,15 @@ class ContextParallel:
         return (), {**given, "use_cache": False, "shard": self.shard}
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """The model's forward hook: an evaluation keeps the loss of some processes, so each has the mean of all."""
-        if self.inside and not torch.is_grad_enabled() and getattr(output, "loss", None) is not None:
-            output.loss = summed(output.loss, self.shard.group) / self.shard.ranks
+        """The model's forward hook."""
+        if self.inside and getattr(output, "loss", None) is not None:
+            output.loss = self.kept(output.loss)
         return output
+
+    def items(self, targets: Tensor) -> Tensor:
+        """What divides a process's summed loss, so that the mean over processes is that over the row's targets."""
+        return summed((targets != IGNORED).sum(), self.shard.group) / self.shard.ranks
+
+    def kept(self, loss: Tensor) -> Tensor:
+        """A process's loss, while training; else the mean of all: an evaluation keeps that of some processes alone."""
+        return loss if torch.is_grad_enabled() else summed(loss, self.shard.group) / self.shard.ranks
