@@ -1,37 +1,17 @@
 """Rows cut over processes: loss and gradients of whole ones; what cannot be cut is refused."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
 import torch
 import torch.distributed as dist
+from launching import launch
 from torch import Tensor
 
 from fibattn import InputError
 from fibattn.parallel.context import ContextParallel
-
-FOLDER = Path(__file__).parent
-
-
-def launch(program: str, processes: int, *words: str) -> str:
-    """What a program of this folder prints under torchrun."""
-    paths = [FOLDER.parent / "model", *filter(None, [os.environ.get("PYTHONPATH")])]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run(
-        [*command, FOLDER / program, *words],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def test_a_cut_row_has_the_loss_and_gradients_of_a_whole_one() -> None:

@@ -20,9 +20,15 @@ def run(arguments: list[str]) -> None:
     """Train the recipe (a preset or a recipe.json), with its fields overridden by flags."""
     with _said_once():
         recipe = _recipe(arguments)
-    from accelerate import PartialState  # these take seconds to import
+    import torch  # these take seconds to import
+    from accelerate import PartialState
 
     from fibattn.training.run import train
+
+    if recipe.context_parallel > 1 and not torch.cuda.is_available():
+        raise InputError(
+            f"context_parallel is {recipe.context_parallel}, and sequences are cut over GPUs alone; leave it out"
+        )
 
     # Of several processes of one training the first holds the lock for all.
     with locked(recipe.out) if _first_process() else nullcontext(True) as free:

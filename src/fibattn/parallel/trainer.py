@@ -26,8 +26,8 @@ def _prepare_ours(self: Any, model: Any, inputs: dict[str, Any]) -> Any:
         return _prepare(self, model, inputs)
     if self.compute_loss_func is not None:
         raise InputError(
-            "compute_loss_func would be given a part of a row, whose labels it cannot shift past the end; leave it out, "
-            "the model computes the loss, or leave cp_size at 1"
+            "compute_loss_func would be given parts of rows, whose labels it cannot shift past the end; leave it out, "
+            "since the model computes the loss, or leave cp_size at 1"
         )
     smoothed = self.label_smoother is not None and "labels" in inputs
     if smoothed:

@@ -5,6 +5,7 @@ It draws no random numbers and leaves the model as it was, so a run ends with th
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,17 +89,19 @@ def _size(sequences: TrainingSequences, token_bytes: np.ndarray) -> int:
 def _sum(model: nn.Module, sequences: TrainingSequences, batch: int, accelerator: Accelerator) -> Tensor:
     """This process's part of the loss of all targets, in nats, a float64 scalar."""
     total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    world = accelerator.num_processes
-    for first in range(0, len(sequences), world * batch):
-        last = min(first + world * batch, len(sequences))
-        inputs, targets = _batch(sequences, range(first + accelerator.process_index, last, world))
-        total += model(
-            input_ids=inputs.to(accelerator.device),
-            shift_labels=targets.to(accelerator.device),
-            use_cache=False,
-            num_items_in_batch=1,  # the sum
-            logits_to_keep=1,  # the loss is over all targets nevertheless, without all logits at once
-        ).loss
+    cut = 1 if accelerator.parallelism_config is None else accelerator.parallelism_config.cp_size
+    groups, own = accelerator.num_processes // cut, accelerator.process_index // cut
+    for first in range(0, len(sequences), groups * batch):
+        last = min(first + groups * batch, len(sequences))
+        inputs, targets = (x.to(accelerator.device) for x in _batch(sequences, range(first + own, last, groups)))
+        with accelerator.maybe_context_parallel([inputs, targets], [1, 1]) if cut > 1 else nullcontext():
+            total += model(
+                input_ids=inputs,
+                shift_labels=targets,
+                use_cache=False,
+                num_items_in_batch=1,  # the sum
+                logits_to_keep=1,  # the loss is over all targets nevertheless, without all logits at once
+            ).loss
     return total
 
 

@@ -187,6 +187,8 @@ class Recipe:
     """Compute activations again in the backward pass: less memory, more time."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """What several processes under torchrun do: copy the model or shard it (FSDP2)."""
+    context_parallel: int = 1
+    """Over how many processes each sequence is cut, for those too long for one GPU; sequence_length divides by it."""
     log_every: int = 10
     """Steps from one line of metrics.jsonl to the next."""
     save_every: int = 1000
@@ -227,13 +229,21 @@ class Recipe:
         """How each of `processes` cuts its share of a step: sequences of a micro-batch, and how many micro-batches.
 
         Raises:
-            InputError: when a step does not divide over the processes.
+            InputError: when a step does not divide over the processes, nor they or a sequence by `context_parallel`.
         """
-        share, rest = divmod(self.sequences_per_step, processes)
+        cut = self.context_parallel
+        for what, number in (("processes under torchrun", processes), ("tokens of a sequence", self.sequence_length)):
+            if number % cut:
+                raise InputError(
+                    f"context_parallel is {cut}, and {number} {what} do not divide by it; change one of them"
+                )
+        groups = processes // cut
+        share, rest = divmod(self.sequences_per_step, groups)
         if rest or not share:
             raise InputError(
-                f"{self.sequences_per_step} sequences a step do not divide over {processes} processes; set "
-                f"sequences_per_step to a multiple of {processes}, such as {max(share, 1) * processes}"
+                f"{self.sequences_per_step} sequences a step do not divide over {processes} processes"
+                f"{f' in groups of {cut}' if cut > 1 else ''}; set sequences_per_step to a multiple of {groups}, such "
+                f"as {max(share, 1) * groups}"
             )
         size = max(size for size in range(1, min(share, self.micro_batch) + 1) if share % size == 0)
         return size, share // size
@@ -244,7 +254,7 @@ class Recipe:
         Raises:
             InputError: naming the field, its value and what was expected.
         """
-        counts = ("sequence_length", "sequences_per_step", "steps", "micro_batch")
+        counts = ("sequence_length", "sequences_per_step", "steps", "micro_batch", "context_parallel")
         for name in (*counts, "log_every", "save_every", "keep_checkpoints", "evaluate_every", "evaluate_tokens"):
             if (value := getattr(self, name)) is not None:
                 _check_count(name, value, _MOST)

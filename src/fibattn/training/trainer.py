@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from accelerate import ParallelismConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -43,6 +44,7 @@ def training_arguments(recipe: Recipe, processes: int, *, evaluates: bool = Fals
     on_gpu = torch.cuda.is_available()
     bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and on_gpu)
     sharded = recipe.parallel == "fsdp" and processes > 1
+    cut = recipe.context_parallel
     micro_batch, micro_batches = recipe.split(processes)
     # A step replayed as a CUDA graph waits for no launch; where gradients add up over several, it would overwrite them.
     graphed = recipe.compile and on_gpu and processes == micro_batches == 1
@@ -58,6 +60,8 @@ def training_arguments(recipe: Recipe, processes: int, *, evaluates: bool = Fals
         torch_compile=recipe.compile,
         torch_compile_mode="reduce-overhead" if graphed else None,
         use_cpu=not on_gpu,
+        # Data parallelism is called sharded, too: accelerate takes no replicas beside sequences that are cut.
+        parallelism_config=ParallelismConfig(cp_size=cut, dp_shard_size=processes // cut) if cut > 1 else None,
         fsdp=True if sharded else None,  # pyright: ignore[reportArgumentType]
         fsdp_config={"transformer_layer_cls_to_wrap": ["FibAttnDecoderLayer"]} if sharded else None,
         seed=recipe.init_seed,

@@ -1,0 +1,66 @@
+"""Training on cut rows: the Trainer's losses are those of one process, `fibattn train` as well; none hangs."""
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import train_cut
+from launching import launch
+from safetensors.torch import load_file
+
+from fibattn import InputError, files
+from fibattn.training.recipe import ModelRecipe, OptimizerRecipe, Recipe, to_json
+from fibattn.training.run import train
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the processes would share one GPU")
+def test_losses_of_two_processes_are_those_of_one(prepared: Path, tmp_path: Path) -> None:
+    shape = ModelRecipe(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, window=4)
+    rate = OptimizerRecipe(learning_rate=3e-3, warmup_steps=4)
+    sizes = {"sequence_length": 32, "sequences_per_step": 4, "micro_batch": 2, "evaluate_tokens": 160}
+    often = {"steps": 4, "log_every": 1, "save_every": 4, "evaluate_every": 2}
+    one = Recipe(data=prepared, out=tmp_path / "one", model=shape, optimizer=rate, **sizes, **often)
+    train(one)
+    runs = [replace(one, out=tmp_path / way, parallel=way, context_parallel=2) for way in ("ddp", "fsdp")]
+    for run in runs:
+        files.write_json(tmp_path / f"{run.parallel}.json", to_json(run))
+    names = [str(tmp_path / f"{run.parallel}.json") for run in runs]
+    launch("train_cut.py", 2, str(tmp_path), *names, *train_cut.WAYS)
+    found = json.loads((tmp_path / "found.json").read_text())
+    for way in train_cut.WAYS:
+        assert found[way] == pytest.approx(train_cut.stock(tmp_path, way, 1), rel=2e-5), way
+    whole = load_file(one.out / "model" / "model.safetensors")
+    for run in runs:
+        for name in ("metrics.jsonl", "held-out.jsonl"):
+            lines, right = ((some.out / name).read_text().splitlines() for some in (run, one))
+            losses = [[json.loads(line)["loss"] for line in some] for some in (lines, right)]
+            assert losses[0] == pytest.approx(losses[1], rel=2e-5)
+        weights = load_file(run.out / "model" / "model.safetensors")
+        for name in whole:
+            torch.testing.assert_close(weights[name], whole[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the processes would share one GPU")
+def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(AssertionError, match="exitcode  : 7"):
+        launch("train_cut.py", 2, str(tmp_path), "dies")
+    assert time.monotonic() - began < 90  # half of which is starting
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sequences_per_step": 3}, "3 sequences a step do not divide over 4 processes in groups of 2; .* such as 2"),
+        ({"context_parallel": 3}, "context_parallel is 3, and 4 processes under torchrun do not divide"),
+        ({"sequence_length": 33}, "context_parallel is 2, and 33 tokens of a sequence do not divide"),
+    ],
+)
+def test_a_recipe_that_does_not_divide_is_refused(changes: dict[str, int], message: str) -> None:
+    recipe = Recipe(sequence_length=32, sequences_per_step=4, context_parallel=2)
+    assert recipe.split(4) == (2, 1)
+    with pytest.raises(InputError, match=message):
+        replace(recipe, **changes).split(4)

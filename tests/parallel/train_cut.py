@@ -1,0 +1,99 @@
+"""Run by torchrun, also on CPUs: the stock Trainer, or recipes of `fibattn train`, on cut rows."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import foreign_decoders
+import tiny_models
+import torch
+from accelerate import ParallelismConfig
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from fibattn import convert, files
+from fibattn.training.recipe import load_recipe
+from fibattn.training.run import train
+
+ROWS, LENGTH = 12, 48
+
+
+def rows() -> list[dict[str, torch.Tensor]]:
+    """Some targets are left out, more in one row than in another, and some rows are padded."""
+    drawn = torch.randint(2, 61, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
+    made = []
+    for index, ids in enumerate(drawn):
+        labels, mask = ids.clone(), torch.ones_like(ids)
+        labels[3 * index : 3 * index + 10] = -100
+        if index % 2:
+            mask[: 2 * index], labels[: 2 * index + 1] = 0, -100
+        made.append({"input_ids": ids, "labels": labels, "attention_mask": mask})
+    return made
+
+
+class Dies(TrainerCallback):
+    """One process is gone in the middle."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 1 and not state.is_world_process_zero:
+            os._exit(7)
+
+
+def stock(out: Path, way: str, cut: int) -> list[float]:
+    """The losses that the Trainer logs, of training and of an evaluation, with its norms of gradients."""
+    converted = way == "converted, smoothed"
+    kept = {"window": 3, "rungs": 7, "keep_layers": [1]}
+    model = convert(foreign_decoders.model("qwen2"), **kept) if converted else tiny_models.model("mixture")
+    chosen: dict[str, Any] = {"label_smoothing_factor": 0.1} if "smoothed" in way else {}
+    if way == "accumulated, checkpointed":
+        chosen = {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}
+    arguments = TrainingArguments(
+        output_dir=str(out),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=4,
+        learning_rate=1e-2,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        max_grad_norm=0.5,
+        train_sampling_strategy="sequential",
+        eval_strategy="steps",
+        eval_steps=2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        parallelism_config=ParallelismConfig(cp_size=cut) if cut > 1 else None,
+        **chosen,
+    )
+    given = rows()  # of the last batch of an evaluation, where it is not full, accelerate drops copies that are none
+    trainer = Trainer(model=model, args=arguments, train_dataset=given, eval_dataset=given[:8])  # pyright: ignore
+    if way == "dies":
+        trainer.add_callback(Dies())
+    trainer.train()
+    return [
+        line[name] for line in trainer.state.log_history for name in ("loss", "grad_norm", "eval_loss") if name in line
+    ]
+
+
+WAYS = ("plain", "accumulated, checkpointed", "smoothed", "converted, smoothed")
+
+
+def main(out: Path, *words: str) -> None:
+    torch.set_num_threads(1)
+    # accelerate counts no CPUs as devices, and so takes no ParallelismConfig for them.
+    os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
+    accelerate.Accelerator.multi_device = property(lambda self: self.use_distributed)  # pyright: ignore
+    for word in words:
+        if word.endswith(".json"):
+            train(load_recipe(word))
+    ways = [word for word in words if not word.endswith(".json")]
+    found = {way: stock(out, way, int(os.environ["WORLD_SIZE"])) for way in ways}
+    if os.environ["RANK"] == "0":
+        files.write_json(out / "found.json", found)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])
