@@ -43,7 +43,7 @@ def _prepare_ours(self: Any, model: Any, inputs: dict[str, Any]) -> Any:
 class _CutSmoother(LabelSmoother):
     """The Trainer's label smoothing for targets that were shifted before their row was cut."""
 
-    def __init__(self, given: LabelSmoother, cutter: ContextParallel):
+    def __init__(self, given: Any, cutter: ContextParallel):
         super().__init__(given.epsilon, given.ignore_index)
         self.cutter = cutter
 

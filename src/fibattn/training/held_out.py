@@ -89,7 +89,8 @@ def _size(sequences: TrainingSequences, token_bytes: np.ndarray) -> int:
 def _sum(model: nn.Module, sequences: TrainingSequences, batch: int, accelerator: Accelerator) -> Tensor:
     """This process's part of the loss of all targets, in nats, a float64 scalar."""
     total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    cut = 1 if accelerator.parallelism_config is None else accelerator.parallelism_config.cp_size
+    chosen: Any = accelerator.parallelism_config
+    cut = 1 if chosen is None else chosen.cp_size
     groups, own = accelerator.num_processes // cut, accelerator.process_index // cut
     for first in range(0, len(sequences), groups * batch):
         last = min(first + groups * batch, len(sequences))
