@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from fibattn.attention import attend
 from fibattn.model.positions import check_padding
-from fibattn.parallel.exchange import begin_halo, gathered, summed
+from fibattn.parallel.exchange import gathered, halo, summed
 from fibattn.pattern import LearnedPattern, Pattern
 
 
@@ -40,7 +40,8 @@ class Shard:
     ) -> Tensor:
         """`fibattn.attend` for the queries of this part: to its own keys, and those before it within reach.
 
-        Queries whose reach ends inside the part are worked on while the others' keys and values are under way.
+        Keys and values come in one message, of the size of the reach. Nothing is computed meanwhile: to split the
+        queries by whether they need it would copy more than the message takes.
 
         Args:
             q: (batch, tokens, query heads, head size), of this part; k, v: (batch, tokens, KV heads, head size).
@@ -51,18 +52,11 @@ class Shard:
         tokens = q.shape[1]
         pattern = Pattern(self.ranks * tokens - 1) if pattern is None else pattern
         reach = max(one.reach for one in pattern) if isinstance(pattern, Sequence) else pattern.reach
-        border = min(reach, tokens)
-        last = torch.cat((k[:, tokens - border :], v[:, tokens - border :]), dim=-1).transpose(0, 1)
-        earlier = begin_halo(last, tokens, reach, self.rank, self.ranks, self.group)
-
-        def of(some: slice, k: Tensor, v: Tensor) -> Tensor:
-            at = None if positions is None else positions[:, some]
-            return attend(q[:, some], k, v, pattern, positions=at, **how)
-
-        inner = [of(slice(border, tokens), k, v)] if border < tokens else []
-        both = earlier.end().transpose(0, 1).split((k.shape[-1], v.shape[-1]), dim=-1)
-        k, v = (torch.cat((before, own[:, :border]), dim=1) for before, own in zip(both, (k, v), strict=True))
-        return torch.cat([of(slice(0, border), k, v), *inner], dim=1)
+        first = tokens - min(reach, tokens)
+        both = self._halo(torch.cat((k[:, first:], v[:, first:]), dim=-1), tokens, reach)
+        earlier = both.split((k.shape[-1], v.shape[-1]), dim=-1)
+        k, v = (torch.cat(pair, dim=1) for pair in zip(earlier, (k, v), strict=True))
+        return attend(q, k, v, pattern, positions=positions, **how)
 
     def positions(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
         """`model.positions.document_positions` of this part, int32 (batch or 1, tokens), in a row cut over processes.
@@ -93,5 +87,9 @@ class Shard:
 
     def _differences(self, x: Tensor) -> Tensor:
         """x (rows, tokens) less the token before, which is 0 before the row."""
-        halo = begin_halo(x[:, -1:].T, x.shape[1], 1, self.rank, self.ranks, self.group).end().T
-        return functional.pad(torch.cat((halo, x), dim=1), (1 - halo.shape[1], 0)).diff(dim=1)
+        before = self._halo(x[:, -1:], x.shape[1], 1)
+        return functional.pad(torch.cat((before, x), dim=1), (1 - before.shape[1], 0)).diff(dim=1)
+
+    def _halo(self, last: Tensor, tokens: int, reach: int) -> Tensor:
+        """Of parts with so many tokens, whose last are given, (batch, tokens, ...), what is before this one."""
+        return halo(last.transpose(0, 1), tokens, reach, self.rank, self.ranks, self.group).transpose(0, 1)
