@@ -1,6 +1,5 @@
 """`python -m study far`: candidates of far reading, trained and measured."""
 
-import shlex
 from dataclasses import dataclass, replace
 from inspect import cleandoc
 from pathlib import Path
@@ -58,7 +57,6 @@ def run(arguments: list[str]) -> None:
             tokens=count(given.tokens),
             eval_tokens=count(given.eval_tokens),
             seeds=given.seeds,
-            command=shlex.join(["python", "-m", "study", *as_flags(replace(given, data=Path("DATA"), work=None))]),
         )
     )
     if failed:

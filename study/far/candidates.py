@@ -139,6 +139,7 @@ def _table() -> tuple[Candidate, ...]:
             trust=False,
         ),
         replace(best, name="best-spans", about="one block of 16 from each of four spans, the best there", spans=True),
+        replace(best, name="best-sink", about="the same, learned sinks", sink=True),
         replace(best, name="best-8", about="the four best blocks of 8", block=8),
         wide,
         conv,

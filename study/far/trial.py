@@ -52,7 +52,6 @@ class Trials:
     tokens: int = 106_000_000
     eval_tokens: int = 524_288
     seeds: tuple[int, ...] = (42,)
-    command: str = ""
 
 
 def run_trials(trials: Trials) -> tuple[str, ...]:
@@ -130,7 +129,8 @@ def _measured(
     found = {
         "about": candidate.about,
         "settings": asdict(candidate),
-        "command": trials.command,
+        "command": f"python -m study far --data DATA --tokens {trials.tokens} --eval-tokens {trials.eval_tokens} "
+        f"--only {candidate.name} --seeds {recipe.init_seed}",
         "tokens": recipe.tokens,
         "trained_at": length,
         "recipe": recipe_of(recipe),

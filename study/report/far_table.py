@@ -23,10 +23,14 @@ def far_records(folder: Path) -> list[dict[str, Any]]:
     return sorted(records, key=lambda one: (order.get(one["candidate"], len(order)), one["candidate"], one["seed"]))
 
 
-def far_table(records: Iterable[dict[str, Any]]) -> list[Table]:
-    """The table, or none of no records; a change is left out where its control was not run with the same seed."""
+def far_table(records: Iterable[dict[str, Any]], rivals: Iterable[dict[str, Any]] = ()) -> list[Table]:
+    """The table, or none of no records; a change is left out where its control was not run with the same seed.
+
+    `rivals` are finished runs of that study, whose dense models are the same as here.
+    """
     found = {(one["candidate"], one["seed"], one["tokens"]): one for one in records}
-    rows = [_row(record, found) for record in found.values()]
+    dense = {one["seed"]: one for one in rivals if one["run"].removesuffix(f"-seed{one['seed']}") == "dense"}
+    rows = [_row(record, found, dense.get(record["seed"])) for record in found.values()]
     if not rows:
         return []
     one = next(iter(found.values()))
@@ -44,9 +48,13 @@ def far_table(records: Iterable[dict[str, Any]]) -> list[Table]:
     return [table("Far reading: what was tried in place of single far keys", note, rows, words=2)]
 
 
-def _row(record: dict[str, Any], found: dict[tuple[str, int, int], dict[str, Any]]) -> dict[str, str]:
+def _row(
+    record: dict[str, Any], found: dict[tuple[str, int, int], dict[str, Any]], rival: dict[str, Any] | None
+) -> dict[str, str]:
     control = _control(record, found)
-    dense = found.get(("dense", record["seed"], record["tokens"]))
+    dense = found.get(("dense", record["seed"], record["tokens"]), rival)
+    if dense is not None and any(dense[what] != record[what] for what in ("tokens", "inputs")):
+        dense = None
     back = str(record["trained_at"] // 4)
     return {
         "candidate": record["candidate"] + ("" if record["seed"] == 42 else f", seed {record['seed']}"),

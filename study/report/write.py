@@ -56,7 +56,7 @@ def write_report(folder: Path) -> Path:
     """
     results = Results.load(folder)
     tuned = [*ladder_table(results.tuned["ladder"]), *rivals_tables(results.tuned["rivals"])]
-    tuned += far_table(far_records(folder))
+    tuned += far_table(far_records(folder), results.tuned["rivals"])
     if not results.groups:
         tables = folder / "report" / "tables.md"
         files.write_text(tables, "\n".join(table.markdown() for table in tuned))

@@ -189,9 +189,7 @@ def test_trials_write_a_file_each_and_skip_what_is_there(prepared: Path, tmp_pat
     )  # fmt: skip
     small = [replace(one, window=8, block=4) for one in chosen(["best", "rungs-conv", "dense"])]
     small += [replace(small[0], name="beside", full=(1,))]
-    trials = Trials(
-        tuple(small), prepared, tmp_path / "out", tmp_path / "work", base, tokens=1024, eval_tokens=2048, command="it"
-    )
+    trials = Trials(tuple(small), prepared, tmp_path / "out", tmp_path / "work", base, tokens=1024, eval_tokens=2048)
     with locked(trials.work / "dense"):
         assert run_trials(trials) == ()
     assert not (tmp_path / "out" / "far" / "dense.json").exists()  # another process has it
@@ -221,6 +219,7 @@ def made_up(candidate: str, full: int, keys: float, losses: tuple[float, float],
         "about": "what",
         "seed": seed,
         "tokens": 106_000_000,
+        "inputs": {"order_sha256": "same"},
         "trained_at": 1024,
         "hardware": {"device": "H200"},
         "versions": {"torch": "2.11"},
@@ -248,6 +247,9 @@ def test_the_table_holds_each_candidate_against_the_window_that_reads_as_much() 
     assert cells[2]["16×"] == "20.09"
     [table] = far_table([*records, made_up("dense", 16, 1, (3.0, 3.0))])
     assert [row[8] for row in table.rows] == ["+171.8 %", "+64.9 %", "+10.5 %", "−63.2 %", "–", "–"]
+    rival = made_up("", 16, 1, (3.0, 3.0)) | {"run": "dense"}
+    [table] = far_table(records, [rival, rival | {"run": "dense-rate2", "evaluation": {}}])
+    assert [row[8] for row in table.rows] == ["+171.8 %", "+64.9 %", "+10.5 %", "−63.2 %", "–"]
     assert far_table([]) == []
 
 
