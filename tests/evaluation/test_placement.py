@@ -1,5 +1,6 @@
 """Which layers should keep their attention: against losses by hand, and where the right answer is known."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +127,12 @@ def test_text_that_cannot_be_measured_on(name: str, length: int, message: str, p
     (tmp_path / name).write_text("so says line 4.\n" * 9)
     with pytest.raises(InputError, match=message):
         sequences([tmp_path / name], load_tokenizer(prepared / "tokenizer"), length, 65_536)
+
+
+def test_of_several_files_as_much_is_read(prepared: Path, tmp_path: Path) -> None:
+    tokenizer, lines = load_tokenizer(prepared / "tokenizer"), {"a": 30, "b": 3, "c": 30}
+    for letter, count in lines.items():
+        (tmp_path / f"{letter}.jsonl").write_text(count * (json.dumps({"text": letter}) + "\n"))
+    found = sequences([tmp_path / f"{letter}.jsonl" for letter in lines], tokenizer, 1, 42)
+    read = [tokenizer.decode(found[index]["input_ids"]) for index in range(len(found))]  # a letter and a separator each
+    assert {letter: read.count(letter) for letter in lines} == {"a": 9, "b": 3, "c": 9}

@@ -55,6 +55,15 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+DENSE: dict[str, Any] = {"layer_types": ["full_attention"] * LAYERS}
+SOURCES |= {
+    "own": ("fibattn", {**DENSE, "qk_norm": True, "gated_mlp": False, "hidden_act": "relu2"}),
+    "own, with more": (
+        "fibattn",
+        {**DENSE, "embedding_skip": True, "attention_bias": True, "no_rope_layers": [1, 0, 1, 1]},
+    ),
+    "own, yarn RoPE": ("fibattn", {**DENSE, **SOURCES["llama, yarn RoPE"][1]}),
+}
 PLACES: dict[str, dict[str, Any]] = {"none": {}, "kept": {"keep_layers": [1, 2]}}
 PLACES["bounded"] = {"keep_layers": [0, 2], "full_reach": 9}
 
@@ -109,7 +118,7 @@ def test_the_way_back_has_the_sources_bytes_and_configuration(name: str, dtype: 
     assert len({sha256(tmp_path / one / "model.safetensors") for one in names}) == 1
     first, _, last = (json.loads((tmp_path / one / "config.json").read_text()) for one in names)
     assert first == last
-    assert not (tmp_path / "back" / "modeling_fibattn.py").exists()
+    assert (tmp_path / "back" / "modeling_fibattn.py").exists() == name.startswith("own")
 
 
 def test_what_is_trained_goes_back(tmp_path: Path) -> None:
@@ -125,6 +134,21 @@ def test_what_is_trained_goes_back(tmp_path: Path) -> None:
     assert type(back) is type(theirs)
     assert torch.equal(back(ids).logits, theirs(ids).logits)
     assert back.config.vocab_size == 70
+
+
+@torch.no_grad()
+def test_a_dense_model_of_our_own_is_converted_and_restored_in_place() -> None:
+    made, ids = dense("own"), tokens()
+    right, before = made(ids).logits, made.config.to_dict()
+    assert fibattn.convert(made, **PATTERN, keep_layers=[1], full_reach=9) is made
+    sparse = made(ids).logits
+    assert (sparse - right).abs().max() > 1e-2
+    with pytest.raises(InputError, match="restore one that was converted"):
+        fibattn.convert(made, **PATTERN)
+    assert fibattn.restore(made) is made
+    assert torch.equal(made(ids).logits, right)
+    assert made.config.to_dict() == before
+    assert torch.equal(fibattn.convert(made, **PATTERN, keep_layers=[1], full_reach=9)(ids).logits, sparse)
 
 
 def test_a_body_alone_is_one_too(tmp_path: Path) -> None:

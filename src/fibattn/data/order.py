@@ -50,6 +50,13 @@ def _epochs(generator: np.random.RandomState, sequences: int, distinct: int) -> 
     return np.concatenate([np.zeros(0, np.int64), *permutations])[:sequences]
 
 
+def ensure_order(path: Path, **about: Any) -> np.ndarray:
+    """The order in the file, made first where it is not whole; `about` are the parameters of `make_order`."""
+    if not path.exists() or not path.with_suffix(".json").exists():
+        make_order(path, **about)
+    return load_order(path, **about)
+
+
 def load_order(path: Path, **expected: Any) -> np.ndarray:
     """The starts in an order file, memory-mapped, after checking its SHA-256.
 

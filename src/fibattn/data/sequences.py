@@ -60,20 +60,26 @@ def document_beginnings(stream: TokenStream, length: int, limit_tokens: int) -> 
 
 
 def read_tokens(paths: Iterable[Path], tokenizer: "PreTrainedTokenizerFast", most: int) -> TokensInMemory:
-    """The first `most` tokens of some text files, as `fibattn prepare` takes them: each document behind a separator.
+    """The first tokens of some text files, `most` in all, of each as many as of the others as far as it has them.
+
+    Files are as `fibattn prepare` takes them; each document is behind a separator.
 
     Raises:
         InputError: for a file of an unknown kind, and one that cannot be read.
     """
-    paths = list(paths)
+    files, found = {}, [np.zeros(0, np.uint32)]
     for path in paths:
         if kind(path) is None:
             raise InputError(f"{path} is no text that can be read; give .txt, .md, .jsonl or .parquet files")
-    texts = (text for path in paths for _, text in read_file(path, ("text",), None))
-    found, left = [np.zeros(0, np.uint32)], most
-    for ids in encode(tokenizer, texts, separator(tokenizer), np.dtype(np.uint32)):
-        found.append(ids if ids.ndim == 1 else ids[0])
-        left -= len(found[-1])
-        if left <= 0:
-            break
+        texts = (text for _, text in read_file(path, ("text",), None))
+        files[path] = encode(tokenizer, texts, separator(tokenizer), np.dtype(np.uint32))
+    counts = dict.fromkeys(files, 0)
+    while files and sum(counts.values()) < most:
+        path = min(files, key=lambda one: counts[one])
+        ids = next(files[path], None)
+        if ids is None:
+            del files[path]
+        else:
+            found.append(ids if ids.ndim == 1 else ids[0])
+            counts[path] += len(found[-1])
     return TokensInMemory(np.concatenate(found)[:most])

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from fibattn import files, sealed
-from fibattn.data.order import load_order, make_order
+from fibattn.data.order import ensure_order
 from fibattn.data.prepared import PreparedData, TokenStream
 from fibattn.data.sequences import TrainingSequences, read_tokens
 from fibattn.data.tokenizer import check_same_vocabulary, load_tokenizer
@@ -62,10 +62,9 @@ def heal(recipe: HealingRecipe, callbacks: Sequence[TrainerCallback] = ()) -> Pa
         "logits": partial(Distillation, text_weight=recipe.text_weight),
     }
     runs = _runs(recipe, length)
-    stream, fingerprint = _text(recipe, folder, max(run.tokens for run in runs.values()) + 1)
+    stream, fingerprint = _text(recipe, folder)
     inputs = {
         "student_sha256": " ".join(files.sha256(path) for path in sorted(folder.glob("*.safetensors"))),
-        "teacher": name,
         "data_fingerprint": fingerprint,
         "recipe": {name: getattr(recipe, name) for name in ("tokens", "matching", "text_weight", "lora", "seed")},
     }
@@ -88,7 +87,8 @@ def heal(recipe: HealingRecipe, callbacks: Sequence[TrainerCallback] = ()) -> Pa
     for name, run in runs.items():
         _run(run, stages[name](student, teacher, trained), orders[name], callbacks)
     whole: Any = student if adapted is None else adapted.merge_and_unload()
-    _write(finished, folder, whole.requires_grad_(True).to(dtype), {**inputs, "sequence_length": length})
+    about = {**inputs, "teacher": name, "sequence_length": length}
+    _write(finished, folder, whole.requires_grad_(True).to(dtype), about)
     return finished
 
 
@@ -161,13 +161,13 @@ def _runs(recipe: HealingRecipe, length: int) -> dict[str, Recipe]:
     return runs
 
 
-def _text(recipe: HealingRecipe, folder: Path, most: int) -> tuple[TokenStream, str]:
+def _text(recipe: HealingRecipe, folder: Path) -> tuple[TokenStream, str]:
     """What is trained on, and its fingerprint."""
     if recipe.data is not None:
         data = PreparedData.open(recipe.data)
         check_same_vocabulary(folder, data)
         return data.train, data.fingerprint
-    stream = read_tokens(recipe.text, load_tokenizer(folder), most)
+    stream = read_tokens(recipe.text, load_tokenizer(folder), recipe.tokens + 1)
     return stream, stream.fingerprint
 
 
@@ -177,9 +177,7 @@ def _prepare(run: Recipe, inputs: dict[str, Any], stream: TokenStream, fingerpri
     about: Any = {"mode": run.order, "seed": run.data_seed, "sequences": count, "tokens": len(stream)}
     about |= {"length": run.sequence_length, "data": fingerprint}
     claim(run, inputs)
-    if not order.with_suffix(".json").exists():
-        make_order(order, **about)
-    return TrainingSequences(stream, load_order(order, **about), run.sequence_length)
+    return TrainingSequences(stream, ensure_order(order, **about), run.sequence_length)
 
 
 def _with_adapters(student: PreTrainedModel, rank: int) -> Any:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
 from fibattn import files, machine, sealed
-from fibattn.data.order import load_order, make_order
+from fibattn.data.order import ensure_order, load_order
 from fibattn.data.prepared import PreparedData
 from fibattn.data.sequences import TrainingSequences
 from fibattn.data.tokenizer import load_tokenizer, save_tokenizer
@@ -209,9 +209,7 @@ def _order(recipe: Recipe, data: PreparedData) -> Path:
         "length": recipe.sequence_length,
         "data": data.fingerprint,
     }
-    if not path.exists() or not path.with_suffix(".json").exists():
-        make_order(path, **about)
-    load_order(path, **about)
+    ensure_order(path, **about)
     return path
 
 
