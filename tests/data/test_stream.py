@@ -59,7 +59,7 @@ def test_held_out_sequences_are_disjoint_and_complete(stream):
     assert len(held_out_sequences(stream, 10)) == 9  # a tenth would need token 100
     assert len(held_out_sequences(stream, 10, limit_tokens=35)) == 3
     assert len(held_out_sequences(stream, 99)) == 1
-    with pytest.raises(InputError, match="a sequence of 100 needs 101 tokens; the held-out set has 100"):
+    with pytest.raises(InputError, match="a sequence of 100 needs 101 tokens; the text has 100"):
         held_out_sequences(stream, 100)
     with pytest.raises(InputError, match="has 100 and a limit of 5"):
         held_out_sequences(stream, 10, limit_tokens=5)

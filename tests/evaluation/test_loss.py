@@ -126,7 +126,5 @@ def test_a_model_that_caps_its_logits_is_refused_rather_than_measured_wrong(data
 
 
 def test_less_than_one_window_is_refused(data: PreparedData, model: FibAttnForCausalLM) -> None:
-    with pytest.raises(
-        InputError, match=r"a sequence of 50 needs 51 tokens; the held-out set has \d+ and a limit of 49"
-    ):
+    with pytest.raises(InputError, match=r"a sequence of 50 needs 51 tokens; the text has \d+ and a limit of 49"):
         measured(model, data, 50, 49)

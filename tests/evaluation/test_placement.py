@@ -14,9 +14,9 @@ from torch.nn import functional
 import fibattn
 from fibattn import InputError
 from fibattn.data.prepared import TokensInMemory
-from fibattn.data.sequences import TrainingSequences
+from fibattn.data.sequences import TrainingSequences, held_out_sequences, read_tokens
 from fibattn.data.tokenizer import load_tokenizer
-from fibattn.evaluation.placement import evenly_kept, kept_loss, search, sequences
+from fibattn.evaluation.placement import evenly_kept, kept_loss, search
 
 PATTERN: dict[str, Any] = {"window": 2, "rungs": 3}
 
@@ -29,6 +29,10 @@ def as_sequences(rows: Tensor) -> TrainingSequences:
 
 def text(count: int = 3, length: int = 40) -> TrainingSequences:
     return as_sequences(foreign_decoders.tokens(count, length + 1))
+
+
+def sequences(paths: list[Path], tokenizer: Any, length: int, tokens: int) -> TrainingSequences:
+    return held_out_sequences(read_tokens(paths, tokenizer, tokens + 1), length, tokens)
 
 
 def by_hand(model: Any, rows: TrainingSequences) -> float:
@@ -119,7 +123,7 @@ def test_text_becomes_sequences_that_follow_one_another(prepared: Path, tmp_path
 @pytest.mark.parametrize(
     ("name", "length", "message"),
     [
-        ("a.txt", 999, r"a sequence of 999 needs 1000 tokens, and .*a\.txt with a limit of 65536 gives \d+"),
+        ("a.txt", 999, r"a sequence of 999 needs 1000 tokens; the text has \d+ and a limit of 65536: give more"),
         ("a.pdf", 9, r"a\.pdf is no text that can be read"),
     ],
 )

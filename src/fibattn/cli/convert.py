@@ -113,13 +113,14 @@ def _measured(chosen: Arguments, model: Any, tokenizer: Any, pattern: dict[str, 
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from fibattn.evaluation.placement import search, sequences
+    from fibattn.data.sequences import held_out_sequences, read_tokens
+    from fibattn.evaluation.placement import search
     from fibattn.training.card import measured
 
     if tokenizer is None:
         raise InputError(f"--keep is {chosen.keep!r}, and {chosen.model} has no tokenizer to read a text with")
     length = min(chosen.sequence_length, model.base_model.config.max_position_embeddings)
-    text = sequences(chosen.text, tokenizer, length, chosen.tokens)
+    text = held_out_sequences(read_tokens(chosen.text, tokenizer, chosen.tokens + 1), length, chosen.tokens)
     found = search(model.to("cuda" if torch.cuda.is_available() else "cpu"), pattern, text, count)
     Console().print(Markdown(measured(found)))
     return {**found, "text": [str(path) for path in chosen.text]}

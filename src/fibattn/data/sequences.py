@@ -38,7 +38,7 @@ class TrainingSequences(Dataset[dict[str, torch.Tensor]]):
 
 
 def held_out_sequences(stream: TokenStream, length: int, limit_tokens: int | None = None) -> TrainingSequences:
-    """Disjoint sequences for evaluation: sequence s starts at s·length and has `length` targets.
+    """Disjoint sequences, for evaluation: sequence s starts at s·length and has `length` targets.
 
     At most `limit_tokens` targets in all. `InputError` when not even one sequence fits.
     """
@@ -46,8 +46,8 @@ def held_out_sequences(stream: TokenStream, length: int, limit_tokens: int | Non
     if targets < length:
         limit = "" if limit_tokens is None else f" and a limit of {limit_tokens}"
         raise InputError(
-            f"a sequence of {length} needs {length + 1} tokens; the held-out set has {len(stream)}{limit}: "
-            "prepare a larger held-out set or evaluate shorter sequences"
+            f"a sequence of {length} needs {length + 1} tokens; the text has {len(stream)}{limit}: give more text, or "
+            "evaluate shorter sequences"
         )
     return TrainingSequences(stream, np.arange(targets // length, dtype=np.int64) * length, length)
 

@@ -5,34 +5,16 @@ kept ones are found one after another, each time that with which the loss is low
 """
 
 import time
-from collections.abc import Collection, Sequence
-from pathlib import Path
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
-from fibattn.data.sequences import TrainingSequences, read_tokens
+from fibattn.data.sequences import TrainingSequences
 from fibattn.errors import InputError
 from fibattn.evaluation.loss import token_losses
 from fibattn.model.conversion import convert, restore
 from fibattn.progress import Meter
-
-
-def sequences(paths: Sequence[Path], tokenizer: PreTrainedTokenizerFast, length: int, tokens: int) -> TrainingSequences:
-    """The beginning of some text files in sequences of `length` that follow one another, of at most `tokens` targets.
-
-    Raises:
-        InputError: as `read_tokens`, and when not even one sequence fits.
-    """
-    stream = read_tokens(paths, tokenizer, tokens + 1)
-    count = (len(stream) - 1) // length
-    if count < 1:
-        raise InputError(
-            f"a sequence of {length} needs {length + 1} tokens, and {', '.join(map(str, paths))} with a limit of "
-            f"{tokens} gives {len(stream)}; give more text, or measure shorter sequences"
-        )
-    return TrainingSequences(stream, np.arange(count) * length, length)
 
 
 def search(model: Any, pattern: dict[str, Any], text: TrainingSequences, count: int) -> dict[str, Any]:

@@ -36,6 +36,9 @@ _FAMILIES: dict[str, tuple[tuple[str, ...], dict[str, bool]]] = {
 """For each model type that fits the further fields that it has, by the same names here, and what it always has."""
 
 
+_PATTERN = tuple(name for name in FIELDS if name != "keep_layers")
+
+
 def native_config(source: PreTrainedConfig, entry: dict[str, Any]) -> FibAttnConfig | None:
     """The configuration that a converted decoder has as a model of this kind; None where it does not fit.
 
@@ -61,7 +64,7 @@ def native_config(source: PreTrainedConfig, entry: dict[str, Any]) -> FibAttnCon
     return FibAttnConfig(
         **fields,
         **always,
-        **{name: entry[name] for name in entry if name not in ("keep_layers", "layer_offsets")},
+        **{name: entry[name] for name in _PATTERN if name in entry},
         layer_types=kinds,
         layer_limits=limits if any(limit is not None for limit in limits) else None,
         rope_scales_all=rope.get("rope_type", "default") != "default",
@@ -77,16 +80,15 @@ def pattern_of(config: Any) -> dict[str, Any] | None:
     if config.converted_from is None:
         return None
     kept = [layer for layer, kind in enumerate(config.layer_types or []) if kind == "full_attention"]
-    given = {name: getattr(config, name) for name in FIELDS if name != "keep_layers"}
+    given = {name: getattr(config, name) for name in _PATTERN}
     return {**given, "keep_layers": kept, "layer_offsets": config.layer_offsets}
 
 
 def attend_by(model: FibAttnPreTrainedModel, config: FibAttnConfig) -> FibAttnPreTrainedModel:
     """Give `model` the attention of `config`, which says the same of its weights, in place."""
     decoder: Any = model.base_model
-    for name in (*FIELDS, "layer_types", "layer_offsets", "layer_limits", "rope_scales_all", "converted_from"):
-        if name != "keep_layers":
-            setattr(decoder.config, name, getattr(config, name))
+    for name in (*_PATTERN, "layer_types", "layer_offsets", "layer_limits", "rope_scales_all", "converted_from"):
+        setattr(decoder.config, name, getattr(config, name))
     decoder.full_reach = config.full_reach
     for layer in decoder.layers:
         layer.self_attn.attend_by(config)

@@ -107,7 +107,10 @@ def _pair(recipe: HealingRecipe, folder: Path) -> tuple[PreTrainedModel, PreTrai
         teacher = load_source(name)
     except InputError as error:
         raise InputError(f"the dense model: {error}; if it is elsewhere now, give --teacher") from None
-    right, found = (_told(one) for one in (before, teacher.base_model.config))
+    of_teacher: Any = teacher.base_model.config
+    right, found = (
+        {key: value for key, value in plain(one).items() if key not in _UNTOLD} for one in (before, of_teacher)
+    )
     wrong = [key for key in ("model_type", *right, *found) if right.get(key) != found.get(key)]
     if wrong:
         raise InputError(
@@ -121,10 +124,6 @@ def _pair(recipe: HealingRecipe, folder: Path) -> tuple[PreTrainedModel, PreTrai
             "--teacher"
         )
     return student, teacher, name
-
-
-def _told(config: Any) -> dict[str, Any]:
-    return {name: value for name, value in plain(config).items() if name not in _UNTOLD}
 
 
 def _runs(recipe: HealingRecipe, length: int) -> dict[str, Recipe]:

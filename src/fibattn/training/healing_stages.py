@@ -21,24 +21,18 @@ _SLICE_LOGITS = 1 << 26
 
 
 class HealingStage(nn.Module):
-    """A loss of `student` beside `teacher`, both causal language models on one device, by which `trained` is trained.
+    """A loss of `student` beside `teacher`, causal language models on one device, by which `trained` is trained."""
 
-    The teacher is no part of the module: it is neither trained, saved nor moved.
-    """
-
+    teacher: PreTrainedModel
     _tied_weights_keys = None  # the Trainer looks here when it goes on from a checkpoint
 
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, trained: Iterable[nn.Parameter]):
         super().__init__()
-        self.student, self._teacher = student, (teacher.eval(),)
+        self.student = student
+        vars(self)["teacher"] = teacher.eval()  # no part of the module: neither trained, saved nor moved
         student.requires_grad_(False)
         for parameter in trained:
             parameter.requires_grad_(True)
-
-    @property
-    def teacher(self) -> PreTrainedModel:
-        """The dense model."""
-        return self._teacher[0]
 
     def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:
         """The weights that are trained, each once."""
