@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import foreign_decoders
 import tiny_models
 import torch
-from accelerate import ParallelismConfig
+from accelerate import DistributedType, ParallelismConfig
+from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from fibattn import convert, files
@@ -40,8 +40,12 @@ class Dies(TrainerCallback):
             os._exit(7)
 
 
-def stock(out: Path, way: str, cut: int) -> list[float]:
-    """The losses that the Trainer logs, of training and of an evaluation, with its norms of gradients."""
+def stock(out: Path, way: str, processes: int) -> list[float]:
+    """The losses that the Trainer logs, of training and of an evaluation, with its norms of gradients.
+
+    Several processes cut each row over two, and half as many share the rows and the weights.
+    """
+    groups = max(processes // 2, 1)
     converted = way == "converted, smoothed"
     kept = {"window": 3, "rungs": 7, "keep_layers": [1]}
     model = convert(foreign_decoders.model("qwen2"), **kept) if converted else tiny_models.model("mixture")
@@ -51,8 +55,8 @@ def stock(out: Path, way: str, cut: int) -> list[float]:
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=2,
-        per_device_train_batch_size=2,
-        per_device_eval_batch_size=4,
+        per_device_train_batch_size=2 // groups,
+        per_device_eval_batch_size=4 // groups,
         learning_rate=1e-2,
         optim="sgd",
         lr_scheduler_type="constant",
@@ -65,7 +69,8 @@ def stock(out: Path, way: str, cut: int) -> list[float]:
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
-        parallelism_config=ParallelismConfig(cp_size=cut) if cut > 1 else None,
+        parallelism_config=ParallelismConfig(cp_size=2, dp_shard_size=groups) if processes > 1 else None,
+        fsdp=True if processes > 1 else None,
         **chosen,
     )
     given = rows()  # of the last batch of an evaluation, where it is not full, accelerate drops copies that are none
@@ -81,11 +86,21 @@ def stock(out: Path, way: str, cut: int) -> list[float]:
 WAYS = ("plain", "accumulated, checkpointed", "smoothed", "converted, smoothed")
 
 
+_init = AcceleratorState.__init__
+
+
+def _init_as_on_gpus(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+    _init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    if fsdp_plugin is not None:
+        self.fsdp_plugin = fsdp_plugin
+    if "fsdp_plugin" in vars(self):
+        self.distributed_type = DistributedType.FSDP
+
+
 def main(out: Path, *words: str) -> None:
     torch.set_num_threads(1)
-    # accelerate counts no CPUs as devices, and so takes no ParallelismConfig for them.
-    os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
-    accelerate.Accelerator.multi_device = property(lambda self: self.use_distributed)  # pyright: ignore
+    # accelerate shards no weights over CPUs, and so cuts no sequences over them.
+    AcceleratorState.__init__ = _init_as_on_gpus
     for word in words:
         if word.endswith(".json"):
             train(load_recipe(word))

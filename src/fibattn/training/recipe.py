@@ -188,7 +188,7 @@ class Recipe:
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """What several processes under torchrun do: copy the model or shard it (FSDP2)."""
     context_parallel: int = 1
-    """Over how many processes each sequence is cut, for those too long for one GPU; sequence_length divides by it."""
+    """Over how many GPUs each sequence is cut, for those too long for one; weights are then sharded, too."""
     log_every: int = 10
     """Steps from one line of metrics.jsonl to the next."""
     save_every: int = 1000

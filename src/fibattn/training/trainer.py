@@ -43,8 +43,9 @@ def training_arguments(recipe: Recipe, processes: int, *, evaluates: bool = Fals
     """The recipe in the Trainer's words; `evaluates`: there is held-out text to measure the loss on."""
     on_gpu = torch.cuda.is_available()
     bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and on_gpu)
-    sharded = recipe.parallel == "fsdp" and processes > 1
     cut = recipe.context_parallel
+    # accelerate cuts sequences beside sharded weights alone.
+    sharded = processes > 1 and (recipe.parallel == "fsdp" or cut > 1)
     micro_batch, micro_batches = recipe.split(processes)
     # A step replayed as a CUDA graph waits for no launch; where gradients add up over several, it would overwrite them.
     graphed = recipe.compile and on_gpu and processes == micro_batches == 1
