@@ -22,7 +22,7 @@ from fibattn.evaluation.repeats import frequent_pairs
 from fibattn.evaluation.sweep import shared_targets, sweep
 from fibattn.model.conversion import convert
 from fibattn.model.converted_pattern import layers_of
-from fibattn.model.loading import find_model, load_bounded, load_model
+from fibattn.model.loading import find_model, load_bounded, load_model, model_name
 from fibattn.training.converting import load_source, load_tokenizer_of, write_folder
 from fibattn.training.healing import heal
 from fibattn.training.healing_recipe import HealingRecipe
@@ -51,6 +51,7 @@ def healing(
     folder, data = find_model(settings.model), PreparedData.open(settings.data)
     about: dict[str, Any] = {"probe": "healing"}
     about |= {name: _plain(value) for name, value in vars(settings).items() if name not in _FREE}
+    about |= {"model": model_name(folder.resolve())}
     about |= {"tokens": settings.tokens or _trained_on(settings.model), "data_fingerprint": data.fingerprint}
     found = rows_of(earlier, about)
     result = about | {"rows": found, "searches": (earlier or {}).get("searches", {})}
