@@ -270,6 +270,7 @@ def test_a_run_that_was_cut_goes_on_and_ends_with_the_same_weights(
         ("out", ["--text", "TEXT", "--tokens", 100], "tokens is 100, less than the 128 of one step; give more"),
         ("out", ["--text", "SHORT"], "tokens, one sequence of 32 needs 33; prepare more text"),
         ("out", ["--text", "odd.pdf"], "odd.pdf is no text that can be read"),
+        ("out", ["--text", "chat.jsonl"], "row 1 of chat.jsonl has no field 'text'; it has 'messages'"),
         ("dense", ["--text", "TEXT"], "was not converted; heal what `fibattn convert` wrote"),
         ("nowhere", ["--text", "TEXT"], "holds no model (config.json is missing)"),
         ("out", ["--text", "TEXT", "--teacher", "qwen3"], "converted from: model_type is qwen3 there, expected llama"),
@@ -301,6 +302,7 @@ def test_mistakes_are_one_line(
     Path("short.txt").write_text("ab")
     Path("there/model").mkdir(parents=True)
     Path("odd.pdf").write_text("odd")
+    Path("chat.jsonl").write_text('{"messages": []}\n')
     shutil.copytree(dense("llama"), "dense")
     given = {"vocab_size": AutoModelForCausalLM.from_pretrained("dense").config.vocab_size}
     foreign_decoders.model("qwen3", **given).save_pretrained("qwen3")

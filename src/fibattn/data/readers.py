@@ -162,7 +162,7 @@ def _parquet(path: Path, wanted: tuple[str, ...]) -> Iterator[Mapping[str, Any]]
 
 def _no_field(where: str, field: str, have: Iterable[str]) -> str:
     names = ", ".join(map(repr, have))
-    return f"{where} has no field {field!r}; it has {names}: name the right one with --text or --key"
+    return f"{where} has no field {field!r}; it has {names}: name the right one to `fibattn prepare` (--text, --key)"
 
 
 def from_row(row: Mapping[str, Any], fields: tuple[str, ...], key: str | None, where: str) -> tuple[str, str]:
