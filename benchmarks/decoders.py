@@ -183,7 +183,7 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
     contexts = sorted({row["context"] for row in timed})
     with plt.rc_context(plotting.STYLE):
         figure, panels = plt.subplots(2, figsize=(5.4, 6.4), layout="constrained")
-        for name in MODELS:
+        for name in dict.fromkeys(point[0] for point in points):
             kind, _, unbounded = name.partition("-")
             look = {"color": plotting.COLOURS[kind], "linestyle": "--" if unbounded else "-"}
             own = [point for point in points if point[0] == name]

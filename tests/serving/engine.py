@@ -14,7 +14,10 @@ ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_LONG_MAX_MODEL
 
 
 def ask(folder: Path, rounds: list[list[list[int]]], new: int, environment: Any = None, **how: Any) -> dict[str, Any]:
-    """Greedy answers of one engine to rounds of prompts, and the most blocks that a request held in each group."""
+    """Greedy answers of one engine to rounds of prompts, and the most blocks that a request held in each group.
+
+    `how` are an engine's options, and `adapter` a folder of one, which answers in place of the model alone.
+    """
     task = json.dumps({"folder": str(folder), "rounds": rounds, "new": new, "how": how})
     command = [sys.executable, __file__, task]
     given = {**os.environ, **ENVIRONMENT, **(environment or {})}
@@ -26,7 +29,10 @@ def ask(folder: Path, rounds: list[list[list[int]]], new: int, environment: Any 
 
 def _answer(folder: str, rounds: list[list[list[int]]], new: int, how: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm.lora.request import LoRARequest
 
+    adapter = how.pop("adapter", None)
+    more = {} if adapter is None else {"lora_request": LoRARequest("adapter", 1, adapter)}
     sizes = {"max_model_len": 1024, "max_num_seqs": 8, "max_num_batched_tokens": 64, "block_size": 32}
     sizes = {"dtype": "float32", "enforce_eager": True, "enable_prefix_caching": False, **sizes, **how}
     llm = LLM(folder, kv_cache_memory_bytes=64 << 20, skip_tokenizer_init=True, **sizes)
@@ -38,7 +44,7 @@ def _answer(folder: str, rounds: list[list[list[int]]], new: int, how: dict[str,
     greedy = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
     tokens, cached = [], []
     for prompts in rounds:
-        found = llm.generate([TokensPrompt(prompt_token_ids=one) for one in prompts], greedy, use_tqdm=False)
+        found = llm.generate([TokensPrompt(prompt_token_ids=one) for one in prompts], greedy, use_tqdm=False, **more)
         tokens.append([list(one.outputs[0].token_ids) for one in found])
         cached.append([one.num_cached_tokens for one in found])
     answer: dict[str, Any] = {"tokens": tokens, "cached": cached, "held": held}

@@ -1,5 +1,11 @@
 """What a paged cache is to keep of every layer, without vLLM."""
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import tiny_models
 
@@ -56,6 +62,17 @@ def test_rows_are_counted_in_blocks_and_groups() -> None:
     assert plan.rows_held([None, 5000], 16, chunk=64, longest=1000) == 63 * 16 + 64 * 16
 
 
-def test_the_package_does_without_vllm() -> None:
+def test_the_package_does_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ImportError, match="vllm"):
         fibattn.serving.register()
+
+
+def test_a_vllm_that_lacks_what_the_plugin_needs_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "vllm.py").write_text('__version__ = "0.6.3"\n')
+    command = [sys.executable, "-c", "import fibattn.serving as s; s.register()"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode
+    assert "vLLM 0.6.3 is none of those that fibattn was tried with: tried are 0.32.0" in done.stderr
+    assert re.search(r"InputError: vLLM 0.6.3 lacks what fibattn's plugin needs \(.*\); tried are 0.32.0", done.stderr)

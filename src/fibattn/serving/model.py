@@ -173,7 +173,8 @@ class FibAttnForCausalLM(LlamaForCausalLM):
             self.packed_modules_mapping = {"qkv_proj": self.packed_modules_mapping["qkv_proj"]}
         chunk, longest = vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.model_config.max_model_len
         kept = [None if one is None else min(one - 1 + chunk, longest) for one in planned(vllm_config)]
-        _log.info_once(memory_of_a_request(config, kept, vllm_config.model_config.dtype))
+        more = "" if None in kept else f"; beyond {longest:,} tokens: VLLM_ALLOW_LONG_MAX_MODEL_LEN=1, --max-model-len"
+        _log.info_once(memory_of_a_request(config, kept, vllm_config.model_config.dtype) + more)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     def _init_model(self, vllm_config: VllmConfig, prefix: str = "", layer_type: Any = None) -> FibAttnModel:

@@ -57,9 +57,8 @@ def attend(
 def options_for(shape: Shape, window: int, longest: int, has_rungs: bool, has_table: bool) -> dict[str, Any]:
     """What the kernel is compiled for; a wide window's keys serve more rows."""
     columns, stages = tiles_for(shape, window)
-    if stages > 1 and has_table and not has_rungs:
-        # Triton shares the stages among loads that wait for each other, and a key waits for its page.
-        stages = 2 * stages - 1
+    # Triton shares the stages among loads that wait for each other, and a key waits for its page.
+    stages += (stages - 1) * (has_table and not has_rungs)
     tokens = 1 if longest == 1 else max(1, (64 if window >= 64 else 16) // shape.padded_group)
     sizes = {"GROUP": shape.group, "GP": shape.padded_group, "SIZE": shape.size, "BD": shape.padded_size}
     sizes |= {"BQ": tokens, "ROWS": max(16, tokens * shape.padded_group), "BN": max(columns, tokens)}
