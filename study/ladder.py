@@ -23,11 +23,13 @@ class Step:
 
 
 def _step(steps: list[Step], name: str, change: str, since: str, kept: bool, **changes: Any) -> None:
-    """Add a step: `changes` are fields of the model or of the optimizer."""
+    """Add a step: `changes` are fields of the model, of the optimizer or of the recipe."""
     old = next(step.recipe for step in steps if step.name == since)
-    model = {key: value for key, value in changes.items() if hasattr(old.model, key)}
-    optimizer = {key: value for key, value in changes.items() if key not in model}
-    new = replace(old, model=replace(old.model, **model), optimizer=replace(old.optimizer, **optimizer))
+    model, optimizer = (
+        {key: value for key, value in changes.items() if hasattr(part, key)} for part in (old.model, old.optimizer)
+    )
+    others = {key: value for key, value in changes.items() if key not in model and key not in optimizer}
+    new = replace(old, model=replace(old.model, **model), optimizer=replace(old.optimizer, **optimizer), **others)
     steps.append(Step(name, change, since, kept, new))
 
 
@@ -46,9 +48,14 @@ def _climb() -> tuple[Step, ...]:
     _step(steps, "zero", "outputs of the layers begin at zero", "qk", True, zero_init_outputs=True)
     _step(steps, "muon8", "Muon at 8e-3: the default recipe", "zero", True, muon_learning_rate=8e-3)
     swiglu = {"hidden_act": "silu", "gated_mlp": True, "intermediate_size": 1366}
+    full = {"layer_types": ("full_attention",), "no_rope_layers": (1,)}
+    change = "full attention in every layer of the default recipe"
+    _step(steps, "dense8", change, "muon8", False, **full, window=ModelRecipe.window)
+    batch = {"sequences_per_step": 64, "micro_batch": 64, "learning_rate": 4e-3, "muon_learning_rate": 1.1e-2}
+    change = "64 sequences a step for 32, rates higher by a third: the recipe of the five minutes"
+    _step(steps, "batch", change, "muon8", False, **batch)
     _step(steps, "swiglu", "SwiGLU again", "zero", False, **swiglu)
     _step(steps, "skip", "the embedding mixed into every layer's input", "zero", False, embedding_skip=True)
-    full = {"layer_types": ("full_attention",), "no_rope_layers": (1,)}
     _step(steps, "dense", "full attention in every layer", "skip", False, **full)
     return tuple(steps)
 

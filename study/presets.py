@@ -266,6 +266,14 @@ STUDIES: dict[str, Study] = {
         eval_tokens=524_288,
         items=0,
     ),
+    "five-minutes": Study(
+        "the preset of that name, as far as five minutes of an H200 take it",
+        PRESETS["five-minutes"],
+        (Run("five-minutes", replace(PRESETS["five-minutes"].model, full_reach=None), bounds=(1,)),),
+        factors=(1, 2),
+        eval_tokens=524_288,
+        items=0,
+    ),
     "rivals": Study(
         "dense, hybrids and windows at the tuned recipe: rates, then seeds",
         rivals.at_rate(1.0),
@@ -291,7 +299,7 @@ STUDIES: dict[str, Study] = {
     ),
 }
 
-TUNED = ("ladder", "rivals")
+TUNED = ("ladder", "rivals", "five-minutes")
 """Studies at tuned rates; each has tables of its own, and is compared with no other."""
 
 

@@ -19,9 +19,9 @@ import pandas as pd
 from fibattn import files
 from fibattn.errors import InputError
 from fibattn.training.recipe import DEFAULT
-from study.presets import TUNED
+from study.presets import STUDIES, TUNED
 from study.report.recipes import described, paper_name
-from study.store import LENGTHENED, Store, ways
+from study.store import LENGTHENED, Store, key_of, ways
 
 PLAIN = "plain"
 PARTS = tuple(str(part) for part in range(1, 9))
@@ -253,6 +253,8 @@ class Results:
     probes: Probes
     tuned: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """The records of the studies at tuned rates, by study."""
+    outside: list[dict[str, Any]] = field(default_factory=list)
+    """What `python -m study outside` wrote."""
 
     @classmethod
     def load(cls, folder: Path) -> "Results":
@@ -274,9 +276,21 @@ class Results:
                     f"{path} is not a result of `python -m study probe`; move it out of the folder, or make it anew"
                 )
             probes[probe["probe"]].append(probe)
-        tuned = {name: [one for one in finished.values() if one["study"] == name] for name in TUNED}
+        outside = [files.read_json(path) for path in sorted(folder.glob("outside/*.json"))]
         others = [one for one in finished.values() if one["study"] not in TUNED]
-        return cls(grouped(others), pd.DataFrame(failures), dict(probes), tuned)
+        tuned = {name: list(_belonging(name, finished)) for name in TUNED}
+        return cls(grouped(others), pd.DataFrame(failures), dict(probes), tuned, outside)
+
+
+def _belonging(study: str, finished: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The finished runs that are runs of `study`, by its names, also where another study made them."""
+    own = [one for one in finished.values() if one["study"] == study]
+    trained_on = {(one["tokens"], one["inputs"]["data_fingerprint"]) for one in own}
+    for tokens, fingerprint in sorted(trained_on):
+        for run in STUDIES[study].runs:
+            recipe = STUDIES[study].resolved(run, data=Path(), out=Path(), tokens=tokens, compiled=True)
+            if (record := finished.get(key_of(recipe, fingerprint))) is not None:
+                yield {**record, "study": study, "run": run.name}
 
 
 def grouped(records: Iterable[dict[str, Any]]) -> tuple[Group, ...]:

@@ -14,6 +14,7 @@ from fibattn.progress import quantity
 from study.report import charts
 from study.report.claims import Claims, Finding
 from study.report.far_table import far_records, far_table
+from study.report.five_minutes_table import five_minutes_table
 from study.report.ladder_table import ladder_table
 from study.report.own_claims import OWN, recalls_farther
 from study.report.own_tables import asked_tables, beyond_tables, cost_table, failures_table, other_budget
@@ -55,7 +56,11 @@ def write_report(folder: Path) -> Path:
         InputError: when the folder holds no finished run.
     """
     results = Results.load(folder)
-    tuned = [*ladder_table(results.tuned["ladder"]), *rivals_tables(results.tuned["rivals"])]
+    tuned = [
+        *five_minutes_table(results.tuned["five-minutes"], results.outside),
+        *ladder_table(results.tuned["ladder"]),
+        *rivals_tables(results.tuned["rivals"]),
+    ]
     tuned += far_table(far_records(folder), results.tuned["rivals"])
     if not results.groups:
         tables = folder / "report" / "tables.md"

@@ -10,8 +10,9 @@ from fibattn.training.recipe import DEFAULT, PRESETS
 from study.ladder import LADDER
 from study.presets import STUDIES
 from study.report.ladder_table import ladder_table
+from study.report.results import Results
 from study.report.write import write_report
-from study.store import Store, key_of
+from study.store import key_of
 
 RESULTS = Path(__file__).parents[1] / "results"
 STUDY = STUDIES["ladder"]
@@ -19,7 +20,7 @@ STUDY = STUDIES["ladder"]
 
 @pytest.fixture(scope="module")
 def records() -> dict[str, dict]:
-    return {one["run"]: one for one in Store(RESULTS).finished().values() if one["study"] == "ladder"}
+    return {one["run"]: one for one in Results.load(RESULTS).tuned["ladder"]}
 
 
 @pytest.mark.parametrize("run", STUDY.runs, ids=lambda run: run.name)
