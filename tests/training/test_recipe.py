@@ -102,7 +102,7 @@ def test_a_file_with_a_slip_is_refused_with_the_place_and_what_was_meant(
     ("name", "message"),
     [
         ("papr", r"unknown recipe 'papr': did you mean 'paper'\?"),
-        ("x", r"unknown recipe 'x': the presets are paper, dense, hybrid, hybrid-125m, "),
+        ("x", r"unknown recipe 'x': the presets are paper, dense, hybrid, five-minutes, "),
         ("missing.json", r"missing.json does not exist"),
     ],
 )
