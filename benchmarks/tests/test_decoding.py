@@ -47,7 +47,7 @@ def test_what_a_step_must_read_is_the_weights_and_the_keys_it_attends_to() -> No
     [
         (("decoding", "--contexts", "0"), "contexts (0,)"),
         (("training-step", "--models", "hybird"), "there is no model 'hybird': did you mean 'hybrid'"),
-        (("training-step", "--timed", "15"), "timed is 15, sequence_length 1024; expected a multiple of 10"),
+        (("training-step", "--timed", "15"), "timed is 15, sequence_length None; expected a multiple of 10"),
     ],
 )
 def test_mistakes_are_one_line(words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
