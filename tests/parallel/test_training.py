@@ -1,6 +1,7 @@
 """Training on cut rows: the Trainer's losses are those of one process, `fibattn train` as well; none hangs."""
 
 import json
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,11 @@ def test_losses_of_cut_rows_are_those_of_whole_ones(prepared: Path, tmp_path: Pa
     weights, whole = (load_file(run.out / "model" / "model.safetensors") for run in (cut, one))
     for name in whole:
         torch.testing.assert_close(weights[name], whole[name], rtol=1e-3, atol=1e-4)
+    shutil.rmtree(cut.out / "model")
+    with pytest.raises(
+        InputError, match="checkpoint-4 was written with weights sharded over processes; go on with two"
+    ):
+        train(replace(cut, context_parallel=1))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the processes would share one GPU")

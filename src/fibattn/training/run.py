@@ -112,6 +112,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     trainer = FibTrainer(model, recipe, sequences, process_count(), _held_out(recipe, data))
     if checkpoint is not None:
         _check_same(checkpoint, recipe, inputs)
+        _check_sharded(checkpoint, trainer.is_fsdp_enabled)
         state.print(f"going on from {checkpoint}")
     with Meter("train", recipe.tokens, "tokens", quiet=not state.is_main_process) as meter:
         for callback in (MetricsFile(recipe, meter), *callbacks):
@@ -237,6 +238,16 @@ def _check_same(where: Path, recipe: Recipe, inputs: dict[str, str]) -> None:
             f"{where} was trained on other data, in another order or from another start: {known} then, {inputs} now. "
             "Give a new --out, or the old ones"
         )
+
+
+def _check_sharded(checkpoint: Path, sharded: bool) -> None:
+    """Refuse a checkpoint whose optimizer has another form than the run's; the number of processes may change."""
+    was = (checkpoint / "optimizer.bin").exists()
+    if was != sharded:
+        kept, way = "whole in each process", "--parallel ddp and without --context-parallel"
+        if was:
+            kept, way = "sharded over processes", "two processes or more under torchrun, and --parallel fsdp"
+        raise InputError(f"{checkpoint} was written with weights {kept}; go on with {way}, or give a new --out")
 
 
 def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
