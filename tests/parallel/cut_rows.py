@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from fibattn import convert
+from fibattn import InputError, convert
 from fibattn.parallel.context import ContextParallel
 
 OWN = ("linear", "learned", "sliding", "mixture", "learned mixture", "bounded mixture", "modern")
@@ -112,6 +112,11 @@ def main() -> None:
         found = errors(name, kind, group, way)
         if dist.get_rank(group) == 0:
             lines.append(json.dumps({"case": [name, kind, dist.get_world_size(group), way], **found}))
+    try:
+        with ContextParallel(tiny_models.model(), everyone).cut([row("plain")["input_ids"] + dist.get_rank()], [1]):
+            pass
+    except InputError as error:
+        lines.append(json.dumps({"refused": str(error)}))
     gathered: list[Any] = [None] * 4
     dist.all_gather_object(gathered, lines)
     if dist.get_rank() == 0:

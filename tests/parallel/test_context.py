@@ -16,6 +16,10 @@ from fibattn.parallel.context import ContextParallel
 
 def test_a_cut_row_has_the_loss_and_gradients_of_a_whole_one() -> None:
     found = [json.loads(line) for line in launch("cut_rows.py", 4).splitlines() if line.startswith("{")]
+    refused = [one["refused"] for one in found if "refused" in one]
+    assert len(refused) == 4
+    assert all("different rows, here (2, 48)" in message for message in refused)
+    found = [one for one in found if "case" in one]
     assert {tuple(one["case"][2:]) for one in found} == {
         (2, ""),
         (4, ""),

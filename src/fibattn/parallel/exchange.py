@@ -21,7 +21,12 @@ def halo(x: Tensor, tokens: int, reach: int, rank: int, ranks: int, group: str) 
     """
     receive, send = ([_wanted(way * (rank - other), reach, tokens) for other in range(ranks)] for way in (1, -1))
     parts = [x[x.shape[0] - count :] for count in send if count] or [x[:0]]
-    return _Exchange.apply(torch.cat(parts), receive, send, group)
+    return exchange(torch.cat(parts), receive, send, group)
+
+
+def exchange(x: Tensor, receive: list[int], send: list[int], group: str) -> Tensor:
+    """x (tokens, ...) to the processes, so many tokens to each in order; what they send, in order, with gradients."""
+    return _Exchange.apply(x.contiguous(), receive, send, group)
 
 
 def gathered(x: Tensor, ranks: int, group: str) -> Tensor:
@@ -40,7 +45,7 @@ def _wanted(distance: int, reach: int, tokens: int) -> int:
 
 
 class _Exchange(torch.autograd.Function):
-    """So many tokens to each process, and from each; gradients go back to where a token came from."""
+    """Gradients go back to where a token came from."""
 
     @staticmethod
     def forward(x: Tensor, receive: list[int], send: list[int], group: str) -> Tensor:

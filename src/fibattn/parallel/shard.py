@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from fibattn.attention import attend
 from fibattn.model.positions import check_padding
-from fibattn.parallel.exchange import gathered, halo, summed
+from fibattn.parallel.exchange import exchange, gathered, halo, summed
 from fibattn.pattern import LearnedPattern, Pattern
 
 
@@ -50,6 +50,8 @@ class Shard:
             how: alpha and scale, as in `attend`.
         """
         tokens = q.shape[1]
+        if pattern is None and tokens % 2 == 0:
+            return self._attend_to_all(q, k, v, positions, **how)
         pattern = Pattern(self.ranks * tokens - 1) if pattern is None else pattern
         reach = max(one.reach for one in pattern) if isinstance(pattern, Sequence) else pattern.reach
         first = tokens - min(reach, tokens)
@@ -57,6 +59,38 @@ class Shard:
         earlier = both.split((k.shape[-1], v.shape[-1]), dim=-1)
         k, v = (torch.cat(pair, dim=1) for pair in zip(earlier, (k, v), strict=True))
         return attend(q, k, v, pattern, positions=positions, **how)
+
+    def _attend_to_all(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, **how: Any) -> Tensor:
+        """`attend` to everything before a query, as much work for each process.
+
+        Later queries have more keys. So of all parts' halves, 0 … 2 ranks - 1, each process works on an early and a
+        late one, `rank` and `2 ranks - 1 - rank`, with all keys and values.
+        """
+        ranks, rank, half = self.ranks, self.rank, q.shape[1] // 2
+        to, of = [0] * ranks, [0] * ranks
+        early, late = rank, 2 * ranks - 1 - rank
+        for number in (2 * rank, 2 * rank + 1):
+            to[min(number, 2 * ranks - 1 - number)] += half
+        for number in (early, late):
+            of[number // 2] += half
+        # Messages are in the order of processes, and in the second half of a row a part's second half goes first.
+        turned = half if 2 * rank >= ranks else 0
+
+        def there(x: Tensor) -> Tensor:
+            return exchange(x.transpose(0, 1).roll(turned, 0), of, to, self.group).transpose(0, 1)
+
+        every = [2 * half] * ranks
+        both = torch.cat((k, v), dim=-1).transpose(0, 1)
+        both = exchange(torch.cat([both] * ranks), every, every, self.group).transpose(0, 1)
+        k, v = both.split((k.shape[-1], v.shape[-1]), dim=-1)
+        q, positions = there(q), None if positions is None else there(positions)
+        parts = []
+        for number, some in ((early, slice(0, half)), (late, slice(half, None))):
+            at, seen = None if positions is None else positions[:, some], half * (number + 1)
+            everything = Pattern(2 * half * ranks - 1)
+            parts.append(attend(q[:, some], k[:, :seen], v[:, :seen], everything, positions=at, **how))
+        out = exchange(torch.cat(parts, dim=1).transpose(0, 1), to, of, self.group)
+        return out.roll(turned, 0).transpose(0, 1)
 
     def positions(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
         """`model.positions.document_positions` of this part, int32 (batch or 1, tokens), in a row cut over processes.
