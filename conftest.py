@@ -1,5 +1,6 @@
 """Fixtures that several rooms share: a small corpus, prepared once, a model of it, and a browser for pages."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -25,6 +26,12 @@ def sentence(number: int) -> str:
     """Text with structure at several scales, the same every time."""
     word = LETTERS[number % 26] * (1 + number % 4)
     return f"{word} {number * number % 97} follows {LETTERS[number * 7 % 26]}{number % 10}; so says line {number}.\n"
+
+
+def pytest_collection_finish() -> None:
+    """Let no later collection of garbage walk what the imports left, a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ TINY = [
     "--log-every=1",
     "--evaluate-tokens=256",
 ]
-TINY += ["--model.hidden-size=32", "--model.intermediate-size=48", "--model.num-hidden-layers=2"]
+TINY += ["--model.hidden-size=32", "--model.intermediate-size=48", "--model.num-hidden-layers=3"]
 TINY += ["--model.num-attention-heads=4", "--model.window=4"]
 
 
@@ -86,7 +86,7 @@ def test_text_that_cannot_be_prepared(
         ("--model.num-key-value-heads 3", "4 attention heads do not divide into 3 KV heads"),
         ("--model.rungs -1", "the number of rungs is -1"),
         ("--model.rope-theta nan", "model.rope_theta is nan"),
-        ("--model.no-rope-layers 1 1 0", "model.no_rope_layers has 3 entries for 2 layers"),
+        ("--model.no-rope-layers 1 1 0 1", "model.no_rope_layers has 4 entries for 3 layers"),
         ("--optimizer.learning-rate inf", "optimizer.learning_rate is inf"),
         ("--optimizer.beta2 1", "optimizer.beta2 is 1.0"),
         ("--data-seed -1", "data_seed is -1"),

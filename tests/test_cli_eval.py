@@ -201,7 +201,7 @@ def test_an_embedding_padded_past_the_tokenizer_is_evaluated(data: Path, model: 
 
 def test_a_partial_evaluation_does_not_replace_the_whole_one(prepared: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    small = "--sequence-length 32 --sequences-per-step 2 --steps 1 --model.num-hidden-layers 1 --model.hidden-size 24"
+    small = "--sequence-length 32 --sequences-per-step 2 --steps 1 --model.num-hidden-layers 3 --model.hidden-size 24"
     assert main(["train", "small", "--data", str(prepared), "--out", str(run), *small.split()]) == 0
     assert main(["eval", str(run), "--data", str(prepared)]) == 0
     whole, card = (run / "evaluation.json").read_bytes(), (run / "model" / "README.md").read_bytes()

@@ -10,7 +10,7 @@ import pytest
 EXAMPLES = sorted(
     path for path in Path(__file__).parents[1].glob("*.py") if path.stem not in ("__init__", "tune_with_trl")
 )
-FEWER = {"extrapolate": ["30"]}  # steps of training
+FEWER = {"extrapolate": ["12"]}  # steps of training
 
 
 def run(example: Path, folder: Path, *arguments: str) -> str:

@@ -52,7 +52,7 @@ class Arguments:
 
 def run(arguments: list[str]) -> None:
     """Run the study, alone or with several processes; the exit status is 1 when a run failed."""
-    studies = "".join(f"\n  {name:<8}{study.about}" for name, study in STUDIES.items())
+    studies = "".join(f"\n  {name:<14}{study.about}" for name, study in STUDIES.items())
     about = cleandoc(Arguments.__doc__ or "") + studies
     chosen = parse(Arguments, arguments, "python -m study run", description=about)
     study, out = find_study(chosen.name), chosen.out or Path("smoke" if chosen.name == "smoke" else "study/results")
