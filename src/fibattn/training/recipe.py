@@ -343,7 +343,7 @@ _recipes = {
         optimizer=replace(_tuned.optimizer, warmup_steps=50),
         sequence_length=256,
         sequences_per_step=16,
-        steps=1000,
+        steps=600,
         micro_batch=16,
         save_every=100,
         evaluate_every=100,
