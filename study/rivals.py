@@ -45,9 +45,7 @@ SEEDS = (42, 43, 44)
 
 def at_rate(factor: float) -> Recipe:
     """The default recipe at `factor` times its rates."""
-    chosen = _recipe.optimizer
-    rates = {name: getattr(chosen, name) * factor for name in ("learning_rate", "muon_learning_rate")}
-    return replace(_recipe, optimizer=replace(chosen, **rates), save_every=10**6, keep_checkpoints=1)
+    return replace(_recipe, optimizer=_recipe.optimizer.at(factor), save_every=10**6, keep_checkpoints=1)
 
 
 def name_of(model: str, factor: float, seed: int) -> str:

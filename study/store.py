@@ -8,6 +8,7 @@ run share its result.
 import hashlib
 import json
 import os
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +129,11 @@ def ways(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """
     longer = {f"{LENGTHENED}{length}": sets for length, sets in record.get("lengthened", {}).items()}
     return record["rope_scaling"] | record.get("bounded", {}) | longer
+
+
+def over_sets(record: dict[str, Any], what: str) -> float:
+    """The mean over the held-out sets of what was measured at the training length, such as `nll`."""
+    return statistics.mean(lengths[str(record["trained_at"])][what] for lengths in record["evaluation"].values())
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:

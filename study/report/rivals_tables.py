@@ -9,6 +9,7 @@ from typing import Any
 from study.report.claims import percent
 from study.report.tables import NONE, Table, table
 from study.rivals import FACTORS, MODELS, SEEDS, name_of
+from study.store import over_sets
 
 Records = dict[int, dict[str, Any]]
 """By seed."""
@@ -34,8 +35,9 @@ def _of_budget(tokens: int, found: dict[str, dict[str, Any]]) -> Table:
     one = next(iter(found.values()))
     note = (
         f"{tokens / 1e6:.0f} M tokens, the default recipe but for the attention, {one['hardware']['device']}, PyTorch "
-        f"{one['versions']['torch']}; the geometric mean of the four sets' perplexities over {_targets(one):,} tokens "
-        "of each, the mean of the seeds and their standard deviation; against dense over the seeds that both have. "
+        f"{one['versions']['torch']}; the geometric mean of the four sets' perplexities over "
+        f"{over_sets(one, 'targets'):,} tokens of each, the mean of the seeds and their standard deviation; against "
+        "dense over the seeds that both have. "
         "Names: rungs or a plain window of so many distances, beside so many full layers of 16; 16 times the length "
         "with full layers bounded to the training length. Rates are in those of the default recipe: those tried at "
         "seed 42, and the best, which the row is of. Make one again with `python -m study run rivals --data DATA "
@@ -88,11 +90,7 @@ def _loss(record: dict[str, Any], name: str) -> float:
 
 
 def _nll(record: dict[str, Any]) -> float:
-    return statistics.mean(_loss(record, name) for name in record["evaluation"])
-
-
-def _targets(record: dict[str, Any]) -> int:
-    return next(iter(record["evaluation"].values()))[str(record["trained_at"])]["targets"]
+    return over_sets(record, "nll")
 
 
 def _bounded(record: dict[str, Any]) -> float | None:

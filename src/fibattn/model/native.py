@@ -35,7 +35,6 @@ _FAMILIES: dict[str, tuple[tuple[str, ...], dict[str, bool]]] = {
 }
 """For each model type that fits the further fields that it has, by the same names here, and what it always has."""
 
-
 _PATTERN = tuple(name for name in FIELDS if name != "keep_layers")
 
 

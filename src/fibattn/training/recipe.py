@@ -125,6 +125,11 @@ class OptimizerRecipe:
     max_grad_norm: float = 1.0
     """Gradients with a larger norm are scaled down to it."""
 
+    def at(self, factor: float) -> "OptimizerRecipe":
+        """The same with both highest rates times `factor`, to five places."""
+        rates = {name: round(getattr(self, name) * factor, 5) for name in ("learning_rate", "muon_learning_rate")}
+        return replace(self, **rates)
+
     def check(self) -> None:
         """Refuse values that cannot train.
 
@@ -297,15 +302,11 @@ def _larger(layers: int, heads: int, *, head_size: int, sequences: int, micro_ba
     as far in a wide one as in a narrow one (arXiv 2310.17813, section 3). They were not tuned at these sizes.
     """
     width = heads * head_size
-    slower = math.sqrt(_hybrid.hidden_size / width)
     shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
-    rates = {
-        name: round(getattr(_tuned.optimizer, name) * slower, 5) for name in ("learning_rate", "muon_learning_rate")
-    }
     return replace(
         _tuned,
         model=replace(_hybrid, **shape, num_attention_heads=heads, num_key_value_heads=4),
-        optimizer=replace(_tuned.optimizer, **rates, warmup_steps=1000),
+        optimizer=replace(_tuned.optimizer.at(math.sqrt(_hybrid.hidden_size / width)), warmup_steps=1000),
         sequence_length=2048,
         sequences_per_step=sequences,
         micro_batch=micro_batch,
