@@ -9,6 +9,7 @@ PROGRAM = Program(
     about="how fast it is, on this machine",
     verbs={
         "operator": "the attention operator against dense and masked attention",
+        "chosen-blocks": "blocks that queries choose against fixed distances and dense attention (GPU)",
         "decoding": "a decoded token over the length of its context",
         "paged-decode": "attention from pages against attention from rings, many requests at once",
         "batching": "tokens a second of many requests under continuous batching",

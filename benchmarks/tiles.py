@@ -12,14 +12,20 @@ import torch
 
 from benchmarks.operator.cases import Case
 from benchmarks.timing import measure
+from fibattn.attention.blocks import block_means
 from fibattn.attention.ops import NO_LIMIT
+from fibattn.attention.triton.chosen import choose
+from fibattn.attention.triton.chosen_forward import Tiles as ChosenTiles
 from fibattn.attention.triton.key_gradients import RungTiles, WindowTiles
 from fibattn.attention.triton.launch import Tiles
 from fibattn.attention.triton.learned import columns_of
-from fibattn.pattern import base_rungs
+from fibattn.pattern import ChosenPattern, base_rungs
 
 FORWARD, BACKWARD, KEYS = (
     importlib.import_module(f"fibattn.attention.triton.{room}") for room in ("forward", "backward", "key_gradients")
+)
+CHOSEN_FORWARD, CHOSEN_BACKWARD = (
+    importlib.import_module(f"fibattn.attention.triton.chosen_{room}") for room in ("forward", "backward")
 )
 
 ROWS = [
@@ -29,7 +35,11 @@ ROWS = [
     for stages in (1, 2)
     for registers in (None, 168, 128, 96, 80)
 ]
+QUERY_TILES = [ChosenTiles(keys, 4, stages) for keys in (32, 64, 128) for stages in (2, 3)]
 SPACE: dict[str, list[Any]] = {
+    "chosen-forward": QUERY_TILES,
+    "chosen-query": QUERY_TILES,
+    "chosen-keys": [ChosenTiles(16, warps, stages) for warps in (1, 2, 4) for stages in (2, 3)],
     "forward": ROWS,
     "query": ROWS,
     "rungs": [
@@ -49,11 +59,16 @@ CHOICE = {
     "query": (BACKWARD, "query_tiles_for"),
     "rungs": (KEYS, "rung_tiles_for"),
     "window": (KEYS, "window_tiles_for"),
+    "chosen-forward": (CHOSEN_FORWARD, "tiles_for"),
+    "chosen-query": (CHOSEN_BACKWARD, "query_tiles_for"),
+    "chosen-keys": (CHOSEN_BACKWARD, "key_tiles_for"),
 }
 KERNELS = {
     "query": (BACKWARD, "query_grad_kernel"),
     "rungs": (KEYS, "rung_grad_kernel"),
     "window": (KEYS, "window_grad_kernel"),
+    "chosen-query": (CHOSEN_BACKWARD, "chosen_query_grad_kernel"),
+    "chosen-keys": (CHOSEN_BACKWARD, "chosen_key_grad_kernel"),
 }
 
 
@@ -64,8 +79,10 @@ class NotLaunched:
         return lambda *arguments, **options: None
 
 
-def works(case: Case, learned: bool) -> tuple[Callable[[], object], Callable[[], object]]:
+def works(case: Case, kernel: str, learned: bool) -> tuple[Callable[[], object], Callable[[], object]]:
     """Forward and backward of a case."""
+    if kernel.startswith("chosen"):
+        return _chosen_works(case)
     q, k, v = case.inputs()
     alpha = torch.ones(1, device="cuda") if learned else None
     rungs = base_rungs("fibonacci") if learned else case.pattern.offsets
@@ -79,9 +96,25 @@ def works(case: Case, learned: bool) -> tuple[Callable[[], object], Callable[[],
     return forward, lambda: BACKWARD.backward(grad, None, out, lse, q, k, v, None, scale, columns)
 
 
+def _chosen_works(case: Case) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The same with four blocks of 16 keys that queries choose."""
+    (q, k, v), pattern = case.inputs(), ChosenPattern()
+    scale, size = q.shape[-1] ** -0.5, pattern.block
+    choice = choose(
+        q, block_means(k, size), k.shape[1], None, scale, pattern.window, pattern.reach, size, pattern.blocks
+    )
+    given = (q, k, v, q, k, None, scale, pattern.window, size, choice)
+    out, lse = CHOSEN_FORWARD.forward(*given)
+    grad = torch.randn_like(out)
+    return (
+        lambda: CHOSEN_FORWARD.forward(*given),
+        lambda: CHOSEN_BACKWARD.backward(grad, None, out, lse, *given),
+    )
+
+
 def time_kernel(case: Case, kernel: str, learned: bool) -> list[tuple[float, Any]]:
     """The times of one kernel for every configuration that runs, fastest first; None stands for the built-in one."""
-    forward, backward = works(case, learned)
+    forward, backward = works(case, kernel, learned)
     room, name = CHOICE[kernel]
     standard = getattr(room, name)
     kept = {other: getattr(*place) for other, place in KERNELS.items()}
@@ -92,7 +125,7 @@ def time_kernel(case: Case, kernel: str, learned: bool) -> list[tuple[float, Any
         for other, place in KERNELS.items():
             setattr(*place, kept[other] if other == kernel else NotLaunched())
         try:
-            rows.append((measure(forward if kernel == "forward" else backward, "cuda").median, tiles))
+            rows.append((measure(forward if kernel.endswith("forward") else backward, "cuda").median, tiles))
         except Exception:
             continue
         finally:

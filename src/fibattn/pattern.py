@@ -245,6 +245,39 @@ class LearnedPattern:
         return max(self.window, 1 + (nearer if self.max_offset is None else min(nearer, self.max_offset)))
 
 
+@dataclass(frozen=True)
+class ChosenPattern:
+    """A window, and beyond it the keys of those blocks that suit a query best by their mean key.
+
+    A row's keys are cut into blocks of `block`, from its first. A query may choose a block that ends before it, begins
+    within `reach` and in the query's document, and is not all inside the window.
+
+    Args:
+        window: distances 0 … window are always attended, as in `Pattern`.
+        blocks: how many a query chooses; the query heads of a KV head choose together.
+        block: keys of a block: 16, 32, 64 or 128.
+        reach: how far back the first key of a block may be, below 64 blocks.
+
+    Raises:
+        InputError: for values outside the above.
+    """
+
+    window: int = 31
+    blocks: int = 4
+    block: int = 16
+    reach: int = 1023
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "window", Pattern(self.window).window)
+        if self.block not in (16, 32, 64, 128):
+            raise InputError(f"block is {self.block!r}; blocks have 16, 32, 64 or 128 keys")
+        if not 1 <= whole_number("blocks", self.blocks) <= 64:
+            raise InputError(f"blocks is {self.blocks}; a query chooses 1 to 64 of them")
+        if not self.window <= whole_number("reach", self.reach) < 64 * self.block:
+            limits = f"at least the window, {self.window}, and below 64 blocks, {64 * self.block}"
+            raise InputError(f"reach is {self.reach}; it must be {limits}")
+
+
 def _whole_numbers(name: str, values: object) -> tuple[int, ...]:
     if not isinstance(values, Sequence):
         raise InputError(f"{name}s are {values!r}; give a sequence of whole numbers")

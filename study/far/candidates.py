@@ -45,7 +45,7 @@ class Candidate:
     spans: bool = False
     """One block from each of as many spans, not the best of all."""
     trust: bool = True
-    """Add a block's own score to those of its keys, times a learned factor a head, so that summaries learn."""
+    """Add a block's own score to those of its keys, times a learned factor a KV head, so that summaries learn."""
     summaries: bool = False
     """Read the mean keys and values of the blocks that were not taken, too."""
     counts: Literal["nothing", "learned"] = "learned"
@@ -60,6 +60,12 @@ class Candidate:
         """Whether the library's own attention reads it all."""
         near = not (self.sink or self.random_window) and self.carry_in != "far" and self.rotated
         return near and self.far in ("nothing", "rungs")
+
+    @property
+    def in_operator(self) -> bool:
+        """Whether `attend_chosen` reads it all."""
+        chosen = self.far == "best" and self.trust and not (self.spans or self.summaries)
+        return chosen and self.block >= 16 and self.carry_in != "far" and not self.random_window
 
     def like(self, model: ModelRecipe) -> ModelRecipe:
         """`model` with as many full layers; sparse ones have the window, and the rungs where they are."""

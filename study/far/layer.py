@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fibattn.attention import attend_chosen
 from fibattn.model import FibAttnForCausalLM
 from fibattn.model.layers import FibAttnAttention
 from fibattn.model.rotary import Rotation, rotate
+from fibattn.pattern import ChosenPattern
 from study.far.candidates import Candidate, spans
 from study.far.reading import Bands, Choice, Part, at_distances, best_blocks, merged, near, span_means
 
@@ -48,13 +50,13 @@ class FarAttention(FibAttnAttention):
         super().__init__(like.config, like.layer_idx)
         self.load_state_dict(like.state_dict())
         self.candidate, self.farthest = candidate, reach
-        heads = like.config.num_attention_heads
+        heads, kv_heads = like.config.num_attention_heads, like.config.num_key_value_heads
 
-        def per_head(wanted: bool, value: float) -> nn.Parameter | None:
+        def per_head(wanted: bool, value: float, heads: int = heads) -> nn.Parameter | None:
             return nn.Parameter(torch.full((heads,), value)) if wanted else None
 
         means = candidate.far == "means" or (candidate.far == "best" and candidate.summaries)
-        self.trust = per_head(candidate.far == "best" and candidate.trust, 1.0)
+        self.trust = per_head(candidate.far == "best" and candidate.trust, 1.0, kv_heads)
         self.bias = per_head(means and candidate.counts == "learned", 0.0)
         self.sink = per_head(candidate.sink, 0.0)
 
@@ -70,6 +72,8 @@ class FarAttention(FibAttnAttention):
         turned, far_q, far_k = rotate(q, rotation), q, k
         if small.rotated:
             far_q, far_k = turned, rotate(k, rotation)
+        if small.in_operator:
+            return self.o_proj(self._chosen((turned, rotate(near_k, rotation), near_v), (far_q, far_k)).flatten(2))
         narrow, wide = self._bands(tokens)
 
         def whole(x: Tensor) -> Tensor:
@@ -80,6 +84,16 @@ class FarAttention(FibAttnAttention):
         parts += self._far(whole(far_q), whole(far_k), whole(v), wide)
         out = merged(parts, self.sink)[:, :tokens].to(v.dtype)
         return self.o_proj(out.reshape(*hidden.shape[:2], -1))
+
+    def _chosen(self, near: tuple[Tensor, Tensor, Tensor], far: tuple[Tensor, Tensor]) -> Tensor:
+        """The operator's output, (batch, tokens, heads, size)."""
+        small = self.candidate
+        pattern = ChosenPattern(small.window, small.blocks, small.block, self.farthest)
+        out, lse = attend_chosen(*near, pattern, far=far, trust=self.trust, scale=self.scaling)
+        if self.sink is None:
+            return out
+        kept = torch.sigmoid(lse.transpose(1, 2) - self.sink)
+        return (out * kept[..., None]).to(out.dtype)
 
     def _far(self, q: Tensor, k: Tensor, v: Tensor, bands: Bands) -> list[Part]:
         small, reach = self.candidate, self.farthest

@@ -171,7 +171,7 @@ def best_blocks(
 ) -> list[Part]:
     """The keys of the blocks that suit each query best by their mean key, less those in the window.
 
-    With `trust` (heads,) a block's own score, times that, is added to those of its keys. With `bias` (heads,) the
+    With `trust` (KV heads,) a block's own score, times that, is added to those of its keys. With `bias` (heads,) the
     means of the blocks that were not taken are read as well, a second part.
     """
     kv = k.shape[2]
@@ -182,7 +182,7 @@ def best_blocks(
     taken = choice.taken(of_blocks, bands)
     of_keys = scored(rows, keys, heads, scale).unflatten(-1, (-1, choice.block))
     if trust is not None:
-        of_keys = of_keys + (trust.view(kv, 1, heads, 1, 1) * of_blocks)[..., None]
+        of_keys = of_keys + (trust.view(kv, 1, 1, 1, 1) * of_blocks)[..., None]
     distances = bands.distances(q.device).unflatten(-1, (-1, choice.block))
     allowed = taken[..., None] & (distances > choice.window)
     parts = [weighed(of_keys.flatten(-2), allowed.flatten(-2), values, bands)]

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from fibattn import FibAttnConfig, FibAttnForCausalLM, files
+from fibattn.attention import attend_chosen
 from fibattn.cli.flags import parse
 from fibattn.lock import locked
-from fibattn.pattern import hybrid_layers
+from fibattn.pattern import ChosenPattern, hybrid_layers
 from fibattn.training.recipe import ModelRecipe, OptimizerRecipe, Recipe
 from study.commands.far import Arguments, as_flags
 from study.far.candidates import CANDIDATES, Candidate, chosen, spans
@@ -85,7 +86,7 @@ def test_the_best_blocks_beside_a_window(tokens: int, far: int, per_span: bool, 
     q, k, v = made(tokens)
     window, reach, block, blocks = 6, 63, 4, 3
     cut = ((6, 20), (20, 63)) if per_span else None
-    trust = torch.linspace(0.5, 2, HEADS, dtype=torch.float64)
+    trust = torch.tensor([0.5, 2], dtype=torch.float64)
     bias = torch.linspace(-1, 1, HEADS, dtype=torch.float64) if means else None
     choice = Choice(window, reach, block, blocks, cut)
     parts = [near(q, k, v, window, Bands(tokens, 8), SCALE)]
@@ -104,12 +105,24 @@ def test_the_best_blocks_beside_a_window(tokens: int, far: int, per_span: bool, 
             for h in heads:
                 found = near_columns(k, v, t, kv, window)
                 for s in filter(lambda s: s is not None, taken):
-                    extra = float(trust[h]) * own[h][s]
+                    extra = float(trust[kv]) * own[h][s]
                     found += [(k[0, j, kv], v[0, j, kv], extra) for j in range(s, s + block) if t - j > window]
                 for s in set(starts) - set(taken) if bias is not None else ():
                     found.append((k[0, s : s + block, kv].mean(0), v[0, s : s + block, kv].mean(0), float(bias[h])))
                 columns[t, h] = found
     torch.testing.assert_close(merged(parts, None), by_loop(q, columns))
+
+
+def test_the_operator_reads_what_the_trial_reads() -> None:
+    (q, k, v), (far_q, far_k, _) = made(128), [x.flip(-1) for x in made(128)]
+    trust = torch.tensor([0.5, 2], dtype=torch.float64)
+    parts = [near(q, k, v, 20, Bands(128, 64), SCALE)]
+    parts += best_blocks(far_q, far_k, v, Choice(20, 100, 16, 2), trust, None, Bands(128, 128), SCALE)
+    pattern = ChosenPattern(window=20, blocks=2, block=16, reach=100)
+    out, lse = attend_chosen(q, k, v, pattern, far=(far_q, far_k), trust=trust, scale=SCALE)
+    torch.testing.assert_close(out, merged(parts, None))
+    sums = torch.stack([one.flatten(2).transpose(1, 2) for _, one in parts]).logsumexp(0)
+    torch.testing.assert_close(lse, sums)
 
 
 def _softmax(scores: dict[int, float]) -> dict[int, float]:

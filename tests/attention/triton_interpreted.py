@@ -9,10 +9,10 @@ import torch
 import triton.runtime.interpreter as interpreter
 from paged_requests import MIX, STEPS, requests
 
-from fibattn.attention import attend, attend_cached
+from fibattn.attention import attend, attend_cached, attend_chosen
 from fibattn.attention.paged import attend_paged, packed, store_paged
 from fibattn.errors import InputError
-from fibattn.pattern import LearnedPattern, Pattern
+from fibattn.pattern import ChosenPattern, LearnedPattern, Pattern
 
 _patch_tensor = interpreter._patch_lang_tensor
 
@@ -307,3 +307,24 @@ def test_storing_in_pages():
     store_paged(k, v, *pages[0], slots)
     store_paged(k, v, *pages[1], slots, backend="triton")
     assert torch.equal(*pages)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "keys", "heads", "kv_heads", "size", "pattern"),
+    [
+        (150, 150, 4, 2, 16, ChosenPattern(31, blocks=3, reach=127)),
+        (21, 100, 3, 1, 24, ChosenPattern(5, blocks=2, reach=80)),
+        (90, 90, 1, 1, 16, ChosenPattern(0, blocks=1, block=32, reach=90)),
+        (5, 5, 2, 1, 16, ChosenPattern()),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_chosen_blocks(tokens, keys, heads, kv_heads, size, pattern, packed):
+    inputs = tensors(2, tokens, keys, heads, kv_heads, size)
+    inputs += [x.flip(-1) * 0.7 for x in inputs[:2]] + [torch.linspace(0.5, 1.5, kv_heads)]
+    positions = torch.arange(keys)[None, -tokens:] % 60 if packed else None
+
+    def function(q, k, v, far_q, far_k, trust, return_lse, backend):
+        return attend_chosen(q, k, v, pattern, far=(far_q, far_k), trust=trust, positions=positions, backend=backend)
+
+    agree(function, inputs)

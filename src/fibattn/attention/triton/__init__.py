@@ -7,6 +7,7 @@ From the ground up, a room importing those before it:
 - `columns.py` and `dense_window.py`, the two ways to the keys of a tile: gathered by a table, or one after the other;
 - `learned.py`, rungs between two keys, where a learned alpha puts them, and the columns of any pattern;
 - `launch.py`, tile sizes and the arguments that the kernels share;
+- `chosen.py`, `chosen_forward.py`, `chosen_backward.py`, where queries choose blocks of keys;
 - `forward.py`, `key_gradients.py`, `backward.py`, `decode.py` and `paged.py`, the kernels.
 
 In kernels, names begin with what they are: `p_` a pointer, `i_` which program or step, `o_` indices, `b_` a block
@@ -21,7 +22,28 @@ try:
 except ImportError as error:
     raise MissingExtraError("attention on a GPU needs Triton", "triton") from error
 
-from fibattn.attention.triton import backward, columns, decode, forward, learned, paged
+from fibattn.attention.triton import (
+    backward,
+    chosen,
+    chosen_backward,
+    chosen_forward,
+    columns,
+    decode,
+    forward,
+    learned,
+    paged,
+)
 from fibattn.attention.triton.learned import columns_of
 
-__all__ = ["backward", "columns", "columns_of", "decode", "forward", "learned", "paged"]
+__all__ = [
+    "backward",
+    "chosen",
+    "chosen_backward",
+    "chosen_forward",
+    "columns",
+    "columns_of",
+    "decode",
+    "forward",
+    "learned",
+    "paged",
+]

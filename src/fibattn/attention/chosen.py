@@ -1,0 +1,193 @@
+"""Attention to a window and to blocks that each query chooses, as callers and PyTorch see it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fibattn.attention import blocks
+from fibattn.attention.api import Backend, choose
+from fibattn.attention.checks import check_positions, check_tensors, under_autocast
+from fibattn.attention.ops import kept_dtype, kernels
+from fibattn.attention.reference import wide
+from fibattn.errors import InputError
+from fibattn.pattern import ChosenPattern
+
+_library = torch.library.Library("fibattn", "FRAGMENT")
+_PATTERN = "float scale, int window, int reach, int block, int blocks"
+_CHOICE = "Tensor bits, Tensor of_tiles, Tensor of_blocks"
+_GIVEN = f"Tensor q, Tensor k, Tensor v, Tensor far_q, Tensor far_k, Tensor? positions, {_CHOICE}, {_PATTERN}"
+_SAVED = "Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse"
+_CHOOSES = f"Tensor q, Tensor means, int keys, Tensor? positions, {_PATTERN}"
+_library.define(f"choose_blocks({_CHOOSES}) -> (Tensor, Tensor, Tensor)")
+_library.define(f"attend_chosen_forward({_GIVEN}) -> (Tensor, Tensor)")
+_library.define(f"attend_chosen_backward({_SAVED}, {_GIVEN}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+
+
+def attend_chosen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: ChosenPattern,
+    *,
+    far: tuple[Tensor, Tensor] | None = None,
+    trust: Tensor | None = None,
+    scale: float | None = None,
+    positions: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of q, k, v (batch, tokens, heads, head size) to a window and the blocks that `pattern` chooses.
+
+    In one softmax are the keys of the window and, beyond it, all keys of the chosen blocks. To a key of a block its
+    mean key is added, times `trust`: the scores that choose are so among those that are summed, and learn. The choice
+    itself has no gradient. Shapes, dtypes and autocast are as in `attend`.
+
+    Args:
+        q, k, v, scale, positions, cu_seqlens, backend: as in `attend`. Blocks are cut from a row's first key, whatever
+            the documents; one that begins before a query's document is not for that query.
+        pattern: the window and the blocks.
+        far: queries and keys for what lies beyond the window, shaped like q and k: without rotary positions, say.
+            q and k when None.
+        trust: (KV heads,), floating-point, on the device of `q`; it has a gradient. 1 when None.
+
+    Returns:
+        The output, (batch, query tokens, query heads, head size) in the dtype of `q`, and the natural log-sum-exp,
+        float32 (float64 for float64 input), (batch, query heads, query tokens). Both are differentiable.
+
+    Raises:
+        InputError: (a ValueError) for shapes, dtypes, devices or values outside the above.
+    """
+    q, k, v = under_autocast(q, k, v)
+    far_q, far_k, _ = (q, k, v) if far is None else under_autocast(*far, v)
+    scale = check_tensors(q, k, v, scale)
+    _check_far(q, k, far_q, far_k, trust)
+    if not isinstance(pattern, ChosenPattern):
+        raise InputError(f"pattern is {pattern!r}; expected a fibattn.ChosenPattern, or call attend")
+    positions = check_positions(q, k, positions, cu_seqlens)
+    chosen = choose(backend, q)
+    if chosen == "reference":
+        exact = (x.double() for x in (q, k, v, far_q, far_k))
+        out, lse = _in_pytorch(*exact, trust, pattern, scale, positions, chunk=q.shape[1])
+        return out.to(q.dtype), lse.to(wide(q))
+    if chosen == "cpu":
+        return _in_pytorch(q, k, v, far_q, far_k, trust, pattern, scale, positions)
+    means = blocks.block_means(far_k, pattern.block)
+    far_k = blocks.with_means(far_k, means, pattern.block, trust)
+    given = (scale, pattern.window, pattern.reach, pattern.block, pattern.blocks)
+    choice = torch.ops.fibattn.choose_blocks(far_q.detach(), means.detach(), k.shape[1], positions, *given)
+    out, lse = _AttendChosen.apply(q, k, v, far_q, far_k, positions, *choice, *given)
+    return out, lse.to(wide(q))
+
+
+def _in_pytorch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    far_q: Tensor,
+    far_k: Tensor,
+    trust: Tensor | None,
+    pattern: ChosenPattern,
+    scale: float,
+    positions: Tensor | None,
+    **how: int,
+) -> tuple[Tensor, Tensor]:
+    means = blocks.block_means(far_k, pattern.block)
+    far_k = blocks.with_means(far_k, means, pattern.block, trust)
+    return blocks.attend(q, k, v, far_q, far_k, means, pattern, scale, positions, **how)
+
+
+def _check_far(q: Tensor, k: Tensor, far_q: Tensor, far_k: Tensor, trust: Tensor | None) -> None:
+    for name, like, x in (("q", q, far_q), ("k", k, far_k)):
+        if (x.shape, x.dtype, x.device) != (like.shape, like.dtype, like.device):
+            found = f"{tuple(x.shape)} {x.dtype} on {x.device}"
+            raise InputError(f"the far {name} is {found}; expected it like {name}: {tuple(like.shape)} {like.dtype}")
+    if trust is not None and (trust.shape != k.shape[2:3] or not trust.is_floating_point()):
+        raise InputError(f"trust is {tuple(trust.shape)} {trust.dtype}; expected one number for each KV head")
+
+
+@torch.library.impl(_library, "choose_blocks", "CUDA")
+@torch.library.impl(_library, "choose_blocks", "CPU")
+def _(q, means, keys, positions, scale, window, reach, block, count) -> tuple[Tensor, Tensor, Tensor]:
+    return kernels().chosen.choose(q, means, keys, positions, scale, window, reach, block, count)
+
+
+@torch.library.impl(_library, "attend_chosen_forward", "CUDA")
+@torch.library.impl(_library, "attend_chosen_forward", "CPU")
+def _(q, k, v, far_q, far_k, positions, bits, of_tiles, of_blocks, scale, window, reach, block, count):
+    room = kernels()
+    choice = room.chosen.Choice(bits, of_tiles, of_blocks)
+    return room.chosen_forward.forward(q, k, v, far_q, far_k, positions, scale, window, block, choice)
+
+
+@torch.library.impl(_library, "attend_chosen_backward", "CUDA")
+@torch.library.impl(_library, "attend_chosen_backward", "CPU")
+def _(grad_out, grad_lse, out, lse, q, k, v, far_q, far_k, positions, bits, of_tiles, of_blocks, *pattern):
+    room, (scale, window, _, block, _) = kernels(), pattern
+    choice = room.chosen.Choice(bits, of_tiles, of_blocks)
+    given = (q, k, v, far_q, far_k, positions, scale, window, block, choice)
+    return room.chosen_backward.backward(grad_out, grad_lse, out, lse, *given)
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("fibattn::choose_blocks", lib=_library)
+def _(q, means, keys, positions, scale, window, reach, block, count):
+    batch, tokens = q.shape[:2]
+    number, kv_heads = means.shape[1:3]
+    tiles = -(-keys // 16) - (keys - tokens) // 16
+    return (
+        q.new_empty(batch, kv_heads, tokens, dtype=torch.int64),
+        q.new_empty(batch, kv_heads, tiles, 65, dtype=torch.int32),
+        q.new_empty(batch, kv_heads, number, 1 + 4 * block, dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("fibattn::attend_chosen_forward", lib=_library)
+def _(q, *_, **__):
+    batch, tokens, heads = q.shape[:3]
+    return _like(q), q.new_empty(batch, heads, tokens, dtype=kept_dtype(q.dtype))
+
+
+@torch.library.register_fake("fibattn::attend_chosen_backward", lib=_library)
+def _(grad_out, grad_lse, out, lse, q, k, v, far_q, far_k, *_, **__):
+    return tuple(map(_like, (q, k, v, far_q, far_k)))
+
+
+class _AttendChosen(torch.autograd.Function):
+    """The forward operator with gradients in q, k, v, and the far queries and keys."""
+
+    @staticmethod
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        far_q: Tensor,
+        far_k: Tensor,
+        positions: Tensor | None,
+        bits: Tensor,
+        of_tiles: Tensor,
+        of_blocks: Tensor,
+        scale: float,
+        window: int,
+        reach: int,
+        block: int,
+        count: int,
+    ) -> tuple[Tensor, Tensor]:
+        given = (q, k, v, far_q, far_k, positions, bits, of_tiles, of_blocks)
+        return torch.ops.fibattn.attend_chosen_forward(*given, scale, window, reach, block, count)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:9], *output)
+        ctx.rest = inputs[9:]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        *inputs, out, lse = ctx.saved_tensors
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        grads = torch.ops.fibattn.attend_chosen_backward(grad_out, grad_lse, out, lse, *inputs, *ctx.rest)
+        return *grads, *[None] * 9

@@ -1,0 +1,294 @@
+"""The gradients of attention to a window and to chosen blocks: of queries by tiles, of keys and values by blocks.
+
+The kernel for queries mirrors the forward and leaves the row sums `delta`. That for keys has a part of a block: it
+walks the queries that have these keys in their window, then the tiles that chose the block. No atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from fibattn.attention.triton import launch
+from fibattn.attention.triton.chosen import SLOTS, TILE, Choice, tile_rows, tiles_of
+from fibattn.attention.triton.chosen_forward import UNSPECIALIZED, Tiles, far_mask, listed_keys, options, tiles_for
+from fibattn.attention.triton.columns import row_stride
+from fibattn.attention.triton.dense_window import near_mask
+from fibattn.attention.triton.key_gradients import add_product
+from fibattn.attention.triton.rows import load_rows, place, query_limit, query_rows, row_starts, store_rows
+from fibattn.attention.triton.scores import NO_ROW, row_products, scaled_scores, softmax_weights
+from fibattn.attention.triton.shape import Shape, shape_of
+
+
+def query_tiles_for(shape: Shape) -> Tiles:
+    """Tile sizes of the kernel for the gradients of queries."""
+    return tiles_for(shape)
+
+
+def key_tiles_for(shape: Shape, block: int) -> Tiles:
+    """Tile sizes of the kernel for the gradients of keys, which has a block or a part of one."""
+    if tiles_for(shape).keys < 64:
+        return Tiles(min(block, 32), 4, 1)
+    return Tiles(min(block, 64), 4, 3)
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    far_q: Tensor,
+    far_k: Tensor,
+    positions: Tensor | None,
+    scale: float,
+    window: int,
+    block: int,
+    choice: Choice,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, far_q and far_k."""
+    shape = shape_of(q, k)
+    grad_out, lse = launch.inner_contiguous(grad_out), lse.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    batch, tokens = q.shape[:2]
+    keys, kv_heads = k.shape[1:3]
+    first_tile, tiles = tiles_of(tokens, keys)
+    given = (q, k, v, far_q, far_k)
+    dq, dk, dv, dfq, dfk = grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in given)
+    delta = torch.empty_like(lse)
+    wide = launch.wide(*given, out, grad_out)
+    sizes = (scale, tokens, keys, window, kv_heads, tiles, first_tile)
+    try:
+        chosen_query_grad_kernel[(tiles * kv_heads, batch)](
+            *(*given, choice.bits, choice.blocks, out, grad_out, lse, grad_lse, positions, delta, dq, dfq),
+            *sizes,
+            *launch.strides(*given, out, grad_out, dq),
+            row_stride(positions),
+            **options(shape, query_tiles_for(shape), block, wide),
+        )
+        key_tiles = key_tiles_for(shape, block)
+        chosen_key_grad_kernel[(launch.blocks(keys, key_tiles.keys) * kv_heads, batch)](
+            *(*given, choice.bits, choice.tiles, grad_out, lse, delta, positions, dk, dv, dfk),
+            *(*sizes, keys // block),
+            *launch.strides(*given, grad_out, dk),
+            row_stride(positions),
+            **options(shape, key_tiles, block, wide),
+        )
+    except OutOfResources as error:
+        raise launch.explain(error, shape) from error
+    return grads  # pyright: ignore[reportReturnType]
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def chosen_query_grad_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_far_q,
+    p_far_k,
+    p_bits,
+    p_lists,
+    p_out,
+    p_do,
+    p_lse,
+    p_grad_lse,
+    p_positions,
+    p_delta,
+    p_dq,
+    p_dfq,
+    scale,
+    tokens,
+    keys,
+    window,
+    kv_heads,
+    tiles,
+    first_tile,
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_fq,
+    stride_fk,
+    stride_o,
+    stride_do,
+    stride_dq,
+    stride_positions,
+    GROUP: tl.constexpr,
+    GP: tl.constexpr,
+    SIZE: tl.constexpr,
+    BD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BN: tl.constexpr,
+    EXACT: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """One program: both gradients of a tile of queries, one KV head. `dq` and `dfq` are laid out alike."""
+    BR: tl.constexpr = TILE * GP
+    i_tile, i_head, i_batch = place(kv_heads)
+    p_q += i_batch * stride_q[0] + i_head * GROUP * stride_q[2]
+    p_far_q += i_batch * stride_fq[0] + i_head * GROUP * stride_fq[2]
+    p_k += i_batch * stride_k[0] + i_head * stride_k[2]
+    p_far_k += i_batch * stride_fk[0] + i_head * stride_fk[2]
+    p_v += i_batch * stride_v[0] + i_head * stride_v[2]
+    p_do += i_batch * stride_do[0] + i_head * GROUP * stride_do[2]
+    p_out += i_batch * stride_o[0] + i_head * GROUP * stride_o[2]
+    p_list = p_lists + ((i_batch * kv_heads + i_head) * tiles + i_tile) * (1 + SLOTS)
+    past = keys - tokens
+    first_own = (first_tile + i_tile) * TILE
+    o_query, o_group, m_row = tile_rows(first_own - past, tokens, BR, GP, GROUP)
+    o_own = o_query + past
+    b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row)
+    b_bits = tl.load(p_bits + (i_batch * kv_heads + i_head) * tokens + o_query, mask=m_row, other=0)
+    b_do = query_rows(p_do, o_query, o_group, stride_do[1], stride_do[2], m_row, SIZE, BD, WIDE)
+    b_out = query_rows(p_out, o_query, o_group, stride_o[1], stride_o[2], m_row, SIZE, BD, WIDE)
+    o_lse = (i_batch * kv_heads + i_head) * GROUP * tokens + row_starts(o_group, tokens, WIDE) + o_query
+    b_lse = tl.load(p_lse + o_lse, mask=m_row, other=NO_ROW)
+    b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)
+    if p_grad_lse is not None:
+        b_delta -= tl.load(p_grad_lse + o_lse, mask=m_row, other=0.0).to(tl.float32)
+    tl.store(p_delta + o_lse, b_delta, mask=m_row)
+
+    b_q = query_rows(p_q, o_query, o_group, stride_q[1], stride_q[2], m_row, SIZE, BD, WIDE)
+    b_dq = tl.zeros([BR, BD], tl.float32)
+    for i_near in range(tl.cdiv(tl.minimum(window, first_own) + TILE, BN)):
+        o_key = first_own + TILE - (i_near + 1) * BN + tl.arange(0, BN)
+        m_key = (o_key >= 0) & (o_key < keys)
+        b_k = load_rows(p_k, o_key, stride_k[1], m_key, SIZE, BD, WIDE)
+        b_v = load_rows(p_v, o_key, stride_v[1], m_key, SIZE, BD, WIDE)
+        b_s = scaled_scores(row_products(b_q, b_k, EXACT), scale, EXACT)
+        b_p = softmax_weights(b_s, b_lse[:, None], EXACT)
+        b_p = tl.where(near_mask(o_own, b_limit, o_key, window), b_p, 0.0)
+        b_ds = b_p * (row_products(b_do, b_v, EXACT) - b_delta[:, None])
+        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
+    o_row = row_starts(o_query, stride_dq[1], WIDE) + row_starts(o_group, stride_dq[2], WIDE)
+    first_row = i_batch * stride_dq[0] + i_head * GROUP * stride_dq[2]
+    store_rows(p_dq + first_row, b_dq * scale, o_row, 1, m_row, SIZE, BD, WIDE)
+
+    b_q = query_rows(p_far_q, o_query, o_group, stride_fq[1], stride_fq[2], m_row, SIZE, BD, WIDE)
+    b_dq = tl.zeros([BR, BD], tl.float32)
+    listed = tl.load(p_list) * BLOCK
+    for first in range(0, listed, BN):
+        o_block, o_key, m_key = listed_keys(p_list, first, listed, BLOCK, BN)
+        b_k = load_rows(p_far_k, o_key, stride_fk[1], m_key, SIZE, BD, WIDE)
+        b_v = load_rows(p_v, o_key, stride_v[1], m_key, SIZE, BD, WIDE)
+        b_s = scaled_scores(row_products(b_q, b_k, EXACT), scale, EXACT)
+        b_p = softmax_weights(b_s, b_lse[:, None], EXACT)
+        b_p = tl.where(far_mask(b_bits, o_own, o_block, o_key, m_key, window), b_p, 0.0)
+        b_ds = b_p * (row_products(b_do, b_v, EXACT) - b_delta[:, None])
+        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
+    store_rows(p_dfq + first_row, b_dq * scale, o_row, 1, m_row, SIZE, BD, WIDE)
+
+
+@triton.jit(do_not_specialize=[*UNSPECIALIZED, "blocks"])
+def chosen_key_grad_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_far_q,
+    p_far_k,
+    p_bits,
+    p_inverse,
+    p_do,
+    p_lse,
+    p_delta,
+    p_positions,
+    p_dk,
+    p_dv,
+    p_dfk,
+    scale,
+    tokens,
+    keys,
+    window,
+    kv_heads,
+    tiles,
+    first_tile,
+    blocks,
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_fq,
+    stride_fk,
+    stride_do,
+    stride_dk,
+    stride_positions,
+    GROUP: tl.constexpr,
+    GP: tl.constexpr,
+    SIZE: tl.constexpr,
+    BD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BN: tl.constexpr,
+    EXACT: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """One program: the gradients of `BN` keys, all of one block, and of their values, one KV head; laid out alike."""
+    BR: tl.constexpr = TILE * GP
+    i_part, i_head, i_batch = place(kv_heads)
+    p_q += i_batch * stride_q[0] + i_head * GROUP * stride_q[2]
+    p_far_q += i_batch * stride_fq[0] + i_head * GROUP * stride_fq[2]
+    p_do += i_batch * stride_do[0] + i_head * GROUP * stride_do[2]
+    p_k += i_batch * stride_k[0] + i_head * stride_k[2]
+    p_far_k += i_batch * stride_fk[0] + i_head * stride_fk[2]
+    p_v += i_batch * stride_v[0] + i_head * stride_v[2]
+    p_bits += (i_batch * kv_heads + i_head) * tokens
+    p_lse += (i_batch * kv_heads + i_head) * GROUP * tokens
+    p_delta += (i_batch * kv_heads + i_head) * GROUP * tokens
+    past = keys - tokens
+    first_key = i_part * BN
+    o_key = first_key + tl.arange(0, BN)
+    m_key = o_key < keys
+    SUMS: tl.constexpr = tl.float64 if EXACT else tl.float32
+    b_k = load_rows(p_k, o_key, stride_k[1], m_key, SIZE, BD, WIDE)
+    b_v = load_rows(p_v, o_key, stride_v[1], m_key, SIZE, BD, WIDE)
+    b_dk = tl.zeros([BN, BD], SUMS)
+    b_dv = tl.zeros([BN, BD], SUMS)
+    begin = tl.maximum(first_key - past, 0)
+    end = tl.minimum(first_key - past + BN + tl.minimum(window, keys), tokens)
+    for start in range(begin, end, TILE):
+        o_query, o_group, m_row = tile_rows(start, tokens, BR, GP, GROUP)
+        b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row)
+        b_distance = (o_query + past)[None, :] - o_key[:, None]
+        m_entry = (b_distance >= 0) & (b_distance <= window) & (b_distance <= b_limit[None, :])
+        b_q = query_rows(p_q, o_query, o_group, stride_q[1], stride_q[2], m_row, SIZE, BD, WIDE)
+        b_do = query_rows(p_do, o_query, o_group, stride_do[1], stride_do[2], m_row, SIZE, BD, WIDE)
+        o_lse = row_starts(o_group, tokens, WIDE) + o_query
+        b_lse = tl.load(p_lse + o_lse, mask=m_row, other=NO_ROW)
+        b_delta = tl.load(p_delta + o_lse, mask=m_row, other=0.0)
+        b_p, b_ds = entries(b_k, b_v, b_q, b_do, b_lse, b_delta, m_entry, scale, EXACT)
+        b_dv = add_product(b_dv, b_p.to(b_do.dtype), b_do)
+        b_dk = add_product(b_dk, b_ds.to(b_q.dtype), b_q)
+    first_row = i_batch * stride_dk[0] + i_head * stride_dk[2]
+    store_rows(p_dk + first_row, b_dk * scale, o_key, stride_dk[1], m_key, SIZE, BD, WIDE)
+
+    b_k = load_rows(p_far_k, o_key, stride_fk[1], m_key, SIZE, BD, WIDE)
+    b_dk = tl.zeros([BN, BD], SUMS)
+    i_block = first_key // BLOCK
+    MOST: tl.constexpr = SLOTS * BLOCK // TILE
+    p_list = p_inverse + ((i_batch * kv_heads + i_head) * blocks + i_block) * (1 + MOST)
+    # The last keys may make no whole block, which has no list.
+    listed = tl.load(p_list, mask=i_block < blocks, other=0)
+    i_bit = (i_block & (SLOTS - 1)).to(tl.int64)
+    for i_entry in range(listed):
+        i_tile = tl.load(p_list + 1 + i_entry)
+        o_query, o_group, m_row = tile_rows((first_tile + i_tile) * TILE - past, tokens, BR, GP, GROUP)
+        b_bits = tl.load(p_bits + o_query, mask=m_row, other=0) >> i_bit
+        m_entry = ((b_bits & 1) != 0)[None, :] & ((o_query + past)[None, :] - o_key[:, None] > window)
+        b_q = query_rows(p_far_q, o_query, o_group, stride_fq[1], stride_fq[2], m_row, SIZE, BD, WIDE)
+        b_do = query_rows(p_do, o_query, o_group, stride_do[1], stride_do[2], m_row, SIZE, BD, WIDE)
+        o_lse = row_starts(o_group, tokens, WIDE) + o_query
+        b_lse = tl.load(p_lse + o_lse, mask=m_row, other=NO_ROW)
+        b_delta = tl.load(p_delta + o_lse, mask=m_row, other=0.0)
+        b_p, b_ds = entries(b_k, b_v, b_q, b_do, b_lse, b_delta, m_entry, scale, EXACT)
+        b_dv = add_product(b_dv, b_p.to(b_do.dtype), b_do)
+        b_dk = add_product(b_dk, b_ds.to(b_q.dtype), b_q)
+    store_rows(p_dfk + first_row, b_dk * scale, o_key, stride_dk[1], m_key, SIZE, BD, WIDE)
+    store_rows(p_dv + first_row, b_dv, o_key, stride_dk[1], m_key, SIZE, BD, WIDE)
+
+
+@triton.jit
+def entries(b_k, b_v, b_q, b_do, b_lse, b_delta, m_entry, scale, EXACT: tl.constexpr):
+    """Weights, and gradients of scores before the scale, of a tile of keys and rows. [BN, BR] each"""
+    b_s = scaled_scores(row_products(b_k, b_q, EXACT), scale, EXACT)
+    b_p = tl.where(m_entry, softmax_weights(b_s, b_lse[None, :], EXACT), 0.0)
+    return b_p, b_p * (row_products(b_v, b_do, EXACT) - b_delta[None, :])
