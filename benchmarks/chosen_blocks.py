@@ -110,8 +110,8 @@ def _works(length: int, batch: int) -> list[tuple[str, dict[str, Work]]]:
         listed = float(choosing().blocks[..., 0].float().mean())
         leaves = [x.detach().clone().requires_grad_() for x in (q, k, v, far_q, k)]
 
-        def attending(*x: torch.Tensor) -> torch.Tensor:
-            return attend_chosen(*x[:3], pattern, far=(x[3], x[4]))[0]
+        def attending(q: Any, k: Any, v: Any, *far: Any) -> torch.Tensor:
+            return attend_chosen(q, k, v, pattern, far=far)[0]  # pyright: ignore
 
         works = {"choice": choosing, **_passes(attending, leaves)}
         found.append((f"{name} ({listed:.1f} blocks a tile)", works))

@@ -50,7 +50,7 @@ class FarAttention(FibAttnAttention):
         super().__init__(like.config, like.layer_idx)
         self.load_state_dict(like.state_dict())
         self.candidate, self.farthest = candidate, reach
-        heads, kv_heads = like.config.num_attention_heads, like.config.num_key_value_heads
+        heads, kv_heads = like.config.num_attention_heads, like.k_proj.out_features // like.head_dim
 
         def per_head(wanted: bool, value: float, heads: int = heads) -> nn.Parameter | None:
             return nn.Parameter(torch.full((heads,), value)) if wanted else None

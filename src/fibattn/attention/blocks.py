@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from fibattn.attention.reference import document_limit, wide
 from fibattn.pattern import ChosenPattern
 
-_CHUNK = 128
+CHUNK = 128
 """Queries that a CPU takes at a time, with all keys that they may see."""
 
 
@@ -59,7 +59,7 @@ def attend(
     pattern: ChosenPattern,
     scale: float,
     positions: Tensor | None,
-    chunk: int = _CHUNK,
+    chunk: int,
 ) -> tuple[Tensor, Tensor]:
     """Output like q and log-sum-exp (batch, query heads, query tokens), in plain PyTorch, differentiable.
 

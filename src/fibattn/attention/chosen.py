@@ -64,37 +64,20 @@ def attend_chosen(
     _check_far(q, k, far_q, far_k, trust)
     if not isinstance(pattern, ChosenPattern):
         raise InputError(f"pattern is {pattern!r}; expected a fibattn.ChosenPattern, or call attend")
-    positions = check_positions(q, k, positions, cu_seqlens)
+    positions, tokens, dtype = check_positions(q, k, positions, cu_seqlens), q.shape[1], q.dtype
     chosen = choose(backend, q)
     if chosen == "reference":
-        exact = (x.double() for x in (q, k, v, far_q, far_k))
-        out, lse = _in_pytorch(*exact, trust, pattern, scale, positions, chunk=q.shape[1])
-        return out.to(q.dtype), lse.to(wide(q))
-    if chosen == "cpu":
-        return _in_pytorch(q, k, v, far_q, far_k, trust, pattern, scale, positions)
+        q, k, v, far_q, far_k = (x.double() for x in (q, k, v, far_q, far_k))
     means = blocks.block_means(far_k, pattern.block)
     far_k = blocks.with_means(far_k, means, pattern.block, trust)
+    if chosen in ("reference", "cpu"):
+        chunk = tokens if chosen == "reference" else blocks.CHUNK
+        out, lse = blocks.attend(q, k, v, far_q, far_k, means, pattern, scale, positions, chunk)
+        return out.to(dtype), lse.to(wide(out.to(dtype)))
     given = (scale, pattern.window, pattern.reach, pattern.block, pattern.blocks)
     choice = torch.ops.fibattn.choose_blocks(far_q.detach(), means.detach(), k.shape[1], positions, *given)
     out, lse = _AttendChosen.apply(q, k, v, far_q, far_k, positions, *choice, *given)
     return out, lse.to(wide(q))
-
-
-def _in_pytorch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    far_q: Tensor,
-    far_k: Tensor,
-    trust: Tensor | None,
-    pattern: ChosenPattern,
-    scale: float,
-    positions: Tensor | None,
-    **how: int,
-) -> tuple[Tensor, Tensor]:
-    means = blocks.block_means(far_k, pattern.block)
-    far_k = blocks.with_means(far_k, means, pattern.block, trust)
-    return blocks.attend(q, k, v, far_q, far_k, means, pattern, scale, positions, **how)
 
 
 def _check_far(q: Tensor, k: Tensor, far_q: Tensor, far_k: Tensor, trust: Tensor | None) -> None:
