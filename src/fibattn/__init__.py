@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any
 from fibattn._version import __version__
 
 if TYPE_CHECKING:
-    from fibattn.attention import AttentionCache, attend, attend_cached, padded_positions
+    from fibattn.attention import AttentionCache, attend, attend_cached, attend_chosen, padded_positions
     from fibattn.errors import InputError
     from fibattn.model import FibAttnConfig, FibAttnForCausalLM, FibAttnModel
     from fibattn.model.conversion import convert, restore
     from fibattn.model.layer import FibAttention
-    from fibattn.pattern import LearnedPattern, Pattern, base_rungs, layer_alphas, layer_patterns
+    from fibattn.pattern import ChosenPattern, LearnedPattern, Pattern, base_rungs, layer_alphas, layer_patterns
 
 __all__ = [
     "AttentionCache",
+    "ChosenPattern",
     "FibAttention",
     "FibAttnConfig",
     "FibAttnForCausalLM",
@@ -35,6 +36,7 @@ __all__ = [
     "__version__",
     "attend",
     "attend_cached",
+    "attend_chosen",
     "base_rungs",
     "convert",
     "layer_alphas",
@@ -43,12 +45,12 @@ __all__ = [
     "restore",
 ]
 _HOMES = {
-    "attention": ("AttentionCache", "attend", "attend_cached", "padded_positions"),
+    "attention": ("AttentionCache", "attend", "attend_cached", "attend_chosen", "padded_positions"),
     "errors": ("InputError",),
     "model": ("FibAttnConfig", "FibAttnForCausalLM", "FibAttnModel"),
     "model.conversion": ("convert", "restore"),
     "model.layer": ("FibAttention",),
-    "pattern": ("LearnedPattern", "Pattern", "base_rungs", "layer_alphas", "layer_patterns"),
+    "pattern": ("ChosenPattern", "LearnedPattern", "Pattern", "base_rungs", "layer_alphas", "layer_patterns"),
 }
 
 
