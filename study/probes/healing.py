@@ -3,11 +3,12 @@
 Every row is one conversion and one part of the dense model's tokens, measured as the dense model is, in the first row.
 """
 
-import itertools
 import math
 import shutil
 import statistics
 import time
+import traceback
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,42 @@ from fibattn.model.loading import find_model, load_bounded, load_model, model_na
 from fibattn.training.converting import load_source, load_tokenizer_of, write_folder
 from fibattn.training.healing import heal
 from fibattn.training.healing_recipe import HealingRecipe
-from fibattn.training.recipe import load_recipe
+from fibattn.training.recipe import Recipe, load_recipe
+from fibattn.training.run import train
 from study.presets import key_count
 from study.probes.copying import copying
 from study.probes.fit import Keep, device, rows_of
-from study.probes.settings import Healing, Placement, Shape
+from study.probes.settings import Healing
 
 _COPIED = (256, 512)
-_FREE = ("data", "parts", "counts", "placements", "shapes", "work")
+_FREE = ("data", "rows", "work")
 """Settings that may differ where rows are added to a result."""
+_PLACEMENTS, _SHAPES = ("measured", "evenly", "worst", "fresh"), ("rungs", "window")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One of `Healing.rows`."""
+
+    placement: str
+    count: int
+    shape: str
+    part: float
+
+    @classmethod
+    def read(cls, text: str) -> "_Row":
+        try:
+            placement, count, shape, part = text.split(":")
+            row = cls(placement, int(count), shape, float(part))
+        except ValueError:
+            row = None
+        if row is None or row.placement not in _PLACEMENTS or row.shape not in _SHAPES or not 0 <= row.part <= 1:
+            known = f"PLACEMENT ({', '.join(_PLACEMENTS)}), SHAPE ({', '.join(_SHAPES)}), PART from 0 to 1"
+            raise InputError(f"{text!r} is no row; give PLACEMENT:COUNT:SHAPE:PART, as measured:4:rungs:0.02: {known}")
+        return row
+
+    def __str__(self) -> str:
+        return f"{self.placement}:{self.count}:{self.shape}:{self.part:g}"
 
 
 def healing(
@@ -43,114 +71,152 @@ def healing(
     """Convert, heal and measure; the result is plain JSON values.
 
     A row has `layers` (those that stay full), their `placement`, the others' `shape` and `keys` (of a query), the
-    `part` of the tokens, the `seconds` of the healing, and what `_Measure` finds. The first is the dense model's.
+    `part` of the tokens, the `seconds` of the training, and what `_Measure` finds. The first is the dense model's. Of a
+    row that fails the log says why, and the next one is begun.
 
     Raises:
-        InputError: for a model that is not dense, data that are not its own, and an earlier result with other settings.
+        InputError: for a row that is none, a model that is not dense, data that are not its own, an earlier result with
+            other settings, and in the end where rows failed.
     """
+    wanted = [_Row.read(text) for text in settings.rows]
     folder, data = find_model(settings.model), PreparedData.open(settings.data)
     about: dict[str, Any] = {"probe": "healing"}
     about |= {name: _plain(value) for name, value in vars(settings).items() if name not in _FREE}
     about |= {"model": model_name(folder.resolve())}
-    about |= {"tokens": settings.tokens or _trained_on(settings.model), "data_fingerprint": data.fingerprint}
+    about |= {"tokens": settings.tokens or _recipe_of(settings.model).tokens, "data_fingerprint": data.fingerprint}
     found = rows_of(earlier, about)
-    result = about | {"rows": found, "searches": (earlier or {}).get("searches", {})}
+    result = about | {"rows": found, "search": (earlier or {}).get("search")}
     measure = _Measure(settings, data, files.read_json(folder / "config.json")["max_position_embeddings"])
-    measure.dense = found[0]["sets"] if found else []
+    _say("what is common to all rows is ready")
     if not found:
         found.append({"layers": "all", "placement": "", "shape": "dense", "keys": None, "part": 0.0} | measure(folder))
         keep(result)
+    measure.dense = found[0]["sets"]
     done = {_known(row) for row in found}
-    for count, part, placement, shape in itertools.product(
-        settings.counts, settings.parts, settings.placements, settings.shapes
-    ):
-        if (count, part, placement, shape) in done:
+    if any(row.placement != "evenly" for row in wanted):
+        most = max(row.count for row in wanted if row.placement != "evenly")
+        if len((result["search"] or {"search": []})["search"]) < most:
+            result["search"] = _search(settings, folder, measure, most)
+    failed = []
+    for row in wanted:
+        if row in done:
             continue
-        layers = _layers(placement, count, shape, settings, measure, folder, result["searches"])
-        made, keys = _converted(folder, settings, shape, layers, measure.trained_at)
-        began = time.monotonic()
-        if part:
-            made = heal(_recipe(settings, made, round(part * about["tokens"])))
-        took = round(time.monotonic() - began, 1)
-        row = {"layers": ", ".join(map(str, layers)), "placement": placement, "shape": shape, "keys": keys}
-        found.append(row | {"part": part, **measure(made), "seconds": took})
+        try:
+            found.append(_measured(row, settings, folder, measure, result))
+        except Exception:
+            traceback.print_exc()
+            failed.append(row)
+            continue
         keep(result)
+        _say(f"{row}: {', '.join(f'{name} {found[-1][name]:.2f}' for name in ('rise', 'worst', 'seconds'))}")
     shutil.rmtree(settings.work, ignore_errors=True)
+    if failed:
+        raise InputError(f"{len(failed)} rows failed, {failed[0]} first; what was wrong is said above")
     return result
 
 
-def _trained_on(model: Path) -> int:
+def _say(what: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} healing, {what}", flush=True)
+
+
+def _recipe_of(model: Path) -> Recipe:
     recipe = model / "recipe.json"
     if not recipe.exists():
-        raise InputError(f"{recipe} is missing, which says how many tokens the model was trained on; give --tokens")
-    return load_recipe(str(recipe)).tokens
+        raise InputError(f"{recipe} is missing, which says what the model was trained on; give its run, or --tokens")
+    return load_recipe(str(recipe))
 
 
 def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
 
 
-def _known(row: dict[str, Any]) -> tuple[Any, ...]:
-    return len(row["layers"].split(", ")), row["part"], row["placement"], row["shape"]
+def _known(row: dict[str, Any]) -> _Row:
+    return _Row(row["placement"], len(row["layers"].split(", ")), row["shape"], row["part"])
 
 
-def _pattern(settings: Healing, shape: Shape, config: Any) -> tuple[dict[str, Any], float]:
+def _pattern(settings: Healing, shape: str, config: Any) -> tuple[dict[str, Any], float]:
     """The arguments of `fibattn.convert`, and how many keys a query of a converted layer has."""
     trained_at = config.max_position_embeddings
     given = {"window": settings.window, "base": "fibonacci", "schedule": "linear", "rungs": 15}
     entry = {**given, "rung_reach": trained_at - 1, "max_offset": trained_at - 1, "keep_layers": [], "full_reach": None}
     keys = key_count([layer.pattern for layer in layers_of(config, entry) if layer.pattern])
     if shape == "window":
-        return {"window": round(keys) - 1, "rungs": 0}, round(keys)
+        return {**given, "window": round(keys) - 1, "rungs": 0}, round(keys)
     return {**given, "max_offset": trained_at - 1}, keys
 
 
-def _layers(
-    placement: Placement,
-    count: int,
-    shape: Shape,
-    settings: Healing,
-    measure: "_Measure",
-    folder: Path,
-    searches: dict[str, Any],
-) -> list[int]:
-    """The layers that stay full; a search for as many is made once."""
+def _search(settings: Healing, folder: Path, measure: "_Measure", count: int) -> dict[str, Any]:
+    """One search for all rows: the first layers of a longer one are those of a shorter, and both shapes have the same
+    layers, so that rows differ in one thing."""
+    _say(f"the search for {count} layers begins")
     model: Any = load_source(str(folder), attn_implementation="sdpa")
-    if placement == "evenly":
-        return evenly_kept(model.config.num_hidden_layers, count)
-    name = f"{shape}, {count}"
-    if name not in searches:
-        pattern = _pattern(settings, shape, model.config)[0]
-        searches[name] = search(model.to(device()), pattern, measure.text(settings.search_tokens), count)
-    if placement == "measured":
-        return sorted(step["layer"] for step in searches[name]["search"])
-    alone = searches[name]["alone"]
-    return sorted(sorted(range(len(alone)), key=lambda layer: alone[layer])[:count])
+    pattern = _pattern(settings, "rungs", model.config)[0]
+    return search(model.to(device()), pattern, measure.text(settings.search_tokens), count)
 
 
-def _converted(folder: Path, settings: Healing, shape: Shape, layers: list[int], trained_at: int) -> tuple[Path, float]:
-    """The folder of the converted model, and its keys."""
+def _layers(row: _Row, depth: int, found: Any) -> list[int]:
+    """The layers that stay full."""
+    if row.placement == "evenly":
+        return evenly_kept(depth, row.count)
+    if row.placement == "worst":
+        return sorted(sorted(range(depth), key=lambda layer: found["alone"][layer])[: row.count])
+    return sorted(step["layer"] for step in found["search"][: row.count])
+
+
+def _measured(
+    row: _Row, settings: Healing, folder: Path, measure: "_Measure", result: dict[str, Any]
+) -> dict[str, Any]:
+    """Make the model of a row, and measure it."""
+    _say(f"{row} begins")
     out = settings.work / "converted"
-    for old in (out, settings.work / "converted-healed"):
-        shutil.rmtree(old, ignore_errors=True)
-    model = load_source(str(folder), attn_implementation="sdpa")
-    pattern, keys = _pattern(settings, shape, model.config)
-    convert(model, **pattern, keep_layers=layers)
-    write_folder(out, model, load_tokenizer_of(str(folder)), source=str(folder))
-    return out, keys
+    shutil.rmtree(settings.work, ignore_errors=True)
+    model: Any = load_source(str(folder), attn_implementation="sdpa")
+    layers = _layers(row, model.config.num_hidden_layers, result["search"])
+    pattern, keys = _pattern(settings, row.shape, model.config)
+    tokens, began = round(row.part * result["tokens"]), time.monotonic()
+    if row.placement == "fresh":
+        made = train(_fresh(settings, pattern, layers, tokens))
+    else:
+        convert(model, **pattern, keep_layers=layers)
+        write_folder(out, model, load_tokenizer_of(str(folder)), source=str(folder))
+        made = heal(_healing(settings, out, tokens)) if row.part else out
+    took = round(time.monotonic() - began, 1)
+    about = {"layers": ", ".join(map(str, layers)), "placement": row.placement, "shape": row.shape, "keys": keys}
+    return {**about, "part": row.part, **measure(made), "seconds": took}
 
 
-def _recipe(settings: Healing, folder: Path, tokens: int) -> HealingRecipe:
+def _healing(settings: Healing, folder: Path, tokens: int) -> HealingRecipe:
     chosen = ("data", "learning_rate", "matching", "text_weight", "sequences_per_step")
     given = {name: getattr(settings, name) for name in chosen}
     return HealingRecipe(folder, tokens=tokens, micro_batch=settings.sequences_per_step, save_every=10**6, **given)
+
+
+def _fresh(settings: Healing, pattern: dict[str, Any], layers: list[int], tokens: int) -> Recipe:
+    """The dense model's recipe with a converted model's layers, for so many tokens."""
+    dense = _recipe_of(settings.model)
+    sparse = "fibonacci_attention" if pattern["rungs"] else "sliding_attention"
+    kinds: Any = ["full_attention" if one in layers else sparse for one in range(dense.model.num_hidden_layers)]
+    steps = max(1, tokens // (dense.sequence_length * dense.sequences_per_step))
+    return replace(
+        dense,
+        data=settings.data,
+        out=settings.work / "fresh",
+        model=replace(dense.model, layer_types=tuple(kinds), **pattern),
+        optimizer=replace(dense.optimizer, warmup_steps=min(dense.optimizer.warmup_steps, steps // 10)),
+        steps=steps,
+        compile=False,
+        save_every=10**6,
+        evaluate_every=None,
+        track=(),
+    )
 
 
 class _Measure:
     """What is measured of every model, on the same text."""
 
     def __init__(self, settings: Healing, data: PreparedData, trained_at: int):
-        self.data, self.trained_at, self.dense = data, trained_at, []
+        self.data, self.trained_at = data, trained_at
+        self.dense: list[dict[str, Any]] = []
         self.lengths = [factor * trained_at for factor in settings.factors]
         self.targets = shared_targets(data, lengths=self.lengths, sets=[], tokens=settings.eval_tokens)
         self.frequent = frequent_pairs(data, self.targets)

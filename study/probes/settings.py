@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Literal
 
 Start = Literal["uniform", "staggered", "fixed", "linear"]
-Placement = Literal["measured", "evenly", "worst"]
-Shape = Literal["rungs", "window"]
 
 
 @dataclass(frozen=True)
@@ -131,14 +129,15 @@ class Healing:
     """What it was trained on, a folder made by `fibattn prepare`; healed and measured on, too."""
     tokens: int | None = None
     """How many tokens it was trained on; its recipe's when left out."""
-    parts: tuple[float, ...] = (0.0, 0.02, 0.01, 0.05)
-    """How much of them each conversion is healed with; 0 for none."""
-    counts: tuple[int, ...] = (4, 2, 8)
-    """Layers that stay full."""
-    placements: tuple[Placement, ...] = ("measured", "evenly", "worst")
-    """Which they are: found on held-out text, evenly over the depth, or those whose loss hurts least by itself."""
-    shapes: tuple[Shape, ...] = ("rungs", "window")
-    """What the other layers attend to: a window and rungs, or a window of as many keys."""
+    rows: tuple[str, ...] = (
+        *("measured:4:rungs:0.02", "measured:4:window:0.02", "measured:4:rungs:0", "measured:4:window:0"),
+        *("evenly:4:rungs:0", "worst:4:rungs:0", "measured:2:rungs:0", "measured:8:rungs:0"),
+        *("evenly:4:rungs:0.02", "measured:4:rungs:0.05", "worst:4:rungs:0.02", "measured:4:rungs:0.01"),
+        *("measured:8:rungs:0.02", "measured:2:rungs:0.02", "fresh:4:rungs:0.02"),
+    )
+    """What is measured, in this order, each PLACEMENT:COUNT:SHAPE:PART. COUNT layers stay full: those found on held-out
+    text (measured), evenly over the depth, or whose loss alone hurts least (worst); fresh are the measured ones in a
+    model trained from nothing. The others have rungs, or a window of as many keys. PART of the tokens heals, 0 none."""
     window: int = 64
     """Of the layers with rungs."""
     learning_rate: float = 1e-3

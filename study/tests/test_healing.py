@@ -27,7 +27,7 @@ def dense(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def probe(dense: Path, prepared: Path, *words: object) -> int:
     command = ["healing", "--model", dense, "--data", prepared, "--window", 8, "--eval-tokens", 1024, "--factors", 1, 4]
-    command += ["--search-tokens", 256, "--sequences-per-step", 4, "--counts", 1, *words]
+    command += ["--search-tokens", 256, "--sequences-per-step", 4, *words]
     return main(["probe", *map(str, command)])
 
 
@@ -36,7 +36,7 @@ def test_rows_are_measured_kept_and_added_to(
 ) -> None:
     out = tmp_path / "healing.json"
     words = ["--tokens", 40_000, "--work", tmp_path / "work", "--out", out]
-    assert probe(dense, prepared, *words, "--parts", 0, 0.02, "--placements", "evenly", "--shapes", "rungs") == 0
+    assert probe(dense, prepared, *words, "--rows", "evenly:1:rungs:0", "evenly:1:rungs:0.02") == 0
     first, plain, healed = files.read_json(out)["rows"]
     assert (first["shape"], first["rise"], first["layers"]) == ("dense", 0, "all")
     assert plain["layers"] == healed["layers"] == ", ".join(map(str, evenly_kept(4, 1))) == "3"
@@ -49,24 +49,27 @@ def test_rows_are_measured_kept_and_added_to(
     )
     assert set(healed["copied"]) == {"copied 256", "copied 512"}
     assert not (tmp_path / "work").exists()
-    words += ["--parts", 0, "--placements", "measured", "worst"]
-    assert probe(dense, prepared, *words) == 0
+    capsys.readouterr()
+    added = [("measured", "rungs"), ("measured", "window"), ("worst", "rungs")]
+    words += ["--rows", *(f"{placement}:1:{shape}:0" for placement, shape in added), "worst:1:rungs:1e-3"]
+    assert probe(dense, prepared, *words) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert "1 rows failed" in said.splitlines()[-1]
     found = files.read_json(out)
     assert found["rows"][:3] == [first, plain, healed]
-    added = [(row["placement"], row["shape"], row["keys"]) for row in found["rows"][3:]]
-    assert added == [
-        (place, shape, keys)
-        for place in ("measured", "worst")
-        for shape, keys in (("rungs", plain["keys"]), ("window", round(plain["keys"])))
-    ]
-    for shape in ("rungs", "window"):
-        search = found["searches"][f"{shape}, 1"]
-        rows = {row["placement"]: row["layers"] for row in found["rows"][3:] if row["shape"] == shape}
-        assert rows["measured"] == str(search["search"][0]["layer"])
-        assert rows["worst"] == str(min(range(4), key=lambda layer: search["alone"][layer]))
+    rows = {(row["placement"], row["shape"]): row for row in found["rows"][3:]}
+    assert list(rows) == added
+    assert [row["keys"] for row in rows.values()] == [plain["keys"], round(plain["keys"]), plain["keys"]]
+    best = str(found["search"]["search"][0]["layer"])
+    assert rows["measured", "rungs"]["layers"] == rows["measured", "window"]["layers"] == best
+    alone = found["search"]["alone"]
+    assert rows["worst", "rungs"]["layers"] == str(min(range(4), key=lambda layer: alone[layer]))
     capsys.readouterr()
     assert probe(dense, prepared, *words, "--learning-rate", 1) == 2
     assert "learning_rate was 0.001 and is now 1.0" in capsys.readouterr().err
+    assert probe(dense, prepared, *words, "--rows", "measured:4:rungs") == 2
+    assert "'measured:4:rungs' is no row; give PLACEMENT:COUNT:SHAPE:PART" in capsys.readouterr().err
 
 
 def test_a_model_without_a_recipe_must_say_its_tokens(
@@ -74,4 +77,4 @@ def test_a_model_without_a_recipe_must_say_its_tokens(
 ) -> None:
     shutil.copytree(dense, tmp_path / "model")
     assert probe(tmp_path / "model", prepared, "--out", tmp_path / "found.json") == 2
-    assert "which says how many tokens the model was trained on; give --tokens" in capsys.readouterr().err
+    assert "which says what the model was trained on; give its run, or --tokens" in capsys.readouterr().err

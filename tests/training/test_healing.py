@@ -183,9 +183,12 @@ def test_next_tokens_are_those_of_the_dense_model_and_of_the_text(weight: float)
     p = functional.softmax(right, -1)
     divergence = (p * (p.log() - functional.log_softmax(ours, -1))).sum(-1).mean()
     text = functional.cross_entropy(ours, targets.flatten())
-    torch.testing.assert_close(loss, (1 - weight) * divergence + weight * text)
-    loss.backward()
-    assert all(one.grad is not None for one in student.parameters())
+    right = (1 - weight) * divergence + weight * text
+    torch.testing.assert_close(loss, right)
+    expected = torch.autograd.grad(right, list(student.parameters()))
+    (3 * loss).backward()
+    for one, gradient in zip(student.parameters(), expected, strict=True):
+        torch.testing.assert_close(one.grad, 3 * gradient)
     assert all(one.grad is None for one in teacher.parameters())
 
 

@@ -7,6 +7,7 @@ the last earlier one; the authors do not look at it.
 """
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -33,12 +34,17 @@ def frequent_pairs(data: PreparedData, targets: dict[str, int], *, quiet: bool =
     ]
     pairs = np.unique(np.concatenate(repeated))
     counts, tokens = np.zeros(len(pairs), np.int64), len(data.train)
-    with Meter("pairs in training", tokens, "tokens", quiet=quiet) as meter:
-        for start in range(0, tokens - 1, _CHUNK):
-            length = min(_CHUNK + 1, tokens - start)
-            found = np.sort(_pairs(data.train.sequence(start, length), data.vocab_size))
-            counts += np.searchsorted(found, pairs, side="right") - np.searchsorted(found, pairs)
-            meter.update(length - 1)
+    starts = range(0, tokens - 1, _CHUNK)
+
+    def counted(start: int) -> np.ndarray:
+        found = np.sort(_pairs(data.train.sequence(start, min(_CHUNK + 1, tokens - start)), data.vocab_size))
+        return np.searchsorted(found, pairs, side="right") - np.searchsorted(found, pairs)
+
+    # Sorting holds no lock, so threads share the work.
+    with Meter("pairs in training", len(starts), "chunks", quiet=quiet) as meter, ThreadPoolExecutor() as threads:
+        for found in threads.map(counted, starts):
+            counts += found
+            meter.update(1)
     return pairs[counts > FREQUENT]
 
 

@@ -9,15 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from fibattn.model.conversion import attention_modules
 from fibattn.model.native import pattern_of
 
-_SLICE_LOGITS = 1 << 26
+_SLICE_LOGITS = 1 << 27
 
 
 class HealingStage(nn.Module):
@@ -109,20 +107,50 @@ class Distillation(HealingStage):
         with torch.no_grad():
             right = self.teacher.base_model(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
         ours = self.student.base_model(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
-        step = max(1, _SLICE_LOGITS // self.student.get_output_embeddings().weight.shape[0])  # pyright: ignore
-        # A slice at a time, and again in the backward pass: the logits of all tokens would be most of the memory.
-        parts = [
-            checkpoint(self._summed, *rows, use_reentrant=False)
-            for rows in zip(ours.split(step), right.split(step), shift_labels.flatten().split(step), strict=True)
-        ]
-        return CausalLMOutput(loss=torch.stack(parts).sum() / shift_labels.numel())  # pyright: ignore
+        head, goal = (one.get_output_embeddings().weight for one in (self.student, self.teacher))  # pyright: ignore
+        if torch.is_autocast_enabled(ours.device.type):
+            ours = ours.to(torch.get_autocast_dtype(ours.device.type))
+        loss = _SummedLoss.apply(ours, head, right.to(ours.dtype), goal, shift_labels.flatten(), self.text_weight)
+        return CausalLMOutput(loss=loss / shift_labels.numel())  # pyright: ignore
 
-    def _summed(self, ours: Tensor, right: Tensor, targets: Tensor) -> Tensor:
-        own = functional.log_softmax(self.student.get_output_embeddings()(ours).float(), dim=-1)  # pyright: ignore
-        with torch.no_grad():
-            goal = functional.log_softmax(self.teacher.get_output_embeddings()(right).float(), dim=-1)  # pyright: ignore
-        divergence = functional.kl_div(own, goal, reduction="sum", log_target=True)
-        return torch.lerp(divergence, functional.nll_loss(own, targets, reduction="sum"), self.text_weight)
+
+class _SummedLoss(torch.autograd.Function):
+    """The loss of `Distillation`, summed, and its gradients at once, a slice of tokens after the other.
+
+    All logits are most of the memory, and reading them most of the time: of a softmax, the gradient is what is there.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, ours: Tensor, head: Tensor, right: Tensor, right_head: Tensor, targets: Tensor, text_weight: float
+    ) -> Tensor:
+        step = max(1, _SLICE_LOGITS // head.shape[0])
+        total, grad_ours = ours.new_zeros((), dtype=torch.float32), torch.empty_like(ours)
+        grad_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        narrow, right_narrow = head.to(ours.dtype), right_head.to(ours.dtype)
+        with torch.autocast(ours.device.type, enabled=False):
+            for start in range(0, len(ours), step):
+                some = slice(start, start + step)
+                own = (ours[some] @ narrow.T).log_softmax(-1, dtype=torch.float32)
+                dense = (right[some] @ right_narrow.T).log_softmax(-1, dtype=torch.float32)
+                wanted = dense.exp().mul_(1 - text_weight)
+                target = targets[some, None]
+                total -= text_weight * own.gather(1, target).sum()
+                total += (dense.sub_(own).mul_(wanted)).sum()
+                wanted.scatter_add_(1, target, torch.full_like(target, text_weight, dtype=torch.float32))
+                grad = own.exp_().sub_(wanted).to(ours.dtype)
+                grad_ours[some] = grad @ narrow
+                if grad_head is not None:
+                    grad_head += grad.T @ ours[some]
+        ctx.save_for_backward(grad_ours, grad_head)
+        ctx.dtype = head.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        grad_ours, grad_head = ctx.saved_tensors
+        whole = None if grad_head is None else (grad_head * upstream).to(ctx.dtype)
+        return (grad_ours * upstream).to(grad_ours.dtype), whole, None, None, None, None
 
 
 def sparse_layers(model: PreTrainedModel) -> list[int]:
