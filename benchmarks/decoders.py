@@ -6,7 +6,7 @@ No prompt is run: caches are filled with random keys and values, which a step re
 import functools
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from transformers import StaticCache
 
 from benchmarks.timing import copy_bandwidth, measure
 from fibattn import FibAttnConfig, FibAttnForCausalLM, Pattern, attend_cached, plotting
+from fibattn.pattern import hybrid_layers
 from fibattn.training.recipe import DEFAULT, PRESETS
 from fibattn.training.run import model_config
 
-MODELS = ("stagger", "hybrid", "hybrid-unbounded", "dense")
-"""Of the paper's 60 M-parameter shape: its linear stagger, the default recipe, the same before it is bounded, dense."""
+MODELS = ("stagger", "hybrid", "hybrid-unbounded", "converted", "converted-unbounded", "dense")
+"""Of the paper's 60 M-parameter shape: its linear stagger, the default recipe, the dense one converted with four of its
+16 layers full, both before they are bounded, dense."""
 WINDOWS = (12, 128)
 """Of the operator by itself."""
 _ROOM = 256  # for the steps that are timed
@@ -79,6 +81,21 @@ def models(names: Sequence[str], contexts: Sequence[int], batch: int, device: st
             yield row
 
 
+def prompts(names: Sequence[str], lengths: Sequence[int], device: str) -> Iterator[Row]:
+    """Microseconds until the logits after a prompt, for every model and length; not compiled."""
+    for name in names if lengths else ():
+        clear(device)
+        model: Any = FibAttnForCausalLM(configurations()[name]).to(device, _dtype(device)).eval()  # pyright: ignore
+        for length in lengths:
+            ids = torch.randint(model.config.vocab_size, (1, length), device=device)
+
+            @torch.no_grad()
+            def work(model: Any = model, ids: torch.Tensor = ids) -> None:
+                model(ids, logits_to_keep=1, use_cache=True)
+
+            yield {"model": name, "prompt": length, **asdict(measure(work, device, cold=False, capture=False))}
+
+
 def clear(device: str) -> None:
     """Give back the memory of the model before, and begin to measure the peak anew."""
     gc.collect()
@@ -112,9 +129,14 @@ def bandwidth_of(device: str) -> float:
 
 def configurations() -> dict[str, FibAttnConfig]:
     """The models' configurations, by name."""
-    recipes = (PRESETS["paper"], PRESETS[DEFAULT], PRESETS[DEFAULT], PRESETS["dense"])
+    default, dense = PRESETS[DEFAULT], PRESETS["dense"]
+    kinds: Any = hybrid_layers(16, full=(9, 10, 11, 12))["layer_types"]
+    shape = replace(dense.model, layer_types=kinds, window=64)
+    converted = replace(dense, model=shape)
+    recipes = (PRESETS["paper"], default, default, converted, converted, dense)
     found = [model_config(recipe, FibAttnConfig.vocab_size, separator=0) for recipe in recipes]
-    found[1].full_reach = PRESETS[DEFAULT].full_reach
+    for bounded in (1, 3):
+        found[bounded].full_reach = default.full_reach
     return dict(zip(MODELS, found, strict=True))
 
 

@@ -8,7 +8,7 @@ from fibattn import files
 from fibattn.cli.flags import parse
 from fibattn.errors import InputError
 
-Model = Literal["stagger", "hybrid", "hybrid-unbounded", "dense"]
+Model = Literal["stagger", "hybrid", "hybrid-unbounded", "converted", "converted-unbounded", "dense"]
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,10 @@ class Arguments:
     batches: tuple[int, ...] = (1,)
     """Sequences of a step; the figure is of the first."""
     models: tuple[Model, ...] = get_args(Model)
-    """Which models, of the paper's 60 M-parameter shape: its linear stagger, the default recipe, the same before it is
-    bounded, dense."""
+    """Which models, of the paper's 60 M-parameter shape: its linear stagger, the default recipe, the dense one
+    converted with four of its 16 layers full, both before they are bounded, dense."""
+    prompts: tuple[int, ...] = ()
+    """Tokens of a prompt whose reading is timed, too, of one sequence: until the logits of the next token."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; the GPU when there is one."""
     out: Path = Path("bench")
@@ -34,17 +36,23 @@ class Arguments:
 def run(arguments: list[str]) -> None:
     """Time, print a line for each row, write the files."""
     chosen = parse(Arguments, arguments, "python -m benchmarks decoding")
-    if min(chosen.contexts, default=0) < 1 or min(chosen.batches, default=0) < 1 or not chosen.models:
+    if min(*chosen.prompts, *chosen.contexts, *chosen.batches, 1) < 1 or not (
+        chosen.contexts and chosen.batches and chosen.models
+    ):
         raise InputError(
-            f"contexts {chosen.contexts}, batches {chosen.batches}, models {chosen.models}: numbers must be at least "
-            "1, and there must be a context, a batch and a model"
+            f"contexts {chosen.contexts}, batches {chosen.batches}, prompts {chosen.prompts}, models {chosen.models}: "
+            "numbers must be at least 1, and there must be a context, a batch and a model"
         )
     from benchmarks import decoders
     from benchmarks.environment import device_of, environment, heading
 
     device = device_of(chosen.device)
     print(f"{heading()}; caches are filled with random states, no prompt is run", flush=True)
-    result: dict[str, Any] = {"environment": environment(), "operator": [], "models": []}
+    result: dict[str, Any] = {"environment": environment(), "prompts": [], "operator": [], "models": []}
+    for row in decoders.prompts(chosen.models, chosen.prompts, device):
+        result["prompts"].append(row)
+        print(f"{row['model']}, a prompt of {row['prompt']:,} tokens: {row['median'] / 1e3:,.2f} ms", flush=True)
+        files.write_json(chosen.out / "decoding.json", result)
     contexts = sorted(set(chosen.contexts))
     for batch in chosen.batches:
         for row in decoders.operator(contexts, batch, device):

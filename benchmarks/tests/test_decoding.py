@@ -13,6 +13,7 @@ from fibattn import FibAttnConfig, FibAttnForCausalLM
 
 def test_caches_are_as_large_as_their_models_need(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--contexts", "2048", "512", "--batches", "2", "--models", "hybrid", "dense", "--device", "cpu"]
+    words += ["--prompts", "64"]
     assert main(["decoding", *words, "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "decoding.json").read_text())
     rows = {(row["model"], row["context"]): row for row in result["models"]}
@@ -25,6 +26,7 @@ def test_caches_are_as_large_as_their_models_need(tmp_path: Path, capsys: pytest
         assert dense["cache_bytes"] == dense["cache_rows"] * a_row
     # The bound of the default recipe: no layer has more rows than a training sequence has tokens.
     assert rows["hybrid", 512]["cache_rows"] == rows["hybrid", 2048]["cache_rows"] <= 16 * 1024
+    assert [(row["model"], row["prompt"]) for row in result["prompts"]] == [("hybrid", 64), ("dense", 64)]
     assert [(row["window"], row["context"]) for row in result["operator"]] == [
         (window, context) for window in (12, 128) for context in (512, 2048)
     ]

@@ -19,6 +19,7 @@ COLOURS = {
     "dense": "#c2410c",
     "stagger": "#0f766e",
     "hybrid": "#4338ca",
+    "converted": "#a16207",
     "fixed": "#a16207",
     "window": "#be185d",
     "window hybrid": "#0284c7",
