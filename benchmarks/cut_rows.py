@@ -18,7 +18,7 @@ from fibattn.model import FibAttnForCausalLM
 from fibattn.parallel.context import ContextParallel
 from fibattn.parallel.shard import Shard
 from fibattn.pattern import Pattern, hybrid_layers
-from fibattn.training.recipe import PRESETS
+from fibattn.training.presets import PRESETS
 from fibattn.training.run import model_config
 
 VOCABULARY = 32_768

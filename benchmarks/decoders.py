@@ -18,7 +18,7 @@ from transformers import StaticCache
 from benchmarks.timing import copy_bandwidth, measure
 from fibattn import FibAttnConfig, FibAttnForCausalLM, Pattern, attend_cached, plotting
 from fibattn.pattern import hybrid_layers
-from fibattn.training.recipe import DEFAULT, PRESETS
+from fibattn.training.presets import DEFAULT, PRESETS
 from fibattn.training.run import model_config
 
 MODELS = ("stagger", "hybrid", "hybrid-unbounded", "converted", "converted-unbounded", "dense")

@@ -19,7 +19,8 @@ from transformers import TrainerCallback
 from fibattn.data.prepared import TokenStream
 from fibattn.data.sequences import TrainingSequences
 from fibattn.data.shards import write_shard
-from fibattn.training.recipe import PRESETS, ModelRecipe, Recipe
+from fibattn.training.presets import PRESETS
+from fibattn.training.recipe import ModelRecipe, Recipe
 from fibattn.training.run import build_model
 from fibattn.training.trainer import FibTrainer
 from study.presets import STUDIES

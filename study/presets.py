@@ -13,7 +13,8 @@ from typing import Literal
 
 from fibattn.errors import InputError, suggestion
 from fibattn.pattern import Base, Pattern, Schedule, hybrid_layers, layer_patterns
-from fibattn.training.recipe import DEFAULT, PRESETS, ModelRecipe, OptimizerRecipe, Recipe
+from fibattn.training.presets import DEFAULT, PRESETS
+from fibattn.training.recipe import ModelRecipe, OptimizerRecipe, Recipe
 from study import rivals
 from study.ladder import LADDER
 

@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from fibattn.pattern import LayerType, hybrid_layers
-from fibattn.training.recipe import DEFAULT, PRESETS, ModelRecipe, Recipe
+from fibattn.training.presets import DEFAULT, PRESETS
+from fibattn.training.recipe import ModelRecipe, Recipe
 
 _recipe = PRESETS[DEFAULT]
 _dense = PRESETS["dense"].model

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from fibattn.errors import InputError
-from fibattn.training.recipe import Recipe, to_json
+from fibattn.training.recipe import Recipe
+from fibattn.training.recipe_file import to_json
 
 _ANY = {"key": str, "time": str, "study": str, "run": str}
 _RUN = {
@@ -131,9 +132,15 @@ def ways(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return record["rope_scaling"] | record.get("bounded", {}) | longer
 
 
-def over_sets(record: dict[str, Any], what: str) -> float:
-    """The mean over the held-out sets of what was measured at the training length, such as `nll`."""
-    return statistics.mean(lengths[str(record["trained_at"])][what] for lengths in record["evaluation"].values())
+def over_sets(
+    record: dict[str, Any], what: str, sets: dict[str, Any] | None = None, length: int | None = None
+) -> float:
+    """The mean over the held-out sets of what was measured, such as `nll`.
+
+    Of the plain model at the training length, where no other `sets` (such as bounded ones) and `length` are given.
+    """
+    chosen, at = sets or record["evaluation"], str(length or record["trained_at"])
+    return statistics.mean(lengths[at][what] for lengths in chosen.values())
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:

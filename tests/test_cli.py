@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from fibattn import FibAttnConfig, files
 from fibattn.cli.main import main
-from fibattn.training.recipe import PRESETS, to_json
+from fibattn.training.presets import PRESETS
+from fibattn.training.recipe_file import to_json
 
 TINY = [
     "--sequence-length=32",

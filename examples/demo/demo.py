@@ -23,7 +23,8 @@ from fibattn.evaluation.sweep import change, sweep
 from fibattn.model.loading import load_model
 from fibattn.pattern import Pattern, hybrid_layers
 from fibattn.progress import quantity
-from fibattn.training.recipe import DEFAULT, PRESETS, ModelRecipe, Recipe
+from fibattn.training.presets import DEFAULT, PRESETS
+from fibattn.training.recipe import ModelRecipe, Recipe
 from fibattn.training.run import train
 from study.report.page import inline_svg, write_page
 from study.standard_library import standard_library

@@ -13,7 +13,7 @@ from browser import Browser
 from examples.demo.demo import DENSE, FACTORS, HYBRID, run_demo
 from fibattn import InputError, files
 from fibattn.data.prepared import PreparedData
-from fibattn.training.recipe import DEFAULT, PRESETS
+from fibattn.training.presets import DEFAULT, PRESETS
 
 
 @dataclass

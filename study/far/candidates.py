@@ -12,7 +12,8 @@ from typing import Literal
 
 from fibattn.errors import InputError, suggestion
 from fibattn.pattern import hybrid_layers
-from fibattn.training.recipe import DEFAULT, PRESETS, ModelRecipe
+from fibattn.training.presets import DEFAULT, PRESETS
+from fibattn.training.recipe import ModelRecipe
 
 BESIDE = (7, 15)
 """The full layers of the default recipe."""

@@ -23,7 +23,9 @@ from fibattn.lock import locked
 from fibattn.model import FibAttnForCausalLM
 from fibattn.progress import Meter
 from fibattn.training.metrics import MetricsFile
-from fibattn.training.recipe import DEFAULT, PRESETS, Recipe, to_json
+from fibattn.training.presets import DEFAULT, PRESETS
+from fibattn.training.recipe import Recipe
+from fibattn.training.recipe_file import to_json
 from fibattn.training.run import model_config
 from fibattn.training.trainer import FibTrainer, process_count
 from study import measure

@@ -27,7 +27,8 @@ from fibattn.model.loading import find_model, load_bounded, load_model, model_na
 from fibattn.training.converting import load_source, load_tokenizer_of, write_folder
 from fibattn.training.healing import heal
 from fibattn.training.healing_recipe import HealingRecipe
-from fibattn.training.recipe import Recipe, load_recipe
+from fibattn.training.recipe import Recipe
+from fibattn.training.recipe_file import load_recipe
 from fibattn.training.run import train
 from study.presets import key_count
 from study.probes.copying import copying

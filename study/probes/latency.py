@@ -16,7 +16,7 @@ from fibattn.machine import device_name
 from fibattn.model import FibAttnConfig, FibAttnForCausalLM
 from fibattn.pattern import hybrid_layers
 from fibattn.progress import Meter
-from fibattn.training.recipe import DEFAULT, PRESETS
+from fibattn.training.presets import DEFAULT, PRESETS
 from study.probes.fit import device
 from study.probes.settings import Latency
 

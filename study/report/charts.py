@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from fibattn.pattern import Schedule, layer_alphas, layer_patterns, union_coverage
 from fibattn.plotting import QUIET
-from fibattn.training.recipe import DEFAULT
+from fibattn.training.presets import DEFAULT
 from study.labels import label_ends
 from study.report.drawing import LOOKS, legend, panels, plain_ticks, saved
 from study.report.probe_tables import recalled

@@ -9,7 +9,8 @@ from typing import Any
 
 from study.far.candidates import CANDIDATES
 from study.report.claims import percent
-from study.report.tables import NONE, Table, table
+from study.report.tables import NONE, Table, table, where_run
+from study.store import over_sets
 
 _CONTROLS = ("window", "window-128")
 FAR_BACK = 128
@@ -37,7 +38,7 @@ def far_table(records: Iterable[dict[str, Any]], rivals: Iterable[dict[str, Any]
     sets = len(one["evaluation"])
     note = (
         f"The default recipe with other sparse layers, sequences of {one['trained_at']:,}, "
-        f"{one['hardware']['device']}, PyTorch {one['versions']['torch']}; geometric means over {sets} held-out sets. "
+        f"{where_run(found.values())}; geometric means over {sets} held-out sets. "
         "Keys: what a sparse layer reads for a token far into the text, with its values, and a summary that is only "
         f"scored as half a key; kB: over all layers, the last {one['trained_at']:,} tokens in full ones. Against: a "
         "plain window of about as many keys, beside as many full layers, same seed and text; the least and most of the "
@@ -55,7 +56,7 @@ def _row(
     dense = found.get(("dense", record["seed"], record["tokens"]), rival)
     if dense is not None and any(dense[what] != record[what] for what in ("tokens", "inputs")):
         dense = None
-    back = str(record["trained_at"] // 4)
+    nll, trained_at = over_sets(record, "nll"), record["trained_at"]
     return {
         "candidate": record["candidate"] + ("" if record["seed"] == 42 else f", seed {record['seed']}"),
         "what it is": record["about"],
@@ -63,12 +64,12 @@ def _row(
         "full layers": str(record["model"]["full_layers"]),
         "keys": f"{record['model']['keys']:.0f}",
         "kB": f"{record['model']['bytes'] / 1000:.0f}",
-        "perplexity": f"{math.exp(_mean(record)):.2f}",
+        "perplexity": f"{math.exp(nll):.2f}",
         "against": NONE if control is None or control is record else _change(record, control),
-        "against dense": NONE if dense is None or dense is record else percent(_mean(record) - _mean(dense)),
-        "16×": f"{math.exp(_mean(record, 'bounded')):.2f}",
+        "against dense": NONE if dense is None or dense is record else percent(nll - over_sets(dense, "nll")),
+        "16×": f"{math.exp(over_sets(record, 'nll', record['bounded'], 16 * trained_at)):.2f}",
         "far repeats": _far_repeats(record),
-        "copied": f"{record['copying'].get(back, math.nan):.2f}",
+        "copied": f"{record['copying'].get(str(trained_at // 4), math.nan):.2f}",
         "tokens/s": f"{record['training']['tokens_per_second'] / 1000:.0f} k",
     }
 
@@ -98,9 +99,5 @@ def _far_repeats(record: dict[str, Any]) -> str:
     return f"{math.exp(sum(row['targets'] * row['nll'] for row in rows) / targets):.2f}" if targets else NONE
 
 
-def _losses(record: dict[str, Any], what: str = "evaluation") -> dict[str, float]:
-    return {name: next(iter(lengths.values()))["nll"] for name, lengths in record[what].items()}
-
-
-def _mean(record: dict[str, Any], what: str = "evaluation") -> float:
-    return statistics.mean(_losses(record, what).values())
+def _losses(record: dict[str, Any]) -> dict[str, float]:
+    return {name: lengths[str(record["trained_at"])]["nll"] for name, lengths in record["evaluation"].items()}

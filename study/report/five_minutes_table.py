@@ -4,27 +4,27 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from study.report.tables import Table, table
+from study.report.tables import Table, table, where_run
 
 OUTSIDE = "karpathy/autoresearch"
 
 
 def five_minutes_table(records: Iterable[dict[str, Any]], outside: Iterable[dict[str, Any]]) -> list[Table]:
     """The table, or none where the preset was not run; `outside` is what `python -m study outside` wrote."""
-    rows, one = [], None
+    rows, records = [], list(records)
     for one in records:
         seconds = one["tokens"] / one["training"]["tokens_per_second"]
         for length in sorted(map(int, next(iter(one["evaluation"].values())))):
             bits = {name: lengths[str(length)]["bits_per_byte"] for name, lengths in one["evaluation"].items()}
             name = f"{one['run']}, in sequences of {length:,}"
             rows.append(_row(name, bits, one["tokens"], seconds, one["model"]["parameters"]))
-    for other in outside if one is not None else ():
+    if not rows:
+        return []
+    for other in outside:
         name = f"{OUTSIDE}, in sequences of 2,048"
         rows.append(_row(name, other["bits_per_byte"], other["tokens"], other["training_seconds"], other["parameters"]))
-    if one is None:
-        return []
     note = (
-        f"{one['hardware']['device']}, PyTorch {one['versions']['torch']}; seconds of training, without compiling and "
+        f"{where_run(records)}; seconds of training, without compiling and "
         "evaluating. Bits per byte of the same bytes of each held-out set, every position of disjoint sequences. The "
         f"program from outside is {OUTSIDE}, branch exp/H100/mar8, its train.py as it is, with a vocabulary of 8,192 "
         "of its own. FlashAttention 3, which comes from a hub, is replaced by PyTorch's Flex attention for windows and "

@@ -6,7 +6,7 @@ from typing import Any
 
 from study.ladder import LADDER
 from study.report.claims import percent
-from study.report.tables import NONE, Table, table
+from study.report.tables import NONE, Table, table, where_run
 from study.store import over_sets
 
 
@@ -38,7 +38,7 @@ def ladder_table(records: Iterable[dict[str, Any]]) -> list[Table]:
     one = next(iter(found.values()))
     note = (
         f"{one['tokens'] / 1e6:.0f} M tokens, sequences of {one['trained_at']:,}, seed {one['seed']}, "
-        f"{one['hardware']['device']}, PyTorch {one['versions']['torch']}; the geometric mean of the four sets' "
+        f"{where_run(found.values())}; the geometric mean of the four sets' "
         f"perplexities over {over_sets(one, 'targets'):,} tokens of each, and the mean of their bits a byte. One seed: "
         "between two seeds of one recipe perplexity differed by 1 to 2 % at 3e-3 with AdamW, most of it from the order "
         "of the text, which is the same in all steps. Make a step again with `python -m study run ladder --data DATA "

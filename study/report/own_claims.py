@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import pandas as pd
 
 from fibattn.progress import quantity
-from fibattn.training.recipe import DEFAULT
+from fibattn.training.presets import DEFAULT
 from study.report.claims import Claims, Finding, Judged, percent, verdict_over
 from study.report.probe_tables import recalled
 from study.report.results import PLAIN, Frame, Group, Probes, in_words

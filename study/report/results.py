@@ -18,7 +18,7 @@ import pandas as pd
 
 from fibattn import files
 from fibattn.errors import InputError
-from fibattn.training.recipe import DEFAULT
+from fibattn.training.presets import DEFAULT
 from study.presets import STUDIES, TUNED
 from study.report.recipes import described, paper_name
 from study.store import LENGTHENED, Store, key_of, ways

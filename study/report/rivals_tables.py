@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from study.report.claims import percent
-from study.report.tables import NONE, Table, table
+from study.report.tables import NONE, Table, table, where_run
 from study.rivals import FACTORS, MODELS, SEEDS, name_of
 from study.store import over_sets
 
@@ -34,8 +34,8 @@ def _of_budget(tokens: int, found: dict[str, dict[str, Any]]) -> Table:
         rows.append(_row(model, best, sorted(tried), tried[best], _seeds(found, "dense", _best(found, "dense"))))
     one = next(iter(found.values()))
     note = (
-        f"{tokens / 1e6:.0f} M tokens, the default recipe but for the attention, {one['hardware']['device']}, PyTorch "
-        f"{one['versions']['torch']}; the geometric mean of the four sets' perplexities over "
+        f"{tokens / 1e6:.0f} M tokens, the default recipe but for the attention, {where_run(found.values())}; "
+        f"the geometric mean of the four sets' perplexities over "
         f"{over_sets(one, 'targets'):,} tokens of each, the mean of the seeds and their standard deviation; against "
         "dense over the seeds that both have. "
         "Names: rungs or a plain window of so many distances, beside so many full layers of 16; 16 times the length "
@@ -97,6 +97,4 @@ def _bounded(record: dict[str, Any]) -> float | None:
     """The mean loss at the greatest length, with bounded full layers, or as it is where there are none."""
     sets = record["bounded"].get("1") or record["bounded"].get(str(record["trained_at"])) or record["evaluation"]
     longest = max(int(length) for rows in sets.values() for length in rows)
-    return (
-        statistics.mean(rows[str(longest)]["nll"] for rows in sets.values()) if longest > record["trained_at"] else None
-    )
+    return over_sets(record, "nll", sets, longest) if longest > record["trained_at"] else None

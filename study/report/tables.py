@@ -1,7 +1,7 @@
 """What a table of the report is: a frame of texts, for HTML and Markdown."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,13 @@ def table(title: str, note: str, cells: Any, headings: list[str] | None = None, 
     """A table of what makes a frame; `headings` in place of its names, where these are not the same."""
     frame = pd.DataFrame(cells).astype(object).fillna(NONE)
     return Table(title, note, frame if headings is None else frame.set_axis(headings, axis=1), words)
+
+
+def where_run(records: Iterable[dict[str, Any]]) -> str:
+    """On which card, with which PyTorch: of each kind that the records name, in their order."""
+    return " and ".join(
+        dict.fromkeys(f"{one['hardware']['device']}, PyTorch {one['versions']['torch']}" for one in records)
+    )
 
 
 def findings_table(title: str, findings: list[Finding]) -> Table:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fibattn.training.recipe import DEFAULT, PRESETS
+from fibattn.training.presets import DEFAULT, PRESETS
 from study.ladder import LADDER
 from study.presets import STUDIES
 from study.report.ladder_table import ladder_table

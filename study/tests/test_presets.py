@@ -9,7 +9,8 @@ from statistics import mean
 import pytest
 
 from fibattn import InputError, Pattern, layer_patterns
-from fibattn.training.recipe import DEFAULT, PRESETS, Recipe
+from fibattn.training.presets import DEFAULT, PRESETS
+from fibattn.training.recipe import Recipe
 from fibattn.training.run import model_config
 from study.presets import HYBRID, STUDIES, TUNED, Run, Study, find_study, key_count, lengthened
 from study.store import key_of

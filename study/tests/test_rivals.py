@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fibattn.model.modeling import FibAttnForCausalLM
-from fibattn.training.recipe import DEFAULT, PRESETS
+from fibattn.training.presets import DEFAULT, PRESETS
 from fibattn.training.run import model_config
 from study.presets import STUDIES
 from study.report.rivals_tables import rivals_tables

@@ -20,7 +20,8 @@ from fibattn.data.prepared import PreparedData
 from fibattn.data.tokenizer import load_tokenizer
 from fibattn.evaluation.sweep import sweep
 from fibattn.model.loading import load_model
-from fibattn.training.recipe import Recipe, load_recipe, to_json
+from fibattn.training.recipe import Recipe
+from fibattn.training.recipe_file import load_recipe, to_json
 from fibattn.training.run import train
 from study import runner
 from study.presets import Study

@@ -8,7 +8,8 @@ import pytest
 
 from fibattn import InputError
 from fibattn.pattern import hybrid_layers
-from fibattn.training.recipe import PRESETS, Recipe
+from fibattn.training.presets import PRESETS
+from fibattn.training.recipe import Recipe
 from study.presets import STUDIES
 from study.store import Store, key_of
 

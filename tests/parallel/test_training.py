@@ -13,7 +13,8 @@ from launching import launch
 from safetensors.torch import load_file
 
 from fibattn import InputError, files
-from fibattn.training.recipe import ModelRecipe, OptimizerRecipe, Recipe, to_json
+from fibattn.training.recipe import ModelRecipe, OptimizerRecipe, Recipe
+from fibattn.training.recipe_file import to_json
 from fibattn.training.run import train
 
 

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from fibattn import convert, files
-from fibattn.training.recipe import load_recipe
+from fibattn.training.recipe_file import load_recipe
 from fibattn.training.run import train
 
 ROWS, LENGTH = 12, 48

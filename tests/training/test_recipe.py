@@ -17,7 +17,9 @@ from fibattn.cli import eval as eval_verb
 from fibattn.cli import pattern, prepare, sample
 from fibattn.cli.flags import parse
 from fibattn.errors import InputError
-from fibattn.training.recipe import PRESETS, ModelRecipe, OptimizerRecipe, Recipe, load_recipe, to_json
+from fibattn.training.presets import PRESETS
+from fibattn.training.recipe import ModelRecipe, OptimizerRecipe, Recipe
+from fibattn.training.recipe_file import load_recipe, to_json
 
 VERBS = (eval_verb, pattern, prepare, sample)
 

@@ -27,7 +27,8 @@ from fibattn.model.loading import load_model
 from fibattn.model.streaming import growing_layers
 from fibattn.pattern import LayerType, Schedule, hybrid_layers
 from fibattn.training import checkpoints
-from fibattn.training.recipe import ModelRecipe, Recipe, to_json
+from fibattn.training.recipe import ModelRecipe, Recipe
+from fibattn.training.recipe_file import to_json
 from fibattn.training.run import train
 
 

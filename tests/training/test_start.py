@@ -14,7 +14,8 @@ from fibattn import files, sealed
 from fibattn.data.prepared import PreparedData
 from fibattn.errors import InputError
 from fibattn.model import FibAttnForCausalLM
-from fibattn.training.recipe import Recipe, load_recipe, to_json
+from fibattn.training.recipe import Recipe
+from fibattn.training.recipe_file import load_recipe, to_json
 from fibattn.training.run import build_model, train
 from fibattn.training.start import load_weights
 

@@ -11,7 +11,9 @@ from fibattn.cli.flags import parse
 from fibattn.data.prepared import PreparedData
 from fibattn.errors import InputError
 from fibattn.lock import locked
-from fibattn.training.recipe import DEFAULT, ON_CPU, PRESETS, Recipe, load_recipe
+from fibattn.training.presets import DEFAULT, ON_CPU, PRESETS
+from fibattn.training.recipe import Recipe
+from fibattn.training.recipe_file import load_recipe
 
 _PATIENCE = 20  # seconds
 

@@ -50,11 +50,11 @@ def _epochs(generator: np.random.RandomState, sequences: int, distinct: int) -> 
     return np.concatenate([np.zeros(0, np.int64), *permutations])[:sequences]
 
 
-def ensure_order(path: Path, **about: Any) -> np.ndarray:
-    """The order in the file, made first where it is not whole; `about` are the parameters of `make_order`."""
+def ensure_order(path: Path, mode: Mode, seed: int, sequences: int, tokens: int, length: int, data: str) -> np.ndarray:
+    """The order in the file, made first where it is not whole, and checked; as `make_order`."""
     if not path.exists() or not path.with_suffix(".json").exists():
-        make_order(path, **about)
-    return load_order(path, **about)
+        make_order(path, mode, seed, sequences, tokens, length, data)
+    return load_order(path, mode=mode, seed=seed, sequences=sequences, tokens=tokens, length=length, data=data)
 
 
 def load_order(path: Path, **expected: Any) -> np.ndarray:

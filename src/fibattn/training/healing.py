@@ -173,10 +173,9 @@ def _text(recipe: HealingRecipe, folder: Path) -> tuple[TokenStream, str]:
 def _prepare(run: Recipe, inputs: dict[str, Any], stream: TokenStream, fingerprint: str) -> TrainingSequences:
     """Claim a stage's folder, and give the sequences of its steps."""
     order, count = run.out / "order.npy", run.steps * run.sequences_per_step
-    about: Any = {"mode": run.order, "seed": run.data_seed, "sequences": count, "tokens": len(stream)}
-    about |= {"length": run.sequence_length, "data": fingerprint}
     claim(run, inputs)
-    return TrainingSequences(stream, ensure_order(order, **about), run.sequence_length)
+    starts = ensure_order(order, run.order, run.data_seed, count, len(stream), run.sequence_length, fingerprint)
+    return TrainingSequences(stream, starts, run.sequence_length)
 
 
 def _with_adapters(student: PreTrainedModel, rank: int) -> Any:

@@ -1,21 +1,20 @@
-"""What a training run is: frozen dataclasses, presets as a Python table, and their JSON.
+"""What a training run is: frozen dataclasses. No torch here: `fibattn train --help` reads this file."""
 
-No torch here: `fibattn train --help` reads this file. A run writes its recipe as `recipe.json`, and
-`fibattn train recipe.json` does that run again.
-"""
-
-import contextlib
-import dataclasses
 import math
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
-from fibattn import files
-from fibattn.errors import InputError, suggestion
-from fibattn.pattern import Base, LayerType, Schedule, hybrid_layers
+from fibattn.errors import InputError
+from fibattn.pattern import Base, LayerType, Schedule
+
+_MOST = (1 << 31) - 1
+
+
+def _check_count(name: str, value: int, most: int) -> None:
+    if not 1 <= value <= most:
+        raise InputError(f"{name} is {value}; it must be {'at least 1' if value < 1 else f'at most {most:,}'}")
 
 
 @dataclass(frozen=True)
@@ -136,12 +135,9 @@ class OptimizerRecipe:
         Raises:
             InputError: naming the field, its value and what was expected.
         """
+        rates = ("learning_rate", "muon_learning_rate")
         for right, expected, names in (
-            (
-                lambda x: 0 < x < math.inf,
-                "above 0",
-                ("learning_rate", "muon_learning_rate", "epsilon", "max_grad_norm"),
-            ),
+            (lambda x: 0 < x < math.inf, "above 0", (*rates, "epsilon", "max_grad_norm")),
             (lambda x: 0 < x <= 1, "above 0, at most 1", ("decay_fraction",)),
             (lambda x: 0 <= x <= 1, "from 0 to 1", ("final_fraction", "weight_decay")),
             (lambda x: 0 <= x < 1, "from 0 to below 1", ("beta1", "beta2", "muon_momentum")),
@@ -275,191 +271,3 @@ class Recipe:
             if not 0 <= getattr(self, name) < 2**32:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be from 0 to 2**32 - 1")
         self.model.check()
-
-
-_tuned = Recipe(
-    optimizer=OptimizerRecipe(
-        learning_rate=3e-3, muon=True, muon_learning_rate=8e-3, decay="linear", final_fraction=0.0
-    ),
-    compile=True,
-)
-_dense = ModelRecipe(
-    intermediate_size=2048,
-    hidden_act="relu2",
-    gated_mlp=False,
-    qk_norm=True,
-    zero_init_outputs=True,
-    autocast_residual=True,
-    layer_types=("full_attention",),
-)
-_hybrid = replace(_dense, window=64, full_reach="sequence", **hybrid_layers(8, full=(7,)))
-
-
-def _larger(layers: int, heads: int, *, head_size: int, sequences: int, micro_batch: int, steps: int) -> Recipe:
-    """The default recipe in a larger model, for sequences of 2,048 and about 20 tokens a parameter.
-
-    Rates fall with the root of the width: an update of Muon, as large as AdamW's, then turns what goes through a matrix
-    as far in a wide one as in a narrow one (arXiv 2310.17813, section 3). They were not tuned at these sizes.
-    """
-    width = heads * head_size
-    shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
-    return replace(
-        _tuned,
-        model=replace(_hybrid, **shape, num_attention_heads=heads, num_key_value_heads=4),
-        optimizer=replace(_tuned.optimizer.at(math.sqrt(_hybrid.hidden_size / width)), warmup_steps=1000),
-        sequence_length=2048,
-        sequences_per_step=sequences,
-        micro_batch=micro_batch,
-        steps=steps,
-    )
-
-
-_small = replace(
-    _hybrid,
-    hidden_size=192,
-    intermediate_size=768,
-    num_hidden_layers=6,
-    num_attention_heads=6,
-    window=32,
-    **hybrid_layers(3, full=(2,)),
-)
-
-_recipes = {
-    "paper": Recipe(model=ModelRecipe(max_offset=None), compile=True),
-    "dense": replace(_tuned, model=_dense),
-    "hybrid": replace(_tuned, model=_hybrid),
-    "five-minutes": replace(
-        _tuned,
-        model=_hybrid,
-        optimizer=replace(_tuned.optimizer, learning_rate=4e-3, muon_learning_rate=1.1e-2),
-        sequences_per_step=64,
-        micro_batch=64,
-        steps=4177,
-    ),
-    "hybrid-125m": _larger(16, 12, head_size=64, sequences=64, micro_batch=32, steps=19_000),
-    "hybrid-300m": _larger(24, 16, head_size=64, sequences=128, micro_batch=16, steps=23_000),
-    "hybrid-1b": _larger(24, 16, head_size=128, sequences=256, micro_batch=4, steps=43_000),
-    "small": Recipe(
-        model=_small,
-        optimizer=replace(_tuned.optimizer, warmup_steps=50),
-        sequence_length=256,
-        sequences_per_step=16,
-        steps=600,
-        micro_batch=16,
-        save_every=100,
-        evaluate_every=100,
-        evaluate_tokens=16_384,
-    ),
-}
-PRESETS = {name: replace(recipe, out=Path("runs") / name) for name, recipe in _recipes.items()}
-"""`paper` is the paper's linear stagger at its rate, `hybrid` the project's own, tuned (the study's ladder): a wider
-window and two layers of full attention without rotary positions, bounded once they are trained. `dense` is its rival:
-full attention, all else as in `hybrid`. `five-minutes` is `hybrid` for five minutes of an H200, in larger steps. Those
-with a size are larger, for days of a GPU. `small` is `hybrid` for a laptop, every third layer full."""
-
-DEFAULT, ON_CPU = "hybrid", "small"
-"""The recipe of who names none, with a GPU and without."""
-
-
-def load_recipe(name: str) -> Recipe:
-    """A preset by name, or a recipe from a JSON file.
-
-    Raises:
-        InputError: for an unknown name, or a file with a misspelt key or a value of the wrong kind.
-    """
-    if name in PRESETS:
-        return PRESETS[name]
-    if Path(name).suffix == ".json":
-        return _from_json(Recipe, files.read_json(Path(name)), name)
-    raise InputError(
-        f"unknown recipe {name!r}: {suggestion(name, PRESETS, 'presets')} (a file of your own ends in .json)"
-    )
-
-
-_MOST = (1 << 31) - 1
-
-
-def _check_count(name: str, value: int, most: int) -> None:
-    if not 1 <= value <= most:
-        raise InputError(f"{name} is {value}; it must be {'at least 1' if value < 1 else f'at most {most:,}'}")
-
-
-def to_json(recipe: Any) -> Any:
-    """A recipe as plain JSON values."""
-    if dataclasses.is_dataclass(recipe):
-        return {one.name: to_json(getattr(recipe, one.name)) for one in dataclasses.fields(recipe)}
-    if isinstance(recipe, tuple):
-        return [to_json(one) for one in recipe]
-    return str(recipe) if isinstance(recipe, Path) else recipe
-
-
-_RENAMED = {
-    "length": "sequence_length",
-    "windows_per_step": "sequences_per_step",
-    "peak_rate": "learning_rate",
-    "clip_norm": "max_grad_norm",
-    "attention": 'layer_types, such as ["full_attention"] for all layers alike',
-    "full_layers": "layer_types, a type for each layer",
-    "full_layers_rope": "no_rope_layers, for each layer 1 with RoPE or 0 without",
-    "clip_offsets": 'max_offset, "sequence" for true and null for false',
-    "bound_full_layers": 'full_reach, "sequence" for true and null for false',
-}
-"""What became of the names that recipes had in earlier versions."""
-
-
-def _from_json(kind: type, value: Any, where: str) -> Any:
-    """Build the dataclass `kind` from JSON, checking every key and value; `where` names the place in messages."""
-    if not isinstance(value, dict):
-        raise InputError(f"{where} is {_shown(value)}; expected an object with keys")
-    hints = get_type_hints(kind)
-    for key in value:
-        if key in _RENAMED and key not in hints:
-            raise InputError(f"{where} has the earlier name {key!r}; it is now {_RENAMED[key]}")
-        if key not in hints:
-            raise InputError(f"{where} has an unknown key {key!r}: {suggestion(key, hints, 'keys')}")
-    return kind(**{key: _value(hints[key], one, f"{where}: {key}") for key, one in value.items()})
-
-
-def _value(kind: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(kind):
-        return _from_json(kind, value, where)  # pyright: ignore[reportArgumentType]
-    if get_origin(kind) is tuple and isinstance(value, list):
-        return tuple(_value(get_args(kind)[0], one, where) for one in value)
-    if get_origin(kind) in (Union, UnionType):
-        for one in get_args(kind):
-            with contextlib.suppress(InputError):
-                return _value(one, value, where)
-    elif get_origin(kind) is Literal:
-        if any(value == one and type(value) is type(one) for one in get_args(kind)):
-            return value
-    elif kind is float and type(value) in (int, float) and abs(value) < _HUGE:
-        return float(value)
-    elif kind is int and type(value) is int and abs(value) < _HUGE:
-        return value
-    elif kind is Path and isinstance(value, str):
-        return Path(value)
-    elif kind in (bool, NoneType) and type(value) is kind:
-        return value
-    raise InputError(f"{where} is {_shown(value)}; expected {_expected(kind)}")
-
-
-_HUGE = 1 << 63
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", NoneType: "null", Path: "a path"}
-
-
-def _expected(kind: Any) -> str:
-    """What a value of the type `kind` is, in words."""
-    if get_origin(kind) is tuple:
-        return f"a list, each {_expected(get_args(kind)[0])}"
-    if get_origin(kind) is Literal:
-        return ("one of " if len(get_args(kind)) > 1 else "") + ", ".join(map(str, get_args(kind)))
-    if get_origin(kind) in (Union, UnionType):
-        *others, last = map(_expected, get_args(kind))
-        return f"{', '.join(others)} or {last}"
-    return _WORDS[kind] + (" below 2**63" if kind in (int, float) else "")
-
-
-def _shown(value: Any) -> str:
-    """A value for a message, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:60]}… ({len(text):,} characters)"

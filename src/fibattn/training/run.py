@@ -24,7 +24,9 @@ from fibattn.training import checkpoints, start
 from fibattn.training.card import change_bound, write_card
 from fibattn.training.held_out import HeldOut
 from fibattn.training.metrics import MetricsFile
-from fibattn.training.recipe import ON_CPU, Recipe, load_recipe, to_json
+from fibattn.training.presets import ON_CPU
+from fibattn.training.recipe import Recipe
+from fibattn.training.recipe_file import load_recipe, to_json
 from fibattn.training.trainer import FibTrainer, process_count
 
 _MAY_CHANGE = {"log_every", "save_every", "keep_checkpoints", "track", "micro_batch", "out", "data", "start"}
@@ -69,7 +71,8 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     recipe.check()
     recipe.split(process_count())
     state = PartialState(cpu=not torch.cuda.is_available())
-    _check_trackers(recipe)
+    if missing := [name for name in recipe.track if find_spec(name) is None]:
+        raise MissingExtraError(f"track asks for {', '.join(missing)}", "tracking")
     if recipe.compile and not torch.cuda.is_available():
         machine.check_compiler()
     with state.main_process_first():
@@ -142,9 +145,10 @@ def _held_out(recipe: Recipe, data: PreparedData) -> HeldOut | None:
 def _say_what_begins(
     model: FibAttnForCausalLM, sequences: TrainingSequences, recipe: Recipe, state: PartialState
 ) -> None:
+    several = "" if state.num_processes == 1 else f"{state.num_processes} × "
     state.print(
         f"{quantity(model.num_parameters())} parameters, {quantity(recipe.tokens)} tokens in {recipe.steps} steps "
-        f"of {recipe.sequences_per_step} sequences of {recipe.sequence_length}, on {_device(state)}"
+        f"of {recipe.sequences_per_step} sequences of {recipe.sequence_length}, on {several}{machine.device_name()}"
     )
     if recipe.steps <= (warmup := recipe.optimizer.warmup_steps):
         state.print(
@@ -202,15 +206,8 @@ def _order(recipe: Recipe, data: PreparedData) -> Path:
     path = recipe.data / "order" / name
     if not path.exists() and not os.access(recipe.data, os.W_OK):
         path = recipe.out / "order" / name
-    about: dict[str, Any] = {
-        "mode": recipe.order,
-        "seed": recipe.data_seed,
-        "sequences": sequences,
-        "tokens": len(data.train),
-        "length": recipe.sequence_length,
-        "data": data.fingerprint,
-    }
-    ensure_order(path, **about)
+    length, seed = recipe.sequence_length, recipe.data_seed
+    ensure_order(path, recipe.order, seed, sequences, len(data.train), length, data.fingerprint)
     return path
 
 
@@ -258,12 +255,6 @@ def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _check_trackers(recipe: Recipe) -> None:
-    missing = [name for name in recipe.track if find_spec(name) is None]
-    if missing:
-        raise MissingExtraError(f"track asks for {', '.join(missing)}", "tracking")
-
-
 def _verify_finished(model: Path) -> None:
     try:
         sealed.verify(model)
@@ -302,8 +293,3 @@ def _finish(
             sealed.seal(staged)
             staged.replace(finished)
     trainer.accelerator.wait_for_everyone()
-
-
-def _device(state: PartialState) -> str:
-    name = machine.device_name()
-    return name if state.num_processes == 1 else f"{state.num_processes} × {name}"

@@ -5,7 +5,7 @@ import torch
 
 from fibattn import FibAttnConfig
 from fibattn.errors import InputError
-from fibattn.training.recipe import DEFAULT, PRESETS
+from fibattn.training.presets import DEFAULT, PRESETS
 from fibattn.training.run import model_config
 from study.probes.latency import latency, models, time_calls
 from study.probes.settings import Latency
