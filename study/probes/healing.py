@@ -36,7 +36,7 @@ from study.probes.fit import Keep, device, rows_of
 from study.probes.settings import Healing
 
 _COPIED = (256, 512)
-_FREE = ("data", "rows", "work")
+_FREE = ("data", "rows", "work", "learning_rate")
 """Settings that may differ where rows are added to a result."""
 _PLACEMENTS, _SHAPES = ("measured", "evenly", "worst", "fresh"), ("rungs", "window")
 
@@ -49,12 +49,15 @@ class _Row:
     count: int
     shape: str
     part: float
+    learning_rate: float | None
+    """Of the healing, where there is one."""
 
     @classmethod
-    def read(cls, text: str) -> "_Row":
+    def read(cls, text: str, learning_rate: float) -> "_Row":
         try:
             placement, count, shape, part = text.split(":")
-            row = cls(placement, int(count), shape, float(part))
+            heals = placement != "fresh" and float(part) > 0
+            row = cls(placement, int(count), shape, float(part), learning_rate if heals else None)
         except ValueError:
             row = None
         if row is None or row.placement not in _PLACEMENTS or row.shape not in _SHAPES or not 0 <= row.part <= 1:
@@ -63,7 +66,8 @@ class _Row:
         return row
 
     def __str__(self) -> str:
-        return f"{self.placement}:{self.count}:{self.shape}:{self.part:g}"
+        rate = f" at {self.learning_rate:g}" if self.learning_rate else ""
+        return f"{self.placement}:{self.count}:{self.shape}:{self.part:g}{rate}"
 
 
 def healing(
@@ -72,14 +76,14 @@ def healing(
     """Convert, heal and measure; the result is plain JSON values.
 
     A row has `layers` (those that stay full), their `placement`, the others' `shape` and `keys` (of a query), the
-    `part` of the tokens, the `seconds` of the training, and what `_Measure` finds. The first is the dense model's. Of a
-    row that fails the log says why, and the next one is begun.
+    `part` of the tokens, the healing's `learning_rate`, the `seconds` of the training, and what `_Measure` finds. The
+    first is the dense model's. Of a row that fails the log says why, and the next one is begun.
 
     Raises:
         InputError: for a row that is none, a model that is not dense, data that are not its own, an earlier result with
             other settings, and in the end where rows failed.
     """
-    wanted = [_Row.read(text) for text in settings.rows]
+    wanted = [_Row.read(text, settings.learning_rate) for text in settings.rows]
     folder, data = find_model(settings.model), PreparedData.open(settings.data)
     about: dict[str, Any] = {"probe": "healing"}
     about |= {name: _plain(value) for name, value in vars(settings).items() if name not in _FREE}
@@ -132,7 +136,8 @@ def _plain(value: Any) -> Any:
 
 
 def _known(row: dict[str, Any]) -> _Row:
-    return _Row(row["placement"], len(row["layers"].split(", ")), row["shape"], row["part"])
+    count = len(row["layers"].split(", "))
+    return _Row(row["placement"], count, row["shape"], row["part"], row.get("learning_rate"))
 
 
 def _pattern(settings: Healing, shape: str, config: Any) -> tuple[dict[str, Any], float]:
@@ -183,7 +188,8 @@ def _measured(
         made = heal(_healing(settings, out, tokens)) if row.part else out
     took = round(time.monotonic() - began, 1)
     about = {"layers": ", ".join(map(str, layers)), "placement": row.placement, "shape": row.shape, "keys": keys}
-    return {**about, "part": row.part, **measure(made), "seconds": took}
+    about |= {"part": row.part, "learning_rate": row.learning_rate}
+    return {**about, **measure(made), "seconds": took}
 
 
 def _healing(settings: Healing, folder: Path, tokens: int) -> HealingRecipe:

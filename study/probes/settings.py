@@ -142,9 +142,9 @@ class Healing:
     """Of the layers with rungs."""
     learning_rate: float = 1e-3
     """Of the healing."""
-    matching: float = 0.25
+    matching: float = 0.1
     """The part of the healing in which layers are matched."""
-    text_weight: float = 0.25
+    text_weight: float = 0.1
     """Of the text's cross entropy in the rest."""
     sequences_per_step: int = 16
     """Of the healing, each of the training length."""

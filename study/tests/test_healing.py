@@ -40,7 +40,7 @@ def test_rows_are_measured_kept_and_added_to(
     first, plain, healed = files.read_json(out)["rows"]
     assert (first["shape"], first["rise"], first["layers"]) == ("dense", 0, "all")
     assert plain["layers"] == healed["layers"] == ", ".join(map(str, evenly_kept(4, 1))) == "3"
-    assert (plain["part"], healed["part"]) == (0, 0.02)
+    assert [(row["part"], row["learning_rate"]) for row in (plain, healed)] == [(0, None), (0.02, 1e-3)]
     assert healed["perplexity"] < plain["perplexity"] < 1.2 * first["perplexity"]
     assert healed["rise"] == pytest.approx(100 * (healed["perplexity"] / first["perplexity"] - 1))
     assert {row["length"] for row in healed["sets"]} == {64, 256}
@@ -66,8 +66,8 @@ def test_rows_are_measured_kept_and_added_to(
     alone = found["search"]["alone"]
     assert rows["worst", "rungs"]["layers"] == str(min(range(4), key=lambda layer: alone[layer]))
     capsys.readouterr()
-    assert probe(dense, prepared, *words, "--learning-rate", 1) == 2
-    assert "learning_rate was 0.001 and is now 1.0" in capsys.readouterr().err
+    assert probe(dense, prepared, *words, "--matching", 1) == 2
+    assert "matching was 0.1 and is now 1.0" in capsys.readouterr().err
     assert probe(dense, prepared, *words, "--rows", "measured:4:rungs") == 2
     assert "'measured:4:rungs' is no row; give PLACEMENT:COUNT:SHAPE:PART" in capsys.readouterr().err
 
