@@ -15,6 +15,7 @@ PROGRAM = Program(
         "batching": "tokens a second of many requests under continuous batching",
         "training-step": "a training step of the project's trainer, and where its time goes (GPU)",
         "context-parallel": "rows cut over the processes of torchrun: right, bytes sent, and how it scales",
+        "sharding": "training steps of one GPU against those of several, weights copied or sharded",
         "tile-sweep": "one kernel at a time over its tile sizes (GPU)",
         "compare": "one source tree against another: times, and outputs bit by bit",
     },

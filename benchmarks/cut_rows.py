@@ -19,7 +19,8 @@ from fibattn.parallel.context import ContextParallel
 from fibattn.parallel.shard import Shard
 from fibattn.pattern import Pattern, hybrid_layers
 from fibattn.training.presets import PRESETS
-from fibattn.training.run import model_config
+from fibattn.training.run import enable_checkpointing, model_config
+from fibattn.training.sharding import compile_layers
 
 VOCABULARY = 32_768
 
@@ -46,7 +47,7 @@ def model_of(chosen: Any, layers: int | None = None, reach: int | None = None) -
     with device():
         model = FibAttnForCausalLM(config).train()
     if chosen.checkpointing:
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        enable_checkpointing(model)
     return model
 
 
@@ -80,14 +81,14 @@ def narrow(on: bool) -> Iterator[None]:
         yield
 
 
-def gradients(model: Any, call: Any, given: dict[str, Any], cutter: Any = None, bf16: bool = True) -> tuple[float, Any]:
+def gradients(model: Any, given: dict[str, Any], cutter: Any = None, bf16: bool = True) -> tuple[float, Any]:
     """Loss and gradients (one tensor, float32) of a row; with a `cutter` of a cut one, averaged over processes."""
     model.zero_grad(set_to_none=True)
     given = {name: x.clone() for name, x in given.items()}
     inside = cutter.cut(list(given.values()), [1] * len(given)) if cutter else nullcontext()
     with inside:
         with narrow(bf16):
-            loss = call(**given, use_cache=False).loss
+            loss = model(**given, use_cache=False).loss
         loss.backward()
     flat = torch.cat([parameter.grad.flatten().float() for parameter in model.parameters()])
     loss = loss.detach().float()
@@ -108,10 +109,12 @@ def check(chosen: Any) -> list[dict[str, Any]]:
         ("bounded, packed, compiled", chosen.full_reach, True, chosen.compile),
     ):
         model, given = model_of(chosen, 8, reach), row(chosen.check_tokens, packed)
-        right_loss, right = gradients(model, model, given, bf16=False)
-        whole_loss, whole = gradients(model, model, given)
+        right_loss, right = gradients(model, given, bf16=False)
+        whole_loss, whole = gradients(model, given)
         cutter = ContextParallel(model, everyone())
-        cut_loss, cut = gradients(model, torch.compile(model) if compiled else model, given, cutter)
+        if compiled:
+            compile_layers(model)
+        cut_loss, cut = gradients(model, given, cutter)
         errors = [float((x - right).norm() / right.norm()) for x in (whole, cut)]
         limit = max(2 * errors[0], 1e-5)
         rows.append({"case": name, "whole": errors[0], "cut": errors[1], "right": errors[1] <= limit})
@@ -119,7 +122,6 @@ def check(chosen: Any) -> list[dict[str, Any]]:
         verdict = "ok" if errors[1] <= limit else "WRONG"
         say(f"{name}: gradients off by {errors[0]:.2e} whole, {errors[1]:.2e} cut, {verdict}; {losses}")
         del model, right, whole, cut
-        torch.compiler.reset()
     return rows
 
 
@@ -180,7 +182,6 @@ def scale(chosen: Any) -> list[dict[str, Any]]:
         what = f"{chosen.size}, a row of {length:,} tokens {'over all' if cut else 'in each'}"
         say(f"{what}: {seconds:.3f} s, {rows[-1]['speed'] / 1e3:.1f} k tokens/s a process{part}, peak {peak:.1f} GiB")
         del step
-        torch.compiler.reset()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -195,14 +196,15 @@ class Step:
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, fused=True)
         self.cutter = ContextParallel(self.model, everyone()) if cut else None
-        self.call = torch.compile(self.model) if chosen.compile else self.model
+        if chosen.compile:
+            compile_layers(self.model)
 
     def __call__(self) -> None:
         """Forward, backward, update."""
         inputs = {name: x.clone() for name, x in self.given.items()}
         with self.cutter.cut(list(inputs.values()), [1] * len(inputs)) if self.cutter else nullcontext():
             with narrow(True):
-                loss = self.call(**inputs, use_cache=False).loss
+                loss = self.model(**inputs, use_cache=False).loss
             loss.backward()
         if self.cutter:
             for parameter in self.parameters:

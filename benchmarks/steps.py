@@ -21,7 +21,7 @@ from fibattn.data.sequences import TrainingSequences
 from fibattn.data.shards import write_shard
 from fibattn.training.presets import PRESETS
 from fibattn.training.recipe import ModelRecipe, Recipe
-from fibattn.training.run import build_model
+from fibattn.training.run import build_model, enable_checkpointing
 from fibattn.training.trainer import FibTrainer
 from study.presets import STUDIES
 
@@ -40,6 +40,7 @@ GROUPS = (
     ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "sm90_")),
     ("optimizer and clipping", ("multi_tensor", "adam", "foreach", "lpnorm")),
     ("copies", ("memcpy", "memset")),
+    ("messages", ("nccl",)),
     ("fused element by element", ("triton_",)),
 )
 
@@ -95,8 +96,8 @@ def shortened(recipe: Recipe, length: int | None, timed: int) -> Recipe:
     )
 
 
-def clocked(recipe: Recipe, folder: Path) -> Clock:
-    """Train a little."""
+def clocked(recipe: Recipe, folder: Path, processes: int = 1) -> Clock:
+    """Train a little, in each of as many processes as torchrun started."""
     recipe = replace(recipe, out=folder)
     rng = np.random.default_rng(0)
     tokens = rng.integers(2, 32_768, 2**20).astype(np.uint16)
@@ -104,7 +105,10 @@ def clocked(recipe: Recipe, folder: Path) -> Clock:
     starts = rng.integers(0, 2**20 - recipe.sequence_length - 1, recipe.steps * recipe.sequences_per_step)
     sequences = TrainingSequences(TokenStream([folder / "train.bin"]), starts, recipe.sequence_length)
     clock = Clock(recipe.steps - WARM - PROFILED)
-    trainer = FibTrainer(build_model(recipe, 32_768, 0), recipe, sequences, 1)
+    model = build_model(recipe, 32_768, 0)
+    if recipe.gradient_checkpointing:
+        enable_checkpointing(model)
+    trainer = FibTrainer(model, recipe, sequences, processes)
     trainer.args.save_strategy = "no"
     trainer.add_callback(clock)
     trainer.train()

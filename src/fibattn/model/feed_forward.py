@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 
 
@@ -50,7 +51,11 @@ def is_plain(linear: nn.Linear, device: torch.device) -> bool:
 
     Adapters replace a layer or hook into it, quantisation may replace the weight alone, offloading keeps it elsewhere.
     """
-    if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
+    hooks = (*linear._forward_hooks.values(), *linear._forward_pre_hooks.values())
+    kind = type(linear)
+    if isinstance(linear, FSDPModule):  # whose class and hooks are made for each
+        kind, hooks = kind.__bases__[-1], [one for one in hooks if not one.__module__.startswith("torch.distributed.")]
+    if kind is not nn.Linear or hooks:
         return False
     # FSDP hands out plain tensors for parameters.
     return type(linear.weight) in (nn.Parameter, Tensor) and linear.weight.device == device and linear.bias is None

@@ -71,18 +71,32 @@ class FibAttnAttention(LearnedScale):
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if self.rotated:
             q, k = rotate(q, rotation), rotate(k, rotation)
+        out = self.attend(q, k, v, attention_mask, positions, cache, cache_positions, shard, **kwargs)
+        return self.o_proj(out.reshape(*hidden.shape[:2], -1))
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attention_mask: Tensor | None,
+        positions: Tensor | None,
+        cache: Cache | PagedAttentionCache | None,
+        cache_positions: Tensor,
+        shard: Shard | None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Of q (batch, tokens, query heads, head size) to k and v, and to what is in a cache or in other parts."""
         if shard is not None:
             how: dict[str, Any] = {"alpha": self.alpha, "scale": self.scaling, "positions": positions}
-            out = shard.attend(q, k, v, self.pattern, **how)
-        elif self.pattern is None:
-            out = self._attend_fully(q, k, v, attention_mask, cache, **kwargs)
-        elif isinstance(cache, PagedAttentionCache):
+            return shard.attend(q, k, v, self.pattern, **how)
+        if self.pattern is None:
+            return self._attend_fully(q, k, v, attention_mask, cache, **kwargs)
+        if isinstance(cache, PagedAttentionCache):
             k, v = batching.update(cache, k.transpose(1, 2), v.transpose(1, 2), self.layer_idx, kwargs)
             alpha = None if self.theta is None else self.alpha
-            out = batching.attend_batch(q, k, v, self.pattern, kwargs, alpha=alpha, scale=self.scaling)
-        else:
-            out = self._attend_sparsely(q, k, v, positions, cache, cache_positions)
-        return self.o_proj(out.reshape(*hidden.shape[:2], -1))
+            return batching.attend_batch(q, k, v, self.pattern, kwargs, alpha=alpha, scale=self.scaling)
+        return self._attend_sparsely(q, k, v, positions, cache, cache_positions)
 
     def _attend_sparsely(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, cache: Cache | None, cache_positions: Tensor

@@ -253,11 +253,21 @@ class FibAttnForCausalLM(FibAttnPreTrainedModel, GenerationMixin):
         batching.check_requests(inputs)
         return super().generate_batch(inputs, *args, **kwargs)
 
-    def _summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """The loss of all tokens; with all logits where the head is more than its weight, or that is elsewhere."""
+    def _loss_and_logits(self, hidden: Tensor, targets: Tensor, wanted: Any) -> tuple[Tensor, Tensor | None]:
+        """The summed loss, and the wanted logits unless training: with all of them where the head is not plain."""
         if is_plain(self.lm_head, hidden.device):
-            return linear_cross_entropy(hidden, self.lm_head.weight, targets)
-        return functional.cross_entropy(self.lm_head(hidden).float(), targets, reduction="sum", ignore_index=IGNORED)
+            # Called while training, too, for nothing: a head that is sharded has its weight whole once it is called.
+            logits = self.lm_head(hidden[:, slice(0) if self.training else wanted])
+            total = self._summed_loss(hidden.flatten(0, 1), targets.flatten())
+        else:
+            logits = self.lm_head(hidden)
+            every = logits.flatten(0, 1).float()
+            total = functional.cross_entropy(every, targets.flatten(), reduction="sum", ignore_index=IGNORED)
+            logits = logits[:, wanted]
+        return total, None if self.training else logits
+
+    def _summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden, self.lm_head.weight, targets)
 
     @can_return_tuple
     def forward(
@@ -298,18 +308,18 @@ class FibAttnForCausalLM(FibAttnPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        hidden, loss, logits = outputs.last_hidden_state, None, None
+        hidden, loss = outputs.last_hidden_state, None
         for name, given in (("labels", labels), ("shift_labels", shift_labels)):
             if given is not None and given.shape != hidden.shape[:2]:
                 raise InputError(f"{name} have shape {tuple(given.shape)}; expected {tuple(hidden.shape[:2])}")
         if shift_labels is None and labels is not None:
             shift_labels = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        if shift_labels is not None:
-            total = self._summed_loss(hidden.flatten(0, 1), shift_labels.flatten())
+        wanted = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if shift_labels is None:
+            logits = self.lm_head(hidden[:, wanted])
+        else:
+            total, logits = self._loss_and_logits(hidden, shift_labels, wanted)
             loss = total / ((shift_labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
-        if loss is None or not self.training:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, kept])
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -2,16 +2,18 @@
 
 Muon (https://kellerjordan.github.io/posts/muon) replaces a matrix's momentum by the nearest matrix with orthonormal
 rows or columns. `torch.optim.Muon` does that one matrix at a time, thousands of small launches a step; here matrices of
-one shape go through it together.
+one shape go through it together, and processes that hold parts of them share the work.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import functional
 
 from fibattn.training.recipe import OptimizerRecipe
 
@@ -86,11 +88,30 @@ class MuonAndAdamW(torch.optim.Optimizer):
             ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # pyright: ignore
             # A processor has no 16-bit products that pay.
             narrow = torch.bfloat16 if matrices[0].is_cuda else torch.float32
-            updates = orthogonalized(torch.stack([_whole(one).to(narrow) for one in ahead]))
+            updates = _orthogonalized([one.to(narrow) for one in ahead])
             rate = 0.2 * math.sqrt(max(shape)) * group["lr"]
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])  # pyright: ignore
-            for one, update in zip(matrices, updates.unbind(), strict=True):
-                one.add_(_as(one, update).to(one.dtype), alpha=-rate)
+            for one, update in zip(matrices, updates, strict=True):
+                _local(one).add_(update.to(one.dtype), alpha=-rate)
+
+
+def _orthogonalized(matrices: list[Tensor]) -> Sequence[Tensor]:
+    """`orthogonalized`, of sharded ones this process's rows: each process has as many matrices whole, for a while."""
+    if not isinstance(first := matrices[0], DTensor):
+        return orthogonalized(torch.stack(matrices)).unbind()
+    group, ranks, (rows, columns) = first.device_mesh.get_group(), first.device_mesh.size(), first.shape
+    parts = [_local(one) for one in matrices]
+    each, most, own = -(-len(parts) // ranks), -(-rows // ranks), len(parts[0])
+    padded = [functional.pad(one, (0, 0, 0, most - own)) for one in parts]
+    sent = torch.zeros((ranks * each, most, columns), dtype=first.dtype, device=first.device)
+    torch.stack(padded, out=sent[: len(parts)])
+    got = torch.empty_like(sent)
+    dist.all_to_all_single(got, sent, group=group)
+    whole = got.view(ranks, each, most, columns).transpose(0, 1).reshape(each, ranks * most, columns)
+    whole[:, :rows] = orthogonalized(whole[:, :rows])
+    back = whole.view(each, ranks, most, columns).transpose(0, 1).contiguous()
+    dist.all_to_all_single(sent, back.view_as(sent), group=group)  # `got` may be what `back` is a view of
+    return sent[: len(parts), :own].unbind()
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
@@ -105,13 +126,6 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     return x if wide else x.mT
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """A matrix from the parts that processes hold: its singular values belong to all of it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _as(like: Tensor, update: Tensor) -> Tensor:
-    """The update of a parameter, sharded as it is; every process has the whole."""
-    if isinstance(like, DTensor):
-        return distribute_tensor(update, like.device_mesh, like.placements, src_data_rank=None)
-    return update
+def _local(tensor: Tensor) -> Tensor:
+    """This process's rows of a matrix; all of them where it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -59,6 +59,11 @@ def _fresh(config: FibAttnConfig, recipe: Recipe) -> FibAttnForCausalLM:
     return FibAttnForCausalLM(config)
 
 
+def enable_checkpointing(model: Any) -> None:
+    """Compute activations again; renamed in the course of Transformers 5, where the old name warns."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+
+
 def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     """Train, or go on training, and return the folder of the finished model.
 
@@ -108,8 +113,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     if recipe.start is not None and checkpoint is None:
         start.load_weights(model, recipe.start)
     if recipe.gradient_checkpointing:
-        # Renamed in the course of Transformers 5; the old name warns in the newer versions.
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        enable_checkpointing(model)
     sequences = TrainingSequences(data.train, load_order(order), recipe.sequence_length)
     _say_what_begins(model, sequences, recipe, state)
     trainer = FibTrainer(model, recipe, sequences, process_count(), _held_out(recipe, data))

@@ -20,7 +20,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArg
 from fibattn import files
 from fibattn.data.sequences import TrainingSequences
 from fibattn.errors import InputError
-from fibattn.training import checkpoints
+from fibattn.training import checkpoints, sharding
 from fibattn.training.held_out import HeldOut
 from fibattn.training.optimizers import build_optimizer
 from fibattn.training.recipe import OptimizerRecipe, Recipe
@@ -45,10 +45,11 @@ def training_arguments(recipe: Recipe, processes: int, *, evaluates: bool = Fals
     bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and on_gpu)
     cut = recipe.context_parallel
     # accelerate cuts sequences beside sharded weights alone.
-    sharded = processes > 1 and (recipe.parallel == "fsdp" or cut > 1)
+    sharded = "LOCAL_RANK" in os.environ and (recipe.parallel == "fsdp" or cut > 1)
     micro_batch, micro_batches = recipe.split(processes)
     # A step replayed as a CUDA graph waits for no launch; where gradients add up over several, it would overwrite them.
-    graphed = recipe.compile and on_gpu and processes == micro_batches == 1
+    whole = recipe.compile and not sharded  # in parts it is done by `sharding.compile_layers`
+    graphed = whole and on_gpu and processes == micro_batches == 1
     arguments = TrainingArguments(
         output_dir=str(recipe.out),
         run_name=recipe.out.name,
@@ -58,7 +59,7 @@ def training_arguments(recipe: Recipe, processes: int, *, evaluates: bool = Fals
         gradient_accumulation_steps=micro_batches,
         max_grad_norm=recipe.optimizer.max_grad_norm,
         bf16=bf16,
-        torch_compile=recipe.compile,
+        torch_compile=whole,
         torch_compile_mode="reduce-overhead" if graphed else None,
         use_cpu=not on_gpu,
         # Data parallelism is called sharded, too: accelerate takes no replicas beside sequences that are cut.
@@ -112,6 +113,10 @@ class FibTrainer(Trainer):
         )
         self.recipe, self.sequences, self.held_out = recipe, sequences, held_out
         self.evaluation_seconds = 0.0
+        if self.is_fsdp_enabled and self.args.bf16:
+            sharding.narrow(model, self.accelerator.state.fsdp_plugin, self.accelerator.device.type)
+        if self.is_fsdp_enabled and recipe.compile:
+            sharding.compile_layers(model)
         # `compute_loss` returns the mean of a micro-batch, and micro-batches are equal: let the Trainer average.
         self.model_accepts_loss_kwargs = False
         for callback in (PrinterCallback, ProgressCallback):
@@ -166,7 +171,8 @@ class FibTrainer(Trainer):
         assert self.held_out is not None
         began = time.monotonic()
         model = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
-        found = self.held_out.losses(model, self.args.eval_batch_size, self.accelerator)
+        with torch.compiler.set_stance("force_eager"):  # what is sharded is compiled in place
+            found = self.held_out.losses(model, self.args.eval_batch_size, self.accelerator)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         metrics[f"{metric_key_prefix}_runtime"] = time.monotonic() - began
         self.evaluation_seconds += metrics[f"{metric_key_prefix}_runtime"]
