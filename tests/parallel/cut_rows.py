@@ -11,24 +11,29 @@ import tiny_models
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from fibattn import InputError, convert
+from fibattn.model.feed_forward import is_plain
 from fibattn.parallel.context import ContextParallel
+from fibattn.training.sharding import compile_layers
 
 OWN = ("linear", "learned", "sliding", "mixture", "learned mixture", "bounded mixture", "modern")
 MODELS: dict[str, Callable[[], Any]] = {
     **{kind: partial(tiny_models.model, kind) for kind in OWN},
     "rungs by head": partial(tiny_models.model, "linear", stagger_heads=True),
+    "ten layers": partial(tiny_models.model, "linear", num_hidden_layers=10),
     "reach beyond the row": partial(tiny_models.model, "linear", rungs=14),
     **{
         f"converted {kind}": lambda kind=kind: convert(foreign_decoders.model(kind), window=3, rungs=7, keep_layers=[1])
         for kind in ("llama", "gemma3_text")
     },
 }
+WAYS = ("checkpointing", "sharded weights", "compiled")
 ROWS = ("plain", "packed", "padded", "padded and packed")
 TOKENS = 48
 
@@ -70,10 +75,17 @@ def errors(name: str, kind: str, group: Any, way: str = "") -> dict[str, float]:
     cutter = ContextParallel(model, group)
     if way == "checkpointing":
         model.gradient_checkpointing_enable()
-    if way == "sharded weights":
+    loss_is_plain = []
+    if "sharded weights" in way:
         mesh = init_device_mesh("cpu", (ranks,))
-        for module in (*model.model.layers, model):
-            fully_shard(module, mesh=mesh)
+        last = [model.model.norm, model.model.embed_tokens, model.lm_head]  # together, as accelerate has them
+        for module in (*model.model.layers, last, model):
+            fully_shard(module, mesh=mesh, reshard_after_forward=module is not last)
+        model.register_forward_hook(lambda *_: loss_is_plain.append(is_plain(model.lm_head, torch.device("cpu"))))
+    if "compiled layers" in way:
+        torch.compiler.reset()
+        counters.clear()
+        compile_layers(model, "aot_eager")
     call = torch.compile(model, backend="aot_eager") if way == "compiled" else model
     cut = {name: x.clone() for name, x in given.items()}
     with cutter.cut(list(cut.values()), [1] * len(cut)):
@@ -81,6 +93,10 @@ def errors(name: str, kind: str, group: Any, way: str = "") -> dict[str, float]:
         part.backward()
     assert all(torch.equal(cut[name], given[name]) for name in given)
     mean = averaged(part.detach(), group)
+    if loss_is_plain:  # or it would hold all logits
+        assert loss_is_plain == [True]
+    if "compiled layers" in way:  # fewer than layers: two of one, two of its attention, the loss
+        assert counters["stats"]["unique_graphs"] <= 6, counters
     found = {"loss": float((mean - loss).detach().abs() / loss.detach()), "gradients": 0.0, "alpha": 0.0}
     for name, parameter in model.named_parameters():
         sharded = isinstance(parameter.grad, DTensor)
@@ -109,7 +125,8 @@ def main() -> None:
     everyone = dist.group.WORLD
     several = ("learned mixture", "bounded mixture", "rungs by head", "reach beyond the row", "converted llama")
     cases += [(name, "padded and packed", everyone, "") for name in several]
-    cases += [("mixture", "packed", everyone, way) for way in ("checkpointing", "sharded weights", "compiled")]
+    cases += [("mixture", "packed", everyone, way) for way in WAYS]
+    cases += [("ten layers", "packed", everyone, "sharded weights, compiled layers")]
     lines = []
     for name, kind, group, way in cases:
         found = errors(name, kind, group, way)

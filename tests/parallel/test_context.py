@@ -26,6 +26,7 @@ def test_a_cut_row_has_the_loss_and_gradients_of_a_whole_one() -> None:
         (4, "checkpointing"),
         (4, "sharded weights"),
         (4, "compiled"),
+        (4, "sharded weights, compiled layers"),
     }
     for one in found:
         # Gemma's norms, and what a learned scale is made of, are float32.

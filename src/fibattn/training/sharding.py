@@ -26,7 +26,7 @@ def narrow(model: nn.Module, plugin: Any, device: str) -> None:
     model.forward = torch.autocast(device, torch.bfloat16)(model.forward)
 
 
-def compile_layers(model: Any) -> None:
+def compile_layers(model: Any, backend: str = "inductor") -> None:
     """Compile the layers of a decoder around their attention, and the loss.
 
     A model whose layers wait for their weights cannot be one graph. A graph for each layer would belong to its
@@ -35,6 +35,6 @@ def compile_layers(model: Any) -> None:
     """
     for layer in model.model.layers:
         # Not the call, which gradient checkpointing would keep from being compiled.
-        layer.forward = torch.compile(layer.forward)
+        layer.forward = torch.compile(layer.forward, backend=backend)
         layer.self_attn.attend = torch.compiler.disable(layer.self_attn.attend)
-    model._summed_loss = torch.compile(model._summed_loss)
+    model._summed_loss = torch.compile(model._summed_loss, backend=backend)
