@@ -18,40 +18,62 @@ from fibattn.training.recipe_file import to_json
 from fibattn.training.run import train
 
 
+def losses(run: Recipe, name: str = "metrics.jsonl") -> list[float]:
+    return [json.loads(line)["loss"] for line in (run.out / name).read_text().splitlines()]
+
+
+def check_same(found: Recipe, expected: Recipe) -> None:
+    """The losses of both runs, and their weights, are the same."""
+    for name in ("metrics.jsonl", "held-out.jsonl"):
+        assert losses(found, name) == pytest.approx(losses(expected, name), rel=2e-5)
+    weights, whole = (load_file(run.out / "model" / "model.safetensors") for run in (found, expected))
+    assert weights.keys() == whole.keys()
+    for name in whole:
+        torch.testing.assert_close(weights[name], whole[name], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the processes would share one GPU")
-def test_losses_of_cut_rows_are_those_of_whole_ones(prepared: Path, tmp_path: Path) -> None:
-    shape = ModelRecipe(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, window=4)
+def test_runs_over_several_processes_are_those_of_one(prepared: Path, tmp_path: Path) -> None:
+    shape = ModelRecipe(hidden_size=32, intermediate_size=46, num_hidden_layers=3, num_attention_heads=4, window=4)
     rate = OptimizerRecipe(learning_rate=3e-3, warmup_steps=4)
     sizes = {"sequence_length": 32, "sequences_per_step": 4, "micro_batch": 2, "evaluate_tokens": 160}
     often = {"steps": 4, "log_every": 1, "save_every": 4, "evaluate_every": 2}
     one = Recipe(data=prepared, out=tmp_path / "one", model=shape, optimizer=rate, **sizes, **often)
-    train(one)
     cut = replace(one, out=tmp_path / "cut", context_parallel=2)
-    files.write_json(tmp_path / "cut.json", to_json(cut))
-    launch("train_cut.py", 4, str(tmp_path), str(tmp_path / "cut.json"), *train_cut.WAYS)
+    narrow = replace(one, out=tmp_path / "narrow", parallel="fsdp", precision="bf16", steps=2)
+    learned = replace(
+        one,
+        out=tmp_path / "learned",
+        model=replace(shape, schedule="learned"),
+        optimizer=replace(rate, muon=True),
+        save_every=2,
+    )
+    sharded = replace(learned, out=tmp_path / "sharded", parallel="fsdp")
+    for recipe in (one, learned):
+        train(recipe)
+    words = [str(tmp_path)]
+    for recipe in (sharded, cut, narrow):
+        files.write_json(tmp_path / f"{recipe.out.name}.json", to_json(recipe))
+        words.append(str(tmp_path / f"{recipe.out.name}.json"))
+    # Killed in a checkpoint of two processes, the run goes on with four.
+    began = time.monotonic()
+    with pytest.raises(AssertionError, match="exitcode  : 7"):
+        launch("train_cut.py", 2, *words[:2], "dies")
+    assert time.monotonic() - began < 90  # half of which is starting
+    assert [path.name for path in sharded.out.glob("checkpoint-*")] == ["checkpoint-2"]
+    launch("train_cut.py", 4, *words, *train_cut.WAYS)
     found = json.loads((tmp_path / "found.json").read_text())
     for way in train_cut.WAYS:
         assert found[way] == pytest.approx(train_cut.stock(tmp_path, way, 1), rel=2e-5), way
-    for name in ("metrics.jsonl", "held-out.jsonl"):
-        lines = [(run.out / name).read_text().splitlines() for run in (cut, one)]
-        losses = [[json.loads(line)["loss"] for line in some] for some in lines]
-        assert losses[0] == pytest.approx(losses[1], rel=2e-5)
-    weights, whole = (load_file(run.out / "model" / "model.safetensors") for run in (cut, one))
-    for name in whole:
-        torch.testing.assert_close(weights[name], whole[name], rtol=1e-3, atol=1e-4)
+    check_same(cut, one)
+    check_same(sharded, learned)
+    assert losses(narrow) == pytest.approx(losses(one)[:2], rel=1e-2)
+    assert all(loss != float(torch.tensor(loss).bfloat16()) for loss in losses(narrow)), "a loss keeps its bits"
     shutil.rmtree(cut.out / "model")
     with pytest.raises(
-        InputError, match="checkpoint-4 was written with weights sharded over processes; go on with two"
+        InputError, match="checkpoint-4 was written with weights sharded over processes; go on under torchrun"
     ):
         train(replace(cut, context_parallel=1))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the processes would share one GPU")
-def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
-    began = time.monotonic()
-    with pytest.raises(AssertionError, match="exitcode  : 7"):
-        launch("train_cut.py", 2, str(tmp_path), "dies")
-    assert time.monotonic() - began < 90  # half of which is starting
 
 
 @pytest.mark.parametrize(

@@ -33,11 +33,11 @@ def rows() -> list[dict[str, torch.Tensor]]:
 
 
 class Dies(TrainerCallback):
-    """One process is gone in the middle."""
+    """One process is gone in the middle of the last checkpoint, while weights are gathered for it."""
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 1 and not state.is_world_process_zero:
-            os._exit(7)
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if state.global_step == state.max_steps and not state.is_world_process_zero:
+            model.register_state_dict_pre_hook(lambda *_: os._exit(7))
 
 
 def stock(out: Path, way: str, processes: int) -> list[float]:
@@ -75,8 +75,6 @@ def stock(out: Path, way: str, processes: int) -> list[float]:
     )
     given = rows()  # of the last batch of an evaluation, where it is not full, accelerate drops copies that are none
     trainer = Trainer(model=model, args=arguments, train_dataset=given, eval_dataset=given[:8])  # pyright: ignore
-    if way == "dies":
-        trainer.add_callback(Dies())
     trainer.train()
     return [
         line[name] for line in trainer.state.log_history for name in ("loss", "grad_norm", "eval_loss") if name in line
@@ -103,8 +101,8 @@ def main(out: Path, *words: str) -> None:
     AcceleratorState.__init__ = _init_as_on_gpus
     for word in words:
         if word.endswith(".json"):
-            train(load_recipe(word))
-    ways = [word for word in words if not word.endswith(".json")]
+            train(load_recipe(word), [Dies()] if "dies" in words else [])
+    ways = [word for word in words if word in WAYS]
     found = {way: stock(out, way, int(os.environ["WORLD_SIZE"])) for way in ways}
     if os.environ["RANK"] == "0":
         files.write_json(out / "found.json", found)

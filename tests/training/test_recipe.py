@@ -220,7 +220,6 @@ def test_every_field_has_words_for_the_help(kind: type) -> None:
     ("words", "message"),
     [
         (["small", "--sequences-per-step", "3"], "3 sequences a step do not divide over 2 processes"),
-        (["smal"], "unknown recipe 'smal'"),
         (["small", "--stpes", "3"], "Unrecognized options: --stpes"),
         (["small", "--data", "nowhere"], "nowhere holds no prepared data"),
     ],
@@ -230,3 +229,14 @@ def test_of_several_processes_one_says_what_is_wrong(words: list[str], message: 
     done = subprocess.run([*several, *words], capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert (done.stdout + done.stderr).count(message) == 1
+
+
+def test_of_several_processes_one_says_what_the_training_refuses(prepared: Path, tmp_path: Path) -> None:
+    other = Recipe(data=prepared, out=tmp_path / "run", sequence_length=32, micro_batch=8)
+    files.write_json(other.out / "recipe.json", to_json(other))
+    files.write_json(tmp_path / "recipe.json", to_json(replace(other, steps=7)))
+    several = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "fibattn", "train"]
+    done = subprocess.run([*several, str(tmp_path / "recipe.json")], capture_output=True, text=True, check=False)
+    assert done.stderr.count("holds another run: steps was 13000 and is now 7") == 1
+    assert "exitcode  : 2" in done.stderr
+    assert "fibattn/training" not in done.stderr, "no process shows where"

@@ -8,6 +8,7 @@ import errno
 import importlib
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +16,8 @@ from pathlib import Path
 
 from fibattn._version import __version__
 from fibattn.errors import InputError, suggestion
+
+_PATIENCE = 20  # seconds
 
 _DISK = {
     errno.ENOSPC: "the disk is full",
@@ -62,7 +65,8 @@ def guarded(name: str, work: Callable[[Sequence[str]], None], words: Sequence[st
 
     A mistake in the input, a full disk, and what is wrong with a file that the user named are one line that begins with
     `name`. Whatever else goes wrong is a fault of the program, and keeps its traceback. `resumed` is said after an
-    interruption.
+    interruption. Of several processes under torchrun the first says what is wrong, and torchrun ends the others, which
+    wait for that, whatever they run into meanwhile; one that is not ended says it itself.
     """
     # Before torch loads: threads that spin at barriers take the cores of a busy machine from each other.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -70,18 +74,34 @@ def guarded(name: str, work: Callable[[Sequence[str]], None], words: Sequence[st
         work(words)
         sys.stdout.flush()  # here, where a reader that went away is expected
     except KeyboardInterrupt:
-        print(f"\ninterrupted{resumed}", file=sys.stderr)
+        if is_first_process():
+            print(f"\ninterrupted{resumed}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - so that the flush at exit stays silent
         return 1
     except (InputError, OSError) as error:
         message = str(error) if isinstance(error, InputError) else _of_a_file(error, words)
+        let_the_first_speak()
         if message is None or os.environ.get("FIBATTN_TRACEBACK"):
             raise
         print(f"{name}: {message}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    except Exception:
+        let_the_first_speak()
+        raise
     return 0
+
+
+def is_first_process() -> bool:
+    """Whether this is the first of the processes that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def let_the_first_speak() -> None:
+    """Wait for that in any other process."""
+    if not is_first_process():
+        time.sleep(_PATIENCE)
 
 
 def _open(program: Program, verb: str, rest: Sequence[str]) -> None:

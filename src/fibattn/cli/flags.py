@@ -1,10 +1,15 @@
 """Flags of a verb: tyro over a dataclass, in one style for all verbs."""
 
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import is_dataclass
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
+
+from fibattn.cli.door import is_first_process, let_the_first_speak
 
 T = TypeVar("T")
 
@@ -14,7 +19,20 @@ def parse(kind: type[T], arguments: Sequence[str], program: str, **options: Any)
 
     A flag of several values may be given more than once, and all its values count; of a flag with one value the last.
     """
-    return tyro.cli(kind, args=_joined(arguments, set(_of_several(kind))), prog=program, **options)
+    with nullcontext() if is_first_process() else _silence():
+        return tyro.cli(kind, args=_joined(arguments, set(_of_several(kind))), prog=program, **options)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Say nothing; and the first of several processes has time to say what is wrong, or to show the help."""
+    try:
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            yield
+    except SystemExit as end:
+        if end.code:
+            let_the_first_speak()
+        raise
 
 
 def _of_several(kind: type, prefix: str = "--") -> Iterator[str]:

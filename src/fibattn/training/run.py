@@ -245,10 +245,13 @@ def _check_sharded(checkpoint: Path, sharded: bool) -> None:
     """Refuse a checkpoint whose optimizer has another form than the run's; the number of processes may change."""
     was = (checkpoint / "optimizer.bin").exists()
     if was != sharded:
-        kept, way = "whole in each process", "--parallel ddp and without --context-parallel"
+        kept, way = "whole in each process", "with --parallel ddp, without --context-parallel"
         if was:
-            kept, way = "sharded over processes", "two processes or more under torchrun, and --parallel fsdp"
-        raise InputError(f"{checkpoint} was written with weights {kept}; go on with {way}, or give a new --out")
+            kept, way = (
+                "sharded over processes",
+                "under torchrun, with any number of processes, and --parallel fsdp",
+            )
+        raise InputError(f"{checkpoint} was written with weights {kept}; go on {way}, or give a new --out")
 
 
 def _flat(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -216,6 +216,11 @@ class FibTrainer(Trainer):
         if self.args.should_save and output_dir is not None:
             (Path(output_dir) / "training_args.bin").unlink(missing_ok=True)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if state_dict is not None:  # of sharded weights, where a tied one is there twice
+            state_dict = {name: one for name, one in state_dict.items() if name not in self.model.all_tied_weights_keys}  # pyright: ignore
+        super()._save(output_dir, state_dict)
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.recipe.out / checkpoints.STAGING)
 
