@@ -188,12 +188,16 @@ def mistakes(llama: Path, prepared: Path, text: Path, tmp_path: Path) -> dict[st
     return {
         "there": ([llama, there, *PLAIN], f"{there} is there already; give another place"),
         "no window": ([llama, out], "give --window to convert a model (128, for example), or --restore alone"),
-        "both": ([llama, out, *PLAIN, "--restore"], "give --window to convert a model"),
+        "both": ([llama, out, "--restore", "--keep", "1"], "--restore goes back by itself; leave the other flags out"),
         "nothing there": ([tmp_path, out, *PLAIN], "holds no model (config.json is missing)"),
         "no such name": ([tmp_path / "nowhere", out, *PLAIN], "cannot be loaded"),
         "quantised": ([quantised, out, *PLAIN], f"the weights of {quantised} are quantised (gptq)"),
+        "capped": ([tmp_path / "gemma2", out, *PLAIN], "it caps its attention logits at 50.0"),
         "another kind": ([tmp_path / "neox", out, *PLAIN], "(model type 'gpt_neox') cannot be converted"),
-        "converted": ([converted, out, *PLAIN], "its layers are sparse by themselves; restore one that was converted"),
+        "converted": (
+            [converted, out, *PLAIN],
+            "it was converted already; restore it first (`fibattn convert MODEL OUT --restore`)",
+        ),
         "not converted": ([llama, out, "--restore"], "this LlamaForCausalLM is not converted"),
         "layers": ([llama, out, *PLAIN, "--keep", "first"], "--keep is 'first'; expected layers by number (7,15)"),
         "every what": ([llama, out, *PLAIN, "--keep", "every:0"], "--keep is 'every:0'; expected layers by number"),
@@ -216,6 +220,8 @@ def test_mistakes_are_one_line_and_leave_nothing(
     (tmp_path / "there").mkdir()
     if which == "converted":
         assert convert(llama, tmp_path / "converted", *PLAIN) == 0
+    if which == "capped":
+        foreign_decoders.model("gemma2").save_pretrained(tmp_path / "gemma2")
     if which == "another kind":
         foreign_decoders.model("gpt_neox").save_pretrained(tmp_path / "neox")
     if which == "quantised":

@@ -37,7 +37,7 @@ def language_model(
     return wrap(
         pretrained=model,
         tokenizer=tokenizer,
-        max_length=length or model.config.get_text_config().max_position_embeddings,
+        max_length=model.config.get_text_config().max_position_embeddings if length is None else length,
         batch_size=batch,
         mixed_precision_dtype=torch.bfloat16 if model.device.type == "cuda" else None,
     )

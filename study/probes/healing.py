@@ -88,7 +88,8 @@ def healing(
     about: dict[str, Any] = {"probe": "healing"}
     about |= {name: _plain(value) for name, value in vars(settings).items() if name not in _FREE}
     about |= {"model": model_name(folder.resolve())}
-    about |= {"tokens": settings.tokens or _recipe_of(settings.model).tokens, "data_fingerprint": data.fingerprint}
+    tokens = _recipe_of(settings.model).tokens if settings.tokens is None else settings.tokens
+    about |= {"tokens": tokens, "data_fingerprint": data.fingerprint}
     found = rows_of(earlier, about)
     result = about | {"rows": found, "search": (earlier or {}).get("search")}
     measure = _Measure(settings, data, files.read_json(folder / "config.json")["max_position_embeddings"])
@@ -155,7 +156,7 @@ def _search(settings: Healing, folder: Path, measure: "_Measure", count: int) ->
     """One search for all rows: the first layers of a longer one are those of a shorter, and both shapes have the same
     layers, so that rows differ in one thing."""
     _say(f"the search for {count} layers begins")
-    model: Any = load_source(str(folder), attn_implementation="sdpa")
+    model: Any = load_source(str(folder))
     pattern = _pattern(settings, "rungs", model.config)[0]
     return search(model.to(device()), pattern, measure.text(settings.search_tokens), count)
 
@@ -176,7 +177,7 @@ def _measured(
     _say(f"{row} begins")
     out = settings.work / "converted"
     shutil.rmtree(settings.work, ignore_errors=True)
-    model: Any = load_source(str(folder), attn_implementation="sdpa")
+    model: Any = load_source(str(folder))
     layers = _layers(row, model.config.num_hidden_layers, result["search"])
     pattern, keys = _pattern(settings, row.shape, model.config)
     tokens, began = round(row.part * result["tokens"]), time.monotonic()

@@ -143,7 +143,7 @@ def test_a_dense_model_of_our_own_is_converted_and_restored_in_place() -> None:
     assert fibattn.convert(made, **PATTERN, keep_layers=[1], full_reach=9) is made
     sparse = made(ids).logits
     assert (sparse - right).abs().max() > 1e-2
-    with pytest.raises(InputError, match="restore one that was converted"):
+    with pytest.raises(InputError, match="it was converted already; restore it first"):
         fibattn.convert(made, **PATTERN)
     assert fibattn.restore(made) is made
     assert torch.equal(made(ids).logits, right)

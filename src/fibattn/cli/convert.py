@@ -55,15 +55,15 @@ def run(arguments: list[str]) -> None:
     from fibattn.model.conversion import convert, restore
     from fibattn.training.converting import load_source, load_tokenizer_of, write_folder
 
+    model: Any = load_source(chosen.model)
     tokenizer = load_tokenizer_of(chosen.model)
     if tokenizer is None:
         print(f"{chosen.model} has no tokenizer; the folder has none, either")
     if chosen.restore:
-        dense = restore(load_source(chosen.model))
+        dense = restore(model)
         write_folder(chosen.out, dense, tokenizer, source=chosen.model)
         print(f"{chosen.out} is a {type(dense).__name__} again")
         return
-    model: Any = load_source(chosen.model, attn_implementation="sdpa")
     farthest = model.base_model.config.max_position_embeddings - 1
     pattern = {name: getattr(chosen, name) for name in ("window", "rungs", "base", "schedule")}
     pattern["max_offset"] = farthest if chosen.max_offset == "sequence" else chosen.max_offset
@@ -78,7 +78,10 @@ def _check(chosen: Arguments) -> None:
     """Refuse what cannot be, before the model is loaded."""
     if chosen.out.exists():
         raise InputError(f"{chosen.out} is there already; give another place, or move it away")
-    if chosen.restore == (chosen.window is not None):
+    if chosen.restore:
+        if chosen != Arguments(chosen.model, chosen.out, restore=True):
+            raise InputError("--restore goes back by itself; leave the other flags out")
+    elif chosen.window is None:
         raise InputError("give --window to convert a model (128, for example), or --restore alone to go back")
     measured = chosen.keep.startswith("auto:")
     if measured != bool(chosen.text):

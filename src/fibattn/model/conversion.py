@@ -187,7 +187,9 @@ def _refusal(config: PreTrainedConfig) -> str | None:
     if isinstance(config, FibAttnConfig):
         if set(config.layer_types or []) == {"full_attention"}:
             return None
-        return "its layers are sparse by themselves; restore one that was converted, or change its configuration"
+        if config.converted_from is not None:
+            return "it was converted already; restore it first (`fibattn convert MODEL OUT --restore`)"
+        return "its layers are sparse by themselves; change its configuration"
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder-decoder; fixed offsets are causal, for decoders alone"
     if getattr(config, "attn_logit_softcapping", None) is not None:

@@ -19,12 +19,11 @@ RECORD = "conversion.json"
 """The file of a converted folder that says what it was made from, and how its kept layers were found."""
 
 
-def load_source(name: str, **how: Any) -> PreTrainedModel:
+def load_source(name: str) -> PreTrainedModel:
     """The causal language model of a folder or of the Hub, in the precision that it was saved in.
 
     Args:
         name: the folder, a finished run, or a name of the Hub.
-        how: further arguments of Transformers' `from_pretrained`.
 
     Raises:
         InputError: for a model that cannot be loaded, or whose weights are quantised.
@@ -37,7 +36,7 @@ def load_source(name: str, **how: Any) -> PreTrainedModel:
             kind = given.get("quant_method") if isinstance(given, dict) else type(given).__name__
             raise InputError(f"the weights of {name} are quantised ({kind}); give those that they were made of")
         model, found = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-            name, dtype="auto", output_loading_info=True, **how
+            name, dtype="auto", output_loading_info=True
         )
     except InputError:
         raise

@@ -56,7 +56,9 @@ def heal(recipe: HealingRecipe, callbacks: Sequence[TrainerCallback] = ()) -> Pa
         raise InputError(f"torchrun started {process_count()} processes; healing takes one, with one GPU")
     folder, finished = find_model(recipe.model), recipe.folder / "model"
     student, teacher, name = _pair(recipe, folder)
-    length = recipe.sequence_length or min(student.config.get_text_config().max_position_embeddings, _LONGEST)
+    length = recipe.sequence_length
+    if length is None:
+        length = min(student.config.get_text_config().max_position_embeddings, _LONGEST)
     stages: dict[str, Stage] = {
         "attention": AttentionMatching,
         "logits": partial(Distillation, text_weight=recipe.text_weight),
@@ -129,7 +131,7 @@ def _pair(recipe: HealingRecipe, folder: Path) -> tuple[PreTrainedModel, PreTrai
 def _runs(recipe: HealingRecipe, length: int) -> dict[str, Recipe]:
     """What the Trainer is told of each stage that has steps."""
     step = recipe.sequences_per_step * length
-    if step < 1 or recipe.tokens < step:
+    if recipe.tokens < step:
         raise InputError(
             f"tokens is {recipe.tokens}, less than the {step} of one step; give more, or make steps smaller"
         )

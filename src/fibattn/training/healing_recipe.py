@@ -55,11 +55,12 @@ class HealingRecipe:
         """
         if bool(self.text) == (self.data is not None):
             raise InputError("which text? Give --text FILE …, or --data FOLDER, a folder made by `fibattn prepare`")
+        for name in ("tokens", "sequence_length", "sequences_per_step", "micro_batch", "save_every", "lora"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"{name} is {value}; it must be at least 1")
         for name in ("matching", "text_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
-        if self.lora is not None and self.lora < 1:
-            raise InputError(f"lora is {self.lora}; a rank is at least 1, such as 16")
 
     @property
     def folder(self) -> Path:
