@@ -35,9 +35,7 @@ def load_source(name: str) -> PreTrainedModel:
         if (given := getattr(config, "quantization_config", None)) is not None:
             kind = given.get("quant_method") if isinstance(given, dict) else type(given).__name__
             raise InputError(f"the weights of {name} are quantised ({kind}); give those that they were made of")
-        model, found = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-            name, dtype="auto", output_loading_info=True
-        )
+        model, found = AutoModelForCausalLM.from_pretrained(name, dtype="auto", output_loading_info=True)  # pyright: ignore
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError) as error:

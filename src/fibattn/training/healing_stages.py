@@ -63,10 +63,13 @@ class AttentionMatching(HealingStage):
         found: list[Tensor] = []
 
         def record(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-            seen[module.layer_idx] = _input(args, kwargs), _first(output)
+            seen[module.layer_idx] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], _first(output)
 
         def give(module: Any, args: Any, kwargs: Any) -> Any:
-            return _with_input(args, kwargs, seen[module.layer_idx][0])
+            hidden = seen[module.layer_idx][0]
+            if "hidden_states" in kwargs:
+                return args, {**kwargs, "hidden_states": hidden}
+            return (hidden, *args[1:]), kwargs
 
         def compare(module: Any, args: Any, output: Any) -> Any:
             ours, right = _first(output).float(), seen[module.layer_idx][1]
@@ -158,15 +161,6 @@ def sparse_layers(model: PreTrainedModel) -> list[int]:
     config: Any = model.base_model.config
     pattern: Any = pattern_of(config)
     return [layer for layer in range(config.num_hidden_layers) if layer not in pattern["keep_layers"]]
-
-
-def _input(args: Any, kwargs: Any) -> Tensor:
-    return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-
-
-def _with_input(args: Any, kwargs: Any, hidden: Tensor) -> Any:
-    named = "hidden_states" in kwargs
-    return (args, {**kwargs, "hidden_states": hidden}) if named else ((hidden, *args[1:]), kwargs)
 
 
 def _first(output: Any) -> Tensor:
