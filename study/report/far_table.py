@@ -30,8 +30,10 @@ def far_table(records: Iterable[dict[str, Any]], rivals: Iterable[dict[str, Any]
     `rivals` are finished runs of that study, whose dense models are the same as here.
     """
     found = {(one["candidate"], one["seed"], one["tokens"]): one for one in records}
-    dense = {one["seed"]: one for one in rivals if one["run"].removesuffix(f"-seed{one['seed']}") == "dense"}
-    rows = [_row(record, found, dense.get(record["seed"])) for record in found.values()]
+    dense = {
+        (one["seed"], one["tokens"]): one for one in rivals if one["run"].removesuffix(f"-seed{one['seed']}") == "dense"
+    }
+    rows = [_row(record, found, dense.get((record["seed"], record["tokens"]))) for record in found.values()]
     if not rows:
         return []
     one = next(iter(found.values()))
@@ -54,7 +56,7 @@ def _row(
 ) -> dict[str, str]:
     control = _control(record, found)
     dense = found.get(("dense", record["seed"], record["tokens"]), rival)
-    if dense is not None and any(dense[what] != record[what] for what in ("tokens", "inputs")):
+    if dense is not None and dense["inputs"] != record["inputs"]:
         dense = None
     nll, trained_at = over_sets(record, "nll"), record["trained_at"]
     return {

@@ -261,7 +261,8 @@ def test_the_table_holds_each_candidate_against_the_window_that_reads_as_much() 
     [table] = far_table([*records, made_up("dense", 16, 1, (3.0, 3.0))])
     assert [row[8] for row in table.rows] == ["+171.8 %", "+64.9 %", "+10.5 %", "−63.2 %", "–", "–"]
     rival = made_up("", 16, 1, (3.0, 3.0)) | {"run": "dense"}
-    [table] = far_table(records, [rival, rival | {"run": "dense-rate2", "evaluation": {}}])
+    others = [rival | {"run": "dense-rate2", "evaluation": {}}, rival | {"tokens": 4 * rival["tokens"]}]
+    [table] = far_table(records, [rival, *others])
     assert [row[8] for row in table.rows] == ["+171.8 %", "+64.9 %", "+10.5 %", "−63.2 %", "–"]
     assert "1,024, H200, PyTorch 2.11; geometric means over 2 held-out sets" in table.note
     [table] = far_table([*records, made_up("best", 0, 128, (3.0, 3.2), seed=44) | {"versions": {"torch": "2.12"}}])
