@@ -105,7 +105,7 @@ def _works(length: int, batch: int) -> list[tuple[str, dict[str, Work]]]:
         given = (q.shape[-1] ** -0.5, pattern.window, pattern.reach, pattern.block, pattern.blocks)
 
         def choosing(far_q: torch.Tensor = far_q, means: torch.Tensor = means, given: Any = given) -> Any:
-            return choose(far_q, means, k.shape[1], None, *given)
+            return choose(far_q, means, k.shape[1], None, None, *given)
 
         listed = float(choosing().blocks[..., 0].float().mean())
         leaves = [x.detach().clone().requires_grad_() for x in (q, k, v, far_q, k)]

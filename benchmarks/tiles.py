@@ -101,9 +101,9 @@ def _chosen_works(case: Case) -> tuple[Callable[[], object], Callable[[], object
     (q, k, v), pattern = case.inputs(), ChosenPattern()
     scale, size = q.shape[-1] ** -0.5, pattern.block
     choice = choose(
-        q, block_means(k, size), k.shape[1], None, scale, pattern.window, pattern.reach, size, pattern.blocks
+        q, block_means(k, size), k.shape[1], None, None, scale, pattern.window, pattern.reach, size, pattern.blocks
     )
-    given = (q, k, v, q, k, None, scale, pattern.window, size, choice)
+    given = (q, k, v, q, k, None, None, scale, pattern.window, size, choice)
     out, lse = CHOSEN_FORWARD.forward(*given)
     grad = torch.randn_like(out)
     return (

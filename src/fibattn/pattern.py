@@ -16,8 +16,8 @@ from fibattn.errors import InputError, whole_number
 
 Base = Literal["fibonacci", "power_of_two"]
 Schedule = Literal["fixed", "linear", "coprime", "learned"]
-LayerType = Literal["fibonacci_attention", "sliding_attention", "full_attention"]
-"""Window and rungs, the window alone, or everything."""
+LayerType = Literal["fibonacci_attention", "sliding_attention", "chosen_attention", "full_attention"]
+"""Window and rungs, the window alone, window and the blocks that a query chooses, or everything."""
 
 
 class Layers(TypedDict):

@@ -14,14 +14,24 @@ triton = pytest.importorskip("triton", reason="Triton is not installed (the extr
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fibattn.attention.triton import backward, decode, forward, key_gradients, paged  # noqa: E402
+from fibattn.attention.triton import (  # noqa: E402
+    backward,
+    chosen,
+    chosen_backward,
+    chosen_forward,
+    decode,
+    forward,
+    key_gradients,
+    paged,
+)
 from fibattn.attention.triton.columns import Columns  # noqa: E402
 from fibattn.attention.triton.launch import FUSED, row_options  # noqa: E402
 from fibattn.attention.triton.shape import shape_of  # noqa: E402
 
 SMALL_GPU, SHARED_MEMORY = 86, 101_376
 POINTERS = dict.fromkeys(("p_positions", "p_cache_positions", "p_table", "p_rungs"), "i32")
-POINTERS |= dict.fromkeys(("p_starts", "p_lengths", "p_first"), "i32")
+POINTERS |= dict.fromkeys(("p_starts", "p_lengths", "p_first", "p_lists", "p_inverse"), "i32")
+POINTERS |= dict.fromkeys(("p_bits", "p_words"), "i64")
 POINTERS |= dict.fromkeys(("p_fractions", "p_factors", "p_grad_lse"), "fp32")
 
 
@@ -34,7 +44,7 @@ def shared_memory(kernel: Any, sizes: dict[str, Any], dtype: str, absent: set[st
             signature[name], constants[name] = "constexpr", None if name in absent else sizes[name]
         elif name.startswith("p_"):
             signature[name] = "*" + pointers.get(name, dtype)
-        elif name.startswith("stride_") and not name.endswith(("set", "positions", "stride_table")):
+        elif name.startswith("stride_") and not name.endswith(("set", "positions", "shift", "table")):
             signature[name] = ("i32",) * 3
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
@@ -107,6 +117,21 @@ def test_decoding_fits_a_small_gpu(dtype: torch.dtype, size: int, group: int, le
     absent = {"p_positions"} | (set() if learned else {"p_fractions"})
     word = "fp32" if shape.exact else "bf16"
     assert shared_memory(decode.decode_kernel, sizes, word, absent) <= SHARED_MEMORY
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_chosen_blocks_fit_a_small_gpu(size: int) -> None:
+    q, k = (torch.empty(1, 1, heads, size, dtype=torch.bfloat16, device="meta") for heads in (8, 1))
+    shape = shape_of(q, k)
+    for kernel, tiles in (
+        (chosen.choose_kernel, chosen_forward.Tiles(64, 4, 3)),
+        (chosen_forward.chosen_forward_kernel, chosen_forward.tiles_for(shape)),
+        (chosen_backward.chosen_query_grad_kernel, chosen_backward.query_tiles_for(shape)),
+        (chosen_backward.chosen_key_grad_kernel, chosen_backward.key_tiles_for(shape, 16)),
+    ):
+        sizes = chosen_forward.options(shape, tiles, 16, False) | {"COUNT": 4}
+        absent = {"p_positions", "p_shift", "p_grad_lse"}
+        assert shared_memory(kernel, sizes, "bf16", absent) <= SHARED_MEMORY
 
 
 @pytest.mark.parametrize("longest", [1, 512])

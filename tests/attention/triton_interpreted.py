@@ -310,21 +310,24 @@ def test_storing_in_pages():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "keys", "heads", "kv_heads", "size", "pattern"),
+    ("tokens", "keys", "heads", "kv_heads", "size", "pattern", "starts"),
     [
-        (150, 150, 4, 2, 16, ChosenPattern(31, blocks=3, reach=127)),
-        (21, 100, 3, 1, 24, ChosenPattern(5, blocks=2, reach=80)),
-        (90, 90, 1, 1, 16, ChosenPattern(0, blocks=1, block=32, reach=90)),
-        (5, 5, 2, 1, 16, ChosenPattern()),
+        (100, 100, 4, 2, 16, ChosenPattern(31, blocks=2, reach=95), None),
+        (21, 100, 3, 1, 24, ChosenPattern(5, blocks=2, reach=80), None),
+        (90, 90, 1, 1, 16, ChosenPattern(0, blocks=1, block=32, reach=90), ((0, 40), (7, 7))),  # packed, padded
+        (5, 5, 2, 1, 16, ChosenPattern(), None),
     ],
 )
-@pytest.mark.parametrize("packed", [False, True])
-def test_chosen_blocks(tokens, keys, heads, kv_heads, size, pattern, packed):
+def test_chosen_blocks(tokens, keys, heads, kv_heads, size, pattern, starts):
     inputs = tensors(2, tokens, keys, heads, kv_heads, size)
     inputs += [x.flip(-1) * 0.7 for x in inputs[:2]] + [torch.linspace(0.5, 1.5, kv_heads)]
-    positions = torch.arange(keys)[None, -tokens:] % 60 if packed else None
+    positions = None
+    if starts is not None:
+        index, starts = torch.arange(keys), torch.tensor(starts)
+        positions = (index - torch.where(index < starts[:, 1:], starts[:, :1], starts[:, 1:])).clamp(min=0)
 
     def function(q, k, v, far_q, far_k, trust, return_lse, backend):
-        return attend_chosen(q, k, v, pattern, far=(far_q, far_k), trust=trust, positions=positions, backend=backend)
+        how = {"far": (far_q, far_k), "trust": trust, "positions": positions, "backend": backend}
+        return attend_chosen(q, k, v, pattern, **how)
 
     agree(function, inputs)

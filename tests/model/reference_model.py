@@ -42,6 +42,38 @@ def interpolated(q: Tensor, k: Tensor, v: Tensor, layer, scale: float) -> Tensor
     return out
 
 
+def by_choice(near: tuple[Tensor, Tensor], far: tuple[Tensor, Tensor], v: Tensor, layer, scale: float) -> Tensor:
+    """A layer whose queries choose, one query at a time: the window's keys, then those of the best blocks."""
+    config, (q, k), (far_q, far_k), out = layer.config, near, far, torch.zeros_like(near[0])
+    group, size = q.shape[0] // k.shape[0], config.block_size
+    for i in range(q.shape[1]):
+        starts = [s for s in range(0, i - size + 1, size) if config.window < i - s <= config.block_reach]
+        for kv in range(k.shape[0]):
+            heads = slice(kv * group, (kv + 1) * group)
+            means = [far_k[kv, s : s + size].mean(dim=0) for s in starts]
+            taken: list[int] = []
+            if starts:
+                shares = (far_q[heads, i] @ torch.stack(means).T * scale).softmax(dim=-1).sum(dim=0)
+                taken = shares.topk(min(config.blocks, len(starts))).indices.tolist()
+            window = range(max(i - config.window, 0), i + 1)
+            scores, read = [q[heads, i] @ k[kv, list(window)].T], list(window)
+            for number in taken:
+                own = [j for j in range(starts[number], starts[number] + size) if i - j > config.window]
+                trusted = float(layer.trust[kv].detach()) * means[number]
+                scores.append(far_q[heads, i] @ (far_k[kv, own] + trusted).T)
+                read += own
+            out[heads, i] = (torch.cat(scores, dim=1) * scale).softmax(dim=-1) @ v[kv, read]
+    return out
+
+
+def convolved(x: Tensor, weight: Tensor) -> Tensor:
+    """To each channel of x (heads, tokens, size) a sum over its last tokens, `weight` (taps, heads · size), added."""
+    total = x.clone()
+    for back, factor in enumerate(weight.unflatten(1, (x.shape[0], x.shape[2]))):
+        total[:, back:] += x[:, : x.shape[1] - back] * factor[:, None]
+    return total
+
+
 def logits(model: FibAttnForCausalLM, ids: Tensor) -> Tensor:
     """Logits of one row of tokens: (tokens,) in, (tokens, vocabulary) out."""
     config, weights = model.config, {name: value.detach().double() for name, value in model.state_dict().items()}
@@ -72,15 +104,22 @@ def logits(model: FibAttnForCausalLM, ids: Tensor) -> Tensor:
             (h @ weights[f"model.{at}.self_attn.{name}_proj.weight"].T).view(length, -1, size).transpose(0, 1)
             for name in "qkv"
         )
+        if config.kv_convolution and kind != "full_attention":
+            of_keys, of_values = weights[f"model.{at}.self_attn.kv_convolution"]
+            k, v = convolved(k, of_keys), convolved(v, of_values)
         if config.qk_norm:
             q, k = norm(q, f"{at}.self_attn.q_norm"), norm(k, f"{at}.self_attn.k_norm")
+        far = q, k
         if config.no_rope_layers[number]:
             plain = {"rope_type": "default", "rope_theta": config.rope_parameters["rope_theta"]}
             rope = config.rope_parameters if kind == "full_attention" else plain
             q, k = rotate(q, rope), rotate(k, rope)
+        near, values = (q, k), v
         k, v = (one.repeat_interleave(q.shape[0] // one.shape[0], dim=0) for one in (k, v))
         if config.learns_alpha(number):
             out = interpolated(q, k, v, layer.self_attn, scale)
+        elif kind == "chosen_attention":
+            out = by_choice(near, far, values, layer.self_attn, scale)
         else:
             patterns = config.layer_patterns(number)
             window = config.window

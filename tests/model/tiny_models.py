@@ -43,6 +43,13 @@ KINDS: dict[str, dict[str, Any]] = {
         "full_reach": 17,
         "rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0},
     },
+    "chosen": {
+        "layer_types": ["chosen_attention", "full_attention", "sliding_attention", "chosen_attention"],
+        "no_rope_layers": [1, 0, 1, 0],
+        "blocks": 1,
+        "block_reach": 45,
+        "kv_convolution": 3,
+    },
     "untied": {"tie_word_embeddings": False},
     "modern": {
         "layer_types": ["fibonacci_attention", "full_attention", "sliding_attention", "fibonacci_attention"],
@@ -80,7 +87,7 @@ def model(kind: str = "linear", **changes: Any) -> FibAttnForCausalLM:
         for name, parameter in made.named_parameters():
             if name.endswith("theta"):
                 parameter.fill_(-0.37 + 0.2 * made.config.num_hidden_layers)
-            if "norm" in name or name.endswith("skip"):
+            if "norm" in name or name.endswith(("skip", "trust", "kv_convolution")):
                 parameter.uniform_(0.5, 1.5)
     return made
 

@@ -1,8 +1,9 @@
 """Attention to a window and to blocks of keys that each query chooses: what every device does, and what a CPU does.
 
-A block is `pattern.block` keys, counted from the first key of the row. Its score for a query head is that of its mean
-key; the query heads of a KV head choose together. In one softmax with the window then are all keys of the chosen blocks
-beyond it, and to each of them the mean of its block is added: so the scores that choose have a gradient.
+A block is `pattern.block` keys, counted from the first key of a row's longest document: padding changes nothing.
+Its score for a query head is that of its mean key; the query heads of a KV head choose together. In one softmax with
+the window then are all keys of the chosen blocks beyond it, and to each of them the mean of its block is added: so the
+scores that choose have a gradient.
 """
 
 import torch
@@ -13,7 +14,7 @@ from fibattn.attention.reference import document_limit, wide
 from fibattn.pattern import ChosenPattern
 
 CHUNK = 128
-"""Queries that a CPU takes at a time, with all keys that they may see."""
+"""Queries that a CPU takes at a time, with all keys that they may see; the largest block divides it."""
 
 
 def block_means(k: Tensor, block: int) -> Tensor:
@@ -38,15 +39,14 @@ def choose(q: Tensor, means: Tensor, pattern: ChosenPattern, limit: Tensor, own:
     Args:
         q: (batch, query tokens, query heads, head size).
         means: (batch, blocks, KV heads, head size).
-        limit: how far back each query may look, (batch or 1, query tokens); `own`: where it stands (query tokens,).
+        limit: how far back each query may look, (batch or 1, query tokens); `own`: which key is its own, likewise.
     """
-    first = own[:, None] - torch.arange(means.shape[1], device=q.device) * pattern.block
+    first = own[..., None] - torch.arange(means.shape[1], device=q.device) * pattern.block
     nearest = max(pattern.window, pattern.block - 1)
-    open_ = (first > nearest) & (first <= limit[..., None].clamp(max=pattern.reach))  # (batch or 1, tokens, blocks)
-    shares = _scores(q, means, scale).masked_fill(~open_[:, None, None], -1e30).softmax(dim=-1).sum(dim=2)
-    shares = shares.masked_fill(~open_[:, None], -1.0)
-    best = shares.sort(dim=-1, descending=True, stable=True).indices[..., : pattern.blocks]
-    return torch.zeros_like(shares, dtype=torch.bool).scatter_(-1, best, True) & open_[:, None]
+    can = ((first > nearest) & (first <= limit[..., None].clamp(max=pattern.reach)))[:, None]
+    shares = _scores(q, means, scale).masked_fill(~can[:, :, None], -1e30).softmax(dim=-1).sum(dim=2)
+    best = shares.masked_fill(~can, -1.0).sort(dim=-1, descending=True, stable=True).indices[..., : pattern.blocks]
+    return torch.zeros_like(shares, dtype=torch.bool).scatter_(-1, best, True) & can
 
 
 def attend(
@@ -55,36 +55,82 @@ def attend(
     v: Tensor,
     far_q: Tensor,
     far_k: Tensor,
-    means: Tensor,
+    trust: Tensor | None,
     pattern: ChosenPattern,
     scale: float,
     positions: Tensor | None,
-    chunk: int,
+    chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
-    """Output like q and log-sum-exp (batch, query heads, query tokens), in plain PyTorch, differentiable.
+    """Output like q and log-sum-exp (batch, query heads, query tokens), in plain PyTorch, differentiable."""
+    at, own = needed(torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=q.device)[None], positions, pattern)
+    rows, limit = at.clamp(0, k.shape[1] - 1), document_limit(q, k, positions)
+    k, v, far_k = (rows_at(x, rows) for x in (k, v, far_k))
+    return attend_from(q, k, v, far_q, far_k, trust, pattern, scale, own, limit, chunk)
 
-    `far_k` has the means of its blocks added to it, `means` (batch, blocks, KV heads, head size) choose.
+
+def needed(places: Tensor, positions: Tensor | None, pattern: ChosenPattern) -> tuple[Tensor, Tensor]:
+    """Which keys queries may need, from where the first of these blocks begins, and which of them is each query's own.
+
+    Args:
+        places: which key of the sequence is each query's own, (batch or 1, tokens), rising by one.
+        positions: where in its document it is, likewise; `places` when None.
+
+    Returns:
+        (batch or 1, reach + block + tokens), where those before the first key are below 0, and (batch or 1, tokens).
     """
-    past, block = k.shape[1] - q.shape[1], pattern.block
-    limits = document_limit(q, k, positions)
-    found = []
+    first = 0 if positions is None else first_key(places, positions)
+    begin = (places[:, :1] - first - pattern.reach).div(pattern.block, rounding_mode="floor") * pattern.block + first
+    length = pattern.reach + pattern.block + places.shape[1]
+    return begin + torch.arange(length, device=places.device), places - begin
+
+
+def first_key(places: Tensor, positions: Tensor) -> Tensor:
+    """Where the longest document of each row begins, from where blocks are counted; (batch or 1, 1), int64."""
+    longest = positions.max(dim=1, keepdim=True)
+    return places.expand_as(positions).gather(1, longest.indices) - longest.values
+
+
+def rows_at(x: Tensor, rows: Tensor) -> Tensor:
+    """The tokens `rows` (batch or 1, tokens) of x (batch, …)."""
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], rows]
+
+
+def attend_from(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    far_q: Tensor,
+    far_k: Tensor,
+    trust: Tensor | None,
+    pattern: ChosenPattern,
+    scale: float,
+    own: Tensor,
+    limit: Tensor,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """The same for keys that begin with the first block that the first query may need.
+
+    Args:
+        own: which key is each query's own, (batch or 1, query tokens), rising by one.
+        limit: how far back it may look, likewise; what is farther, or behind `own`, may be anything finite.
+    """
+    means = block_means(far_k, pattern.block)
+    far_k = with_means(far_k, means, pattern.block, trust)
+    found, width = [], pattern.reach + 2 * pattern.block
     for start in range(0, q.shape[1], chunk):
-        mine = slice(start, start + chunk)
-        last = min(start + chunk, q.shape[1]) + past
-        begin = max(start + past - max(pattern.reach, pattern.window), 0) // block * block
-        own = torch.arange(start + past, last, device=q.device) - begin
-        seen = slice(begin, last)
-        some = means[:, begin // block : last // block].detach()
-        chosen = choose(far_q[:, mine].detach(), some, pattern, limits[:, mine], own, scale)
-        chosen = pad(chosen.repeat_interleave(block, dim=-1), (0, (last - begin) % block))
-        distance = own[:, None] - torch.arange(last - begin, device=q.device)
-        near = (distance >= 0) & (distance <= pattern.window) & (distance <= limits[:, mine, None])
-        far = chosen & (distance > pattern.window)
-        far_scores = _scores(far_q[:, mine], far_k[:, seen], scale)
-        scores = _scores(q[:, mine], k[:, seen], scale).masked_fill(~near[:, None, None], -torch.inf)
-        scores = torch.where(far[:, :, None], far_scores, scores)
-        weights = scores.softmax(dim=-1).to(v.dtype)
-        out = torch.einsum("bhgtn,bnhd->bthgd", weights, v[:, seen])
+        mine, seen = slice(start, start + chunk), slice(start, start + width + chunk)
+        some = means[:, start // pattern.block : seen.stop // pattern.block].detach()
+        keys, values = k[:, seen], v[:, seen]
+        at, back = own[:, mine] - start, limit[:, mine]
+        chosen = choose(far_q[:, mine].detach(), some, pattern, back, at, scale)
+        chosen = chosen.repeat_interleave(pattern.block, dim=-1)[..., : keys.shape[1]]
+        chosen = pad(chosen, (0, keys.shape[1] - chosen.shape[-1]))
+        distance = at[..., None] - torch.arange(keys.shape[1], device=q.device)
+        near = (distance >= 0) & (distance <= pattern.window) & (distance <= back[..., None])
+        scores = _scores(q[:, mine], keys, scale).masked_fill(~near[:, None, None], -torch.inf)
+        far = chosen & (distance > pattern.window)[:, None]
+        scores = torch.where(far[:, :, None], _scores(far_q[:, mine], far_k[:, seen], scale), scores)
+        out = torch.einsum("bhgtn,bnhd->bthgd", scores.softmax(dim=-1).to(v.dtype), values)
         found.append((out.flatten(2, 3), scores.logsumexp(dim=-1).flatten(1, 2)))
     outs, sums = zip(*found, strict=True)
     return torch.cat(outs, dim=1), torch.cat(sums, dim=2)

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fibattn.attention import blocks
+from fibattn.attention import blocks, ring
 from fibattn.attention.api import Backend, choose
-from fibattn.attention.checks import check_positions, check_tensors, under_autocast
+from fibattn.attention.checks import check_positions, check_rings, check_tensors, under_autocast
 from fibattn.attention.ops import kept_dtype, kernels
 from fibattn.attention.reference import wide
 from fibattn.errors import InputError
@@ -16,9 +16,11 @@ from fibattn.pattern import ChosenPattern
 _library = torch.library.Library("fibattn", "FRAGMENT")
 _PATTERN = "float scale, int window, int reach, int block, int blocks"
 _CHOICE = "Tensor bits, Tensor of_tiles, Tensor of_blocks"
-_GIVEN = f"Tensor q, Tensor k, Tensor v, Tensor far_q, Tensor far_k, Tensor? positions, {_CHOICE}, {_PATTERN}"
+_GIVEN = (
+    f"Tensor q, Tensor k, Tensor v, Tensor far_q, Tensor far_k, Tensor? positions, Tensor? shift, {_CHOICE}, {_PATTERN}"
+)
 _SAVED = "Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse"
-_CHOOSES = f"Tensor q, Tensor means, int keys, Tensor? positions, {_PATTERN}"
+_CHOOSES = f"Tensor q, Tensor means, int keys, Tensor? positions, Tensor? shift, {_PATTERN}"
 _library.define(f"choose_blocks({_CHOOSES}) -> (Tensor, Tensor, Tensor)")
 _library.define(f"attend_chosen_forward({_GIVEN}) -> (Tensor, Tensor)")
 _library.define(f"attend_chosen_backward({_SAVED}, {_GIVEN}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
@@ -44,8 +46,9 @@ def attend_chosen(
     itself has no gradient. Shapes, dtypes and autocast are as in `attend`.
 
     Args:
-        q, k, v, scale, positions, cu_seqlens, backend: as in `attend`. Blocks are cut from a row's first key, whatever
-            the documents; one that begins before a query's document is not for that query.
+        q, k, v, scale, positions, cu_seqlens, backend: as in `attend`. Blocks are cut from the first key of a row's
+            longest document, so padding changes nothing. Of others in the row, a block that begins in another
+            is for none of their queries.
         pattern: the window and the blocks.
         far: queries and keys for what lies beyond the window, shaped like q and k: without rotary positions, say.
             q and k when None.
@@ -64,20 +67,76 @@ def attend_chosen(
     _check_far(q, k, far_q, far_k, trust)
     if not isinstance(pattern, ChosenPattern):
         raise InputError(f"pattern is {pattern!r}; expected a fibattn.ChosenPattern, or call attend")
-    positions, tokens, dtype = check_positions(q, k, positions, cu_seqlens), q.shape[1], q.dtype
+    positions = check_positions(q, k, positions, cu_seqlens)
     chosen = choose(backend, q)
     if chosen == "reference":
-        q, k, v, far_q, far_k = (x.double() for x in (q, k, v, far_q, far_k))
-    means = blocks.block_means(far_k, pattern.block)
-    far_k = blocks.with_means(far_k, means, pattern.block, trust)
-    if chosen in ("reference", "cpu"):
-        chunk = tokens if chosen == "reference" else blocks.CHUNK
-        out, lse = blocks.attend(q, k, v, far_q, far_k, means, pattern, scale, positions, chunk)
-        return out.to(dtype), lse.to(wide(out.to(dtype)))
+        near, far = (q.double(), k.double(), v.double()), (far_q.double(), far_k.double())
+        out, lse = blocks.attend(*near, *far, trust, pattern, scale, positions, chunk=q.shape[1])
+        return out.to(q.dtype), lse.to(wide(q))
+    if chosen == "cpu":
+        return blocks.attend(q, k, v, far_q, far_k, trust, pattern, scale, positions)
+    shift, means, far_k = _blocks_of(far_k, q.shape[1], positions, pattern.block, trust)
     given = (scale, pattern.window, pattern.reach, pattern.block, pattern.blocks)
-    choice = torch.ops.fibattn.choose_blocks(far_q.detach(), means.detach(), k.shape[1], positions, *given)
-    out, lse = _AttendChosen.apply(q, k, v, far_q, far_k, positions, *choice, *given)
+    choice = torch.ops.fibattn.choose_blocks(far_q.detach(), means.detach(), k.shape[1], positions, shift, *given)
+    out, lse = _AttendChosen.apply(q, k, v, far_q, far_k, positions, shift, *choice, *given)
     return out, lse.to(wide(q))
+
+
+def attend_chosen_cached(
+    q: Tensor,
+    rings: tuple[Tensor, Tensor, Tensor],
+    k: Tensor,
+    v: Tensor,
+    pattern: ChosenPattern,
+    *,
+    far: tuple[Tensor, Tensor],
+    cache_positions: Tensor,
+    trust: Tensor | None = None,
+    positions: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """`attend_chosen` for the next tokens of a sequence whose earlier ones are in rings, which receive the new ones.
+
+    In plain PyTorch on every device; the cost of a token does not depend on how long the sequence is. The rings are
+    written in place, outside of autograd; gradients reach the tensors of this call.
+
+    Args:
+        q, k, v, far, trust, scale: as in `attend_chosen`.
+        rings: of k, v and the far keys, (batch, rows, KV heads, head size) each; at least `reach + 1` rows, or as many
+            as the sequence has tokens after this call.
+        cache_positions, positions: as in `attend_cached`.
+    """
+    scale = check_tensors(q, k, v, scale)
+    _check_far(q, k, *far, trust)
+    positions = check_positions(q, k, positions, None)
+    check_rings(q, *rings[:2], k, cache_positions, pattern.reach)
+    at, own = blocks.needed(cache_positions, positions, pattern)
+    new, seen = at - cache_positions[:, :1], []
+    for one, cache in zip((k, v, far[1]), rings, strict=True):
+        kept, fresh = blocks.rows_at(cache, at % cache.shape[1]), blocks.rows_at(one, new.clamp(0, q.shape[1] - 1))
+        seen.append(torch.where((new < 0)[..., None, None], kept, fresh))
+    for one, cache in zip((k, v, far[1]), rings, strict=True):
+        ring.store(cache, one, cache_positions)
+    limit = cache_positions if positions is None else torch.minimum(cache_positions, positions)
+    given = (q, seen[0], seen[1], far[0], seen[2], trust, pattern, scale)
+    return blocks.attend_from(*given, own, limit)[0]
+
+
+def _blocks_of(
+    k: Tensor, tokens: int, positions: Tensor | None, block: int, trust: Tensor | None
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """How many keys before its first a row's first block begins (batch or 1,), their means, and keys with these."""
+    if positions is None:
+        means = blocks.block_means(k, block)
+        return None, means, blocks.with_means(k, means, block, trust)
+    keys = k.shape[1]
+    places = torch.arange(keys - tokens, keys, device=k.device)[None]
+    shift = (-blocks.first_key(places, positions)[:, 0] % block).to(torch.int32)
+    at = torch.arange(-(-keys // block) * block, device=k.device) - shift[:, None]
+    means = blocks.block_means(blocks.rows_at(k, at.clamp(0, keys - 1)), block)
+    added = blocks.with_means(torch.zeros_like(k[:, :1]).expand(-1, at.shape[1], -1, -1), means, block, trust)
+    own = torch.arange(keys, device=k.device) + shift[:, None]
+    return shift, means, k + blocks.rows_at(added, own.clamp(max=at.shape[1] - 1))
 
 
 def _check_far(q: Tensor, k: Tensor, far_q: Tensor, far_k: Tensor, trust: Tensor | None) -> None:
@@ -91,24 +150,24 @@ def _check_far(q: Tensor, k: Tensor, far_q: Tensor, far_k: Tensor, trust: Tensor
 
 @torch.library.impl(_library, "choose_blocks", "CUDA")
 @torch.library.impl(_library, "choose_blocks", "CPU")
-def _(q, means, keys, positions, scale, window, reach, block, count) -> tuple[Tensor, Tensor, Tensor]:
-    return kernels().chosen.choose(q, means, keys, positions, scale, window, reach, block, count)
+def _(q, means, keys, positions, *given) -> tuple[Tensor, Tensor, Tensor]:
+    return kernels().chosen.choose(q, means, keys, positions, *given)
 
 
 @torch.library.impl(_library, "attend_chosen_forward", "CUDA")
 @torch.library.impl(_library, "attend_chosen_forward", "CPU")
-def _(q, k, v, far_q, far_k, positions, bits, of_tiles, of_blocks, scale, window, reach, block, count):
+def _(q, k, v, far_q, far_k, positions, shift, bits, of_tiles, of_blocks, scale, window, reach, block, count):
     room = kernels()
     choice = room.chosen.Choice(bits, of_tiles, of_blocks)
-    return room.chosen_forward.forward(q, k, v, far_q, far_k, positions, scale, window, block, choice)
+    return room.chosen_forward.forward(q, k, v, far_q, far_k, positions, shift, scale, window, block, choice)
 
 
 @torch.library.impl(_library, "attend_chosen_backward", "CUDA")
 @torch.library.impl(_library, "attend_chosen_backward", "CPU")
-def _(grad_out, grad_lse, out, lse, q, k, v, far_q, far_k, positions, bits, of_tiles, of_blocks, *pattern):
+def _(grad_out, grad_lse, out, lse, q, k, v, far_q, far_k, positions, shift, bits, of_tiles, of_blocks, *pattern):
     room, (scale, window, _, block, _) = kernels(), pattern
     choice = room.chosen.Choice(bits, of_tiles, of_blocks)
-    given = (q, k, v, far_q, far_k, positions, scale, window, block, choice)
+    given = (q, k, v, far_q, far_k, positions, shift, scale, window, block, choice)
     return room.chosen_backward.backward(grad_out, grad_lse, out, lse, *given)
 
 
@@ -117,10 +176,10 @@ def _like(x: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("fibattn::choose_blocks", lib=_library)
-def _(q, means, keys, positions, scale, window, reach, block, count):
+def _(q, means, keys, positions, shift, scale, window, reach, block, count):
     batch, tokens = q.shape[:2]
     number, kv_heads = means.shape[1:3]
-    tiles = -(-keys // 16) - (keys - tokens) // 16
+    tiles = -(-(keys if shift is None else keys + block - 1) // 16) - (keys - tokens) // 16
     return (
         q.new_empty(batch, kv_heads, tokens, dtype=torch.int64),
         q.new_empty(batch, kv_heads, tiles, 65, dtype=torch.int32),
@@ -150,6 +209,7 @@ class _AttendChosen(torch.autograd.Function):
         far_q: Tensor,
         far_k: Tensor,
         positions: Tensor | None,
+        shift: Tensor | None,
         bits: Tensor,
         of_tiles: Tensor,
         of_blocks: Tensor,
@@ -159,13 +219,13 @@ class _AttendChosen(torch.autograd.Function):
         block: int,
         count: int,
     ) -> tuple[Tensor, Tensor]:
-        given = (q, k, v, far_q, far_k, positions, bits, of_tiles, of_blocks)
+        given = (q, k, v, far_q, far_k, positions, shift, bits, of_tiles, of_blocks)
         return torch.ops.fibattn.attend_chosen_forward(*given, scale, window, reach, block, count)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:9], *output)
-        ctx.rest = inputs[9:]
+        ctx.save_for_backward(*inputs[:10], *output)
+        ctx.rest = inputs[10:]
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -173,4 +233,4 @@ class _AttendChosen(torch.autograd.Function):
         *inputs, out, lse = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         grads = torch.ops.fibattn.attend_chosen_backward(grad_out, grad_lse, out, lse, *inputs, *ctx.rest)
-        return *grads, *[None] * 9
+        return *grads, *[None] * 10

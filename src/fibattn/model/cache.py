@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    STATIC_LAYER_TYPE_MAPPING,
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    StaticLayer,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fibattn.attention import ring as decode
@@ -51,9 +58,10 @@ class RingLayer(CacheLayerMixin):
         if self.reach < 0:
             raise InputError("this cache layer belongs to no layer of a model yet; let the model write to it")
         self.device, self.batch_size = key_states.device, key_states.shape[0]
-        batch, heads, tokens, size = key_states.shape
+        batch, heads, tokens, _ = key_states.shape
         with _writable():
-            self._hold(*(key_states.new_zeros(batch, heads, self._rows_for(tokens), size) for _ in range(2)))
+            rows = (batch, heads, self._rows_for(tokens))
+            self._hold(*(key_states.new_zeros(*rows, x.shape[3]) for x in (key_states, value_states)))
         self.is_initialized = True
 
     def _rows_for(self, tokens: int) -> int:
@@ -89,6 +97,10 @@ class RingLayer(CacheLayerMixin):
             )
         self.count(k, v)
         return self._rings
+
+    def before(self, cache_positions: Tensor, count: int) -> list[Tensor]:
+        """The `count` keys and values before a chunk, (batch, count, KV heads, head size), oldest first."""
+        return [decode.before(ring, cache_positions, count) for ring in self._rings]
 
     def count(self, k: Tensor, v: Tensor) -> None:
         """Note that the tokens k and v are about to be written, and see that there is room."""
@@ -137,7 +149,6 @@ class RingLayer(CacheLayerMixin):
 class DynamicRingLayer(RingLayer, DynamicLayer):
     """A ring that counts on the host, for `DynamicCache`; it grows, and can go back as far as it was told to record."""
 
-    _layer_type = "fibonacci_attention"
     record_past = False
 
     def __init__(self, **_: Any):
@@ -224,7 +235,6 @@ class DynamicRingLayer(RingLayer, DynamicLayer):
 class StaticRingLayer(RingLayer, StaticLayer):
     """A ring that counts on the device, for `StaticCache` and compiled decoding; it cannot go back."""
 
-    _layer_type = "fibonacci_attention"
     is_croppable = False
 
     def __init__(self, max_cache_len: int = -1, **_: Any):
@@ -257,6 +267,10 @@ class StaticRingLayer(RingLayer, StaticLayer):
                 "a static cache of sparse layers cannot be cropped, it has already overwritten what would be within "
                 "reach again; use a DynamicCache (leave cache_implementation out)"
             )
+
+
+for _kind in ("fibonacci_attention", "chosen_attention"):
+    DYNAMIC_LAYER_TYPE_MAPPING[_kind], STATIC_LAYER_TYPE_MAPPING[_kind] = DynamicRingLayer, StaticRingLayer
 
 
 def only_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:

@@ -13,14 +13,23 @@ from transformers.modeling_rope_utils import RopeParameters
 
 from fibattn import files
 from fibattn.errors import InputError, suggestion
-from fibattn.pattern import Base, LayerType, LearnedPattern, Pattern, Schedule, base_rungs, layer_patterns
+from fibattn.pattern import (
+    Base,
+    ChosenPattern,
+    LayerType,
+    LearnedPattern,
+    Pattern,
+    Schedule,
+    base_rungs,
+    layer_patterns,
+)
 
 LAYER_TYPES = get_args(LayerType)
 
 _SHIM = "modeling_fibattn"
 
 # Transformers has no call to make a layer type known, and its Trainer reads configurations by their base class.
-configuration_utils.ALLOWED_ATTN_LAYER_TYPES += ("fibonacci_attention",)  # pyright: ignore[reportPrivateImportUsage]
+configuration_utils.ALLOWED_ATTN_LAYER_TYPES += ("fibonacci_attention", "chosen_attention")  # pyright: ignore[reportPrivateImportUsage]
 
 _TRANSFORMERS_READS = {
     *("auto_map", "custom_pipelines", "quantization_config", "compression_config", "transformers_weights"),
@@ -58,8 +67,14 @@ class FibAttnConfig(PreTrainedConfig):
         rungs: how many Fibonacci rungs there are before scaling.
         rung_reach: the farthest unscaled rung of a power-of-two base; training length - 1 when None.
         max_offset: rungs farther than this after scaling are dropped; None keeps all.
-        layer_types: for each layer `fibonacci_attention`, `sliding_attention` (window only) or
-            `full_attention`; all Fibonacci when None.
+        layer_types: for each layer `fibonacci_attention`, `sliding_attention` (window only), `chosen_attention` (window
+            and the blocks that a query chooses, by keys without rotary positions) or `full_attention`; all Fibonacci
+            when None.
+        blocks: how many blocks a query of a `chosen_attention` layer chooses.
+        block_size: keys of a block: 16, 32, 64 or 128.
+        block_reach: how far back the first key of a block may be.
+        kv_convolution: to each channel of keys and values a learned sum over its last so many tokens is added, in all
+            layers but those of `full_attention`; 0 for none.
         no_rope_layers: for each layer 1 with RoPE or 0 without, as in Transformers' SmolLM3; all 1 when None.
         full_reach: how far back the full-attention layers look; None: to the beginning. A trained model may be loaded
             with it (`from_pretrained(…, full_reach=1023)`): then it runs for ever at constant cost, and far context
@@ -118,6 +133,10 @@ class FibAttnConfig(PreTrainedConfig):
     full_reach: int | None = None
     layer_limits: list[int | None] | None = None
     layer_offsets: list[list[list[int]] | None] | None = None
+    blocks: int = 4
+    block_size: int = 16
+    block_reach: int = 1023
+    kv_convolution: int = 0
     converted_from: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -192,7 +211,7 @@ class FibAttnConfig(PreTrainedConfig):
         return base_rungs(self.base, count=self.rungs, reach=1 if self.rung_reach is None else self.rung_reach)  # pyright: ignore[reportArgumentType]
 
     def layer_patterns(self, layer: int) -> tuple[Pattern, ...] | None:
-        """The patterns of a layer's KV heads (one when they share it); None for unbounded attention, learned rungs."""
+        """The patterns of a layer's KV heads (one when they share it); None where distances are not fixed, or all."""
         full = (self.layer_types or [])[layer] == "full_attention"
         limits = [self._limit(layer), self.full_reach if full else self.window]
         window = min((limit for limit in limits if limit is not None), default=None)
@@ -213,12 +232,25 @@ class FibAttnConfig(PreTrainedConfig):
         """What the layers attend to that learn an alpha, which stays below 1.5."""
         return LearnedPattern(self.window, self.base_rungs, self.max_offset, largest_alpha=1.5)
 
+    @property
+    def chosen_pattern(self) -> ChosenPattern:
+        """What the layers of `chosen_attention` attend to."""
+        return ChosenPattern(self.window, self.blocks, self.block_size, self.block_reach)
+
+    def layer_pattern(self, layer: int) -> tuple[Pattern, ...] | LearnedPattern | ChosenPattern | None:
+        """What a layer attends to, of whatever kind; None for unbounded attention."""
+        if self.chooses(layer):
+            return self.chosen_pattern
+        return self.learned_pattern if self.learns_alpha(layer) else self.layer_patterns(layer)
+
     def layer_reach(self, layer: int) -> int | None:
         """The farthest distance a layer looks back; None for unbounded attention."""
-        if self.learns_alpha(layer):
-            return self.learned_pattern.reach
-        patterns = self.layer_patterns(layer)
-        return None if patterns is None else max(pattern.reach for pattern in patterns)
+        pattern = self.layer_pattern(layer)
+        return max(one.reach for one in pattern) if isinstance(pattern, tuple) else pattern and pattern.reach
+
+    def chooses(self, layer: int) -> bool:
+        """Whether the queries of the layer choose blocks of keys."""
+        return (self.layer_types or [])[layer] == "chosen_attention"
 
     def learns_alpha(self, layer: int) -> bool:
         """Whether the layer has a scale that is trained."""
@@ -263,6 +295,12 @@ class FibAttnConfig(PreTrainedConfig):
             raise InputError(f"layer_limits is {self.layer_limits}; each entry is at least 1, or None for no limit")
         if self.layer_limits and self.schedule == "learned":
             raise InputError("layer_limits are given, but a learned scale moves the rungs; take a fixed schedule")
+        if "chosen_attention" in (self.layer_types or []):
+            _ = self.chosen_pattern  # which checks its numbers
+            if self.layer_limits:
+                raise InputError("layer_limits are given, but chosen_attention has block_reach; leave one of them out")
+        if not 0 <= self.kv_convolution <= 64:
+            raise InputError(f"kv_convolution is {self.kv_convolution}; it is from 1 to 64 tokens, or 0 for none")
         if set(self.no_rope_layers or []) - {0, 1}:
             raise InputError(f"no_rope_layers is {self.no_rope_layers}; each entry is 1 (with RoPE) or 0 (without)")
         if self.hidden_act not in ACT2FN:
@@ -282,7 +320,7 @@ class FibAttnConfig(PreTrainedConfig):
         for layer, kind in enumerate(self.layer_types or []):
             if kind == "sliding_attention":
                 resolved.append([[]])
-            elif kind == "full_attention" or self.learns_alpha(layer):
+            elif kind in ("full_attention", "chosen_attention") or self.learns_alpha(layer):
                 resolved.append(None)
             else:
                 heads, limit = patterns[layer :: self.num_hidden_layers], self._limit(layer)

@@ -12,15 +12,18 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from fibattn.attention import attend, attend_cached
+from fibattn.attention import attend, attend_cached, attend_chosen, attend_chosen_cached
+from fibattn.errors import InputError
 from fibattn.model import batching
-from fibattn.model.cache import check_full, ring_of
+from fibattn.model.cache import RingLayer, check_full, ring_of
 from fibattn.model.configuration import FibAttnConfig
+from fibattn.model.convolution import convolved, take
 from fibattn.model.feed_forward import gains_from_padding, padded_gated
 from fibattn.model.layer import LearnedScale, new_theta
 from fibattn.model.norm import FibAttnRMSNorm
 from fibattn.model.positions import Shard
 from fibattn.model.rotary import Rotation, rotate
+from fibattn.pattern import ChosenPattern
 
 
 class FibAttnAttention(LearnedScale):
@@ -34,6 +37,9 @@ class FibAttnAttention(LearnedScale):
         self.scaling, self.attention_dropout, self.is_causal = size**-0.5, 0.0, True
         self.theta = new_theta() if config.learns_alpha(layer) else None
         self.attend_by(config)
+        taps = 0 if (config.layer_types or [])[layer] == "full_attention" else config.kv_convolution
+        self.trust = nn.Parameter(torch.ones(kv_heads)) if config.chooses(layer) else None
+        self.kv_convolution = nn.Parameter(torch.zeros(2, taps, kv_heads * size)) if taps else None
         bias = config.attention_bias or config.qkv_bias
         self.q_proj = nn.Linear(config.hidden_size, heads * size, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_heads * size, bias=bias)
@@ -46,7 +52,7 @@ class FibAttnAttention(LearnedScale):
         layer = self.layer_idx
         self.scales_rope = config.rope_scales_all or (config.layer_types or [])[layer] == "full_attention"
         self.rotated = bool((config.no_rope_layers or [])[layer])
-        self.pattern = config.learned_pattern if config.learns_alpha(layer) else config.layer_patterns(layer)
+        self.pattern = config.layer_pattern(layer)
         self.reach = config.layer_reach(layer)
 
     def forward(
@@ -67,11 +73,21 @@ class FibAttnAttention(LearnedScale):
         """
         shape = (*hidden.shape[:2], -1, self.head_dim)
         q, k, v = (project(hidden).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
+        if shard is not None and (self.trust is not None or self.kv_convolution is not None):
+            what = "a convolution over keys and values" if self.trust is None else "blocks that queries choose"
+            raise InputError(f"context parallelism does not do {what} (layer {self.layer_idx}) yet; leave it off")
+        ring = None
+        if isinstance(cache, Cache) and self.pattern is not None:
+            ring = ring_of(cache, self.layer_idx, self.pattern, self.reach or 0)
+        raw = () if self.kv_convolution is None else (k, v)
+        if self.kv_convolution is not None:
+            k, v = convolved((k, v), self.kv_convolution, ring, positions, cache_positions)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        far = q, k
         if self.rotated:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        out = self.attend(q, k, v, attention_mask, positions, cache, cache_positions, shard, **kwargs)
+        out = self.attend(q, k, v, far, raw, ring, attention_mask, positions, cache, cache_positions, shard, **kwargs)
         return self.o_proj(out.reshape(*hidden.shape[:2], -1))
 
     def attend(
@@ -79,6 +95,9 @@ class FibAttnAttention(LearnedScale):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        far: tuple[Tensor, Tensor],
+        raw: tuple[Tensor, ...],
+        ring: RingLayer | None,
         attention_mask: Tensor | None,
         positions: Tensor | None,
         cache: Cache | PagedAttentionCache | None,
@@ -86,27 +105,52 @@ class FibAttnAttention(LearnedScale):
         shard: Shard | None,
         **kwargs: Any,
     ) -> Tensor:
-        """Of q (batch, tokens, query heads, head size) to k and v, and to what is in a cache or in other parts."""
+        """Of q (batch, tokens, query heads, head size) to k and v, and to what is in a cache or in other parts.
+
+        `far` are q and k as they were before they were rotated; `raw`, if anything, k and v before the convolution,
+        which the `ring` of the cache keeps, too.
+        """
+        how: dict[str, Any] = {"scale": self.scaling, "positions": positions}
+        if isinstance(self.pattern, ChosenPattern):
+            return self._attend_by_choice(q, k, v, far, raw, ring, cache_positions, **how)
         if shard is not None:
-            how: dict[str, Any] = {"alpha": self.alpha, "scale": self.scaling, "positions": positions}
-            return shard.attend(q, k, v, self.pattern, **how)
+            return shard.attend(q, k, v, self.pattern, alpha=self.alpha, **how)
         if self.pattern is None:
             return self._attend_fully(q, k, v, attention_mask, cache, **kwargs)
         if isinstance(cache, PagedAttentionCache):
             k, v = batching.update(cache, k.transpose(1, 2), v.transpose(1, 2), self.layer_idx, kwargs)
             alpha = None if self.theta is None else self.alpha
             return batching.attend_batch(q, k, v, self.pattern, kwargs, alpha=alpha, scale=self.scaling)
-        return self._attend_sparsely(q, k, v, positions, cache, cache_positions)
+        how["alpha"] = self.alpha
+        if ring is None:
+            return attend(q, k, v, self.pattern, **how)
+        (keys, *_), (values, *_) = take(ring, (k, *raw[:1]), (v, *raw[1:]), cache_positions, written=1)
+        return attend_cached(q, keys, values, k, v, self.pattern, cache_positions=cache_positions, **how)
 
-    def _attend_sparsely(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, cache: Cache | None, cache_positions: Tensor
+    def _attend_by_choice(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        far: tuple[Tensor, Tensor],
+        raw: tuple[Tensor, ...],
+        ring: RingLayer | None,
+        cache_positions: Tensor,
+        **how: Any,
     ) -> Tensor:
-        assert self.pattern is not None
-        if cache is None:
-            return attend(q, k, v, self.pattern, alpha=self.alpha, scale=self.scaling, positions=positions)
-        rings = ring_of(cache, self.layer_idx, self.pattern, self.reach or 0).take(k, v)
-        how: dict[str, Any] = {"alpha": self.alpha, "scale": self.scaling, "positions": positions}
-        return attend_cached(q, *rings, k, v, self.pattern, cache_positions=cache_positions, **how)
+        """To the window by q and k, to the chosen blocks by `far`; `raw` is only kept."""
+        assert isinstance(self.pattern, ChosenPattern)
+        how |= {"far": far, "trust": self.trust}
+        if ring is None:
+            return attend_chosen(q, k, v, self.pattern, **how)[0]
+        first = not ring.is_initialized
+        (keys, far_keys, *_), (values, *_) = take(
+            ring, (k, far[1], *raw[:1]), (v, *raw[1:]), cache_positions, written=0 if first else 2
+        )
+        if first:
+            return attend_chosen(q, k, v, self.pattern, **how)[0]
+        rings = keys, values, far_keys
+        return attend_chosen_cached(q, rings, k, v, self.pattern, cache_positions=cache_positions, **how)
 
     def _attend_fully(
         self,

@@ -69,8 +69,14 @@ class FibAttnPreTrainedModel(PreTrainedModel):
                 initialization.zeros_(module.bias)
         elif isinstance(module, nn.RMSNorm):
             initialization.ones_(module.weight)
-        elif isinstance(module, FibAttnAttention) and module.theta is not None:
-            initialization.zeros_(module.theta)
+        elif isinstance(module, FibAttnAttention):
+            for weight, fill in (
+                (module.theta, initialization.zeros_),
+                (module.trust, initialization.ones_),
+                (module.kv_convolution, initialization.zeros_),
+            ):
+                if weight is not None:
+                    fill(weight)
         elif isinstance(module, FibAttnDecoderLayer) and module.skip is not None:
             initialization.copy_(module.skip, module.skip.new_tensor([1.0, 0.0]))
         elif isinstance(module, FibAttnRotaryEmbedding):
@@ -240,7 +246,16 @@ class FibAttnForCausalLM(FibAttnPreTrainedModel, GenerationMixin):
         return FibAttnModel.prepare_masks(config, inputs_embeds, attention_mask, position_ids, cache)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> ContinuousBatchingManager:
-        """As in Transformers."""
+        """As in Transformers.
+
+        Raises:
+            InputError: for a model whose queries choose blocks, or with a convolution over keys and values.
+        """
+        if self.config.kv_convolution or "chosen_attention" in (self.config.layer_types or []):
+            raise InputError(
+                "continuous batching does not do chosen_attention or kv_convolution yet, and this model has "
+                "one of them; call generate()"
+            )
         reaches = [self.config.layer_reach(layer) for layer in range(self.config.num_hidden_layers)]
         return batching.start_batching(self, reaches, *args, **kwargs)
 

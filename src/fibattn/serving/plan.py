@@ -14,6 +14,7 @@ SERVED = frozenset(
         *("mlp_bias", "pad_token_id", "bos_token_id", "eos_token_id", "base", "schedule", "stagger_heads", "window"),
         *("rungs", "rung_reach", "max_offset", "layer_types", "no_rope_layers", "full_reach", "layer_limits"),
         *("converted_from", "layer_offsets", "gated_mlp", "embedding_skip", "zero_init_outputs", "autocast_residual"),
+        *("blocks", "block_size", "block_reach", "kv_convolution"),
     )
 )
 """The fields that the model for vLLM follows, or may pass over."""
@@ -25,6 +26,11 @@ def check_served(config: FibAttnConfig) -> None:
     Raises:
         InputError: naming it.
     """
+    if config.kv_convolution or "chosen_attention" in (config.layer_types or []):
+        raise InputError(
+            "the model for vLLM does not do chosen_attention or kv_convolution yet, and this one has one of them; "
+            "call generate()"
+        )
     for name in sorted(set(FibAttnConfig.__annotations__) - SERVED):
         default, value = getattr(FibAttnConfig, name, None), getattr(config, name)
         if value not in (default, None):

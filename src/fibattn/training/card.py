@@ -23,6 +23,7 @@ _EMPTY = f"## Results\n\n{_BEGIN}\n{_NONE_YET}\n{_END}"
 _ATTENTION = {
     "fibonacci_attention": "window and distances",
     "sliding_attention": "window only",
+    "chosen_attention": "window and blocks that queries choose",
     "full_attention": "full",
 }
 
@@ -179,6 +180,9 @@ def _layers(config: FibAttnConfig) -> Iterator[str]:
         distances = " / ".join(", ".join(map(str, pattern.offsets)) for pattern in patterns or ())
         if config.learns_alpha(layer):
             distances = f"{', '.join(map(str, config.base_rungs))}, times a learned scale"
+        if config.chooses(layer):
+            blocks = config.chosen_pattern
+            distances = f"{blocks.blocks} blocks of {blocks.block} keys among the last {blocks.reach + 1:,}"
         rotated = "yes" if (config.no_rope_layers or [])[layer] else "no"
         window = patterns[0].window if patterns else config.window
         bounded = window != config.window or (patterns is not None and kind == "full_attention")

@@ -32,7 +32,8 @@ class ModelRecipe:
     num_key_value_heads: int = 2
     """Heads of keys and values, each shared by as many query heads."""
     layer_types: tuple[LayerType, ...] = ("fibonacci_attention",)
-    """What each layer does: window and rungs, window alone, or everything. Shorter than the depth, it repeats."""
+    """What each layer does: window and rungs, window alone, window and blocks that queries choose, or everything.
+    Shorter than the depth, it repeats."""
     no_rope_layers: tuple[Literal[0, 1], ...] = (1,)
     """For each layer 1 with rotary positions, 0 without. Shorter than the depth, it repeats."""
     base: Base = "fibonacci"
@@ -51,6 +52,14 @@ class ModelRecipe:
     full_reach: int | Literal["sequence"] | None = None
     """How far back the full layers of the finished model look; sequence: as far as in training, so that it runs for
     ever at constant cost. None: to the beginning. Training is the same."""
+    blocks: int = 4
+    """How many blocks a query of chosen_attention takes."""
+    block_size: int = 16
+    """Keys of such a block: 16, 32, 64 or 128."""
+    block_reach: int = 1023
+    """How far back the first key of such a block may be."""
+    kv_convolution: int = 0
+    """Let keys and values of all but full layers carry those of their last so many tokens; 0: of none."""
     rope_theta: float = 10_000.0
     """Base of the rotary positions: larger turns slower."""
     hidden_act: Literal["silu", "relu2"] = "silu"

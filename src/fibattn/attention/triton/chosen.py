@@ -1,7 +1,9 @@
 """Which blocks of keys the queries choose: bits a query, and lists both ways, so that nothing else is read.
 
 A program has the 16 queries of a tile, which lies in one block of keys: all of them choose among the same 64 blocks.
-Block `b` is bit `b mod 64` of a query's word; no two blocks in reach share one. Tiles begin at every 16th key.
+Block `b` is bit `b mod 64` of a query's word; no two blocks in reach share one. Tiles begin at every 16th key. Where a
+row's longest document does not begin with a block, all are counted from `shift` keys before the first, a number a row,
+(batch or 1,).
 """
 
 from typing import NamedTuple
@@ -34,10 +36,10 @@ class Choice(NamedTuple):
     """The tiles with a query that chose a block, rising; (batch, KV heads, blocks, 1 + 4 · block), int32."""
 
 
-def tiles_of(tokens: int, keys: int) -> tuple[int, int]:
+def tiles_of(tokens: int, keys: int, shift: Tensor | None, block: int) -> tuple[int, int]:
     """The first tile with a query, and how many there are."""
     first = (keys - tokens) // TILE.value
-    return first, launch.blocks(keys, TILE.value) - first
+    return first, launch.blocks(keys + (0 if shift is None else block - 1), TILE.value) - first
 
 
 def choose(
@@ -45,6 +47,7 @@ def choose(
     means: Tensor,
     keys: int,
     positions: Tensor | None,
+    shift: Tensor | None,
     scale: float,
     window: int,
     reach: int,
@@ -53,23 +56,23 @@ def choose(
 ) -> Choice:
     """What the queries (batch, tokens, query heads, size), the last of `keys`, choose.
 
-    By the mean keys of the whole blocks, (batch, keys // block, KV heads, size): those with the largest shares, which
+    By the mean keys of the blocks, (batch, blocks, KV heads, size): those with the largest shares, which
     the query heads of a KV head would each give them, summed.
     """
     shape = shape_of(q, means)
     batch, tokens = q.shape[:2]
     kv_heads, blocks = means.shape[2], means.shape[1]
-    first_tile, tiles = tiles_of(tokens, keys)
+    first_tile, tiles = tiles_of(tokens, keys, shift, block)
     bits = q.new_empty(batch, kv_heads, tokens, dtype=torch.int64)
     words = q.new_empty(batch, kv_heads, tiles, dtype=torch.int64)
     lists = q.new_empty(batch, kv_heads, tiles, 1 + SLOTS.value, dtype=torch.int32)
     most = SLOTS.value * block // TILE.value
     inverse = q.new_empty(batch, kv_heads, blocks, 1 + most, dtype=torch.int32)
     choose_kernel[(tiles * kv_heads, batch)](
-        *(q, means, positions, bits, words, lists),
+        *(q, means, positions, shift, bits, words, lists),
         *(scale, tokens, keys, window, reach, kv_heads, tiles, first_tile),
         *launch.strides(q, means),
-        row_stride(positions),
+        *(row_stride(positions), row_stride(shift)),
         GROUP=shape.group,
         GP=shape.padded_group,
         SIZE=shape.size,
@@ -91,11 +94,12 @@ def choose(
 _UNSPECIALIZED = [*("tokens", "keys", "window", "reach", "kv_heads", "tiles", "first_tile", "blocks")]
 
 
-@triton.jit(do_not_specialize=[*_UNSPECIALIZED[:-1], "stride_positions"])
+@triton.jit(do_not_specialize=[*_UNSPECIALIZED[:-1], "stride_positions", "stride_shift"])
 def choose_kernel(
     p_q,
     p_means,
     p_positions,
+    p_shift,
     p_bits,
     p_words,
     p_lists,
@@ -110,6 +114,7 @@ def choose_kernel(
     stride_q,
     stride_m,
     stride_positions,
+    stride_shift,
     GROUP: tl.constexpr,
     GP: tl.constexpr,
     SIZE: tl.constexpr,
@@ -126,7 +131,8 @@ def choose_kernel(
     p_means += i_batch * stride_m[0] + i_head * stride_m[2]
     i_list = (i_batch * kv_heads + i_head) * tiles + i_tile
     past = keys - tokens
-    first_query = (first_tile + i_tile) * TILE - past
+    shift = row_shift(p_shift, stride_shift, i_batch)
+    first_query = (first_tile + i_tile) * TILE - shift - past
     o_query, o_group, m_row = tile_rows(first_query, tokens, BR, GP, GROUP)
     # From the oldest: the block before the tile's own is the newest that can end before a query.
     o_block = (first_tile + i_tile) * TILE // BLOCK - SLOTS + tl.arange(0, SLOTS)
@@ -136,7 +142,7 @@ def choose_kernel(
     o_token = first_query + tl.arange(0, TILE)
     m_token = (o_token >= 0) & (o_token < tokens)
     b_limit = tl.minimum(query_limit(p_positions, stride_positions, i_batch, o_token, past, m_token), reach)
-    b_first = (o_token + past)[:, None] - (o_block * BLOCK)[None, :]
+    b_first = (o_token + past)[:, None] - (o_block * BLOCK - shift)[None, :]
     m_block = (b_first > tl.maximum(window, BLOCK - 1)) & (b_first <= b_limit[:, None])
     m_block = m_block & (o_block >= 0)[None, :] & m_token[:, None]
 
@@ -179,6 +185,15 @@ def store_list(p_list, o_entry, b_any):
     """Write how many entries are wanted, and these."""
     tl.store(p_list, tl.sum(b_any, 0))
     tl.store(p_list + tl.cumsum(b_any, 0), o_entry, mask=b_any != 0)
+
+
+@triton.jit
+def row_shift(p_shift, stride, i_batch):
+    """How many keys before a row's first its first block begins."""
+    shift = 0
+    if p_shift is not None:
+        shift = tl.load(p_shift + i_batch * stride)
+    return shift
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from fibattn.attention.triton import launch
-from fibattn.attention.triton.chosen import SLOTS, TILE, Choice, tile_rows, tiles_of
+from fibattn.attention.triton.chosen import SLOTS, TILE, Choice, row_shift, tile_rows, tiles_of
 from fibattn.attention.triton.chosen_forward import UNSPECIALIZED, Tiles, far_mask, listed_keys, options, tiles_for
 from fibattn.attention.triton.columns import row_stride
 from fibattn.attention.triton.dense_window import near_mask
@@ -44,6 +44,7 @@ def backward(
     far_q: Tensor,
     far_k: Tensor,
     positions: Tensor | None,
+    shift: Tensor | None,
     scale: float,
     window: int,
     block: int,
@@ -55,7 +56,7 @@ def backward(
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     batch, tokens = q.shape[:2]
     keys, kv_heads = k.shape[1:3]
-    first_tile, tiles = tiles_of(tokens, keys)
+    first_tile, tiles = tiles_of(tokens, keys, shift, block)
     given = (q, k, v, far_q, far_k)
     dq, dk, dv, dfq, dfk = grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in given)
     delta = torch.empty_like(lse)
@@ -63,18 +64,19 @@ def backward(
     sizes = (scale, tokens, keys, window, kv_heads, tiles, first_tile)
     try:
         chosen_query_grad_kernel[(tiles * kv_heads, batch)](
-            *(*given, choice.bits, choice.blocks, out, grad_out, lse, grad_lse, positions, delta, dq, dfq),
+            *(*given, choice.bits, choice.blocks, out, grad_out, lse, grad_lse, positions, shift, delta, dq, dfq),
             *sizes,
             *launch.strides(*given, out, grad_out, dq),
-            row_stride(positions),
+            *(row_stride(positions), row_stride(shift)),
             **options(shape, query_tiles_for(shape), block, wide),
         )
         key_tiles = key_tiles_for(shape, block)
-        chosen_key_grad_kernel[(launch.blocks(keys, key_tiles.keys) * kv_heads, batch)](
-            *(*given, choice.bits, choice.tiles, grad_out, lse, delta, positions, dk, dv, dfk),
-            *(*sizes, keys // block),
+        parts = launch.blocks(keys + (0 if shift is None else block - 1), key_tiles.keys)
+        chosen_key_grad_kernel[(parts * kv_heads, batch)](
+            *(*given, choice.bits, choice.tiles, grad_out, lse, delta, positions, shift, dk, dv, dfk),
+            *(*sizes, choice.tiles.shape[2]),
             *launch.strides(*given, grad_out, dk),
-            row_stride(positions),
+            *(row_stride(positions), row_stride(shift)),
             **options(shape, key_tiles, block, wide),
         )
     except OutOfResources as error:
@@ -96,6 +98,7 @@ def chosen_query_grad_kernel(
     p_lse,
     p_grad_lse,
     p_positions,
+    p_shift,
     p_delta,
     p_dq,
     p_dfq,
@@ -115,6 +118,7 @@ def chosen_query_grad_kernel(
     stride_do,
     stride_dq,
     stride_positions,
+    stride_shift,
     GROUP: tl.constexpr,
     GP: tl.constexpr,
     SIZE: tl.constexpr,
@@ -136,7 +140,8 @@ def chosen_query_grad_kernel(
     p_out += i_batch * stride_o[0] + i_head * GROUP * stride_o[2]
     p_list = p_lists + ((i_batch * kv_heads + i_head) * tiles + i_tile) * (1 + SLOTS)
     past = keys - tokens
-    first_own = (first_tile + i_tile) * TILE
+    shift = row_shift(p_shift, stride_shift, i_batch)
+    first_own = (first_tile + i_tile) * TILE - shift
     o_query, o_group, m_row = tile_rows(first_own - past, tokens, BR, GP, GROUP)
     o_own = o_query + past
     b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row)
@@ -152,7 +157,7 @@ def chosen_query_grad_kernel(
 
     b_q = query_rows(p_q, o_query, o_group, stride_q[1], stride_q[2], m_row, SIZE, BD, WIDE)
     b_dq = tl.zeros([BR, BD], tl.float32)
-    for i_near in range(tl.cdiv(tl.minimum(window, first_own) + TILE, BN)):
+    for i_near in range(tl.cdiv(tl.minimum(window, tl.maximum(first_own, 0)) + TILE, BN)):
         o_key = first_own + TILE - (i_near + 1) * BN + tl.arange(0, BN)
         m_key = (o_key >= 0) & (o_key < keys)
         b_k = load_rows(p_k, o_key, stride_k[1], m_key, SIZE, BD, WIDE)
@@ -170,7 +175,7 @@ def chosen_query_grad_kernel(
     b_dq = tl.zeros([BR, BD], tl.float32)
     listed = tl.load(p_list) * BLOCK
     for first in range(0, listed, BN):
-        o_block, o_key, m_key = listed_keys(p_list, first, listed, BLOCK, BN)
+        o_block, o_key, m_key = listed_keys(p_list, first, listed, shift, BLOCK, BN)
         b_k = load_rows(p_far_k, o_key, stride_fk[1], m_key, SIZE, BD, WIDE)
         b_v = load_rows(p_v, o_key, stride_v[1], m_key, SIZE, BD, WIDE)
         b_s = scaled_scores(row_products(b_q, b_k, EXACT), scale, EXACT)
@@ -194,6 +199,7 @@ def chosen_key_grad_kernel(
     p_lse,
     p_delta,
     p_positions,
+    p_shift,
     p_dk,
     p_dv,
     p_dfk,
@@ -213,6 +219,7 @@ def chosen_key_grad_kernel(
     stride_do,
     stride_dk,
     stride_positions,
+    stride_shift,
     GROUP: tl.constexpr,
     GP: tl.constexpr,
     SIZE: tl.constexpr,
@@ -235,9 +242,10 @@ def chosen_key_grad_kernel(
     p_lse += (i_batch * kv_heads + i_head) * GROUP * tokens
     p_delta += (i_batch * kv_heads + i_head) * GROUP * tokens
     past = keys - tokens
-    first_key = i_part * BN
+    shift = row_shift(p_shift, stride_shift, i_batch)
+    first_key = i_part * BN - shift
     o_key = first_key + tl.arange(0, BN)
-    m_key = o_key < keys
+    m_key = (o_key >= 0) & (o_key < keys)
     SUMS: tl.constexpr = tl.float64 if EXACT else tl.float32
     b_k = load_rows(p_k, o_key, stride_k[1], m_key, SIZE, BD, WIDE)
     b_v = load_rows(p_v, o_key, stride_v[1], m_key, SIZE, BD, WIDE)
@@ -263,7 +271,7 @@ def chosen_key_grad_kernel(
 
     b_k = load_rows(p_far_k, o_key, stride_fk[1], m_key, SIZE, BD, WIDE)
     b_dk = tl.zeros([BN, BD], SUMS)
-    i_block = first_key // BLOCK
+    i_block = i_part * BN // BLOCK
     MOST: tl.constexpr = SLOTS * BLOCK // TILE
     p_list = p_inverse + ((i_batch * kv_heads + i_head) * blocks + i_block) * (1 + MOST)
     # The last keys may make no whole block, which has no list.
@@ -271,7 +279,7 @@ def chosen_key_grad_kernel(
     i_bit = (i_block & (SLOTS - 1)).to(tl.int64)
     for i_entry in range(listed):
         i_tile = tl.load(p_list + 1 + i_entry)
-        o_query, o_group, m_row = tile_rows((first_tile + i_tile) * TILE - past, tokens, BR, GP, GROUP)
+        o_query, o_group, m_row = tile_rows((first_tile + i_tile) * TILE - shift - past, tokens, BR, GP, GROUP)
         b_bits = tl.load(p_bits + o_query, mask=m_row, other=0) >> i_bit
         m_entry = ((b_bits & 1) != 0)[None, :] & ((o_query + past)[None, :] - o_key[:, None] > window)
         b_q = query_rows(p_far_q, o_query, o_group, stride_fq[1], stride_fq[2], m_row, SIZE, BD, WIDE)

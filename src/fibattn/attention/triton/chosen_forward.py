@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from fibattn.attention.triton import launch
-from fibattn.attention.triton.chosen import SLOTS, TILE, Choice, tile_rows, tiles_of
+from fibattn.attention.triton.chosen import SLOTS, TILE, Choice, row_shift, tile_rows, tiles_of
 from fibattn.attention.triton.columns import row_stride
 from fibattn.attention.triton.dense_window import near_mask
 from fibattn.attention.triton.rows import load_rows, place, query_limit, query_rows, row_starts, store_rows
@@ -62,6 +62,7 @@ def forward(
     far_q: Tensor,
     far_k: Tensor,
     positions: Tensor | None,
+    shift: Tensor | None,
     scale: float,
     window: int,
     block: int,
@@ -71,15 +72,15 @@ def forward(
     shape = shape_of(q, k)
     batch, tokens, heads, _ = q.shape
     keys, kv_heads = k.shape[1:3]
-    first_tile, tiles = tiles_of(tokens, keys)
+    first_tile, tiles = tiles_of(tokens, keys, shift, block)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(batch, heads, tokens, dtype=torch.float64 if shape.exact else torch.float32)
     try:
         chosen_forward_kernel[(tiles * kv_heads, batch)](
-            *(q, k, v, far_q, far_k, choice.bits, choice.blocks, out, lse, positions),
+            *(q, k, v, far_q, far_k, choice.bits, choice.blocks, out, lse, positions, shift),
             *(scale, tokens, keys, window, kv_heads, tiles, first_tile),
             *launch.strides(q, k, v, far_q, far_k, out),
-            row_stride(positions),
+            *(row_stride(positions), row_stride(shift)),
             **options(shape, tiles_for(shape), block, launch.wide(q, k, v, far_q, far_k)),
         )
     except OutOfResources as error:
@@ -87,7 +88,7 @@ def forward(
     return out, lse
 
 
-UNSPECIALIZED = ["tokens", "keys", "window", "kv_heads", "tiles", "first_tile", "stride_positions"]
+UNSPECIALIZED = ["tokens", "keys", "window", "kv_heads", "tiles", "first_tile", "stride_positions", "stride_shift"]
 """As in the kernels of fixed distances."""
 
 
@@ -103,6 +104,7 @@ def chosen_forward_kernel(
     p_out,
     p_lse,
     p_positions,
+    p_shift,
     scale,
     tokens,
     keys,
@@ -117,6 +119,7 @@ def chosen_forward_kernel(
     stride_fk,
     stride_o,
     stride_positions,
+    stride_shift,
     GROUP: tl.constexpr,
     GP: tl.constexpr,
     SIZE: tl.constexpr,
@@ -136,7 +139,8 @@ def chosen_forward_kernel(
     p_v += i_batch * stride_v[0] + i_head * stride_v[2]
     p_list = p_lists + ((i_batch * kv_heads + i_head) * tiles + i_tile) * (1 + SLOTS)
     past = keys - tokens
-    first_own = (first_tile + i_tile) * TILE
+    shift = row_shift(p_shift, stride_shift, i_batch)
+    first_own = (first_tile + i_tile) * TILE - shift
     o_query, o_group, m_row = tile_rows(first_own - past, tokens, BR, GP, GROUP)
     o_own = o_query + past
     b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row)
@@ -146,7 +150,7 @@ def chosen_forward_kernel(
     b_max = tl.full([BR], -float("inf"), tl.float64 if EXACT else tl.float32)
     b_sum = tl.zeros([BR], tl.float32)
     b_acc = tl.zeros([BR, BD], tl.float32)
-    for i_near in range(tl.cdiv(tl.minimum(window, first_own) + TILE, BN)):
+    for i_near in range(tl.cdiv(tl.minimum(window, tl.maximum(first_own, 0)) + TILE, BN)):
         o_key = first_own + TILE - (i_near + 1) * BN + tl.arange(0, BN)
         m_key = (o_key >= 0) & (o_key < keys)
         b_k = load_rows(p_k, o_key, stride_k[1], m_key, SIZE, BD, WIDE)
@@ -160,7 +164,7 @@ def chosen_forward_kernel(
     b_q = query_rows(p_far_q, o_query, o_group, stride_fq[1], stride_fq[2], m_row, SIZE, BD, WIDE)
     listed = tl.load(p_list) * BLOCK
     for first in range(0, listed, BN):
-        o_block, o_key, m_key = listed_keys(p_list, first, listed, BLOCK, BN)
+        o_block, o_key, m_key = listed_keys(p_list, first, listed, shift, BLOCK, BN)
         b_k = load_rows(p_far_k, o_key, stride_fk[1], m_key, SIZE, BD, WIDE)
         b_v = load_rows(p_v, o_key, stride_v[1], m_key, SIZE, BD, WIDE)
         b_s = scaled_scores(row_products(b_q, b_k, EXACT), scale, EXACT)
@@ -179,12 +183,12 @@ def chosen_forward_kernel(
 
 
 @triton.jit
-def listed_keys(p_list, first, listed, BLOCK: tl.constexpr, BN: tl.constexpr):
+def listed_keys(p_list, first, listed, shift, BLOCK: tl.constexpr, BN: tl.constexpr):
     """Block and place of the next keys of the blocks on a list, and whether they exist. [BN] each"""
     o_entry = first + tl.arange(0, BN)
     m_key = o_entry < listed
     o_block = tl.load(p_list + 1 + o_entry // BLOCK, mask=m_key, other=0)
-    return o_block, o_block * BLOCK + o_entry % BLOCK, m_key
+    return o_block, o_block * BLOCK - shift + o_entry % BLOCK, m_key
 
 
 @triton.jit

@@ -1,0 +1,92 @@
+"""Blocks that queries choose: the CPU against the reference, a text in pieces, what is refused."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from fibattn import ChosenPattern, InputError, Pattern, attend, attend_chosen
+from fibattn.attention import attend_chosen_cached
+
+
+def inputs(tokens: int, keys: int, heads: int = 4, kv_heads: int = 2) -> list[Tensor]:
+    """q, k, v, far q, far k and trust."""
+    draws = torch.Generator().manual_seed(0)
+    counts = ((tokens, heads), (keys, kv_heads), (keys, kv_heads), (tokens, heads), (keys, kv_heads))
+    made = [torch.randn(2, n, h, 8, dtype=torch.float64, generator=draws) for n, h in counts]
+    return [*made, torch.rand(kv_heads, dtype=torch.float64, generator=draws)]
+
+
+def results(pattern: ChosenPattern, given: list[Tensor], positions: Tensor | None, backend: str) -> list[Tensor]:
+    """Output, log-sum-exp and every gradient."""
+    q, k, v, far_q, far_k, trust = leaves = [x.clone().requires_grad_() for x in given]
+    how = {"far": (far_q, far_k), "trust": trust, "positions": positions, "backend": backend}
+    out, lse = attend_chosen(q, k, v, pattern, **how)  # pyright: ignore
+    return [out, lse, *torch.autograd.grad((out, lse), leaves, (out.cos().detach(), lse.sin().detach()))]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "keys", "pattern", "padded"),
+    [
+        (300, 300, ChosenPattern(31, 3, 16, 127), False),
+        (77, 500, ChosenPattern(5, 2, 16, 200), False),
+        (290, 290, ChosenPattern(40, 2, 64, 250), True),
+        (9, 9, ChosenPattern(), False),
+    ],
+)
+def test_the_cpu_is_the_reference(tokens: int, keys: int, pattern: ChosenPattern, padded: bool) -> None:
+    positions = (torch.arange(keys) - torch.tensor([[0], [37]])).clamp(min=0) if padded else None
+    given = inputs(tokens, keys)
+    ours, right = (results(pattern, given, positions, backend) for backend in ("cpu", "reference"))
+    torch.testing.assert_close(ours, right)
+
+
+def test_every_block_in_reach_is_full_attention() -> None:
+    q, k, v, *_ = inputs(200, 200)
+    everything, trust = ChosenPattern(31, 64, 16, 1023), torch.zeros(2, dtype=torch.float64)
+    out, lse = attend_chosen(q, k, v, everything, trust=trust)
+    expected = attend(q, k, v, Pattern.local(199), return_lse=True)
+    torch.testing.assert_close((out, lse), expected)
+
+
+def test_a_choice_has_no_gradient_and_its_score_has() -> None:
+    q, k, v, far_q, far_k, trust = inputs(100, 100)
+    far_q.requires_grad_(), trust.requires_grad_()
+    attend_chosen(q, k, v, ChosenPattern(5, 1), far=(far_q, far_k), trust=trust)[0].sum().backward()
+    assert far_q.grad is not None
+    assert far_q.grad[:, 40:].abs().min() > 0
+    assert far_q.grad[:, :16].abs().max() == 0
+    assert trust.grad is not None
+    assert trust.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("padding", [0, 23])
+def test_pieces_are_the_whole(padding: int) -> None:
+    pattern, (q, k, v, far_q, far_k, trust) = ChosenPattern(20, 2, 16, 100), inputs(300, 300)
+    positions = (torch.arange(300) - padding).clamp(min=0)[None]
+    right, _ = attend_chosen(q, k, v, pattern, far=(far_q, far_k), trust=trust, positions=positions)
+    rings = tuple(torch.zeros(2, 101, 2, 8, dtype=torch.float64) for _ in range(3))
+    found, ends = [], [0, 30, 31, 32, 80, 240, 299, 300]
+    for begin, end in itertools.pairwise(ends):
+        mine = slice(begin, end)
+        how = {"far": (far_q[:, mine], far_k[:, mine]), "trust": trust, "positions": positions[:, mine]}
+        at = torch.arange(begin, end)[None]
+        found.append(
+            attend_chosen_cached(q[:, mine], rings, k[:, mine], v[:, mine], pattern, cache_positions=at, **how)  # pyright: ignore
+        )
+    torch.testing.assert_close(torch.cat(found, dim=1)[:, padding:], right[:, padding:])
+
+
+def test_what_is_wrong_is_said() -> None:
+    q, k, v, far_q, far_k, trust = inputs(9, 9)
+    with pytest.raises(InputError, match=r"pattern is Pattern\(.*expected a fibattn.ChosenPattern, or call attend"):
+        attend_chosen(q, k, v, Pattern(3))  # pyright: ignore
+    with pytest.raises(InputError, match=r"pattern is ChosenPattern\("):
+        attend(q, k, v, ChosenPattern())  # pyright: ignore
+    with pytest.raises(InputError, match=r"the far k is \(2, 9, 4, 8\) .*; expected it like k: \(2, 9, 2, 8\)"):
+        attend_chosen(q, k, v, ChosenPattern(), far=(far_q, far_q))
+    with pytest.raises(InputError, match=r"trust is \(4,\) torch.float64; expected one number for each KV head"):
+        attend_chosen(q, k, v, ChosenPattern(), far=(far_q, far_k), trust=trust.repeat(2))
+    with pytest.raises(InputError, match=r"block is 24; blocks have 16, 32, 64 or 128 keys"):
+        ChosenPattern(block=24)
