@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 from fibattn._version import __version__
 
 if TYPE_CHECKING:
-    from fibattn.attention import AttentionCache, attend, attend_cached, attend_chosen, padded_positions
+    from fibattn.attention import (
+        AttentionCache,
+        attend,
+        attend_cached,
+        attend_chosen,
+        attend_chosen_cached,
+        padded_positions,
+    )
     from fibattn.errors import InputError
     from fibattn.model import FibAttnConfig, FibAttnForCausalLM, FibAttnModel
     from fibattn.model.conversion import convert, restore
@@ -37,6 +44,7 @@ __all__ = [
     "attend",
     "attend_cached",
     "attend_chosen",
+    "attend_chosen_cached",
     "base_rungs",
     "convert",
     "layer_alphas",
@@ -45,7 +53,14 @@ __all__ = [
     "restore",
 ]
 _HOMES = {
-    "attention": ("AttentionCache", "attend", "attend_cached", "attend_chosen", "padded_positions"),
+    "attention": (
+        "AttentionCache",
+        "attend",
+        "attend_cached",
+        "attend_chosen",
+        "attend_chosen_cached",
+        "padded_positions",
+    ),
     "errors": ("InputError",),
     "model": ("FibAttnConfig", "FibAttnForCausalLM", "FibAttnModel"),
     "model.conversion": ("convert", "restore"),
