@@ -5,6 +5,7 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from launching import launch
 from safetensors.torch import load_file
 
 from fibattn import InputError, files
+from fibattn.cli.main import main as cli
 from fibattn.training.recipe import ModelRecipe, OptimizerRecipe, Recipe
 from fibattn.training.recipe_file import to_json
 from fibattn.training.run import train
@@ -20,6 +22,21 @@ from fibattn.training.run import train
 
 def losses(run: Recipe, name: str = "metrics.jsonl") -> list[float]:
     return [json.loads(line)["loss"] for line in (run.out / name).read_text().splitlines()]
+
+
+def assert_same_numbers(found: Any, expected: Any) -> None:
+    """Two JSON values that differ in rounding alone."""
+    if isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-5)
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for name in expected:
+            assert_same_numbers(found[name], expected[name])
+    elif isinstance(expected, list):
+        for one, other in zip(found, expected, strict=True):
+            assert_same_numbers(one, other)
+    else:
+        assert found == expected
 
 
 def check_same(found: Recipe, expected: Recipe) -> None:
@@ -61,7 +78,10 @@ def test_runs_over_several_processes_are_those_of_one(prepared: Path, tmp_path: 
         launch("train_cut.py", 2, *words[:2], "dies")
     assert time.monotonic() - began < 90  # half of which is starting
     assert [path.name for path in sharded.out.glob("checkpoint-*")] == ["checkpoint-2"]
-    launch("train_cut.py", 4, *words, *train_cut.WAYS)
+    launch("train_cut.py", 4, *words, *train_cut.WAYS, "evaluate")
+    evaluated = files.read_json(tmp_path / "evaluation.json")
+    assert cli(["eval", *train_cut.evaluation(tmp_path)]) == 0
+    assert_same_numbers(evaluated, files.read_json(tmp_path / "evaluation.json"))
     found = json.loads((tmp_path / "found.json").read_text())
     for way in train_cut.WAYS:
         assert found[way] == pytest.approx(train_cut.stock(tmp_path, way, 1), rel=2e-5), way

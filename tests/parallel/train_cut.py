@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from fibattn import convert, files
+from fibattn.cli.main import main as cli
 from fibattn.training.recipe_file import load_recipe
 from fibattn.training.run import train
 
@@ -81,6 +82,12 @@ def stock(out: Path, way: str, processes: int) -> list[float]:
     ]
 
 
+def evaluation(out: Path) -> list[str]:
+    """The words of an evaluation of the run "one" of the folder."""
+    data = load_recipe(str(out / "one" / "recipe.json")).data
+    return [str(out / "one"), "--data", str(data), "--lengths", "32", "64", "--out", str(out / "evaluation.json")]
+
+
 WAYS = ("plain", "accumulated, checkpointed", "smoothed", "converted, smoothed")
 
 
@@ -106,6 +113,8 @@ def main(out: Path, *words: str) -> None:
     found = {way: stock(out, way, int(os.environ["WORLD_SIZE"])) for way in ways}
     if os.environ["RANK"] == "0":
         files.write_json(out / "found.json", found)
+    if "evaluate" in words:
+        assert cli(["eval", *evaluation(out), "--context-parallel", "2"]) == 0
 
 
 if __name__ == "__main__":

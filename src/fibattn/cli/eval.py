@@ -28,6 +28,8 @@ class Arguments:
     """Tokens of a forward pass; fewer need less memory."""
     full_reach: int | Literal["saved"] | None = "saved"
     """Let full-attention layers look back only so far, None to the beginning; left out: as the model was saved."""
+    context_parallel: int = 1
+    """Over how many GPUs each sequence is cut, for those too long for one; the processes of torchrun share the rest."""
     out: Path | None = None
     """Where the JSON goes. Left out: into the run, where the model is of one. A whole evaluation (without --lengths,
     --sets, --tokens and --full-reach) goes into the card, too; any other has a file of its own."""
@@ -36,6 +38,8 @@ class Arguments:
 def run(arguments: list[str]) -> None:
     """Evaluate, print a table for each held-out set, write the JSON."""
     chosen = parse(Arguments, arguments, "fibattn eval")
+    import torch
+    from accelerate import PartialState
     from rich.console import Console
 
     from fibattn.data.prepared import PreparedData
@@ -45,11 +49,13 @@ def run(arguments: list[str]) -> None:
     from fibattn.evaluation.repeats import FREQUENT, frequent_pairs
     from fibattn.evaluation.sweep import default_output, shared_targets, sweep, tables
     from fibattn.model.loading import find_model, load_bounded
+    from fibattn.parallel.sharing import Sharing
     from fibattn.training.card import add_results
 
     if any(length < 1 for length in chosen.lengths) or chosen.tokens < 1 or chosen.batch_tokens < 1:
         values = f"lengths {chosen.lengths}, tokens {chosen.tokens}, batch_tokens {chosen.batch_tokens}"
         raise InputError(f"{values}: each must be at least 1")
+    state = PartialState(cpu=not torch.cuda.is_available())
     folder, data = find_model(chosen.model), PreparedData.open(chosen.data)
     ways = _ways(chosen)
     out = chosen.out or default_output(folder, ways)
@@ -59,11 +65,18 @@ def run(arguments: list[str]) -> None:
     model = load_bounded(folder, chosen.full_reach)
     trained_at = model.config.get_text_config().max_position_embeddings
     lengths = sorted(set(chosen.lengths)) or [trained_at * factor for factor in (1, 2, 4, 8)]
+    sharing = Sharing(model.base_model, chosen.context_parallel)
+    if odd := [length for length in lengths if length % sharing.cut]:
+        raise InputError(f"sequences of {odd[0]} do not divide by context_parallel {sharing.cut}; change one of them")
     limits: dict[str, Any] = {"tokens": chosen.tokens, "batch_tokens": chosen.batch_tokens}
+    limits |= {"quiet": not state.is_main_process, "sharing": sharing}
     targets = shared_targets(data, lengths=lengths, sets=list(chosen.sets), tokens=chosen.tokens)
-    frequent = frequent_pairs(data, targets)
+    frequent = frequent_pairs(data, targets, quiet=not state.is_main_process)
     result = sweep(model, data, lengths=lengths, sets=list(targets), frequent=frequent, **limits)
     positions = by_position(model, data, length=max(lengths), sets=list(targets), **limits)
+    state.destroy_process_group()
+    if not state.is_main_process:
+        return
     result |= {"frequent_above": FREQUENT, "positions": positions, "model": str(folder)}
     if (bound := getattr(model.config, "full_reach", None)) is not None:
         result["full_reach"] = bound

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from fibattn.data.sequences import TrainingSequences
 from fibattn.errors import InputError
+from fibattn.parallel.sharing import Sharing
 from fibattn.progress import Meter
 
 LAST = 256
@@ -61,6 +62,7 @@ def token_losses(
     batch_tokens: int = 32_768,
     label: str = "eval",
     quiet: bool = False,
+    sharing: Sharing | None = None,
 ) -> np.ndarray:
     """The loss of every target, float32 (sequences, length), in nats.
 
@@ -72,24 +74,29 @@ def token_losses(
         batch_tokens: tokens of a forward pass, at least one sequence.
         label: what the progress line is called.
         quiet: show no progress.
+        sharing: how several processes share the sequences, each of which gets all losses; made for `model.base_model`.
 
     Raises:
-        InputError: when the model changes its logits after the output embedding.
+        InputError: when the model changes its logits after the output embedding, and for a length that does not divide
+            over the processes that share a sequence.
     """
     device = next(model.parameters()).device
     model.eval()
     _check_head(model, sequences[0]["input_ids"][None, :16].to(device))
-    found = []
+    sharing = sharing or Sharing(model)
+    own = sharing.rows(len(sequences))
+    found = [torch.zeros(0, sequences.length // sharing.cut, device=device)]
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
-    with Meter(label, len(sequences) * sequences.length, "tokens", quiet=quiet) as meter, autocast:
+    with Meter(label, len(own) * sequences.length, "tokens", quiet=quiet) as meter, autocast:
         # From pinned memory a copy need not wait for what the GPU still has to do.
         pinned = device.type == "cuda"
-        size = min(max(1, batch_tokens // sequences.length), len(sequences))
-        for batch in DataLoader(sequences, size, pin_memory=pinned):  # pyright: ignore
+        size = min(max(1, batch_tokens * sharing.cut // sequences.length), len(sequences))
+        for batch in DataLoader(Subset(sequences, own), size, pin_memory=pinned):
             inputs, targets = (batch[name].to(device, non_blocking=pinned) for name in ("input_ids", "shift_labels"))
-            found.append(_losses(model, inputs, targets))
+            with sharing.parts(inputs, targets):
+                found.append(_losses(model, inputs, targets))
             meter.update(inputs.numel())
-    return torch.cat(found).cpu().numpy()
+    return sharing.whole(torch.cat(found), len(sequences)).cpu().numpy()
 
 
 def _check_head(model: nn.Module, inputs: torch.Tensor) -> None:

@@ -28,8 +28,7 @@ def by_position(
     length: int,
     sets: list[str],
     tokens: int = 1_048_576,
-    batch_tokens: int = 32_768,
-    quiet: bool = False,
+    **how: Any,
 ) -> dict[str, Any]:
     """The loss in blocks of positions, for each held-out set with a document of at least `length` targets.
 
@@ -39,8 +38,7 @@ def by_position(
         length: of how many tokens from a document's beginning the next one is asked.
         sets: names of held-out sets.
         tokens: targets of each set at most; documents are taken in order.
-        batch_tokens: tokens of a forward pass, at least one document.
-        quiet: show no progress.
+        how: batch_tokens, quiet and sharing, as in `token_losses`.
 
     Returns:
         For each set `documents`, their number, and `blocks`, a list: `first` and `last` position, the block's mean
@@ -54,7 +52,7 @@ def by_position(
         sequences = document_beginnings(data.validation[name], length, tokens)
         if len(sequences):
             label = f"{name} by position"
-            losses = token_losses(model, sequences, batch_tokens=batch_tokens, label=label, quiet=quiet)
+            losses = token_losses(model, sequences, label=label, **how)
             results[name] = {"documents": len(sequences), "blocks": _blocks(losses.mean(axis=0, dtype=np.float64))}
     return results
 

@@ -24,9 +24,8 @@ def sweep(
     lengths: list[int],
     sets: list[str],
     tokens: int = 1_048_576,
-    batch_tokens: int = 32_768,
     frequent: np.ndarray | None = None,
-    quiet: bool = False,
+    **how: Any,
 ) -> dict[str, Any]:
     """Evaluate on the same tokens at every length; the result is plain JSON values.
 
@@ -36,9 +35,8 @@ def sweep(
         lengths: sequence lengths; the set is cut to whole sequences of each, so that all see the same targets.
         sets: names of held-out sets, all of them when empty.
         tokens: targets of each set at most.
-        batch_tokens: tokens of a forward pass.
         frequent: where given, from `frequent_pairs` over the same targets, rows have what `repeats` makes of them.
-        quiet: show no progress.
+        how: batch_tokens, quiet and sharing, as in `token_losses`.
 
     Raises:
         InputError: for an unknown set, a vocabulary of another size, or a set shorter than what sequences of all
@@ -55,7 +53,7 @@ def sweep(
         size = int(stream.byte_counts(1, limit, data.token_bytes).sum())
         for length in lengths:
             sequences, label = held_out_sequences(stream, length, limit), f"{name} at {length}"
-            losses = token_losses(model, sequences, batch_tokens=batch_tokens, label=label, quiet=quiet)
+            losses = token_losses(model, sequences, label=label, **how)
             loss = PositionLoss(losses, size)
             results[name][str(length)] = row = {
                 "targets": limit,
