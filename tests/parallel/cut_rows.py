@@ -16,10 +16,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
+from transformers.cache_utils import DynamicCache
 
 from fibattn import InputError, convert
+from fibattn.model.cache import CACHE_NAME
 from fibattn.model.feed_forward import is_plain
 from fibattn.parallel.context import ContextParallel
+from fibattn.parallel.prefill import prefill
 from fibattn.training.sharding import compile_layers
 
 OWN = ("linear", "learned", "sliding", "mixture", "learned mixture", "bounded mixture", "modern")
@@ -35,6 +38,12 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 WAYS = ("checkpointing", "sharded weights", "compiled")
 ROWS = ("plain", "packed", "padded", "padded and packed")
+READERS: dict[str, Callable[[], Any]] = {
+    **{name: MODELS[name] for name in ("learned", "bounded mixture")},
+    "gemma with a sliding layer": lambda: convert(
+        foreign_decoders.model("gemma3_text"), window=3, rungs=7, keep_layers=[0]
+    ),
+}
 TOKENS = 48
 
 
@@ -107,6 +116,23 @@ def errors(name: str, kind: str, group: Any, way: str = "") -> dict[str, float]:
     return found
 
 
+def reading(name: str, tokens: int) -> dict[str, Any]:
+    """How far the cache of a text read by all is from that of one process, and whether the same tokens follow."""
+    model = READERS[name]().double().eval()
+    ids = torch.randint(2, 61, (2, tokens), generator=torch.Generator().manual_seed(tokens))
+    cache = prefill(model, ids)
+    alone = DynamicCache(config=model.config)
+    model(ids[:, : (held := cache.get_seq_length())], **{CACHE_NAME: alone})
+    off = 0.0
+    for one, other in zip(cache.layers, alone.layers, strict=True):
+        assert type(one) is type(other)
+        assert one.get_seq_length() == other.get_seq_length()
+        off = max(off, *(float((getattr(one, x) - getattr(other, x)).abs().max()) for x in ("keys", "values")))
+    how: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    texts = [model.generate(ids, **how, **given) for given in ({CACHE_NAME: cache}, {})]
+    return {"read": [name, tokens, held], "off": off, "same": torch.equal(*texts)}
+
+
 def averaged(x: Tensor, group: Any) -> Tensor:
     x = x.clone()
     dist.all_reduce(x, group=group)
@@ -132,6 +158,11 @@ def main() -> None:
         found = errors(name, kind, group, way)
         if dist.get_rank(group) == 0:
             lines.append(json.dumps({"case": [name, kind, dist.get_world_size(group), way], **found}))
+    lines += [json.dumps(reading(name, tokens)) for name in READERS for tokens in (13, 50)]
+    try:
+        prefill(tiny_models.model("mixture"), row("plain")["input_ids"])
+    except InputError as error:
+        lines.append(json.dumps({"unread": str(error)}))
     try:
         with ContextParallel(tiny_models.model(), everyone).cut([row("plain")["input_ids"] + dist.get_rank()], [1]):
             pass

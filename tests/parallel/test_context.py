@@ -19,6 +19,14 @@ def test_a_cut_row_has_the_loss_and_gradients_of_a_whole_one() -> None:
     refused = [one["refused"] for one in found if "refused" in one]
     assert len(refused) == 4
     assert all("different rows, here (2, 48)" in message for message in refused)
+    assert sum("layers 1 attend to everything" in one.get("unread", "") for one in found) == 4
+    read = [one for one in found if "read" in one]
+    assert {one["read"][2] for one in read} == {12, 48}
+    assert len(read) == 4 * 6
+    for one in read:
+        assert one["same"], one
+        # Gemma's norms are float32.
+        assert one["off"] < (1e-5 if "gemma" in one["read"][0] else 1e-12), one
     found = [one for one in found if "case" in one]
     assert {tuple(one["case"][2:]) for one in found} == {
         (2, ""),

@@ -181,6 +181,16 @@ class DynamicRingLayer(RingLayer, DynamicLayer):
             )
         self.length += k.shape[1]
 
+    def begin(self, k: Tensor, v: Tensor, length: int) -> None:
+        """Hold a sequence of `length` tokens, of which k and v (batch, tokens, KV heads, head size) are the newest:
+        `reach + 1`, or all."""
+        self.reset()
+        self.lazy_initialization(k.transpose(1, 2), v.transpose(1, 2))
+        at = torch.arange(length - k.shape[1], length, device=k.device)[None]
+        for ring, new in zip(self._rings, (k, v), strict=True):
+            decode.store(ring, new, at)
+        self.length = length
+
     def _newest(self) -> tuple[Tensor, ...]:
         """The newest tokens in order, `reach` of them or as many as there are."""
         last = torch.tensor([[self.length]], device=self.device)

@@ -1,0 +1,92 @@
+"""A long text read by several processes, a part each; its cache is then in all, as if each had read it alone."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+
+from fibattn.errors import InputError
+from fibattn.model.cache import CACHE_NAME, DynamicRingLayer
+from fibattn.parallel.exchange import exchange
+from fibattn.parallel.shard import Shard
+
+
+@torch.no_grad()
+def prefill(model: PreTrainedModel, input_ids: Tensor, group: dist.ProcessGroup | None = None) -> Cache:
+    """The cache of a text but for its last tokens, at most as many as there are processes; one at least.
+
+    What is left is what `generate` begins with: `model.generate(input_ids, past_key_values=cache)`, in any of the
+    processes, or in all. Each needs the whole model, and memory for its part of the text.
+
+    Args:
+        model: own or converted; its layers look back a bounded way.
+        input_ids: (batch, tokens), the same in all processes, without padding.
+        group: the processes; all when left out.
+
+    Raises:
+        InputError: for a text that has fewer than two tokens for each process, and layers that attend to everything,
+            whose cache would be the whole text's in each process.
+    """
+    shard = Shard.of(group or dist.group.WORLD)  # pyright: ignore
+    part = (input_ids.shape[1] - 1) // shard.ranks
+    if not part:
+        raise InputError(f"{input_ids.shape[1]} tokens are too few for {shard.ranks} processes; read them in one")
+    model.eval()
+    cache = _begun(model, input_ids[:, :1])
+    tokens = part * shard.ranks
+    reading = _Reading(shard.rank, shard.ranks, shard.group, [_reach(layer) for layer in cache.layers])
+    first = shard.rank * part
+    place = torch.arange(first, first + part, device=input_ids.device)[None]
+    decoder: Any = model.get_decoder()
+    decoder(input_ids=input_ids[:, first : first + part], position_ids=place, use_cache=False, shard=reading)
+    for layer, (k, v) in zip(cache.layers, reading.newest, strict=True):
+        layer.begin(k, v, tokens) if isinstance(layer, DynamicRingLayer) else _begin_window(layer, k, v, tokens)
+    return cache
+
+
+@dataclass(frozen=True)
+class _Reading(Shard):
+    """A part whose layers leave the newest keys and values of the row behind, in all processes."""
+
+    reaches: list[int]
+    newest: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, pattern: Any, **how: Any) -> Tensor:
+        """As in `Shard`."""
+        tokens, wanted = q.shape[1], self.reaches[len(self.newest)] + 1
+        held = [min(max(wanted - (self.ranks - 1 - rank) * tokens, 0), tokens) for rank in range(self.ranks)]
+        own = held[self.rank]
+        both = torch.cat((k[:, tokens - own :], v[:, tokens - own :]), dim=-1).transpose(0, 1)
+        every = exchange(torch.cat([both] * self.ranks), held, [own] * self.ranks, self.group).transpose(0, 1)
+        keys, values = (x.contiguous() for x in every.split((k.shape[-1], v.shape[-1]), dim=-1))
+        self.newest.append((keys, values))
+        return super().attend(q, k, v, pattern, **how)
+
+
+def _begun(model: PreTrainedModel, one: Tensor) -> DynamicCache:
+    """A cache whose layers are what the model makes of them, from one token."""
+    cache = DynamicCache(config=model.config)
+    model.get_decoder()(input_ids=one, use_cache=True, **{CACHE_NAME: cache})  # pyright: ignore
+    unbounded = [str(index) for index, layer in enumerate(cache.layers) if not layer.is_sliding]
+    if unbounded:
+        raise InputError(
+            f"layers {', '.join(unbounded)} attend to everything, so each process would need memory for the whole "
+            "text's keys and values; load the model with a bound, from_pretrained(…, full_reach=1023), or convert them"
+        )
+    return cache
+
+
+def _reach(layer: Any) -> int:
+    """How far a layer of a cache looks back."""
+    return layer.reach if isinstance(layer, DynamicRingLayer) else layer.sliding_window - 1
+
+
+def _begin_window(layer: Any, k: Tensor, v: Tensor, tokens: int) -> None:
+    """As `DynamicRingLayer.begin`, for a sliding window of Transformers."""
+    layer.keys, layer.values = (x[:, :, :0] for x in (layer.keys, layer.values))
+    layer.cumulative_length = tokens - k.shape[1]
+    layer.update(k.transpose(1, 2), v.transpose(1, 2))
