@@ -71,7 +71,8 @@ def _begun(model: PreTrainedModel, one: Tensor) -> DynamicCache:
     """A cache whose layers are what the model makes of them, from one token."""
     cache = DynamicCache(config=model.config)
     model.get_decoder()(input_ids=one, use_cache=True, **{CACHE_NAME: cache})  # pyright: ignore
-    unbounded = [str(index) for index, layer in enumerate(cache.layers) if not layer.is_sliding]
+    layers: list[Any] = cache.layers
+    unbounded = [str(index) for index, layer in enumerate(layers) if not layer.is_sliding]
     if unbounded:
         raise InputError(
             f"layers {', '.join(unbounded)} attend to everything, so each process would need memory for the whole "

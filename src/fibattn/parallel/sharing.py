@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,7 +37,7 @@ class Sharing:
         self.group = dist.get_rank() // cut if processes > 1 else 0
         self._cutter = None
         if cut > 1:
-            groups = [dist.new_group(range(first, first + cut)) for first in range(0, processes, cut)]
+            groups: Any = [dist.new_group(range(first, first + cut)) for first in range(0, processes, cut)]
             self._cutter = ContextParallel(model, groups[self.group])
 
     def rows(self, count: int) -> range:
