@@ -140,7 +140,7 @@ class Healing:
     model trained from nothing. The others have rungs, or a window of as many keys. PART of the tokens heals, 0 none."""
     window: int = 64
     """Of the layers with rungs."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     """Of the healing."""
     matching: float = 0.1
     """The part of the healing in which layers are matched."""

@@ -107,5 +107,7 @@ def flat(row: dict[str, Any]) -> dict[str, Any]:
 def cell(value: Any) -> str:
     """A value as a table shows it."""
     if isinstance(value, float):
+        if 0 < abs(value) < 1e-2:
+            return f"{value:.2g}"
         return text("{:,.0f}" if abs(value) >= 1e4 else "{:.3f}", value)
     return NONE if value is None else str(value)
