@@ -14,7 +14,7 @@ from fibattn import files
 from fibattn import machine as hardware
 from fibattn.data.prepared import PreparedData
 from fibattn.data.tokenizer import load_tokenizer, tokenizer_folder
-from fibattn.evaluation.sweep import sweep
+from fibattn.evaluation.sweep import CONVENTION, sweep
 from fibattn.model.loading import load_model
 from study.cost import coverage, flops, mean_keys
 from study.presets import RopeScaling, Study
@@ -27,8 +27,8 @@ from study.turns import processes_a_gpu
 _CURVE_POINTS = 60
 
 
-def evaluate(folder: Path, data: PreparedData, study: Study) -> dict[str, Any]:
-    """What a finished model is, costs and does, as JSON values.
+def evaluate(folder: Path, data: PreparedData, study: Study, targets: dict[str, int]) -> dict[str, Any]:
+    """What a finished model is, costs and does, as JSON values; `targets` of each held-out set.
 
     `evaluation` is the length sweep on every held-out set, `copying` the accuracy by distance. `ruler` and `lego` are
     the rows of the probes of these names, one for each length of the chain: `hops` or `length`, `accuracy`, `margin`
@@ -38,11 +38,11 @@ def evaluate(folder: Path, data: PreparedData, study: Study) -> dict[str, Any]:
     config: Any = model.config
     trained_at = config.max_position_embeddings
     lengths = [factor * trained_at for factor in study.factors]
-    result = sweep(model, data, lengths=lengths, sets=[], tokens=study.eval_tokens, quiet=True)
     cost = flops(config, trained_at)
     return {
         "model": {
             "parameters": model.num_parameters(),
+            "vocabulary": config.vocab_size,
             "keys": statistics.mean(mean_keys(config, trained_at)),
             "coverage": coverage(config, trained_at),
             "layer_types": config.layer_types,
@@ -55,8 +55,8 @@ def evaluate(folder: Path, data: PreparedData, study: Study) -> dict[str, Any]:
             "head": cost.head,
             "attention_share": cost.attention_share,
         },
-        "convention": result["convention"],
-        "evaluation": result["sets"],
+        "convention": CONVENTION,
+        "evaluation": _sweeps(model, data, targets, lengths),
         "copying": copying(model, distances(trained_at)),
         "ruler": ruler(model, tokenizer, Ruler(items=study.items), quiet=True)["rows"] if study.items else [],
         "lego": lego(model, tokenizer, Lego(items=study.items), quiet=True)["rows"] if study.items else [],
@@ -97,10 +97,14 @@ def evaluate_lengthened(folder: Path, data: PreparedData, plain: dict[str, Any])
 
 def _again(model: PreTrainedModel, data: PreparedData, plain: dict[str, Any], lengths: list[int]) -> dict[str, Any]:
     """The sweep `plain` at some of its lengths with another model, over the same targets."""
+    return _sweeps(model, data, {name: next(iter(rows.values()))["targets"] for name, rows in plain.items()}, lengths)
+
+
+def _sweeps(model: PreTrainedModel, data: PreparedData, targets: dict[str, int], lengths: list[int]) -> dict[str, Any]:
+    """The length sweep over so many targets of each held-out set."""
     sets: dict[str, Any] = {}
-    for name, rows in plain.items():
-        targets = next(iter(rows.values()))["targets"]
-        sets |= sweep(model, data, lengths=lengths, sets=[name], tokens=targets, quiet=True)["sets"]
+    for name, tokens in targets.items():
+        sets |= sweep(model, data, lengths=lengths, sets=[name], tokens=tokens, quiet=True)["sets"]
     return sets
 
 

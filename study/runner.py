@@ -19,13 +19,13 @@ import torch
 
 from fibattn import files
 from fibattn.data.prepared import PreparedData
-from fibattn.evaluation.sweep import shared_targets
 from fibattn.lock import locked
 from fibattn.progress import duration, quantity
 from fibattn.training.recipe import Recipe
 from fibattn.training.run import train
 from study import measure
 from study.presets import Run, Study, lengthened
+from study.same_bytes import targets_of
 from study.store import Store, key_of, recipe_of
 from study.turns import turn
 
@@ -47,6 +47,8 @@ class Job:
     deadline: float | None = None
     """No run begins that would end after this, in seconds of `time.monotonic`."""
     keep_models: bool = False
+    like: Path | None = None
+    """The same text in another tokenizer: evaluated are the bytes of so many of its tokens, not of the own ones."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ def run_study(job: Job) -> Outcome:
     store, data, study = Store(job.out), PreparedData.open(job.data), job.study
     tasks = _tasks(job, data)
     lengths = [factor * study.recipe.sequence_length for factor in study.factors]
-    shared_targets(data, lengths=lengths, sets=[], tokens=study.eval_tokens)
+    like = None if job.like is None else PreparedData.open(job.like)
+    targets = targets_of(data, like, lengths, study.eval_tokens)
     known = store.finished()
     say(f"study {job.name}: {len(tasks)} runs, {sum(task.key in known for task in tasks)} finished already")
     failed: list[str] = []
@@ -93,7 +96,7 @@ def run_study(job: Job) -> Outcome:
             if not mine or task.key in store.finished():
                 say(f"{task.run.name}: another process has {'finished it' if mine else 'it'}")
                 continue
-            if not _attempt(job, task, data, store):
+            if not _attempt(job, task, data, targets, store):
                 failed.append(task.run.name)
                 if not _device_works():
                     say("the GPU does not answer any more; the same command in a new process goes on from here")
@@ -125,12 +128,12 @@ def _tasks(job: Job, data: PreparedData) -> list[_Task]:
     return tasks
 
 
-def _attempt(job: Job, task: _Task, data: PreparedData, store: Store) -> bool:
+def _attempt(job: Job, task: _Task, data: PreparedData, targets: dict[str, int], store: Store) -> bool:
     """Do one run and write its line; whether it came to its end."""
     about = {"study": job.name, "run": task.run.name, "key": task.key, "seed": task.run.seed}
     say(f"{task.run.name}: {quantity(task.recipe.tokens)} tokens")
     try:
-        result = _measured(job, task, data)
+        result = _measured(job, task, data, targets)
     except Exception as error:
         traceback.print_exc()
         say(f"{task.run.name} failed: {error}")
@@ -143,7 +146,7 @@ def _attempt(job: Job, task: _Task, data: PreparedData, store: Store) -> bool:
     return True
 
 
-def _measured(job: Job, task: _Task, data: PreparedData) -> dict[str, Any]:
+def _measured(job: Job, task: _Task, data: PreparedData, targets: dict[str, int]) -> dict[str, Any]:
     started, folder = time.monotonic(), task.recipe.out
     resumed = (folder / "recipe.json").exists()
     if torch.cuda.is_available():
@@ -154,7 +157,7 @@ def _measured(job: Job, task: _Task, data: PreparedData) -> dict[str, Any]:
         waited = sum(one.waited for one in turns)
         trained = time.monotonic()
         training = measure.training_summary(folder)
-        evaluated = _evaluated(job.study, task, model, data)
+        evaluated = _evaluated(job.study, task, model, data, targets)
     ended = time.monotonic()
     losses = ", ".join(
         f"{which} {next(iter(lengths.values()))['perplexity']:.2f}"
@@ -169,6 +172,7 @@ def _measured(job: Job, task: _Task, data: PreparedData) -> dict[str, Any]:
         "recipe": recipe_of(task.recipe),
         "compiled": task.recipe.compile,
         "inputs": files.read_json(folder / "inputs.json"),
+        "like": None if job.like is None else PreparedData.open(job.like).fingerprint,
         "hardware": measure.machine(),
         "versions": measure.versions(),
         "training": training,
@@ -178,8 +182,8 @@ def _measured(job: Job, task: _Task, data: PreparedData) -> dict[str, Any]:
     }
 
 
-def _evaluated(study: Study, task: _Task, model: Path, data: PreparedData) -> dict[str, Any]:
-    measured, run = measure.evaluate(model, data, study), task.run
+def _evaluated(study: Study, task: _Task, model: Path, data: PreparedData, targets: dict[str, int]) -> dict[str, Any]:
+    measured, run = measure.evaluate(model, data, study, targets), task.run
     plain, trained_at, longest = measured["evaluation"], study.recipe.sequence_length, max(study.factors)
     bounds = [n * trained_at for n in run.bounds if n < longest]
     found = {

@@ -36,6 +36,8 @@ class Arguments:
     """Training tokens of each run, such as 106M; the study's own budget when left out."""
     eval_tokens: str | None = None
     """Targets of each held-out set."""
+    like: Path | None = None
+    """The same text in another tokenizer: evaluated are the bytes of so many of its tokens, so that models compare."""
     only: tuple[str, ...] = ()
     """Names of runs, with * and ? as in a shell."""
     minutes: float | None = None
@@ -95,6 +97,7 @@ def _alone(chosen: Arguments, study: Study, data: Path, out: Path) -> bool:
             shard=(int(index), int(shards)),
             deadline=None if chosen.minutes is None else STARTED + 60 * chosen.minutes,
             keep_models=chosen.keep_models,
+            like=chosen.like,
         )
     )
     for what, names in (("finished", outcome.finished), ("left", outcome.left), ("failed", outcome.failed)):

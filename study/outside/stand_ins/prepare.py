@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fibattn.data.prepared import PreparedData, TokenStream
 from fibattn.data.sequences import held_out_sequences
+from study.same_bytes import sizes_of, targets_within
 
 DATA, LIKE, SECONDS, TARGETS = (f"FIBATTN_OUTSIDE_{name}" for name in ("DATA", "LIKE", "SECONDS", "TARGETS"))
 """Environment variables: the text in a vocabulary of this program's size, the study's own, how long to train, and how
@@ -68,19 +69,11 @@ def make_dataloader(
 def evaluate_bpb(model: Any, tokenizer: Tokenizer, rows: int, device: str = "cuda") -> float:
     """The mean over the held-out sets of bits per byte, kept in `FOUND`; disjoint sequences, every position."""
     like, data = PreparedData.open(os.environ[LIKE]), tokenizer.data
-    for name, stream in data.validation.items():
-        own = like.validation[name]
-        targets = min(int(os.environ[TARGETS]), len(own) - 1)
-        size = int(own.byte_counts(1, targets, like.token_bytes).sum())
+    for name, size in sizes_of(data, like, int(os.environ[TARGETS])).items():
+        stream = data.validation[name]
         sequences = held_out_sequences(stream, MAX_SEQ_LEN, targets_within(stream, data.token_bytes, size))
         FOUND[name] = _bits(model, sequences, rows, device) / _size(stream, data, len(sequences) * MAX_SEQ_LEN)
     return sum(FOUND.values()) / len(FOUND)
-
-
-def targets_within(stream: TokenStream, token_bytes: np.ndarray, size: int) -> int:
-    """How many targets from the first on have at most `size` bytes."""
-    counts = stream.byte_counts(1, len(stream) - 1, token_bytes)
-    return int(np.searchsorted(np.cumsum(counts), size, side="right"))
 
 
 def _size(stream: TokenStream, data: PreparedData, targets: int) -> int:
