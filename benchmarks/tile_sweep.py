@@ -7,15 +7,18 @@ from fibattn.cli.flags import parse
 from fibattn.errors import InputError
 
 
+Kernel = Literal[
+    "forward", "query", "rungs", "window", "chosen-choice", "chosen-forward", "chosen-query", "chosen-keys"
+]
+
+
 @dataclass(frozen=True)
 class Arguments:
     """Time kernels over their tile sizes on an NVIDIA GPU; prints the fastest and the built-in ones."""
 
-    kernels: tuple[
-        Literal["forward", "query", "rungs", "window", "chosen-forward", "chosen-query", "chosen-keys"], ...
-    ] = ("forward", "query", "rungs", "window")
+    kernels: tuple[Kernel, ...] = ("forward", "query", "rungs", "window")
     """The forward pass, and the gradients of queries, of keys at rungs and of keys in the window; with chosen blocks
-    the forward pass, and the gradients of queries and of keys."""
+    the choice, the forward pass, and the gradients of queries and of keys."""
     shapes: tuple[Literal["small", "large"], ...] = ("small", "large")
     """8/2 heads of 64, and 32/8 heads of 128."""
     windows: tuple[int, ...] = (12, 128)

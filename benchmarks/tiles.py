@@ -14,7 +14,6 @@ from benchmarks.operator.cases import Case
 from benchmarks.timing import measure
 from fibattn.attention.blocks import block_means
 from fibattn.attention.ops import NO_LIMIT
-from fibattn.attention.triton.chosen import choose
 from fibattn.attention.triton.chosen_forward import Tiles as ChosenTiles
 from fibattn.attention.triton.key_gradients import RungTiles, WindowTiles
 from fibattn.attention.triton.launch import Tiles
@@ -24,8 +23,9 @@ from fibattn.pattern import ChosenPattern, base_rungs
 FORWARD, BACKWARD, KEYS = (
     importlib.import_module(f"fibattn.attention.triton.{room}") for room in ("forward", "backward", "key_gradients")
 )
-CHOSEN_FORWARD, CHOSEN_BACKWARD = (
-    importlib.import_module(f"fibattn.attention.triton.chosen_{room}") for room in ("forward", "backward")
+CHOSEN, CHOSEN_FORWARD, CHOSEN_BACKWARD = (
+    importlib.import_module(f"fibattn.attention.triton.{room}")
+    for room in ("chosen", "chosen_forward", "chosen_backward")
 )
 
 ROWS = [
@@ -37,6 +37,7 @@ ROWS = [
 ]
 QUERY_TILES = [ChosenTiles(keys, 4, stages) for keys in (32, 64, 128) for stages in (2, 3)]
 SPACE: dict[str, list[Any]] = {
+    "chosen-choice": [1, 2, 4],
     "chosen-forward": QUERY_TILES,
     "chosen-query": QUERY_TILES,
     "chosen-keys": [ChosenTiles(16, warps, stages) for warps in (1, 2, 4) for stages in (2, 3)],
@@ -59,6 +60,7 @@ CHOICE = {
     "query": (BACKWARD, "query_tiles_for"),
     "rungs": (KEYS, "rung_tiles_for"),
     "window": (KEYS, "window_tiles_for"),
+    "chosen-choice": (CHOSEN, "warps_for"),
     "chosen-forward": (CHOSEN_FORWARD, "tiles_for"),
     "chosen-query": (CHOSEN_BACKWARD, "query_tiles_for"),
     "chosen-keys": (CHOSEN_BACKWARD, "key_tiles_for"),
@@ -82,7 +84,7 @@ class NotLaunched:
 def works(case: Case, kernel: str, learned: bool) -> tuple[Callable[[], object], Callable[[], object]]:
     """Forward and backward of a case."""
     if kernel.startswith("chosen"):
-        return _chosen_works(case)
+        return _chosen_works(case, kernel)
     q, k, v = case.inputs()
     alpha = torch.ones(1, device="cuda") if learned else None
     rungs = base_rungs("fibonacci") if learned else case.pattern.offsets
@@ -96,18 +98,22 @@ def works(case: Case, kernel: str, learned: bool) -> tuple[Callable[[], object],
     return forward, lambda: BACKWARD.backward(grad, None, out, lse, q, k, v, None, scale, columns)
 
 
-def _chosen_works(case: Case) -> tuple[Callable[[], object], Callable[[], object]]:
+def _chosen_works(case: Case, kernel: str) -> tuple[Callable[[], object], Callable[[], object]]:
     """The same with four blocks of 16 keys that queries choose."""
     (q, k, v), pattern = case.inputs(), ChosenPattern()
     scale, size = q.shape[-1] ** -0.5, pattern.block
-    choice = choose(
-        q, block_means(k, size), k.shape[1], None, None, scale, pattern.window, pattern.reach, size, pattern.blocks
-    )
+    means = block_means(k, size)
+
+    def choosing() -> Any:
+        how = (scale, pattern.window, pattern.reach, size, pattern.blocks)
+        return CHOSEN.choose(q, means, k.shape[1], None, None, *how)
+
+    choice = choosing()
     given = (q, k, v, q, k, None, None, scale, pattern.window, size, choice)
     out, lse = CHOSEN_FORWARD.forward(*given)
     grad = torch.randn_like(out)
     return (
-        lambda: CHOSEN_FORWARD.forward(*given),
+        choosing if kernel == "chosen-choice" else lambda: CHOSEN_FORWARD.forward(*given),
         lambda: CHOSEN_BACKWARD.backward(grad, None, out, lse, *given),
     )
 
@@ -125,7 +131,9 @@ def time_kernel(case: Case, kernel: str, learned: bool) -> list[tuple[float, Any
         for other, place in KERNELS.items():
             setattr(*place, kept[other] if other == kernel else NotLaunched())
         try:
-            rows.append((measure(forward if kernel.endswith("forward") else backward, "cuda").median, tiles))
+            rows.append(
+                (measure(forward if kernel.endswith(("forward", "choice")) else backward, "cuda").median, tiles)
+            )
         except Exception:
             continue
         finally:

@@ -30,8 +30,8 @@ from fibattn.attention.triton.shape import shape_of  # noqa: E402
 
 SMALL_GPU, SHARED_MEMORY = 86, 101_376
 POINTERS = dict.fromkeys(("p_positions", "p_cache_positions", "p_table", "p_rungs"), "i32")
-POINTERS |= dict.fromkeys(("p_starts", "p_lengths", "p_first", "p_lists", "p_inverse"), "i32")
-POINTERS |= dict.fromkeys(("p_bits", "p_words"), "i64")
+POINTERS |= dict.fromkeys(("p_starts", "p_lengths", "p_first", "p_lists"), "i32")
+POINTERS |= {"p_bits": "i64"}
 POINTERS |= dict.fromkeys(("p_fractions", "p_factors", "p_grad_lse"), "fp32")
 
 
@@ -124,7 +124,7 @@ def test_chosen_blocks_fit_a_small_gpu(size: int) -> None:
     q, k = (torch.empty(1, 1, heads, size, dtype=torch.bfloat16, device="meta") for heads in (8, 1))
     shape = shape_of(q, k)
     for kernel, tiles in (
-        (chosen.choose_kernel, chosen_forward.Tiles(64, 4, 3)),
+        (chosen.choose_kernel, chosen_forward.Tiles(64, chosen.warps_for(shape), 1)),
         (chosen_forward.chosen_forward_kernel, chosen_forward.tiles_for(shape)),
         (chosen_backward.chosen_query_grad_kernel, chosen_backward.query_tiles_for(shape)),
         (chosen_backward.chosen_key_grad_kernel, chosen_backward.key_tiles_for(shape, 16)),

@@ -26,8 +26,9 @@ def block_means(k: Tensor, block: int) -> Tensor:
 def with_means(k: Tensor, means: Tensor, block: int, trust: Tensor | None) -> Tensor:
     """Each key plus its block's mean, times `trust` (KV heads,); keys of a block that is not whole stay as they are."""
     means = means if trust is None else means * trust.to(means.dtype)[:, None]
-    added = means.repeat_interleave(block, dim=1)
-    return k + pad(added, (0, 0, 0, 0, 0, k.shape[1] - added.shape[1]))
+    whole = means.shape[1] * block
+    with_own = (k[:, :whole].unflatten(1, (-1, block)) + means[:, :, None]).flatten(1, 2)
+    return with_own if whole == k.shape[1] else torch.cat([with_own, k[:, whole:]], dim=1)
 
 
 def choose(q: Tensor, means: Tensor, pattern: ChosenPattern, limit: Tensor, own: Tensor, scale: float) -> Tensor:

@@ -15,13 +15,13 @@ from fibattn.pattern import ChosenPattern
 
 _library = torch.library.Library("fibattn", "FRAGMENT")
 _PATTERN = "float scale, int window, int reach, int block, int blocks"
-_CHOICE = "Tensor bits, Tensor of_tiles, Tensor of_blocks"
+_CHOICE = "Tensor bits, Tensor lists"
 _GIVEN = (
     f"Tensor q, Tensor k, Tensor v, Tensor far_q, Tensor far_k, Tensor? positions, Tensor? shift, {_CHOICE}, {_PATTERN}"
 )
 _SAVED = "Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse"
 _CHOOSES = f"Tensor q, Tensor means, int keys, Tensor? positions, Tensor? shift, {_PATTERN}"
-_library.define(f"choose_blocks({_CHOOSES}) -> (Tensor, Tensor, Tensor)")
+_library.define(f"choose_blocks({_CHOOSES}) -> (Tensor, Tensor)")
 _library.define(f"attend_chosen_forward({_GIVEN}) -> (Tensor, Tensor)")
 _library.define(f"attend_chosen_backward({_SAVED}, {_GIVEN}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 
@@ -150,23 +150,23 @@ def _check_far(q: Tensor, k: Tensor, far_q: Tensor, far_k: Tensor, trust: Tensor
 
 @torch.library.impl(_library, "choose_blocks", "CUDA")
 @torch.library.impl(_library, "choose_blocks", "CPU")
-def _(q, means, keys, positions, *given) -> tuple[Tensor, Tensor, Tensor]:
+def _(q, means, keys, positions, *given) -> tuple[Tensor, Tensor]:
     return kernels().chosen.choose(q, means, keys, positions, *given)
 
 
 @torch.library.impl(_library, "attend_chosen_forward", "CUDA")
 @torch.library.impl(_library, "attend_chosen_forward", "CPU")
-def _(q, k, v, far_q, far_k, positions, shift, bits, of_tiles, of_blocks, scale, window, reach, block, count):
+def _(q, k, v, far_q, far_k, positions, shift, bits, lists, scale, window, reach, block, count):
     room = kernels()
-    choice = room.chosen.Choice(bits, of_tiles, of_blocks)
+    choice = room.chosen.Choice(bits, lists)
     return room.chosen_forward.forward(q, k, v, far_q, far_k, positions, shift, scale, window, block, choice)
 
 
 @torch.library.impl(_library, "attend_chosen_backward", "CUDA")
 @torch.library.impl(_library, "attend_chosen_backward", "CPU")
-def _(grad_out, grad_lse, out, lse, q, k, v, far_q, far_k, positions, shift, bits, of_tiles, of_blocks, *pattern):
+def _(grad_out, grad_lse, out, lse, q, k, v, far_q, far_k, positions, shift, bits, lists, *pattern):
     room, (scale, window, _, block, _) = kernels(), pattern
-    choice = room.chosen.Choice(bits, of_tiles, of_blocks)
+    choice = room.chosen.Choice(bits, lists)
     given = (q, k, v, far_q, far_k, positions, shift, scale, window, block, choice)
     return room.chosen_backward.backward(grad_out, grad_lse, out, lse, *given)
 
@@ -178,12 +178,11 @@ def _like(x: Tensor) -> Tensor:
 @torch.library.register_fake("fibattn::choose_blocks", lib=_library)
 def _(q, means, keys, positions, shift, scale, window, reach, block, count):
     batch, tokens = q.shape[:2]
-    number, kv_heads = means.shape[1:3]
+    kv_heads = means.shape[2]
     tiles = -(-(keys if shift is None else keys + block - 1) // 16) - (keys - tokens) // 16
     return (
         q.new_empty(batch, kv_heads, tokens, dtype=torch.int64),
         q.new_empty(batch, kv_heads, tiles, 65, dtype=torch.int32),
-        q.new_empty(batch, kv_heads, number, 1 + 4 * block, dtype=torch.int32),
     )
 
 
@@ -211,21 +210,20 @@ class _AttendChosen(torch.autograd.Function):
         positions: Tensor | None,
         shift: Tensor | None,
         bits: Tensor,
-        of_tiles: Tensor,
-        of_blocks: Tensor,
+        lists: Tensor,
         scale: float,
         window: int,
         reach: int,
         block: int,
         count: int,
     ) -> tuple[Tensor, Tensor]:
-        given = (q, k, v, far_q, far_k, positions, shift, bits, of_tiles, of_blocks)
+        given = (q, k, v, far_q, far_k, positions, shift, bits, lists)
         return torch.ops.fibattn.attend_chosen_forward(*given, scale, window, reach, block, count)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:10], *output)
-        ctx.rest = inputs[10:]
+        ctx.save_for_backward(*inputs[:9], *output)
+        ctx.rest = inputs[9:]
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -233,4 +231,4 @@ class _AttendChosen(torch.autograd.Function):
         *inputs, out, lse = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         grads = torch.ops.fibattn.attend_chosen_backward(grad_out, grad_lse, out, lse, *inputs, *ctx.rest)
-        return *grads, *[None] * 10
+        return *grads, *[None] * 9

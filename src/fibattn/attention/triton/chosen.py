@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fibattn.attention.triton import launch
 from fibattn.attention.triton.columns import row_stride
-from fibattn.attention.triton.rows import block_rows, load_rows, place, query_limit, query_rows
-from fibattn.attention.triton.scores import row_products, scaled_scores, softmax_step
-from fibattn.attention.triton.shape import shape_of
+from fibattn.attention.triton.rows import load_rows, place, query_limit
+from fibattn.attention.triton.scores import power, row_products, scaled_scores
+from fibattn.attention.triton.shape import Shape, shape_of
 
 TILE = tl.constexpr(16)
 """Queries of a program."""
@@ -26,20 +26,23 @@ SLOTS = tl.constexpr(64)
 
 
 class Choice(NamedTuple):
-    """What the queries chose. A list begins with how many entries it has; what is behind these may be anything."""
+    """What the queries chose."""
 
     bits: Tensor
     """(batch, KV heads, query tokens), int64."""
     blocks: Tensor
-    """The blocks that any query of a tile chose, rising; (batch, KV heads, tiles, 1 + 64), int32."""
-    tiles: Tensor
-    """The tiles with a query that chose a block, rising; (batch, KV heads, blocks, 1 + 4 · block), int32."""
+    """How many blocks the queries of a tile chose, and which, rising; (batch, KV heads, tiles, 1 + 64), int32."""
 
 
 def tiles_of(tokens: int, keys: int, shift: Tensor | None, block: int) -> tuple[int, int]:
     """The first tile with a query, and how many there are."""
     first = (keys - tokens) // TILE.value
     return first, launch.blocks(keys + (0 if shift is None else block - 1), TILE.value) - first
+
+
+def warps_for(shape: Shape) -> int:
+    """Warps of the kernel that chooses."""
+    return 4 if shape.exact else 1
 
 
 def choose(
@@ -56,25 +59,21 @@ def choose(
 ) -> Choice:
     """What the queries (batch, tokens, query heads, size), the last of `keys`, choose.
 
-    By the mean keys of the blocks, (batch, blocks, KV heads, size): those with the largest shares, which
-    the query heads of a KV head would each give them, summed.
+    By the mean keys of the blocks, (batch, blocks, KV heads, size): those with the largest shares, which the query
+    heads of a KV head would each give them, summed.
     """
     shape = shape_of(q, means)
     batch, tokens = q.shape[:2]
-    kv_heads, blocks = means.shape[2], means.shape[1]
+    kv_heads = means.shape[2]
     first_tile, tiles = tiles_of(tokens, keys, shift, block)
     bits = q.new_empty(batch, kv_heads, tokens, dtype=torch.int64)
-    words = q.new_empty(batch, kv_heads, tiles, dtype=torch.int64)
     lists = q.new_empty(batch, kv_heads, tiles, 1 + SLOTS.value, dtype=torch.int32)
-    most = SLOTS.value * block // TILE.value
-    inverse = q.new_empty(batch, kv_heads, blocks, 1 + most, dtype=torch.int32)
     choose_kernel[(tiles * kv_heads, batch)](
-        *(q, means, positions, shift, bits, words, lists),
+        *(q, means, positions, shift, bits, lists),
         *(scale, tokens, keys, window, reach, kv_heads, tiles, first_tile),
         *launch.strides(q, means),
         *(row_stride(positions), row_stride(shift)),
         GROUP=shape.group,
-        GP=shape.padded_group,
         SIZE=shape.size,
         BD=shape.padded_size,
         BLOCK=block,
@@ -82,26 +81,37 @@ def choose(
         EXACT=shape.exact,
         WIDE=launch.wide(q, means),
         **launch.FUSED,
-        num_warps=4,
+        num_warps=warps_for(shape),
+        num_stages=1,
     )
-    if blocks:
-        invert_kernel[(blocks * kv_heads, batch)](
-            *(words, inverse, blocks, kv_heads, tiles, first_tile), BLOCK=block, MOST=most, num_warps=1
-        )
-    return Choice(bits, lists, inverse)
+    return Choice(bits, lists)
 
 
-_UNSPECIALIZED = [*("tokens", "keys", "window", "reach", "kv_heads", "tiles", "first_tile", "blocks")]
+def choosers(bits: Tensor, keys: int, shift: Tensor | None, block: int) -> Tensor:
+    """How many queries chose each block, and which, rising; (batch, KV heads, blocks, 1 + 64 · block), int32.
+
+    What is behind the last may be anything.
+    """
+    batch, kv_heads, tokens = bits.shape
+    blocks, most = launch.blocks(keys, block), SLOTS.value * block
+    lists = bits.new_empty(batch, kv_heads, blocks, 1 + most, dtype=torch.int32)
+    choosers_kernel[(blocks * kv_heads, batch)](
+        *(bits, shift, lists, tokens, keys, kv_heads, blocks, row_stride(shift)), BLOCK=block, MOST=most, num_warps=1
+    )
+    return lists
 
 
-@triton.jit(do_not_specialize=[*_UNSPECIALIZED[:-1], "stride_positions", "stride_shift"])
+@triton.jit(
+    do_not_specialize=[
+        *("tokens", "keys", "window", "reach", "kv_heads", "tiles", "first_tile", "stride_positions", "stride_shift")
+    ]
+)
 def choose_kernel(
     p_q,
     p_means,
     p_positions,
     p_shift,
     p_bits,
-    p_words,
     p_lists,
     scale,
     tokens,
@@ -116,7 +126,6 @@ def choose_kernel(
     stride_positions,
     stride_shift,
     GROUP: tl.constexpr,
-    GP: tl.constexpr,
     SIZE: tl.constexpr,
     BD: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -124,67 +133,63 @@ def choose_kernel(
     EXACT: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """One program: the bits of a tile's queries for one KV head, all of them together, and the list of its blocks."""
-    BR: tl.constexpr = TILE * GP
+    """One program: the bits of a tile's queries for one KV head, and the list of their blocks."""
     i_tile, i_head, i_batch = place(kv_heads)
     p_q += i_batch * stride_q[0] + i_head * GROUP * stride_q[2]
     p_means += i_batch * stride_m[0] + i_head * stride_m[2]
-    i_list = (i_batch * kv_heads + i_head) * tiles + i_tile
     past = keys - tokens
     shift = row_shift(p_shift, stride_shift, i_batch)
-    first_query = (first_tile + i_tile) * TILE - shift - past
-    o_query, o_group, m_row = tile_rows(first_query, tokens, BR, GP, GROUP)
+    o_query = (first_tile + i_tile) * TILE - shift - past + tl.arange(0, TILE)
+    m_query = (o_query >= 0) & (o_query < tokens)
     # From the oldest: the block before the tile's own is the newest that can end before a query.
-    o_block = (first_tile + i_tile) * TILE // BLOCK - SLOTS + tl.arange(0, SLOTS)
+    first_block = (first_tile + i_tile) * TILE // BLOCK - SLOTS
+    o_block = first_block + tl.arange(0, SLOTS)
     b_means = load_rows(p_means, o_block, stride_m[1], o_block >= 0, SIZE, BD, WIDE)
-    b_q = query_rows(p_q, o_query, o_group, stride_q[1], stride_q[2], m_row, SIZE, BD, WIDE)
-
-    o_token = first_query + tl.arange(0, TILE)
-    m_token = (o_token >= 0) & (o_token < tokens)
-    b_limit = tl.minimum(query_limit(p_positions, stride_positions, i_batch, o_token, past, m_token), reach)
-    b_first = (o_token + past)[:, None] - (o_block * BLOCK - shift)[None, :]
+    b_limit = tl.minimum(query_limit(p_positions, stride_positions, i_batch, o_query, past, m_query), reach)
+    b_first = (o_query + past)[:, None] - (o_block * BLOCK - shift)[None, :]
     m_block = (b_first > tl.maximum(window, BLOCK - 1)) & (b_first <= b_limit[:, None])
-    m_block = m_block & (o_block >= 0)[None, :] & m_token[:, None]
+    m_block = m_block & (o_block >= 0)[None, :] & m_query[:, None]
 
-    b_s = scaled_scores(row_products(b_q, b_means, EXACT), scale, EXACT)
-    m_entry = tl.reshape(tl.broadcast_to(m_block[:, None, :], [TILE, GP, SLOTS]), [BR, SLOTS])
-    b_s = tl.where(m_entry, b_s, -1e30)
-    b_zero = tl.zeros([BR], tl.float32)
-    b_p, _, _, b_sum = softmax_step(b_s, b_zero.to(b_s.dtype) - 1e30, b_zero, EXACT)
-    b_p = tl.where(m_row[:, None], b_p / b_sum[:, None], 0.0)
-    b_share = tl.where(m_block, tl.sum(tl.reshape(b_p, [TILE, GP, SLOTS]), 1), -1.0)
+    b_share = tl.zeros([TILE, SLOTS], tl.float32)
+    for i_group in range(GROUP):
+        p_head = p_q + tl.cast(i_group, tl.int64) * stride_q[2]
+        b_q = load_rows(p_head, o_query, stride_q[1], m_query, SIZE, BD, WIDE)
+        b_s = scaled_scores(row_products(b_q, b_means, EXACT), scale, EXACT)
+        b_s = tl.where(m_block, b_s, -1e30)
+        b_p = power(b_s - tl.max(b_s, 1)[:, None], EXACT)
+        b_share += b_p / tl.sum(b_p, 1)[:, None]
+    b_share = tl.where(m_block, b_share, -1.0)
 
-    b_chosen = tl.zeros([TILE, SLOTS], tl.int32)
-    for _ in tl.static_range(COUNT):
-        i_best = tl.argmax(b_share, 1, tie_break_left=True)
-        m_best = (tl.arange(0, SLOTS)[None, :] == i_best[:, None]) & (b_share >= 0)
-        b_chosen = tl.where(m_best, 1, b_chosen)
-        b_share = tl.where(m_best, -1.0, b_share)
-
-    o_bit = (o_block & (SLOTS - 1)).to(tl.int64)
-    b_bits = tl.sum(b_chosen.to(tl.int64) << o_bit[None, :], 1)
-    tl.store(p_bits + (i_batch * kv_heads + i_head) * tokens + o_token, b_bits, mask=m_token)
-    b_any = tl.max(b_chosen, 0)
-    tl.store(p_words + i_list, tl.sum(b_any.to(tl.int64) << o_bit, 0))
-    store_list(p_lists + i_list * (1 + SLOTS), o_block, b_any)
-
-
-@triton.jit(do_not_specialize=["blocks", "kv_heads", "tiles", "first_tile"])
-def invert_kernel(p_words, p_inverse, blocks, kv_heads, tiles, first_tile, BLOCK: tl.constexpr, MOST: tl.constexpr):
-    """One program: the list of the tiles that chose a block, counted from the first tile with a query."""
-    i_block, i_head, i_batch = place(kv_heads)
-    i_head += i_batch * kv_heads
-    o_tile = (i_block + 1) * (BLOCK // TILE) - first_tile + tl.arange(0, MOST)
-    b_word = tl.load(p_words + i_head * tiles + o_tile, mask=(o_tile >= 0) & (o_tile < tiles), other=0)
-    b_any = ((b_word >> (i_block & (SLOTS - 1)).to(tl.int64)) & 1).to(tl.int32)
-    store_list(p_inverse + (i_head * blocks + i_block) * (1 + MOST), o_tile, b_any)
-
-
-@triton.jit
-def store_list(p_list, o_entry, b_any):
-    """Write how many entries are wanted, and these."""
+    b_bits = tl.zeros([TILE], tl.int64)
+    for _ in range(COUNT):
+        b_best, i_best = tl.max(b_share, 1, return_indices=True, return_indices_tie_break_left=True)
+        b_bits |= tl.where(b_best >= 0, 1, 0).to(tl.int64) << ((first_block + i_best) & (SLOTS - 1)).to(tl.int64)
+        b_share = tl.where(tl.arange(0, SLOTS)[None, :] == i_best[:, None], -1.0, b_share)
+    tl.store(p_bits + (i_batch * kv_heads + i_head) * tokens + o_query, b_bits, mask=m_query)
+    b_any = tl.max((m_block & (b_share < 0)).to(tl.int32), 0)
+    p_list = p_lists + ((i_batch * kv_heads + i_head) * tiles + i_tile) * (1 + SLOTS)
     tl.store(p_list, tl.sum(b_any, 0))
-    tl.store(p_list + tl.cumsum(b_any, 0), o_entry, mask=b_any != 0)
+    tl.store(p_list + tl.cumsum(b_any, 0), o_block, mask=b_any != 0)
+
+
+@triton.jit(do_not_specialize=["tokens", "keys", "kv_heads", "blocks", "stride_shift"])
+def choosers_kernel(
+    p_bits, p_shift, p_lists, tokens, keys, kv_heads, blocks, stride_shift, BLOCK: tl.constexpr, MOST: tl.constexpr
+):
+    """One program: the list of a block."""
+    i_block, i_head, i_batch = place(kv_heads)
+    p_bits += (i_batch * kv_heads + i_head) * tokens
+    p_list = p_lists + ((i_batch * kv_heads + i_head) * blocks + i_block) * (1 + MOST)
+    first = (i_block + 1) * BLOCK - row_shift(p_shift, stride_shift, i_batch) - (keys - tokens)
+    o_bit = (i_block & (SLOTS - 1)).to(tl.int64)
+    listed = 0
+    for start in range(0, MOST - BLOCK, 256):
+        o_query = first + start + tl.arange(0, 256)
+        m_query = (o_query >= 0) & (o_query < tokens) & (start + tl.arange(0, 256) < MOST - BLOCK)
+        b_any = ((tl.load(p_bits + o_query, mask=m_query, other=0) >> o_bit) & 1).to(tl.int32)
+        tl.store(p_list + listed + tl.cumsum(b_any, 0), o_query, mask=b_any != 0)
+        listed += tl.sum(b_any, 0)
+    tl.store(p_list, listed)
 
 
 @triton.jit
@@ -194,10 +199,3 @@ def row_shift(p_shift, stride, i_batch):
     if p_shift is not None:
         shift = tl.load(p_shift + i_batch * stride)
     return shift
-
-
-@triton.jit
-def tile_rows(first_query, tokens, BR: tl.constexpr, GP: tl.constexpr, GROUP: tl.constexpr):
-    """Query and head of the group of each row of a tile, and whether it exists. [BR] each"""
-    o_query, o_group, m_row = block_rows(first_query, tokens, BR, GP, GROUP)
-    return o_query, o_group, m_row & (o_query >= 0)

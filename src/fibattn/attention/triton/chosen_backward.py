@@ -1,7 +1,7 @@
 """The gradients of attention to a window and to chosen blocks: of queries by tiles, of keys and values by blocks.
 
-The kernel for queries mirrors the forward and leaves the row sums `delta`. That for keys has a part of a block: it
-walks the queries that have these keys in their window, then the tiles that chose the block. No atomics.
+The kernel for queries mirrors the forward and leaves the row sums `delta`. That for keys has a block or a
+part of one: it walks the queries that have these keys in their window, then those that chose the block. No atomics.
 """
 
 import torch
@@ -11,8 +11,17 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from fibattn.attention.triton import launch
-from fibattn.attention.triton.chosen import SLOTS, TILE, Choice, row_shift, tile_rows, tiles_of
-from fibattn.attention.triton.chosen_forward import UNSPECIALIZED, Tiles, far_mask, listed_keys, options, tiles_for
+from fibattn.attention.triton.chosen import SLOTS, TILE, Choice, choosers, row_shift, tiles_of
+from fibattn.attention.triton.chosen_forward import (
+    UNSPECIALIZED,
+    Tiles,
+    far_mask,
+    listed_keys,
+    options,
+    parts_of,
+    tile_rows,
+    tiles_for,
+)
 from fibattn.attention.triton.columns import row_stride
 from fibattn.attention.triton.dense_window import near_mask
 from fibattn.attention.triton.key_gradients import add_product
@@ -28,9 +37,10 @@ def query_tiles_for(shape: Shape) -> Tiles:
 
 def key_tiles_for(shape: Shape, block: int) -> Tiles:
     """Tile sizes of the kernel for the gradients of keys, which has a block or a part of one."""
-    if tiles_for(shape).keys < 64:
+    if shape.exact:
         return Tiles(min(block, 32), 4, 1)
-    return Tiles(min(block, 64), 4, 3)
+    warps = 2 if shape.padded_size <= 64 and shape.padded_group <= 4 else 4
+    return Tiles(min(block, 32), warps, 2 if shape.padded_size <= 128 else 1)
 
 
 def backward(
@@ -63,18 +73,19 @@ def backward(
     wide = launch.wide(*given, out, grad_out)
     sizes = (scale, tokens, keys, window, kv_heads, tiles, first_tile)
     try:
-        chosen_query_grad_kernel[(tiles * kv_heads, batch)](
+        how = options(shape, query_tiles_for(shape), block, wide)
+        chosen_query_grad_kernel[(tiles * parts_of(how) * kv_heads, batch)](
             *(*given, choice.bits, choice.blocks, out, grad_out, lse, grad_lse, positions, shift, delta, dq, dfq),
             *sizes,
             *launch.strides(*given, out, grad_out, dq),
             *(row_stride(positions), row_stride(shift)),
-            **options(shape, query_tiles_for(shape), block, wide),
+            **how,
         )
-        key_tiles = key_tiles_for(shape, block)
+        key_tiles, lists = key_tiles_for(shape, block), choosers(choice.bits, keys, shift, block)
         parts = launch.blocks(keys + (0 if shift is None else block - 1), key_tiles.keys)
         chosen_key_grad_kernel[(parts * kv_heads, batch)](
-            *(*given, choice.bits, choice.tiles, grad_out, lse, delta, positions, shift, dk, dv, dfk),
-            *(*sizes, choice.tiles.shape[2]),
+            *(*given, lists, grad_out, lse, delta, positions, shift, dk, dv, dfk),
+            *(*sizes[:-2], lists.shape[2]),
             *launch.strides(*given, grad_out, dk),
             *(row_stride(positions), row_stride(shift)),
             **options(shape, key_tiles, block, wide),
@@ -128,9 +139,11 @@ def chosen_query_grad_kernel(
     EXACT: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """One program: both gradients of a tile of queries, one KV head. `dq` and `dfq` are laid out alike."""
+    """One program: both gradients of a tile of queries, `GP` query heads of one KV head; laid out alike."""
     BR: tl.constexpr = TILE * GP
     i_tile, i_head, i_batch = place(kv_heads)
+    i_part = i_tile % tl.cdiv(GROUP, GP)
+    i_tile = i_tile // tl.cdiv(GROUP, GP)
     p_q += i_batch * stride_q[0] + i_head * GROUP * stride_q[2]
     p_far_q += i_batch * stride_fq[0] + i_head * GROUP * stride_fq[2]
     p_k += i_batch * stride_k[0] + i_head * stride_k[2]
@@ -142,7 +155,7 @@ def chosen_query_grad_kernel(
     past = keys - tokens
     shift = row_shift(p_shift, stride_shift, i_batch)
     first_own = (first_tile + i_tile) * TILE - shift
-    o_query, o_group, m_row = tile_rows(first_own - past, tokens, BR, GP, GROUP)
+    o_query, o_group, m_row = tile_rows(first_own - past, i_part, tokens, BR, GP, GROUP)
     o_own = o_query + past
     b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row)
     b_bits = tl.load(p_bits + (i_batch * kv_heads + i_head) * tokens + o_query, mask=m_row, other=0)
@@ -186,15 +199,14 @@ def chosen_query_grad_kernel(
     store_rows(p_dfq + first_row, b_dq * scale, o_row, 1, m_row, SIZE, BD, WIDE)
 
 
-@triton.jit(do_not_specialize=[*UNSPECIALIZED, "blocks"])
+@triton.jit(do_not_specialize=[*(name for name in UNSPECIALIZED if "tile" not in name), "blocks"])
 def chosen_key_grad_kernel(
     p_q,
     p_k,
     p_v,
     p_far_q,
     p_far_k,
-    p_bits,
-    p_inverse,
+    p_lists,
     p_do,
     p_lse,
     p_delta,
@@ -208,8 +220,6 @@ def chosen_key_grad_kernel(
     keys,
     window,
     kv_heads,
-    tiles,
-    first_tile,
     blocks,
     stride_q,
     stride_k,
@@ -231,19 +241,18 @@ def chosen_key_grad_kernel(
 ):
     """One program: the gradients of `BN` keys, all of one block, and of their values, one KV head; laid out alike."""
     BR: tl.constexpr = TILE * GP
-    i_part, i_head, i_batch = place(kv_heads)
+    i_keys, i_head, i_batch = place(kv_heads)
     p_q += i_batch * stride_q[0] + i_head * GROUP * stride_q[2]
     p_far_q += i_batch * stride_fq[0] + i_head * GROUP * stride_fq[2]
     p_do += i_batch * stride_do[0] + i_head * GROUP * stride_do[2]
     p_k += i_batch * stride_k[0] + i_head * stride_k[2]
     p_far_k += i_batch * stride_fk[0] + i_head * stride_fk[2]
     p_v += i_batch * stride_v[0] + i_head * stride_v[2]
-    p_bits += (i_batch * kv_heads + i_head) * tokens
     p_lse += (i_batch * kv_heads + i_head) * GROUP * tokens
     p_delta += (i_batch * kv_heads + i_head) * GROUP * tokens
     past = keys - tokens
     shift = row_shift(p_shift, stride_shift, i_batch)
-    first_key = i_part * BN - shift
+    first_key = i_keys * BN - shift
     o_key = first_key + tl.arange(0, BN)
     m_key = (o_key >= 0) & (o_key < keys)
     SUMS: tl.constexpr = tl.float64 if EXACT else tl.float32
@@ -253,43 +262,43 @@ def chosen_key_grad_kernel(
     b_dv = tl.zeros([BN, BD], SUMS)
     begin = tl.maximum(first_key - past, 0)
     end = tl.minimum(first_key - past + BN + tl.minimum(window, keys), tokens)
-    for start in range(begin, end, TILE):
-        o_query, o_group, m_row = tile_rows(start, tokens, BR, GP, GROUP)
-        b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row)
-        b_distance = (o_query + past)[None, :] - o_key[:, None]
-        m_entry = (b_distance >= 0) & (b_distance <= window) & (b_distance <= b_limit[None, :])
-        b_q = query_rows(p_q, o_query, o_group, stride_q[1], stride_q[2], m_row, SIZE, BD, WIDE)
-        b_do = query_rows(p_do, o_query, o_group, stride_do[1], stride_do[2], m_row, SIZE, BD, WIDE)
-        o_lse = row_starts(o_group, tokens, WIDE) + o_query
-        b_lse = tl.load(p_lse + o_lse, mask=m_row, other=NO_ROW)
-        b_delta = tl.load(p_delta + o_lse, mask=m_row, other=0.0)
-        b_p, b_ds = entries(b_k, b_v, b_q, b_do, b_lse, b_delta, m_entry, scale, EXACT)
-        b_dv = add_product(b_dv, b_p.to(b_do.dtype), b_do)
-        b_dk = add_product(b_dk, b_ds.to(b_q.dtype), b_q)
+    for i_part in range(0, tl.cdiv(GROUP, GP)):
+        for start in range(begin, end, TILE):
+            o_query, o_group, m_row = tile_rows(start, i_part, tokens, BR, GP, GROUP)
+            b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row)
+            b_distance = (o_query + past)[None, :] - o_key[:, None]
+            m_entry = (b_distance >= 0) & (b_distance <= window) & (b_distance <= b_limit[None, :])
+            b_q = query_rows(p_q, o_query, o_group, stride_q[1], stride_q[2], m_row, SIZE, BD, WIDE)
+            b_do = query_rows(p_do, o_query, o_group, stride_do[1], stride_do[2], m_row, SIZE, BD, WIDE)
+            o_lse = row_starts(o_group, tokens, WIDE) + o_query
+            b_lse = tl.load(p_lse + o_lse, mask=m_row, other=NO_ROW)
+            b_delta = tl.load(p_delta + o_lse, mask=m_row, other=0.0)
+            b_p, b_ds = entries(b_k, b_v, b_q, b_do, b_lse, b_delta, m_entry, scale, EXACT)
+            b_dv = add_product(b_dv, b_p.to(b_do.dtype), b_do)
+            b_dk = add_product(b_dk, b_ds.to(b_q.dtype), b_q)
     first_row = i_batch * stride_dk[0] + i_head * stride_dk[2]
     store_rows(p_dk + first_row, b_dk * scale, o_key, stride_dk[1], m_key, SIZE, BD, WIDE)
 
     b_k = load_rows(p_far_k, o_key, stride_fk[1], m_key, SIZE, BD, WIDE)
     b_dk = tl.zeros([BN, BD], SUMS)
-    i_block = i_part * BN // BLOCK
-    MOST: tl.constexpr = SLOTS * BLOCK // TILE
-    p_list = p_inverse + ((i_batch * kv_heads + i_head) * blocks + i_block) * (1 + MOST)
-    # The last keys may make no whole block, which has no list.
+    MOST: tl.constexpr = SLOTS * BLOCK
+    i_block = i_keys * BN // BLOCK
+    p_list = p_lists + ((i_batch * kv_heads + i_head) * blocks + i_block) * (1 + MOST)
+    # The last keys may be in a block behind the last that has a list.
     listed = tl.load(p_list, mask=i_block < blocks, other=0)
-    i_bit = (i_block & (SLOTS - 1)).to(tl.int64)
-    for i_entry in range(listed):
-        i_tile = tl.load(p_list + 1 + i_entry)
-        o_query, o_group, m_row = tile_rows((first_tile + i_tile) * TILE - shift - past, tokens, BR, GP, GROUP)
-        b_bits = tl.load(p_bits + o_query, mask=m_row, other=0) >> i_bit
-        m_entry = ((b_bits & 1) != 0)[None, :] & ((o_query + past)[None, :] - o_key[:, None] > window)
-        b_q = query_rows(p_far_q, o_query, o_group, stride_fq[1], stride_fq[2], m_row, SIZE, BD, WIDE)
-        b_do = query_rows(p_do, o_query, o_group, stride_do[1], stride_do[2], m_row, SIZE, BD, WIDE)
-        o_lse = row_starts(o_group, tokens, WIDE) + o_query
-        b_lse = tl.load(p_lse + o_lse, mask=m_row, other=NO_ROW)
-        b_delta = tl.load(p_delta + o_lse, mask=m_row, other=0.0)
-        b_p, b_ds = entries(b_k, b_v, b_q, b_do, b_lse, b_delta, m_entry, scale, EXACT)
-        b_dv = add_product(b_dv, b_p.to(b_do.dtype), b_do)
-        b_dk = add_product(b_dk, b_ds.to(b_q.dtype), b_q)
+    for i_part in range(0, tl.cdiv(GROUP, GP)):
+        for first in range(0, listed, TILE):
+            o_entry, o_group, m_row = tile_rows(first, i_part, listed, BR, GP, GROUP)
+            o_query = tl.load(p_list + 1 + o_entry, mask=m_row, other=0)
+            m_entry = m_row[None, :] & ((o_query + past)[None, :] - o_key[:, None] > window)
+            b_q = query_rows(p_far_q, o_query, o_group, stride_fq[1], stride_fq[2], m_row, SIZE, BD, WIDE)
+            b_do = query_rows(p_do, o_query, o_group, stride_do[1], stride_do[2], m_row, SIZE, BD, WIDE)
+            o_lse = row_starts(o_group, tokens, WIDE) + o_query
+            b_lse = tl.load(p_lse + o_lse, mask=m_row, other=NO_ROW)
+            b_delta = tl.load(p_delta + o_lse, mask=m_row, other=0.0)
+            b_p, b_ds = entries(b_k, b_v, b_q, b_do, b_lse, b_delta, m_entry, scale, EXACT)
+            b_dv = add_product(b_dv, b_p.to(b_do.dtype), b_do)
+            b_dk = add_product(b_dk, b_ds.to(b_q.dtype), b_q)
     store_rows(p_dfk + first_row, b_dk * scale, o_key, stride_dk[1], m_key, SIZE, BD, WIDE)
     store_rows(p_dv + first_row, b_dv, o_key, stride_dk[1], m_key, SIZE, BD, WIDE)
 

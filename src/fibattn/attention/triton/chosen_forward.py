@@ -6,6 +6,7 @@ the tile chose, a row's bits hide the keys.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -14,10 +15,10 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from fibattn.attention.triton import launch
-from fibattn.attention.triton.chosen import SLOTS, TILE, Choice, row_shift, tile_rows, tiles_of
+from fibattn.attention.triton.chosen import SLOTS, TILE, Choice, row_shift, tiles_of
 from fibattn.attention.triton.columns import row_stride
 from fibattn.attention.triton.dense_window import near_mask
-from fibattn.attention.triton.rows import load_rows, place, query_limit, query_rows, row_starts, store_rows
+from fibattn.attention.triton.rows import block_rows, load_rows, place, query_limit, query_rows, row_starts, store_rows
 from fibattn.attention.triton.scores import LN2, row_products, scaled_scores, softmax_step
 from fibattn.attention.triton.shape import Shape, shape_of
 
@@ -32,17 +33,15 @@ class Tiles:
 
 
 def tiles_for(shape: Shape) -> Tiles:
-    """Tile sizes of the kernels that have a tile of queries."""
-    # A list's entry, the rows that it names, and what is made of them: each waits for the one before.
-    large = shape.exact or shape.padded_size > 64 or shape.padded_group > 8
-    return Tiles(32, 4, 1) if large else Tiles(64, 4, 3)
+    """Tile sizes of the kernels that have a tile of queries. Small tiles of keys: two blocks leave little over."""
+    return Tiles(32, 4, 1 if shape.exact or shape.padded_size > 128 else 2)
 
 
-def options(shape: Shape, tiles: Tiles, block: int, wide: bool) -> dict[str, object]:
+def options(shape: Shape, tiles: Tiles, block: int, wide: bool) -> dict[str, Any]:
     """What the kernels are compiled for."""
     return {
         "GROUP": shape.group,
-        "GP": shape.padded_group,
+        "GP": min(shape.padded_group, (2 if shape.exact else 8) // (1 if shape.padded_size <= 64 else 2)),
         "SIZE": shape.size,
         "BD": shape.padded_size,
         "BLOCK": block,
@@ -73,19 +72,25 @@ def forward(
     batch, tokens, heads, _ = q.shape
     keys, kv_heads = k.shape[1:3]
     first_tile, tiles = tiles_of(tokens, keys, shift, block)
+    how = options(shape, tiles_for(shape), block, launch.wide(q, k, v, far_q, far_k))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(batch, heads, tokens, dtype=torch.float64 if shape.exact else torch.float32)
     try:
-        chosen_forward_kernel[(tiles * kv_heads, batch)](
+        chosen_forward_kernel[(tiles * parts_of(how) * kv_heads, batch)](
             *(q, k, v, far_q, far_k, choice.bits, choice.blocks, out, lse, positions, shift),
             *(scale, tokens, keys, window, kv_heads, tiles, first_tile),
             *launch.strides(q, k, v, far_q, far_k, out),
             *(row_stride(positions), row_stride(shift)),
-            **options(shape, tiles_for(shape), block, launch.wide(q, k, v, far_q, far_k)),
+            **how,
         )
     except OutOfResources as error:
         raise launch.explain(error, shape) from error
     return out, lse
+
+
+def parts_of(how: dict[str, Any]) -> int:
+    """Programs for the query heads of a KV head, each of which has some."""
+    return launch.blocks(how["GROUP"], how["GP"])
 
 
 UNSPECIALIZED = ["tokens", "keys", "window", "kv_heads", "tiles", "first_tile", "stride_positions", "stride_shift"]
@@ -129,9 +134,11 @@ def chosen_forward_kernel(
     EXACT: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """One program: a tile of queries, one KV head."""
+    """One program: a tile of queries, `GP` query heads of one KV head."""
     BR: tl.constexpr = TILE * GP
     i_tile, i_head, i_batch = place(kv_heads)
+    i_part = i_tile % tl.cdiv(GROUP, GP)
+    i_tile = i_tile // tl.cdiv(GROUP, GP)
     p_q += i_batch * stride_q[0] + i_head * GROUP * stride_q[2]
     p_far_q += i_batch * stride_fq[0] + i_head * GROUP * stride_fq[2]
     p_k += i_batch * stride_k[0] + i_head * stride_k[2]
@@ -141,7 +148,7 @@ def chosen_forward_kernel(
     past = keys - tokens
     shift = row_shift(p_shift, stride_shift, i_batch)
     first_own = (first_tile + i_tile) * TILE - shift
-    o_query, o_group, m_row = tile_rows(first_own - past, tokens, BR, GP, GROUP)
+    o_query, o_group, m_row = tile_rows(first_own - past, i_part, tokens, BR, GP, GROUP)
     o_own = o_query + past
     b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row)
     b_bits = tl.load(p_bits + (i_batch * kv_heads + i_head) * tokens + o_query, mask=m_row, other=0)
@@ -180,6 +187,14 @@ def chosen_forward_kernel(
     kept: tl.constexpr = p_lse.dtype.element_ty
     b_lse = tl.log2(b_sum.to(kept)) * LN2 + b_max.to(kept) * (1.0 if EXACT else LN2)
     tl.store(p_lse + row_starts(o_group, tokens, WIDE) + o_query, b_lse, mask=m_row)
+
+
+@triton.jit
+def tile_rows(first_query, i_part, tokens, BR: tl.constexpr, GP: tl.constexpr, GROUP: tl.constexpr):
+    """Query and head of the group of each row of a tile, and whether it exists. [BR] each"""
+    o_query, o_group, _ = block_rows(first_query, tokens, BR, GP, GROUP)
+    o_group += i_part * GP
+    return o_query, o_group, (o_query >= 0) & (o_query < tokens) & (o_group < GROUP)
 
 
 @triton.jit
