@@ -6,7 +6,6 @@ from typing import Literal
 from fibattn.cli.flags import parse
 from fibattn.errors import InputError
 
-
 Kernel = Literal[
     "forward", "query", "rungs", "window", "chosen-choice", "chosen-forward", "chosen-query", "chosen-keys"
 ]
