@@ -1,8 +1,7 @@
-"""Fixtures that several rooms share: a small corpus, prepared once, a model of it, and a browser for pages."""
+"""Fixtures that several rooms share: a small corpus, prepared once, a model of it, processes, a browser for pages."""
 
 import gc
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from browser import CHROMIUM, Browser
+from forked import Server
 
 if TYPE_CHECKING:
     from fibattn import FibAttnForCausalLM
@@ -34,8 +34,29 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Triton's bindings count what is still frozen at the end as leaks, at length."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def forked() -> Iterator[Server]:
+    """Processes in which the library is imported."""
+    server = Server("fibattn.cli.main", "fibattn.data.prepare", "fibattn.evaluation.sweep", "fibattn.training.run")
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def foreign() -> Iterator[Server]:
+    """Processes in which PyTorch and other things are imported, but nothing that knows models."""
+    server = Server("datasets", "torch._dynamo", "torch.distributed.tensor")
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def prepared(forked: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared folder with some 40 k training tokens and a held-out set, vocabulary 512."""
     folder = tmp_path_factory.mktemp("prepared")
     texts = folder / "texts"
@@ -44,7 +65,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines = (sentence(document * 31 + line) for line in range(60))
         (texts / f"{document:02d}.txt").write_text("".join(lines), encoding="utf-8")
     command = [sys.executable, "-m", "fibattn", "prepare", str(folder / "data"), str(texts)]
-    subprocess.run([*command, "--vocab-size", "512", "--held-out", "0.15"], check=True, capture_output=True)
+    forked.run([*command, "--vocab-size", "512", "--held-out", "0.15"], check=True)
     return folder / "data"
 
 

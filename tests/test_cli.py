@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import Server
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -212,7 +213,7 @@ def test_model_that_is_none(prepared: Path, tmp_path: Path, capsys: pytest.Captu
     assert "holds no model (config.json is missing)" in says(capsys, "eval", tmp_path, "--data", prepared)
 
 
-def test_disk_that_is_full_is_said_in_one_line(prepared: Path, tmp_path: Path) -> None:
+def test_disk_that_is_full_is_said_in_one_line(prepared: Path, forked: Server, tmp_path: Path) -> None:
     """A limit on the size of a file stands for a full disk: a checkpoint's weights do not fit."""
     run = tmp_path / "run"
     words = ["train", "small", "--data", str(prepared), "--out", str(run), *TINY]
@@ -222,7 +223,7 @@ def test_disk_that_is_full_is_said_in_one_line(prepared: Path, tmp_path: Path) -
         "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    stopped = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    stopped = forked.run([sys.executable, "-c", code, *words])
     assert stopped.returncode == 1
     assert "Traceback" not in stopped.stderr
     assert "fibattn train: a file grew larger than the system allows" in stopped.stderr.splitlines()[-1]
@@ -247,16 +248,24 @@ def test_a_checkpoint_is_sampled_and_evaluated(
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or sys.prefix == sys.base_prefix, reason="needs a CPU and a venv")
-def test_compiling_in_a_path_with_a_blank_is_refused_in_a_line(prepared: Path, trained: Path, tmp_path: Path) -> None:
+def test_compiling_in_a_path_with_a_blank_is_refused_in_a_line(
+    prepared: Path,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     (tmp_path / "my place").mkdir()
     (tmp_path / "my place" / "venv").symlink_to(sys.prefix)
     python = str(tmp_path / "my place" / "venv" / "bin" / "python")
     train = ["train", "small", "--data", str(prepared), "--out", str(tmp_path / "run"), *TINY, "--compile"]
-    for words in (train, ["sample", str(trained), "--compile"]):
-        done = subprocess.run([python, "-m", "fibattn", *words], capture_output=True, text=True, check=False)
-        assert (done.returncode, "Traceback" in done.stderr) == (2, False)
-        assert f"PyTorch cannot compile for a CPU from or into '{tmp_path}/my place/venv/" in done.stderr
+    done = subprocess.run([python, "-m", "fibattn", *train], capture_output=True, text=True, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    refused = f"PyTorch cannot compile for a CPU from or into '{tmp_path}/my place"
+    assert f"{refused}/venv/" in done.stderr
     assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "my place"))
+    assert f"{refused}'" in says(capsys, "sample", trained, "--compile")
 
 
 def test_a_tokenizer_with_gaps_between_its_ids_goes_all_the_way(

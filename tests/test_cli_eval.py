@@ -2,13 +2,13 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import Server
 
 from fibattn import FibAttnConfig, FibAttnForCausalLM
 from fibattn.cli.main import main
@@ -265,9 +265,9 @@ def test_folders_that_hold_nothing_are_named(
     assert f"{tmp_path} holds no prepared data" in capsys.readouterr().err
 
 
-def test_the_command_prints_no_traceback(model: Path, data: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fibattn", "eval", str(model), "--data", str(data), "--sets", "none"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+def test_the_command_prints_no_traceback(model: Path, data: Path, forked: Server, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fibattn", "eval", model, "--data", data, "--sets", "none"]
+    done = forked.run(command, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("fibattn eval: there is no held-out set 'none'")
     assert done.stderr.count("\n") == 1

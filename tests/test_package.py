@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from forked import Server
 
 import benchmarks.__main__
 import fibattn
@@ -29,14 +30,15 @@ ROOMS = ["pattern", "attention", "model", "parallel", "data", "training", "evalu
 BESIDE = ["study", "benchmarks", "examples"]
 
 
-def run(code: str) -> None:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 def test_import_needs_neither_triton_nor_a_gpu() -> None:
-    run("import sys; sys.modules['triton'] = None; import fibattn; fibattn.FibAttnConfig(); fibattn.attend")
-    run("import fibattn, torch; assert not torch.cuda.is_initialized()")
+    code = "import sys; sys.modules['triton'] = None; import fibattn; fibattn.FibAttnConfig(); fibattn.attend; "
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}import torch; assert not torch.cuda.is_initialized()"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 IMPORTS = [
@@ -49,16 +51,23 @@ IMPORTS = [
 ]
 
 
+THEN = """
+import fibattn, torch, transformers
+config = transformers.AutoConfig.for_model('fibattn', vocab_size=8, hidden_size=16, num_attention_heads=2)
+assert isinstance(transformers.AutoModelForCausalLM.from_config(config), fibattn.FibAttnForCausalLM)
+assert callable(fibattn.attend)
+assert not torch.cuda.is_initialized()
+"""
+
+
 @pytest.mark.parametrize("first", IMPORTS)
-def test_importing_means_the_same_in_every_program_and_order(first: str, tmp_path: Path) -> None:
-    program = tmp_path / "fibattn"  # a name like that of the command changes nothing
-    program.write_text(
-        f"{first}\nimport fibattn, transformers\n"
-        "config = transformers.AutoConfig.for_model('fibattn', vocab_size=8, hidden_size=16, num_attention_heads=2)\n"
-        "assert isinstance(transformers.AutoModelForCausalLM.from_config(config), fibattn.FibAttnForCausalLM)\n"
-        "assert callable(fibattn.attend)\n"
-    )
-    done = subprocess.run([sys.executable, program], capture_output=True, text=True, check=False)
+def test_importing_means_the_same_in_every_order(first: str, foreign: Server) -> None:
+    foreign.run([sys.executable, "-c", first + THEN], check=True)
+
+
+def test_a_program_with_the_name_of_the_command_imports_the_package(tmp_path: Path) -> None:
+    (tmp_path / "fibattn").write_text(THEN)
+    done = subprocess.run([sys.executable, tmp_path / "fibattn"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -1,11 +1,11 @@
 """Every example runs as it stands, offline, in seconds; `tests/hf/tuning.py` runs the one that needs TRL."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from forked import Server
 
 EXAMPLES = sorted(
     path for path in Path(__file__).parents[1].glob("*.py") if path.stem not in ("__init__", "tune_with_trl")
@@ -13,11 +13,17 @@ EXAMPLES = sorted(
 FEWER = {"extrapolate": ["12"]}  # steps of training
 
 
-def run(example: Path, folder: Path, *arguments: str) -> str:
-    environment = {**os.environ, "TMPDIR": str(folder), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-W", "error::DeprecationWarning:__main__", str(example), *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+STRICT = """
+import runpy, sys, warnings
+warnings.filterwarnings("error", category=DeprecationWarning, module="__main__")
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run(forked: Server, example: Path, folder: Path, *arguments: str) -> str:
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    done = forked.run([sys.executable, "-c", STRICT, example, *arguments], cwd=folder, env=environment, check=True)
     assert "Traceback" not in done.stderr, done.stderr[-3000:]
     return done.stdout
 
@@ -27,5 +33,5 @@ def test_there_are_five() -> None:
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_example(example: Path, tmp_path: Path) -> None:
-    assert len(run(example, tmp_path, *FEWER.get(example.stem, [])).splitlines()) > 3
+def test_example(example: Path, forked: Server, tmp_path: Path) -> None:
+    assert len(run(forked, example, tmp_path, *FEWER.get(example.stem, [])).splitlines()) > 3

@@ -2,13 +2,13 @@
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import Server
 
 from fibattn.data.prepared import PreparedData
 from fibattn.errors import InputError
@@ -29,12 +29,12 @@ val_bpb = evaluate_bpb(model, tokenizer, 3, "cpu")
 
 
 def test_a_program_that_knows_nothing_needs_the_logarithm_of_the_vocabulary_for_a_token(
-    prepared: Path, tmp_path: Path
+    prepared: Path, forked: Server, tmp_path: Path
 ) -> None:
     (tmp_path / "train.py").write_text(UNIFORM)
     out = tmp_path / "out" / "result.json"
     words = [str(tmp_path), "--data", str(prepared), "--like", str(prepared), "--out", str(out), "--seconds", "7"]
-    subprocess.run([sys.executable, "-m", "study", "outside", *words], check=True, capture_output=True)
+    forked.run([sys.executable, "-m", "study", "outside", *words], check=True)
     result, data = json.loads(out.read_text()), PreparedData.open(prepared)
     assert result["training_seconds"] == 7
     assert set(result["bits_per_byte"]) == set(data.validation)

@@ -1,12 +1,12 @@
 """Studies of tiny models, really run: finished, repeated, cut, failed, shared between processes."""
 
 import json
+import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from forked import Forked, Server
 
 from fibattn import InputError
 from fibattn.data.prepared import PreparedData
@@ -48,9 +49,16 @@ run_study(Job("smoke", study, Path({data!r}), out=out, work=out / "work", only={
 """
 
 
-def child(out: Path, data: Path, *, steps: int = 3, only: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
-    program = CHILD.format(tests=str(Path(__file__).parent), out=str(out), data=str(data), steps=steps, only=only)
-    return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+@pytest.fixture
+def child(forked: Server, prepared: Path) -> Callable[..., Forked]:
+    """Begins a process that works through a tiny study."""
+
+    def begin(out: Path, *, steps: int = 3, only: tuple[str, ...] = ()) -> Forked:
+        tests = str(Path(__file__).parent)
+        program = CHILD.format(tests=tests, out=str(out), data=str(prepared), steps=steps, only=only)
+        return forked.start([sys.executable, "-c", program])
+
+    return begin
 
 
 def lines(out: Path, run: str) -> list[dict]:
@@ -202,29 +210,31 @@ def test_a_failed_run_is_noted_and_the_rest_goes_on(job: Job, tmp_path: Path) ->
     assert [r["kind"] for r in Store(tmp_path).records()] == ["failure", "run", "run", "failure"]
 
 
-def test_a_killed_run_goes_on_and_ends_alike(study: Study, prepared: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_and_ends_alike(
+    study: Study, prepared: Path, child: Callable[..., Forked], tmp_path: Path
+) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     only = ("linear-w12",)
     brief = replace(study, recipe=replace(study.recipe, steps=30), factors=(1,))
     run_study(Job("smoke", brief, prepared, out=whole, work=whole / "work", only=only))
-    process = child(cut, prepared, steps=30, only=only)
+    process = child(cut, steps=30, only=only)
     while process.poll() is None:
         if any(path.read_text().count("\n") >= 5 for path in cut.glob("work/*/metrics.jsonl")):
-            process.send_signal(signal.SIGKILL)
+            os.kill(process.pid, signal.SIGKILL)
             break
         time.sleep(0.002)
     assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
     assert not (cut / "smoke").exists()
-    assert child(cut, prepared, steps=30, only=only).wait() == 0
+    assert child(cut, steps=30, only=only).wait() == 0
     (one,), (other,) = lines(whole, "linear-w12"), lines(cut, "linear-w12")
     assert (one["resumed"], other["resumed"]) == (False, True)
     assert one["evaluation"] == other["evaluation"]
     assert one["training"]["curve"] == other["training"]["curve"]
 
 
-def test_two_processes_share_the_runs(prepared: Path, tmp_path: Path) -> None:
+def test_two_processes_share_the_runs(child: Callable[..., Forked], tmp_path: Path) -> None:
     only = ("dense", "fixed-w12", "linear-w12", "coprime-w12")
-    both = [child(tmp_path, prepared, only=only) for _ in range(2)]
+    both = [child(tmp_path, only=only) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
     assert [len(lines(tmp_path, name)) for name in only] == [1, 1, 1, 1]
 
@@ -305,30 +315,28 @@ def test_work_left_is_reckoned_by_runs_that_were_not_resumed(capsys: pytest.Capt
     assert said((1, True)).endswith("1 of 5 runs finished")
 
 
-def test_command_runs_a_study_and_writes_its_report(prepared: Path, tmp_path: Path) -> None:
+def test_command_runs_a_study_and_writes_its_report(prepared: Path, forked: Server, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "study", "run", "smoke", "--data", str(prepared), "--out", str(tmp_path)]
     flags = ["--tokens", "3k", "--eval-tokens", "2048", "--only", "dense", "hybrid", "--processes", "2"]
-    done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = forked.run([*command, *flags], check=True)
     assert {path.name for path in tmp_path.glob("smoke/*")} == {"dense.jsonl", "hybrid.jsonl"}
     assert "[0] " in done.stderr
     assert "[1] " in done.stderr
     assert (tmp_path / "report" / "index.html").exists()
-    bad = subprocess.run([*command, "--shard", "2/2"], capture_output=True, text=True, check=False)
+    bad = forked.run([*command, "--shard", "2/2"])
     assert bad.returncode == 2
     assert "--shard is '2/2'; expected I/N" in bad.stderr
 
 
-def test_a_terminated_command_leaves_no_process_behind(prepared: Path, tmp_path: Path) -> None:
+def test_a_terminated_command_leaves_no_process_behind(prepared: Path, forked: Server, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "study", "run", "smoke", "--data", str(prepared), "--out", str(tmp_path)]
-    parent = subprocess.Popen([*command, "--processes", "2"], stderr=subprocess.PIPE, text=True)
-    assert parent.stderr is not None
-    said = iter(parent.stderr.readline, "")
-    for _ in range(2):
-        assert any(line.endswith("k tokens\n") for line in said), "no run began"
-    parent.terminate()
-    assert parent.wait(60) == 130
-    assert "interrupted; what was finished is kept" in parent.stderr.read()
+    parent = forked.start([*command, "--processes", "2"])
+    while parent.said("stderr").count("k tokens\n") < 2:
+        assert parent.poll() is None, parent.said("stderr")
+        time.sleep(0.05)
+    os.kill(parent.pid, signal.SIGTERM)
+    assert parent.wait() == 130
+    assert "interrupted; what was finished is kept" in parent.said("stderr")
     runs = list(tmp_path.glob("work/*"))
     assert len(runs) == 2
     for run in runs:

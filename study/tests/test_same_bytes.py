@@ -46,5 +46,5 @@ def test_targets_end_within_the_bytes_that_were_asked_for(coarse: PreparedData) 
 
 def test_other_sets_are_refused(coarse: PreparedData, fine: PreparedData) -> None:
     fine = replace(fine, validation={"others": coarse.train})
-    with pytest.raises(InputError, match="has the held-out sets texts, and .* has others; prepare both from the same"):
+    with pytest.raises(InputError, match=r"has the held-out sets texts, and .* has others; prepare both from the same"):
         targets_of(coarse, fine, [64], 512)

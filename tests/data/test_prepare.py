@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from corpus_files import fingerprints, write_jsonl
+from forked import Server
 
 from fibattn import files
 from fibattn.data.plan import Plan
@@ -91,7 +92,7 @@ def test_again_does_nothing_and_elsewhere_gives_the_same_bytes(whole, sources, t
     assert fingerprints(tmp_path / "other") == fingerprints(whole)
 
 
-def kill_when(out: Path, sources: list[Source], ready) -> None:
+def kill_when(forked: Server, out: Path, sources: list[Source], ready) -> None:
     """Run the real command line in its own process and SIGKILL it once `ready()`."""
     words = [f"{source.name}={source.paths[0]}" for source in sources]
     flags = [
@@ -105,18 +106,18 @@ def kill_when(out: Path, sources: list[Source], ready) -> None:
         "2500",
     ]
     command = [sys.executable, "-m", "fibattn", "prepare", str(out), *words, *flags]
-    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
-        while not ready():
-            assert process.poll() is None, process.stderr and process.stderr.read()
-            time.sleep(0.0005)
-        os.kill(process.pid, signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    process = forked.start(command)
+    while not ready():
+        assert process.poll() is None, process.said("stderr")
+        time.sleep(0.0005)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
 
 
-def test_killed_and_resumed_gives_the_bytes_of_an_uninterrupted_run(whole, sources, tmp_path):
+def test_killed_and_resumed_gives_the_bytes_of_an_uninterrupted_run(whole, sources, forked, tmp_path):
     out = tmp_path / "data"
-    kill_when(out, sources, (out / "unfinished.json").exists)
-    kill_when(out, sources, (out / "shards/docs/train-00001.bin").exists)
+    kill_when(forked, out, sources, (out / "unfinished.json").exists)
+    kill_when(forked, out, sources, (out / "shards/docs/train-00001.bin").exists)
     assert (out / "unfinished.json").exists()
     with pytest.raises(InputError, match="is not finished; run the same `fibattn prepare` again"):
         PreparedData.open(out)
@@ -127,7 +128,7 @@ def test_killed_and_resumed_gives_the_bytes_of_an_uninterrupted_run(whole, sourc
     assert fingerprints(out) == fingerprints(whole)
 
 
-def test_a_write_that_fails_keeps_what_was_finished(whole, sources, tmp_path):
+def test_a_write_that_fails_keeps_what_was_finished(whole, sources, forked, tmp_path):
     """A limit on the size of a file stands for a full disk: the write fails in the middle of a shard."""
     code = """
 import resource, sys
@@ -138,13 +139,15 @@ from fibattn.data.sources import parse_source
 resource.setrlimit(resource.RLIMIT_FSIZE, (6500, 6500))
 sources = tuple(parse_source(path) for path in sys.argv[2:])
 plan = Plan(sources, vocab_size=300, shard_tokens=3000, held_out=0.2, held_out_tokens=2500)
-prepare(Path(sys.argv[1]), plan, quiet=True)
+try:
+    prepare(Path(sys.argv[1]), plan, quiet=True)
+except OSError as error:
+    sys.exit(str(error))
 """
     out = tmp_path / "data"
-    kill_when(out, sources, (out / "token_bytes.npy").exists)
+    kill_when(forked, out, sources, (out / "token_bytes.npy").exists)
     words = [sys.executable, "-c", code, str(out), *(str(source.paths[0]) for source in sources)]
-    result = subprocess.run(words, capture_output=True, text=True)
-    assert "File too large" in result.stderr
+    assert "File too large" in forked.run(words).stderr
     assert not list(out.rglob(".*.tmp"))
     make(out, sources)
     assert fingerprints(out) == fingerprints(whole)
@@ -423,7 +426,7 @@ def test_a_record_of_another_make_is_refused(sources, tmp_path, name, content):
         PreparedData.open(tmp_path)
 
 
-def test_text_can_be_prepared_with_the_tokenizer_of_a_trained_model(whole, sources, tmp_path):
+def test_text_can_be_prepared_with_the_tokenizer_of_a_trained_model(whole, sources, foreign, tmp_path):
     """As a program that never imported the model, and with nobody to answer a question."""
     model = tmp_path / "model"
     config = FibAttnConfig(vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1)
@@ -431,7 +434,6 @@ def test_text_can_be_prepared_with_the_tokenizer_of_a_trained_model(whole, sourc
     load_tokenizer(whole / "tokenizer").save_pretrained(model)
     words = [sys.executable, "-m", "fibattn", "prepare", str(tmp_path / "data"), str(sources[0].paths[0])]
     flags = ["--held-out", "0.2", "--tokenizer", str(model)]
-    done = subprocess.run([*words, *flags], stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    foreign.run([*words, *flags], check=True)
     data = PreparedData.open(tmp_path / "data")
     assert load_tokenizer(data.tokenizer_path).get_vocab() == load_tokenizer(whole / "tokenizer").get_vocab()

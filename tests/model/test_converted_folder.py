@@ -3,7 +3,6 @@
 import json
 import os
 import runpy
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from foreign_decoders import PATTERN, model, tokens
+from forked import Server
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import fibattn
@@ -68,30 +68,22 @@ def test_it_comes_back_sparse_and_saves_again(architecture: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
-def test_programs_that_never_heard_of_it_run_it_sparse(architecture: str, tmp_path: Path) -> None:
+def test_programs_that_never_heard_of_it_run_it_sparse(architecture: str, foreign: Server, tmp_path: Path) -> None:
     made = saved(architecture, tmp_path / "first")
     command = [sys.executable, "-c", FOREIGN, str(tmp_path / "first"), str(tmp_path / "second")]
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = foreign.run(command, env=environment, check=True)
     right = float(made(torch.arange(2, 50)[None]).logits.detach().double().sum())
     assert [float(line) for line in done.stdout.split()] == pytest.approx([right] * 6, rel=1e-4)
 
 
 @pytest.mark.parametrize("given", ["", ", attn_implementation=None", ", trust_remote_code=True"])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
-def test_programs_that_cannot_run_it_say_so(architecture: str, given: str, tmp_path: Path) -> None:
+def test_programs_that_cannot_run_it_say_so(architecture: str, given: str, foreign: Server, tmp_path: Path) -> None:
     saved(architecture, tmp_path / "converted")
     code = f"{WITHOUT}transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]{given})"
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "converted")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
+    done = foreign.run([sys.executable, "-c", code, tmp_path / "converted"], env=environment)
     assert done.returncode != 0
     reason = "this model needs the package fibattn" if "trust" in given else "trust_remote_code"
     assert reason in done.stderr

@@ -1,13 +1,13 @@
 """What other programs look up by name: that the model is a causal language model, and what follows from it."""
 
 import logging
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import foreign_decoders
 import pytest
+from forked import Server
 from tiny_models import model, tokens
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
@@ -80,11 +80,11 @@ def test_an_adapter_that_names_no_layers_goes_where_a_llamas_goes(chosen: str) -
 
 
 @pytest.mark.parametrize("order", ["peft, fibattn", "fibattn, peft", "fibattn, transformers, peft"])
-def test_peft_knows_the_layers_whichever_is_imported_first(order: str) -> None:
+def test_peft_knows_the_layers_whichever_is_imported_first(order: str, foreign: Server) -> None:
     pytest.importorskip("peft", reason="peft is not installed")
     code = f"import {order}; from peft.utils import constants as c; "
     code += "print(c.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING['fibattn'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = foreign.run([sys.executable, "-c", code], check=True)
     assert done.stdout.splitlines()[-1] == "['q_proj', 'v_proj']"
 
 

@@ -3,12 +3,12 @@
 import json
 import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Server
 from tiny_models import model, tokens
 from transformers import AutoModelForCausalLM
 
@@ -36,13 +36,12 @@ print(type(made).__module__, made(ids).logits.double().sum().item())
 """
 
 
-def test_a_foreign_program_loads_saves_and_loads_again(tmp_path: Path) -> None:
+def test_a_foreign_program_loads_saves_and_loads_again(foreign: Server, tmp_path: Path) -> None:
     made = model("learned mixture")
     made.save_pretrained(tmp_path / "first")
     command = [sys.executable, "-c", FOREIGN, str(tmp_path / "first"), str(tmp_path / "second")]
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = foreign.run(command, env=environment, check=True)
     module, total = done.stdout.split()
     assert module == "fibattn.model.modeling"
     assert float(total) == pytest.approx(

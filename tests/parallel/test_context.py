@@ -7,6 +7,7 @@ import pytest
 import tiny_models
 import torch
 import torch.distributed as dist
+from forked import Server
 from launching import launch
 from torch import Tensor
 
@@ -14,8 +15,8 @@ from fibattn import InputError
 from fibattn.parallel.context import ContextParallel
 
 
-def test_a_cut_row_has_the_loss_and_gradients_of_a_whole_one() -> None:
-    found = [json.loads(line) for line in launch("cut_rows.py", 4).splitlines() if line.startswith("{")]
+def test_a_cut_row_has_the_loss_and_gradients_of_a_whole_one(forked: Server) -> None:
+    found = [json.loads(line) for line in launch(forked, "cut_rows.py", 4).splitlines() if line.startswith("{")]
     refused = [one["refused"] for one in found if "refused" in one]
     assert len(refused) == 4
     assert all("different rows, here (2, 48)" in message for message in refused)

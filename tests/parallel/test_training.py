@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import train_cut
-from launching import launch
+from forked import Server
+from launching import launch, under_torchrun
 from safetensors.torch import load_file
 
 from fibattn import InputError, files
@@ -50,7 +51,7 @@ def check_same(found: Recipe, expected: Recipe) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the processes would share one GPU")
-def test_runs_over_several_processes_are_those_of_one(prepared: Path, tmp_path: Path) -> None:
+def test_runs_over_several_processes_are_those_of_one(prepared: Path, forked: Server, tmp_path: Path) -> None:
     shape = ModelRecipe(hidden_size=32, intermediate_size=46, num_hidden_layers=3, num_attention_heads=4, window=4)
     rate = OptimizerRecipe(learning_rate=3e-3, warmup_steps=4)
     sizes = {"sequence_length": 32, "sequences_per_step": 4, "micro_batch": 2, "evaluate_tokens": 160}
@@ -75,10 +76,10 @@ def test_runs_over_several_processes_are_those_of_one(prepared: Path, tmp_path: 
     # Killed in a checkpoint of two processes, the run goes on with four.
     began = time.monotonic()
     with pytest.raises(AssertionError, match="exitcode  : 7"):
-        launch("train_cut.py", 2, *words[:2], "dies")
+        under_torchrun("train_cut.py", 2, *words[:2], "dies")
     assert time.monotonic() - began < 90  # half of which is starting
     assert [path.name for path in sharded.out.glob("checkpoint-*")] == ["checkpoint-2"]
-    launch("train_cut.py", 4, *words, *train_cut.WAYS, "evaluate")
+    launch(forked, "train_cut.py", 4, *words, *train_cut.WAYS, "evaluate")
     evaluated = files.read_json(tmp_path / "evaluation.json")
     assert cli(["eval", *train_cut.evaluation(tmp_path)]) == 0
     assert_same_numbers(evaluated, files.read_json(tmp_path / "evaluation.json"))

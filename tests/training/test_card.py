@@ -2,12 +2,12 @@
 
 import os
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from forked import Server
 from huggingface_hub import ModelCard
 
 from fibattn import FibAttnConfig, files, sealed
@@ -96,8 +96,7 @@ def test_a_card_without_a_place_for_results_is_left_alone(tmp_path: Path) -> Non
     assert (tmp_path / "README.md").read_text() == "# Mine\n"
 
 
-def test_a_foreign_program_writes_and_chats(model: Path, tmp_path: Path) -> None:
+def test_a_foreign_program_writes_and_chats(model: Path, foreign: Server, tmp_path: Path) -> None:
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [sys.executable, "-c", CHAT, str(model)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    foreign.run(command, env=environment, check=True)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +12,7 @@ from typing import Any
 import foreign_decoders
 import pytest
 import torch
+from forked import Server
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
@@ -108,7 +108,7 @@ def test_every_architecture_is_healed(kind: str, healed: Folder, converted: Fold
     assert after.dtype == before.dtype
 
 
-def test_it_generates_the_same_where_the_package_was_not_imported(healed: Folder) -> None:
+def test_it_generates_the_same_where_the_package_was_not_imported(healed: Folder, foreign: Server) -> None:
     folders = [str(healed(kind) / "model") for kind in KINDS]
     code = (
         "import json, sys, torch; from transformers import AutoModelForCausalLM; assert 'fibattn' not in sys.modules\n"
@@ -117,7 +117,7 @@ def test_it_generates_the_same_where_the_package_was_not_imported(healed: Folder
         "    found = model.generate(torch.arange(3, 40)[None], max_new_tokens=12, do_sample=False)\n"
         "    print(json.dumps(found[0].tolist()))"
     )
-    done = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True, check=True)
+    done = foreign.run([sys.executable, "-c", code, *folders], check=True)
     for folder, line in zip(folders, done.stdout.splitlines(), strict=True):
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
         here = model.generate(torch.arange(3, 40)[None], max_new_tokens=12, do_sample=False)[0].tolist()

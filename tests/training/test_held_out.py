@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from forked import Server
 from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import TrainerCallback
@@ -157,14 +157,14 @@ def test_a_line_says_what_the_finished_model_would(recipe: Recipe) -> None:
     assert found[-1]["loss"] < found[0]["loss"]
 
 
-def test_the_gap_grows_where_a_text_is_learnt_by_heart(recipe: Recipe, tmp_path: Path) -> None:
+def test_the_gap_grows_where_a_text_is_learnt_by_heart(recipe: Recipe, forked: Server, tmp_path: Path) -> None:
     """Digits that follow no rule: all that is learnt of their order is learnt by heart."""
     rng = np.random.default_rng(0)
     for name in ("train", "val"):
         (tmp_path / f"{name}.txt").write_text(" ".join(map(str, rng.integers(0, 10, 100))))
     command = [sys.executable, "-m", "fibattn", "prepare", str(tmp_path / "data"), f"a={tmp_path / 'train.txt'}"]
     flags = ["--vocab-size", "300", "--held-out", "0", "--val", f"a={tmp_path / 'val.txt'}"]
-    subprocess.run([*command, *flags], check=True, capture_output=True)
+    forked.run([*command, *flags], check=True)
     run = replace(recipe, data=tmp_path / "data", sequence_length=16, steps=120, evaluate_every=40, save_every=400)
     train(run)
     gaps = [line["gap"] for line in lines(run)]
@@ -247,11 +247,11 @@ def test_the_progress_and_the_trackers_say_it(
         assert f", step {step - 1}, loss {losses[step - 1]:.4f}, held out {first:.4f} bits/byte\n" in said
 
 
-def test_data_without_a_held_out_set_are_trained_on_in_silence(recipe: Recipe, tmp_path: Path) -> None:
+def test_data_without_a_held_out_set_are_trained_on_in_silence(recipe: Recipe, forked: Server, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("".join(f"line {n} of {n * n % 97};\n" for n in range(2000)))
     command = [sys.executable, "-m", "fibattn", "prepare", str(tmp_path / "data"), str(text), "--vocab-size", "300"]
-    subprocess.run([*command, "--held-out", "0"], check=True, capture_output=True)
+    forked.run([*command, "--held-out", "0"], check=True)
     run = replace(recipe, data=tmp_path / "data", evaluate_every=2)
     train(run)
     assert not (run.out / "held-out.jsonl").exists()

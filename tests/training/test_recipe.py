@@ -4,6 +4,8 @@ import ast
 import inspect
 import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Server
 
 from fibattn import files
 from fibattn.cli import eval as eval_verb
@@ -174,19 +177,15 @@ def test_a_step_that_does_not_divide_over_the_processes_is_refused_with_one_that
         Recipe(sequences_per_step=2).split(8)
 
 
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "fibattn", "train", *words], capture_output=True, text=True, check=False
-    )
+TRAIN = [sys.executable, "-m", "fibattn", "train"]
 
 
 def test_the_verb_trains_a_file_with_flags_over_it_and_the_file_it_leaves_says_so(
-    recipe: Recipe, tmp_path: Path
+    recipe: Recipe, forked: Server, tmp_path: Path
 ) -> None:
     path = tmp_path / "mine.json"
     files.write_json(path, to_json(recipe))
-    done = run(str(path), "--steps", "2", "--out", str(tmp_path / "here"))
-    assert done.returncode == 0, done.stderr
+    done = forked.run([*TRAIN, path, "--steps", "2", "--out", tmp_path / "here"], check=True)
     assert f"the model is in {tmp_path / 'here' / 'model'}" in done.stdout
     kept = load_recipe(str(tmp_path / "here" / "recipe.json"))
     assert kept == replace(recipe, steps=2, out=tmp_path / "here")
@@ -194,13 +193,13 @@ def test_the_verb_trains_a_file_with_flags_over_it_and_the_file_it_leaves_says_s
     assert json.loads((tmp_path / "here" / "model" / "config.json").read_text())["model_type"] == "fibattn"
 
 
-def test_the_verb_answers_a_slip_in_one_line(tmp_path: Path) -> None:
+def test_the_verb_answers_a_slip_in_one_line(forked: Server, tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text('{"stpes": 5}')
-    done = run(str(path))
+    done = forked.run([*TRAIN, path])
     assert done.returncode == 2
     assert done.stderr == f"fibattn train: {path} has an unknown key 'stpes': did you mean 'steps'?\n"
-    done = run("small", "--stpes", "5")
+    done = forked.run([*TRAIN, "small", "--stpes", "5"])
     assert done.returncode == 2
     assert "--steps" in done.stderr
     assert "Traceback" not in done.stderr
@@ -220,15 +219,19 @@ def test_every_field_has_words_for_the_help(kind: type) -> None:
     ("words", "message"),
     [
         (["small", "--sequences-per-step", "3"], "3 sequences a step do not divide over 2 processes"),
+        (["smal"], "unknown recipe 'smal'"),
         (["small", "--stpes", "3"], "Unrecognized options: --stpes"),
         (["small", "--data", "nowhere"], "nowhere holds no prepared data"),
     ],
 )
-def test_of_several_processes_one_says_what_is_wrong(words: list[str], message: str) -> None:
-    several = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "fibattn", "train"]
-    done = subprocess.run([*several, *words], capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert (done.stdout + done.stderr).count(message) == 1
+def test_of_several_processes_one_says_what_is_wrong(forked: Server, words: list[str], message: str) -> None:
+    first, second = forked.several([*TRAIN, *words], 2)
+    assert first.wait() == 2
+    assert second.poll() is None, "the second waits for torchrun to end it"
+    os.kill(second.pid, signal.SIGTERM)
+    assert second.wait() == -signal.SIGTERM
+    assert (first.said("stdout") + first.said("stderr")).count(message) == 1
+    assert second.said("stdout") + second.said("stderr") == ""
 
 
 def test_of_several_processes_one_says_what_the_training_refuses(prepared: Path, tmp_path: Path) -> None:

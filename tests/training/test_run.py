@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import Server, together
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
@@ -38,8 +38,8 @@ def write(recipe: Recipe, folder: Path) -> Path:
     return path
 
 
-def command(recipe: Recipe, folder: Path, *before: str) -> list[str]:
-    return [sys.executable, *before, "-m", "fibattn", "train", str(write(recipe, folder))]
+def command(recipe: Recipe, folder: Path) -> list[str]:
+    return [sys.executable, "-m", "fibattn", "train", str(write(recipe, folder))]
 
 
 def losses(recipe: Recipe) -> list[float]:
@@ -52,22 +52,20 @@ def held_out_losses(recipe: Recipe) -> list[float]:
     return [json.loads(line)["loss"] for line in (recipe.out / "held-out.jsonl").read_text().splitlines()]
 
 
-def test_killed_run_ends_with_the_same_bits(recipe: Recipe, tmp_path: Path) -> None:
+def test_killed_run_ends_with_the_same_bits(recipe: Recipe, forked: Server, tmp_path: Path) -> None:
     whole = replace(recipe, out=tmp_path / "whole", steps=40, save_every=3)
     train(whole)
     cut = replace(whole, out=tmp_path / "cut")
-    kills = 0
     for wanted in (4, 11):
-        process = subprocess.Popen(command(cut, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = forked.start(command(cut, tmp_path))
         metrics = cut.out / "metrics.jsonl"
         while process.poll() is None:
             if metrics.exists() and metrics.read_text().count("\n") >= wanted:
-                process.send_signal(signal.SIGKILL)
+                os.kill(process.pid, signal.SIGKILL)
                 break
             time.sleep(0.002)
-        kills += process.wait() == -signal.SIGKILL
-    assert kills == 2, "the run ended before it could be killed"
-    subprocess.run(command(cut, tmp_path), check=True, capture_output=True)
+        assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    forked.run(command(cut, tmp_path), check=True)
     assert losses(cut) == losses(whole)
     expected = load_file(whole.out / "model" / "model.safetensors")
     found = load_file(cut.out / "model" / "model.safetensors")
@@ -76,17 +74,16 @@ def test_killed_run_ends_with_the_same_bits(recipe: Recipe, tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the processes would share one GPU")
-def test_two_processes_have_the_losses_of_one_also_when_they_go_on(recipe: Recipe, tmp_path: Path) -> None:
+def test_two_processes_have_the_losses_of_one_also_when_they_go_on(
+    recipe: Recipe, forked: Server, tmp_path: Path
+) -> None:
     # Five held-out sequences: one process has two, then one, and the other two, then none.
     one = replace(recipe, out=tmp_path / "one", steps=6, evaluate_every=2, evaluate_tokens=5 * 32)
     train(one)
     two = replace(one, out=tmp_path / "two")
-    port = str(29500 + os.getpid() % 500)
-    launch = command(two, tmp_path, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port)
     for _ in ("from the start", "from the checkpoint in the middle"):
-        run = subprocess.run(launch, capture_output=True, text=True, check=False)
-        assert run.returncode == 0, run.stderr[-3000:]
-        assert run.stdout.count("the model is in") == 1
+        said = together(forked.several(command(two, tmp_path), 2))
+        assert ["the model is in" in one for one in said] == [True, False]
         for found in (losses, held_out_losses):
             torch.testing.assert_close(torch.tensor(found(two)), torch.tensor(found(one)), rtol=2e-5, atol=0)
         expected = load_file(one.out / "model" / "model.safetensors")
