@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fibattn.training.healing_recipe import HealingRecipe
+
 Start = Literal["uniform", "staggered", "fixed", "linear"]
 
 
@@ -142,9 +144,9 @@ class Healing:
     """Of the layers with rungs."""
     learning_rate: float = 3e-4
     """Of the healing."""
-    matching: float = 0.1
+    matching: float = HealingRecipe.matching
     """The part of the healing in which layers are matched."""
-    text_weight: float = 0.1
+    text_weight: float = HealingRecipe.text_weight
     """Of the text's cross entropy in the rest."""
     sequences_per_step: int = 16
     """Of the healing, each of the training length."""

@@ -26,6 +26,7 @@ from fibattn.training.healing_stages import AttentionMatching, Distillation, spa
 
 PATTERN = ["--window", "3", "--rungs", "7", "--keep", "1"]
 SMALL: list[Any] = ["--sequence-length", 32, "--sequences-per-step", 4, "--learning-rate", "3e-3"]
+SMALL += ["--matching", 0.25]
 TEN_STEPS = ["--tokens", 10 * 4 * 32]
 KINDS = [*ARCHITECTURES, "fibattn"]
 Folder = Callable[[str], Path]
@@ -242,6 +243,7 @@ def test_a_run_that_was_cut_goes_on_and_ends_with_the_same_weights(
         sequence_length=32,
         sequences_per_step=4,
         save_every=3,
+        matching=0.25,
         lora=rank,
     )
     right = heal_whole(whole)

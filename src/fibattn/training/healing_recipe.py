@@ -28,7 +28,7 @@ class HealingRecipe:
     """The dense model: a folder or a name of the Hub. What MODEL was converted from when left out."""
     tokens: int = 4_000_000
     """Tokens of training in all; text that is shorter is read again and again."""
-    matching: float = 0.25
+    matching: float = 0.1
     """The part of them in which each sparse layer learns the output of the dense model's attention."""
     text_weight: float = 0.25
     """Of the loss in the rest: this part is the text's cross entropy, the other the distance to the dense model."""
