@@ -174,10 +174,12 @@ def variants(length: int, *, window: int, layers: int) -> dict[str, FibAttnConfi
     """The models that are compared, by name; one shape, hidden size 256, different attention.
 
     `stagger` has rungs up to the length; `window` has no rungs and as many keys instead; the hybrids have two
-    full-attention layers without RoPE, in the middle and at the end; `dense` is all full.
+    full-attention layers without RoPE, in the middle and at the end; `dense` is all full. In `chosen` queries read a
+    window of 32 and the four best blocks of 16 among the last 1,024 tokens, keys and values carry those of the three
+    tokens before; `convolved hybrid` is the window hybrid with the latter alone.
     """
 
-    def config(sparse: LayerType, window: int, full: Collection[int] = ()) -> FibAttnConfig:
+    def config(sparse: LayerType, window: int, full: Collection[int] = (), convolution: int = 0) -> FibAttnConfig:
         kinds = hybrid_layers(layers, full, sparse)
         return FibAttnConfig(
             vocab_size=VOCABULARY,
@@ -190,6 +192,8 @@ def variants(length: int, *, window: int, layers: int) -> dict[str, FibAttnConfi
             window=window,
             rungs=_rungs(length),
             max_offset=length - 1,
+            block_reach=min(length - 1, 1023),
+            kv_convolution=convolution,
             layer_types=list(kinds["layer_types"]),
             no_rope_layers=list(kinds["no_rope_layers"]),
         )
@@ -202,6 +206,9 @@ def variants(length: int, *, window: int, layers: int) -> dict[str, FibAttnConfi
         "hybrid": config("fibonacci_attention", window, two),
         "window hybrid": config("sliding_attention", equal, two),
         "dense": config("full_attention", window),
+        "chosen": config("chosen_attention", 31, convolution=4),
+        "chosen hybrid": config("chosen_attention", 31, two, convolution=4),
+        "convolved hybrid": config("sliding_attention", equal, two, convolution=4),
     }
 
 
@@ -215,6 +222,8 @@ def _rungs(length: int) -> int:
 
 def keys(config: FibAttnConfig) -> float:
     """How many keys a query of a sparse layer attends to, the mean over those layers; the length where none is."""
+    if "chosen_attention" in (config.layer_types or []):
+        return config.window + 1 + config.blocks * config.block_size
     sparse = [one for layer in range(config.num_hidden_layers) for one in config.layer_patterns(layer) or ()]
     return key_count(sparse) if sparse else float(config.max_position_embeddings)
 
@@ -280,18 +289,30 @@ def recall(
         "learning_rate": settings.learning_rate,
         "asked": asked,
     }
+    if settings.bound is not None:
+        about["bound"] = settings.bound
     rows = rows_of(earlier, about)
     done = {(row["variant"], row["seed"]) for row in rows}
-    for seed, name in itertools.product(seeds, settings.names or known):
+    for seed, name in itertools.product(seeds, settings.names or tuple(known)[:5]):
         if (name, seed) not in done:
             torch.manual_seed(seed)
             model = FibAttnForCausalLM(known[name]).to(device())  # pyright: ignore[reportArgumentType]
             label = f"recall {name}, seed {seed}"
             loss = fit(model, lessons(length, steps, batch_tokens, seed), optimizer=optimizer, label=label)
+            if settings.bound is not None:
+                model = _bounded(model, settings.bound)
             made = {"variant": name, "seed": seed, "keys": keys(known[name]), "loss": loss}
             rows += [{**made, "task": task, "accuracy": _asked(model, task, seed, settings)} for task in TASKS]
             keep(about | {"rows": list(rows)})
     return about | {"rows": rows}
+
+
+def _bounded(model: FibAttnForCausalLM, bound: int) -> FibAttnForCausalLM:
+    """The same model with full layers that look back no farther."""
+    config = FibAttnConfig.from_dict(model.config.to_dict(), full_reach=bound)
+    made = FibAttnForCausalLM(config).to(model.device)  # pyright: ignore[reportArgumentType]
+    made.load_state_dict(model.state_dict())
+    return made
 
 
 def _asked(model: nn.Module, task: Task, seed: int, settings: Recall) -> dict[str, float]:

@@ -34,11 +34,14 @@ class Recall:
     """Associative recall and passkey over distance: rungs against a plain window of as many keys."""
 
     names: tuple[str, ...] = ()
-    """Of window, stagger, hybrid, window hybrid and dense; all when left out."""
+    """Of window, stagger, hybrid, window hybrid, dense, chosen, chosen hybrid and convolved hybrid; the first five when
+    left out."""
     length: int = 4096
     """Tokens of a training row."""
     window: int = 128
     """Of the stagger; the plain window gets as many keys."""
+    bound: int | None = None
+    """How far back full layers look when they are asked; None: to the beginning. Training is the same."""
     layers: int = 8
     """Of every model."""
     distances: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384)

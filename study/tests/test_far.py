@@ -125,6 +125,16 @@ def test_the_operator_reads_what_the_trial_reads() -> None:
     torch.testing.assert_close(lse, sums)
 
 
+def test_sinks_beside_the_operator_are_those_of_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    sinking = replace(chosen(["best-sink"])[0], window=8)
+    model, ids = model_of(sinking), torch.randint(64, (2, 64), generator=torch.Generator().manual_seed(1))
+    for layer in model.model.layers:
+        layer.self_attn.sink.data += torch.linspace(-1, 2, HEADS)  # pyright: ignore
+    by_operator = model(input_ids=ids, use_cache=False).logits
+    monkeypatch.setattr(Candidate, "in_operator", False)
+    torch.testing.assert_close(by_operator, model(input_ids=ids, use_cache=False).logits)
+
+
 def _softmax(scores: dict[int, float]) -> dict[int, float]:
     weights = torch.tensor(list(scores.values()), dtype=torch.float64).softmax(0).tolist()
     return dict(zip(scores, weights, strict=True))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import study.probes.recall
 from fibattn import FibAttnForCausalLM
 from fibattn.errors import InputError
 from fibattn.model.loss import IGNORED
@@ -169,6 +170,9 @@ def test_variants_cost_the_same_and_reach_differently() -> None:
         "hybrid": True,
         "window hybrid": True,
         "dense": True,
+        "chosen": True,
+        "chosen hybrid": True,
+        "convolved hybrid": True,
     }
 
 
@@ -191,6 +195,24 @@ def test_every_variant_runs_and_repeats_itself() -> None:
     ]
     assert all(list(row["accuracy"]) == ["20", "80"] for row in result["rows"])
     assert once("dense")["rows"] == result["rows"][-2:]
+
+
+def test_full_layers_are_bounded_when_they_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int | None, float]] = []
+    weigh = study.probes.recall.accuracy
+
+    def accuracy(model, rows, batch):
+        asked.append((model.config.full_reach, model.model.embed_tokens.weight.detach().sum().item()))
+        return weigh(model, rows, batch)
+
+    monkeypatch.setattr("study.probes.recall.accuracy", accuracy)
+    how: dict = {"length": 128, "window": 4, "layers": 3, "distances": (20,), "steps": 2, "batch_tokens": 128}
+    names = ("chosen hybrid", "convolved hybrid")
+    result = recall(Recall(names=names, asked=8, seeds=(3,), bound=127, **how))
+    recall(Recall(names=names, asked=8, seeds=(3,), **how))
+    assert [bound for bound, _ in asked] == [127] * 4 + [None] * 4
+    assert [total for _, total in asked[:4]] == [total for _, total in asked[4:]]
+    assert (result["bound"], result["rows"][0]["keys"]) == (127, 96)
 
 
 def test_a_cut_probe_goes_on_with_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
