@@ -17,6 +17,7 @@ from fibattn.training.presets import DEFAULT, PRESETS
 from fibattn.training.recipe import ModelRecipe, OptimizerRecipe, Recipe
 from study import rivals
 from study.ladder import LADDER
+from study.lengthening import Lengthening, warmup
 
 RopeScaling = Literal["linear", "yarn"]
 
@@ -36,8 +37,8 @@ class Run:
     """Ways to stretch RoPE past the training length, tried on the finished model."""
     bounds: tuple[int, ...] = ()
     """Bounds of the full layers, tried on the finished model: so many training lengths are seen, the last ones."""
-    lengthened: bool = False
-    """Whether a copy of the finished model is trained on in the longest sequences of the evaluation, and evaluated."""
+    lengthening: Lengthening | None = None
+    """How a copy of the finished model is trained on in longer sequences, and evaluated."""
     recipe: Recipe | None = None
     """The run's own recipe, for all but its model, seed and budget; the study's when None."""
 
@@ -89,37 +90,12 @@ class Study:
             data=data,
             out=out,
             model=run.model,
-            optimizer=replace(base.optimizer, warmup_steps=_warmup(base, steps)),
+            optimizer=replace(base.optimizer, warmup_steps=warmup(base, steps)),
             steps=steps,
             init_seed=run.seed,
             data_seed=run.seed,
             compile=compiled,
         )
-
-
-def lengthened(recipe: Recipe, factor: int) -> Recipe:
-    """How a finished run is trained on: a tenth of its steps, in sequences `factor` times as long.
-
-    The rate warms up and falls anew. The base of RoPE grows as "NTK-aware" scaling has it (arXiv 2309.00071, section
-    3.1): the slowest pair of dimensions turns as far over a longer sequence as over a shorter one.
-    """
-    shape, steps = recipe.model, max(recipe.steps // 10, 1)
-    size = shape.hidden_size // shape.num_attention_heads
-    return replace(
-        recipe,
-        start=recipe.out / "model",
-        out=recipe.out / "lengthened",
-        model=replace(shape, rope_theta=shape.rope_theta * factor ** (size / (size - 2))),
-        optimizer=replace(recipe.optimizer, warmup_steps=_warmup(recipe, steps)),
-        sequence_length=recipe.sequence_length * factor,
-        sequences_per_step=max(recipe.sequences_per_step // factor, 1),
-        micro_batch=max(recipe.micro_batch // factor, 1),
-        steps=steps,
-    )
-
-
-def _warmup(recipe: Recipe, steps: int) -> int:
-    return min(recipe.optimizer.warmup_steps, max(steps // 10, 1))
 
 
 def _paper(schedule: Schedule, window: int, base: Base = "fibonacci") -> Run:
@@ -165,7 +141,7 @@ DENSE = Run(
     ModelRecipe(layer_types=("full_attention",)),
     rope_scaling=("yarn", "linear"),
     bounds=(1,),
-    lengthened=True,
+    lengthening=Lengthening(),
 )
 """The baseline, with all that helps it past its training length."""
 
@@ -298,9 +274,20 @@ STUDIES: dict[str, Study] = {
         eval_tokens=524_288,
         items=0,
     ),
+    "long": Study(
+        "dense and the default recipe, trained on in sequences of 8,192 for a fifth of the tokens",
+        rivals.at_rate(1.0),
+        tuple(
+            Run(name, rivals.MODELS[name], bounds=(1,), lengthening=Lengthening(8, share=0.2, sequences=16))
+            for name in ("dense", "rungs-w64-two")
+        ),
+        factors=(1, 8, 16, 32),
+        eval_tokens=524_288,
+        items=0,
+    ),
 }
 
-TUNED = ("ladder", "rivals", "five-minutes")
+TUNED = ("ladder", "rivals", "five-minutes", "long")
 """Studies at tuned rates; each has tables of its own, and is compared with no other."""
 
 

@@ -24,7 +24,7 @@ from fibattn.progress import duration, quantity
 from fibattn.training.recipe import Recipe
 from fibattn.training.run import train
 from study import measure
-from study.presets import Run, Study, lengthened
+from study.presets import Run, Study
 from study.same_bytes import targets_of
 from study.store import Store, key_of, recipe_of
 from study.turns import turn
@@ -192,21 +192,33 @@ def _evaluated(study: Study, task: _Task, model: Path, data: PreparedData, targe
         "bounded": {str(n): measure.evaluate_bounded(model, data, n, plain) for n in bounds},
         "lengthened": {},
     }
-    return found | (_lengthened(task, longest, data, plain) if run.lengthened else {})
+    return found | (
+        _lengthened(run.lengthening.of(task.recipe, longest), task.key, data, plain) if run.lengthening else {}
+    )
 
 
-def _lengthened(task: _Task, factor: int, data: PreparedData, plain: dict[str, Any]) -> dict[str, Any]:
-    """The sweep `plain` with a copy of the finished model, trained on; none where that fails, for the rest is done."""
-    recipe = lengthened(task.recipe, factor)
+def _lengthened(recipe: Recipe, start: str, data: PreparedData, plain: dict[str, Any]) -> dict[str, Any]:
+    """The sweep `plain` with a copy of the finished model, trained on by `recipe`, and bounded to what it then saw.
+
+    None where that fails, for the rest is done.
+    """
+    length = recipe.sequence_length
     try:
         longer = train(recipe)
         _forget()
-        found = {str(recipe.sequence_length): measure.evaluate_lengthened(longer, data, plain)}
+        found = {str(length): measure.evaluate_lengthened(longer, data, plain)}
+        past = max(map(int, next(iter(plain.values())))) > length
+        bounded = {str(length): measure.evaluate_bounded(longer, data, length, plain)} if past else {}
     except Exception as error:
         traceback.print_exc()
-        say(f"{task.run.name}: training on at {recipe.sequence_length} failed, the rest is kept: {error}")
+        say(f"{recipe.out.parent.name}: training on at {length} failed, the rest is kept: {error}")
         return {"lengthened": {}, "lengthened_error": _told(error)}
-    return {"lengthened": found, "lengthened_recipe": recipe_of(recipe) | {"start": task.key}}
+    return {
+        "lengthened": found,
+        "lengthened_bounded": bounded,
+        "lengthened_training": measure.training_summary(recipe.out),
+        "lengthened_recipe": recipe_of(recipe) | {"start": start},
+    }
 
 
 def _fits(job: Job, task: _Task, store: Store) -> bool:
@@ -223,7 +235,7 @@ def _fits(job: Job, task: _Task, store: Store) -> bool:
         for one in sorted(store.finished().values(), key=lambda one: one["time"])
         if not one["resumed"] and all(one["hardware"].get(what) == here[what] for what in ("device", "processes_a_gpu"))
     ]
-    alike = [one for one in before if bool(one.get("lengthened")) == task.run.lengthened] or before
+    alike = [one for one in before if bool(one.get("lengthened")) == bool(task.run.lengthening)] or before
     pace = max((one["seconds"]["all"] / one["tokens"] for one in alike[-3:]), default=0.0)
     return job.deadline - time.monotonic() > (here["processes_a_gpu"] or 1) * pace * task.recipe.tokens
 

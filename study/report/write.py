@@ -16,6 +16,7 @@ from study.report.claims import Claims, Finding
 from study.report.far_table import far_records, far_table
 from study.report.five_minutes_table import five_minutes_table
 from study.report.ladder_table import ladder_table
+from study.report.long_table import long_tables
 from study.report.own_claims import OWN, recalls_farther
 from study.report.own_tables import asked_tables, beyond_tables, cost_table, failures_table, other_budget
 from study.report.page import inline_svg, write_page
@@ -60,6 +61,7 @@ def write_report(folder: Path) -> Path:
         *five_minutes_table(results.tuned["five-minutes"], results.outside),
         *ladder_table(results.tuned["ladder"]),
         *rivals_tables(results.tuned["rivals"]),
+        *long_tables(results.tuned["long"]),
     ]
     tuned += far_table(far_records(folder), results.tuned["rivals"])
     if not results.groups:

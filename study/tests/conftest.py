@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import tiny
 
+from study.lengthening import Lengthening
 from study.presets import STUDIES, Study
 from study.runner import Job, run_study
 
@@ -18,6 +19,7 @@ def study() -> Study:
     smoke = STUDIES["smoke"]
     runs = tuple(tiny(run) for run in smoke.runs)
     seeds = tuple(run.repeated(43) for run in runs if run.name in ("dense", "linear-w12"))
+    seeds = tuple(replace(run, lengthening=Lengthening(2)) if run.lengthening else run for run in seeds)
     recipe = replace(
         smoke.recipe, sequence_length=32, sequences_per_step=4, micro_batch=4, steps=4, save_every=2, log_every=1
     )

@@ -12,7 +12,7 @@ from fibattn import InputError, Pattern, layer_patterns
 from fibattn.training.presets import DEFAULT, PRESETS
 from fibattn.training.recipe import Recipe
 from fibattn.training.run import model_config
-from study.presets import HYBRID, STUDIES, TUNED, Run, Study, find_study, key_count, lengthened
+from study.presets import HYBRID, STUDIES, TUNED, Run, Study, find_study, key_count
 from study.store import key_of
 
 EVERY = [(name, run.name) for name, study in STUDIES.items() if name not in TUNED for run in study.runs]
@@ -92,8 +92,10 @@ def test_budget_scales_steps_and_a_long_warm_up() -> None:
 
 
 def test_lengthening_is_a_tenth_of_the_tokens_in_the_longest_sequences() -> None:
-    recipe = resolved(STUDIES["paper"], named("paper", "dense"), 106_000_000)
-    longer = lengthened(recipe, 16)
+    run = named("paper", "dense")
+    recipe = resolved(STUDIES["paper"], run, 106_000_000)
+    assert run.lengthening is not None
+    longer = run.lengthening.of(recipe, 16)
     assert (longer.sequence_length, longer.start) == (16_384, Path("out/model"))
     assert longer.sequences_per_step * longer.sequence_length == recipe.sequences_per_step * recipe.sequence_length
     assert 0.099 < longer.tokens / recipe.tokens < 0.1
@@ -102,6 +104,17 @@ def test_lengthening_is_a_tenth_of_the_tokens_in_the_longest_sequences() -> None
     assert slowest[1] * 16 == pytest.approx(slowest[0])
     same = {"sequence_length": 1024, "sequences_per_step": 32, "micro_batch": 32, "steps": recipe.steps, "start": None}
     assert replace(longer, out=recipe.out, model=recipe.model, optimizer=recipe.optimizer, **same) == recipe
+
+
+@pytest.mark.parametrize(("name", "turned"), [("dense", True), ("rungs-w64-two", False)])
+def test_the_long_stage_is_a_fifth_of_the_tokens_in_steps_of_16_sequences(name: str, turned: bool) -> None:
+    run = named("long", name)
+    recipe = resolved(STUDIES["long"], run, 426_000_000)
+    assert run.lengthening is not None
+    longer = run.lengthening.of(recipe, 32)
+    assert (longer.sequence_length, longer.sequences_per_step) == (8192, 16)
+    assert longer.tokens / recipe.tokens == pytest.approx(0.2, abs=0.001)
+    assert (longer.model.rope_theta > recipe.model.rope_theta) == turned  # full layers without RoPE have none to turn
 
 
 def test_runs_are_chosen_by_pattern() -> None:

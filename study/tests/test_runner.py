@@ -129,6 +129,8 @@ def test_bounded_full_layers_are_looked_at_in_longer_sequences_on_the_same_token
 def test_a_copy_is_trained_on_in_the_longest_sequences_and_evaluated_at_every_length(job: Job) -> None:
     (found,) = lines(job.out, "dense")
     assert set(found["lengthened"]) == {"128"}
+    assert found["lengthened_training"]["tokens_per_second"] > 0
+    assert found["lengthened_bounded"] == {}  # nothing is longer
     for name, rows in found["lengthened"]["128"].items():
         plain = found["evaluation"][name]
         assert set(rows) == set(plain) == {"32", "64", "128"}
@@ -142,6 +144,14 @@ def test_a_copy_is_trained_on_in_the_longest_sequences_and_evaluated_at_every_le
     assert all(recipe[name] == whole(kept, name) for name in kept if name != "start")
     tried = {one["run"] for one in Store(job.out).records() if one["lengthened"]}
     assert tried == {"dense", "dense-seed43"}
+
+
+def test_a_copy_trained_on_is_bounded_to_what_it_saw_in_longer_sequences(job: Job) -> None:
+    (found,) = lines(job.out, "dense-seed43")
+    assert set(found["lengthened"]) == set(found["lengthened_bounded"]) == {"64"}
+    for name, rows in found["lengthened_bounded"]["64"].items():
+        assert set(rows) == {"128"}
+        assert rows["128"]["nll"] != found["lengthened"]["64"][name]["128"]["nll"]
 
 
 def test_a_run_is_kept_when_training_it_on_fails(
@@ -264,7 +274,7 @@ def test_a_run_is_judged_by_its_like_and_by_whoever_shares_its_gpu(job: Job, mon
         dense = alone | {"seconds": {"all": 300.0}, "lengthened": {"16384": {}}, "time": "3"}
         runs = {"other": other, **{f"run {n}": alone for n in range(3)}, "an old one": slower, "dense": dense}
         store = SimpleNamespace(finished=lambda: runs)
-        task = SimpleNamespace(recipe=SimpleNamespace(tokens=10), run=SimpleNamespace(lengthened=lengthened))
+        task = SimpleNamespace(recipe=SimpleNamespace(tokens=10), run=SimpleNamespace(lengthening=lengthened))
         return runner._fits(replace(job, deadline=time.monotonic() + left), task, store)  # pyright: ignore
 
     assert (fits(1, 110), fits(1, 90)) == (True, False)

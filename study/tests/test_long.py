@@ -1,0 +1,55 @@
+"""The table of the long stage."""
+
+import math
+from typing import Any
+
+from study.report.long_table import long_tables
+
+LENGTHS = ("1024", "8192", "32768")
+
+
+def sets(first: float, lengths: tuple[str, ...] = LENGTHS) -> dict[str, Any]:
+    """Losses from `first` on, a tenth more for each length; a fall of a hundredth over the parts of a sequence."""
+    return {
+        name: {
+            length: {
+                "nll": first + number / 10,
+                "targets": 4096,
+                "bins": [first + number / 10 - part / 100 for part in range(8)],
+            }
+            for number, length in enumerate(lengths)
+        }
+        for name in ("books", "docs")
+    }
+
+
+RECORD = {
+    "run": "dense",
+    "tokens": 106_000_000,
+    "trained_at": 1024,
+    "hardware": {"device": "GPU"},
+    "versions": {"torch": "2"},
+    "evaluation": sets(3.0),
+    "bounded": {"1024": sets(2.9, LENGTHS[1:])},
+    "training": {"tokens_per_second": 800_000.0},
+    "lengthened": {"8192": sets(2.8)},
+    "lengthened_bounded": {"8192": sets(2.7, LENGTHS[2:])},
+    "lengthened_training": {"tokens_per_second": 400_000.0},
+}
+
+
+def test_a_model_before_and_after_its_long_stage_bounded_and_not() -> None:
+    [table] = long_tables([RECORD, RECORD | {"lengthened": {}}])
+    cells = [dict(zip(table.frame.columns, row, strict=True)) for row in table.rows]
+    assert [row["trained"] for row in cells] == [
+        "in 1,024",
+        "in 1,024, bounded to 1,024",
+        "then in 8,192",
+        "then in 8,192, bounded to 8,192",
+    ]
+    losses = [(3.0, 3.1, 3.2), (3.0, 2.9, 3.0), (2.8, 2.9, 3.0), (2.8, 2.9, 2.7)]
+    for row, expected in zip(cells, losses, strict=True):
+        assert [row[length] for length in ("1,024", "8,192", "32,768")] == [f"{math.exp(one):.2f}" for one in expected]
+    assert (cells[2]["1/8"], cells[2]["8/8"]) == (f"{math.exp(3.0):.2f}", f"{math.exp(2.93):.2f}")
+    assert [row["tokens/s"] for row in cells] == ["800 k", "800 k", "400 k", "400 k"]
+    assert long_tables([]) == []
