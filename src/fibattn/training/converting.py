@@ -10,6 +10,7 @@ from transformers.utils.logging import disable_progress_bar
 from fibattn import files
 from fibattn._version import __version__
 from fibattn.errors import InputError
+from fibattn.model.converted_pattern import STORED_PATTERN
 from fibattn.model.loading import find_model
 from fibattn.model.native import pattern_of
 from fibattn.sealed import seal
@@ -35,7 +36,10 @@ def load_source(name: str) -> PreTrainedModel:
         if (given := getattr(config, "quantization_config", None)) is not None:
             kind = given.get("quant_method") if isinstance(given, dict) else type(given).__name__
             raise InputError(f"the weights of {name} are quantised ({kind}); give those that they were made of")
-        model, found = AutoModelForCausalLM.from_pretrained(name, dtype="auto", output_loading_info=True)  # pyright: ignore
+        how: dict[str, Any] = {"dtype": "auto", "output_loading_info": True}
+        if hasattr(config, STORED_PATTERN):  # a folder of an earlier version: its pattern is left out
+            how["attn_implementation"] = "sdpa"
+        model, found = AutoModelForCausalLM.from_pretrained(name, **how)  # pyright: ignore
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError) as error:

@@ -56,9 +56,8 @@ def heal(recipe: HealingRecipe, callbacks: Sequence[TrainerCallback] = ()) -> Pa
         raise InputError(f"torchrun started {process_count()} processes; healing takes one, with one GPU")
     folder, finished = find_model(recipe.model), recipe.folder / "model"
     student, teacher, name = _pair(recipe, folder)
-    length = recipe.sequence_length
-    if length is None:
-        length = min(student.config.get_text_config().max_position_embeddings, _LONGEST)
+    trained_at = student.config.get_text_config().max_position_embeddings
+    length = min(trained_at, _LONGEST) if recipe.sequence_length is None else recipe.sequence_length
     stages: dict[str, Stage] = {
         "attention": AttentionMatching,
         "logits": partial(Distillation, text_weight=recipe.text_weight),

@@ -138,22 +138,19 @@ class _SummedLoss(torch.autograd.Function):
                 dense = (right[some] @ right_narrow.T).log_softmax(-1, dtype=torch.float32)
                 wanted = dense.exp().mul_(1 - text_weight)
                 target = targets[some, None]
-                total -= text_weight * own.gather(1, target).sum()
-                total += (dense.sub_(own).mul_(wanted)).sum()
+                total += dense.sub_(own).mul_(wanted).sum() - text_weight * own.gather(1, target).sum()
                 wanted.scatter_add_(1, target, torch.full_like(target, text_weight, dtype=torch.float32))
                 grad = own.exp_().sub_(wanted).to(ours.dtype)
                 grad_ours[some] = grad @ narrow
                 if grad_head is not None:
                     grad_head += grad.T @ ours[some]
         ctx.save_for_backward(grad_ours, grad_head)
-        ctx.dtype = head.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         grad_ours, grad_head = ctx.saved_tensors
-        whole = None if grad_head is None else (grad_head * upstream).to(ctx.dtype)
-        return (grad_ours * upstream).to(grad_ours.dtype), whole, None, None, None, None
+        return grad_ours * upstream, grad_head if grad_head is None else grad_head * upstream, None, None, None, None
 
 
 def sparse_layers(model: PreTrainedModel) -> list[int]:
