@@ -312,7 +312,7 @@ def test_storing_in_pages():
 @pytest.mark.parametrize(
     ("tokens", "keys", "heads", "kv_heads", "size", "pattern", "starts"),
     [
-        (100, 100, 4, 2, 16, ChosenPattern(31, blocks=2, reach=95), None),
+        (60, 60, 4, 2, 16, ChosenPattern(17, blocks=1, reach=60), None),
         (21, 100, 3, 1, 24, ChosenPattern(5, blocks=2, reach=80), None),
         (90, 90, 1, 1, 16, ChosenPattern(0, blocks=1, block=32, reach=90), ((0, 40), (7, 7))),  # packed, padded
         (5, 5, 2, 1, 16, ChosenPattern(), None),

@@ -117,24 +117,36 @@ def attend_from(
     """
     means = block_means(far_k, pattern.block)
     far_k = with_means(far_k, means, pattern.block, trust)
-    found, width = [], pattern.reach + 2 * pattern.block
+    found, reach, block = [], pattern.reach, pattern.block
     for start in range(0, q.shape[1], chunk):
-        mine, seen = slice(start, start + chunk), slice(start, start + width + chunk)
-        some = means[:, start // pattern.block : seen.stop // pattern.block].detach()
-        keys, values = k[:, seen], v[:, seen]
-        at, back = own[:, mine] - start, limit[:, mine]
-        chosen = choose(far_q[:, mine].detach(), some, pattern, back, at, scale)
-        chosen = chosen.repeat_interleave(pattern.block, dim=-1)[..., : keys.shape[1]]
-        chosen = pad(chosen, (0, keys.shape[1] - chosen.shape[-1]))
-        distance = at[..., None] - torch.arange(keys.shape[1], device=q.device)
-        near = (distance >= 0) & (distance <= pattern.window) & (distance <= back[..., None])
-        scores = _scores(q[:, mine], keys, scale).masked_fill(~near[:, None, None], -torch.inf)
-        far = chosen & (distance > pattern.window)[:, None]
-        scores = torch.where(far[:, :, None], _scores(far_q[:, mine], far_k[:, seen], scale), scores)
-        out = torch.einsum("bhgtn,bnhd->bthgd", scores.softmax(dim=-1).to(v.dtype), values)
-        found.append((out.flatten(2, 3), scores.logsumexp(dim=-1).flatten(1, 2)))
+        mine, stop = slice(start, start + chunk), start + reach + block + chunk
+        close, seen = slice(start + reach - pattern.window, stop), slice(start, stop)
+        back, scores = limit[:, mine], []
+        distance = _distances(own[:, mine] - close.start, k[:, close])
+        allowed = (distance >= 0) & (distance <= pattern.window) & (distance <= back[..., None])
+        scores.append(_scores(q[:, mine], k[:, close], scale).masked_fill(~allowed[:, None, None], -torch.inf))
+        some = means[:, start // block : stop // block].detach()
+        chosen = choose(far_q[:, mine].detach(), some, pattern, back, own[:, mine] - start, scale)
+        chosen = chosen.repeat_interleave(block, dim=-1)
+        chosen = pad(chosen, (0, far_k[:, seen].shape[1] - chosen.shape[-1]))
+        far = chosen & (_distances(own[:, mine] - start, far_k[:, seen]) > pattern.window)[:, None]
+        scores.append(_scores(far_q[:, mine], far_k[:, seen], scale).masked_fill(~far[:, :, None], -torch.inf))
+        both = torch.cat(scores, dim=-1)
+        near, distant = both.softmax(dim=-1).to(v.dtype).split([one.shape[-1] for one in scores], dim=-1)
+        out = _weighed(near, v[:, close]) + _weighed(distant, v[:, seen])
+        found.append((out, both.logsumexp(dim=-1).flatten(1, 2)))
     outs, sums = zip(*found, strict=True)
     return torch.cat(outs, dim=1), torch.cat(sums, dim=2)
+
+
+def _distances(own: Tensor, keys: Tensor) -> Tensor:
+    """Of each key (batch, keys, …) from each query at `own` (batch or 1, tokens): (batch or 1, tokens, keys)."""
+    return own[..., None] - torch.arange(keys.shape[1], device=own.device)
+
+
+def _weighed(weights: Tensor, v: Tensor) -> Tensor:
+    """(batch, query tokens, query heads, head size)"""
+    return torch.einsum("bhgtn,bnhd->bthgd", weights, v).flatten(2, 3)
 
 
 def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
