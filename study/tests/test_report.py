@@ -22,6 +22,12 @@ from study.runner import Job
 from study.store import Store
 
 
+@pytest.fixture(scope="module")
+def page(job: Job) -> Path:
+    """The page of the study as it is."""
+    return write_report(job.out)
+
+
 def test_tables_have_every_row_of_the_paper(job: Job) -> None:
     results = Results.load(job.out)
     made = [*papers_tables(results.groups[0]), retrieval_table(results.probes), cost_table(results.groups)]
@@ -37,8 +43,7 @@ def test_tables_have_every_row_of_the_paper(job: Job) -> None:
     assert absent[1] == "not run"
 
 
-def test_page_stands_alone_and_has_its_numbers_beside_it(job: Job) -> None:
-    page = write_report(job.out)
+def test_page_stands_alone_and_has_its_numbers_beside_it(job: Job, page: Path) -> None:
     text = page.read_text()
     assert re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', text) == []
     assert "url(http" not in text
@@ -218,31 +223,29 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
-def numbers(job: Job, figure: str) -> list[dict[str, str]]:
-    with (write_report(job.out).parent / f"{figure}.csv").open() as file:
+def numbers(page: Path, figure: str) -> list[dict[str, str]]:
+    with (page.parent / f"{figure}.csv").open() as file:
         return list(csv.DictReader(file))
 
 
-def test_the_headline_figure_has_every_seed_against_its_own_dense(job: Job) -> None:
-    rows = numbers(job, "extrapolation")
+def test_the_headline_figure_has_every_seed_against_its_own_dense(job: Job, page: Path) -> None:
+    rows = numbers(page, "extrapolation")
     trained_at = Results.load(job.out).groups[0].trained_at
     near = {row["model"]: float(row["ratio"]) for row in rows if int(row["length"]) == trained_at}
     assert {name for name in near if "seed" in name} == {"dense, seed 43", "linear, W = 12, seed 43"}
     assert near["dense"] == near["dense, seed 43"] == 1
 
 
-def test_costs_in_the_frontier_are_those_that_were_recorded(job: Job) -> None:
+def test_costs_in_the_frontier_are_those_that_were_recorded(job: Job, page: Path) -> None:
     group = Results.load(job.out).groups[0]
-    rows = {row["model"]: row for row in numbers(job, "frontier")}
+    rows = {row["model"]: row for row in numbers(page, "frontier")}
     for _, model in group.models.iterrows():
         keys = [float(rows[model["label"]][f"keys at {n}"]) for n in (group.trained_at, group.longest)]
         assert keys[0] == pytest.approx(model["keys"])
         assert keys[0] < keys[1]
 
 
-def test_toys_are_said_to_be_toys_and_judged_by_no_claim(job: Job, tmp_path: Path) -> None:
-    copied(job, tmp_path)
-    page = write_report(tmp_path)
+def test_toys_are_said_to_be_toys_and_judged_by_no_claim(page: Path) -> None:
     text = re.sub("<style>.*?</style>", "", page.read_text(), flags=re.DOTALL)
     assert re.search(r"<h1>\d+ toy models: does everything run\?</h1>", text)
     assert "These models are toys" in text
@@ -260,9 +263,8 @@ def test_a_table_of_zeros_is_folded(job: Job, tmp_path: Path) -> None:
     assert "Table 1. Perplexity at the training length" not in folded
 
 
-def test_the_contents_lead_to_every_section(job: Job, tmp_path: Path) -> None:
-    copied(job, tmp_path)
-    text = write_report(tmp_path).read_text()
+def test_the_contents_lead_to_every_section(page: Path) -> None:
+    text = page.read_text()
     assert re.findall(r'<li><a href="#([a-z-]*)">', text) == re.findall(r'<h2 id="([a-z-]*)">', text)
 
 
@@ -281,8 +283,8 @@ def test_the_flops_probe_has_a_table() -> None:
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_page_in_a_browser(job: Job, browser: Browser, width: int) -> None:
-    browser.open(write_report(job.out), width)
+def test_page_in_a_browser(page: Path, browser: Browser, width: int) -> None:
+    browser.open(page, width)
     names = ["extrapolation", "frontier", "coverage", "positions", "alphas"]
     assert browser.evaluate("[...document.querySelectorAll('figure')].map(e => e.id)") == names
     assert browser.unreadable() == []
