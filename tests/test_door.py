@@ -47,6 +47,13 @@ def test_a_fault_of_the_program_keeps_its_traceback(program: Program, code: str,
         enter(program, ["work", code])
 
 
+def test_a_process_that_is_gone_is_one_line_in_the_others(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    code = "raise RuntimeError('pair.cc:537: Connection closed by peer [127.0.0.1]:45991. This is typically caused by')"
+    assert enter(program, ["work", code]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("try work: another process of this run is gone")
+
+
 @pytest.mark.parametrize("flag", ["{}", "--out={}", "name={}"])
 @pytest.mark.parametrize(
     ("number", "said"),

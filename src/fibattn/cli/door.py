@@ -17,7 +17,9 @@ from pathlib import Path
 from fibattn._version import __version__
 from fibattn.errors import InputError, suggestion
 
-_PATIENCE = 20  # seconds
+_PATIENCE = 10  # seconds
+_OF_ANOTHER = ("closed by peer", "reset by peer", "remote process exit")
+"""What gloo and NCCL say when a process that they spoke with is gone."""
 
 _DISK = {
     errno.ENOSPC: "the disk is full",
@@ -87,9 +89,12 @@ def guarded(name: str, work: Callable[[Sequence[str]], None], words: Sequence[st
             raise
         print(f"{name}: {message}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
-    except Exception:
+    except Exception as error:
         let_the_first_speak()
-        raise
+        if not any(said in str(error) for said in _OF_ANOTHER) or os.environ.get("FIBATTN_TRACEBACK"):
+            raise
+        print(f"{name}: another process of this run is gone, and torchrun says which{resumed}", file=sys.stderr)
+        return 1
     return 0
 
 
