@@ -70,22 +70,22 @@ def run(arguments: list[str]) -> None:
 
 
 def _row(chosen: Arguments, way: Way, count: int, checkpointing: bool) -> dict[str, Any]:
-    """One measurement, in processes of its own; one that fails has its last lines for an `error`."""
+    """One measurement, in processes of its own, which say themselves why one fails."""
     case = {"way": way, "processes": count, "checkpointing": checkpointing}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "row.json"
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
         words = json.dumps({**asdict(chosen), **case, "out": str(out)}, default=str)
         command = [sys.executable, *([] if way == "alone" else launcher), "-m", "benchmarks.sharding_worker", words]
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
-        return case | (files.read_json(out) if out.exists() else {"error": done.stderr[-2000:]})
+        done = subprocess.run(command, check=False)
+        return case | (files.read_json(out) if out.exists() else {"error": f"it ended with {done.returncode}"})
 
 
 def _line(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """What is printed of a row, beside the one alone."""
     where = f"{row['way']} on {row['processes']}{', checkpointing' if row['checkpointing'] else ''}"
     if "error" in row:
-        return f"{where}: failed\n{row['error']}"
+        return f"{where}: {row['error']}"
     alike = [one for one in rows if one["way"] == "alone" and one["checkpointing"] == row["checkpointing"]]
     part = f", {row['speed'] / alike[0]['speed']:.1%} of alone" if alike and "speed" in alike[0] else ""
     groups = ", ".join(f"{group} {milliseconds:.1f}" for group, milliseconds in row["groups"].items())
