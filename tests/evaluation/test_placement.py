@@ -7,6 +7,7 @@ from typing import Any
 import foreign_decoders
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -94,6 +95,11 @@ def test_the_one_layer_whose_attention_counts_is_found(only: int) -> None:
 def test_as_many_layers_as_there_are_or_none_are_no_choice(count: int) -> None:
     with pytest.raises(InputError, match=f"{count} layers are to be kept of 4; give a number from 1 to 3"):
         search(foreign_decoders.model(), PATTERN, text(), count)
+
+
+def test_a_model_that_cannot_be_converted_is_refused_before_anything_is_measured() -> None:
+    with pytest.raises(InputError, match="its layers are sparse by themselves"):
+        search(tiny_models.model(), PATTERN, None, 1)  # pyright: ignore
 
 
 def test_evenly() -> None:

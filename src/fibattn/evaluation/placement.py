@@ -45,7 +45,7 @@ def search(model: Any, pattern: dict[str, Any], text: TrainingSequences, count: 
             meter.update(1)
             return found
 
-        dense, none = loss(range(depth)), loss(())
+        none, dense = loss(()), loss(range(depth))  # what cannot be converted is refused at once
         alone = [loss({*range(depth)} - {layer}) - dense for layer in range(depth)]
         evenly = evenly_kept(depth, count)
         even = {"layers": evenly, "loss": loss(evenly)}
