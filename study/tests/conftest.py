@@ -18,8 +18,8 @@ def study() -> Study:
     """The study `smoke`, smaller, and second seeds of two of its runs."""
     smoke = STUDIES["smoke"]
     runs = tuple(tiny(run) for run in smoke.runs)
+    runs = tuple(replace(run, lengthening=Lengthening(2)) if run.lengthening else run for run in runs)
     seeds = tuple(run.repeated(43) for run in runs if run.name in ("dense", "linear-w12"))
-    seeds = tuple(replace(run, lengthening=Lengthening(2)) if run.lengthening else run for run in seeds)
     recipe = replace(
         smoke.recipe, sequence_length=32, sequences_per_step=4, micro_batch=4, steps=4, save_every=2, log_every=1
     )

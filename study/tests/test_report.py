@@ -126,7 +126,7 @@ def test_a_way_that_the_first_seed_was_not_tried_in_is_shown_with_its_own_seed(j
         "dense, YaRN, seed 43",
         "dense, linear scaling, seed 43",
         "dense, bounded to 32, seed 43",
-        "dense, a tenth more at 128, seed 43",
+        "dense, a tenth more at 64, seed 43",
     }
     (second,) = (one for one in Store(job.out).records() if one["run"] == "dense-seed43")
     yarn = {name: second["evaluation"][name] | rows for name, rows in second["rope_scaling"]["yarn"].items()}
