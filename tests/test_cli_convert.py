@@ -79,6 +79,8 @@ def test_every_architecture_is_converted_and_goes_back(architecture: str, prepar
     sealed.verify(tmp_path / "out")
     assert {"README.md", "modeling_fibattn.py", "conversion.json"} <= {one.name for one in (tmp_path / "out").iterdir()}
     assert convert(tmp_path / "out", tmp_path / "back", "--restore") == 0
+    for folder in (tmp_path / "out", tmp_path / "back"):
+        assert {path.stat().st_mode & 0o444 for path in folder.iterdir()} == {folder.stat().st_mode & 0o444}
     for name in ("config.json", "model.safetensors"):
         assert files.sha256(tmp_path / "back" / name) == files.sha256(first / name)
 

@@ -104,3 +104,10 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def let_read(folder: Path) -> None:
+    """Let whoever may read a folder read its files: safetensors writes them for their owner alone."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(path.stat().st_mode | folder.stat().st_mode & 0o444)

@@ -14,6 +14,7 @@ _UNSEALED = (_MANIFEST, CARD)
 
 def seal(folder: Path) -> None:
     """Write the manifest of a finished folder: the size and SHA-256 of every file but its card."""
+    files.let_read(folder)
     manifest = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name not in _UNSEALED:

@@ -87,6 +87,7 @@ def test_evaluation_goes_into_the_card_and_edits_stay(model: Path, recipe: Recip
     assert "# My model\n" in card.text
     assert "## How to load" in card.text
     sealed.verify(model)
+    assert {path.stat().st_mode & 0o444 for path in model.iterdir()} == {model.stat().st_mode & 0o444}
 
 
 def test_a_card_without_a_place_for_results_is_left_alone(tmp_path: Path) -> None:

@@ -88,4 +88,6 @@ def write_folder(
             files.write_json(staged / RECORD, record)
             write_converted_card(staged, out.name, source, model, placement)
             seal(staged)
+        else:
+            files.let_read(staged)
     staged.replace(out)
