@@ -271,11 +271,7 @@ def chosen_key_grad_kernel(
             b_q = query_rows(p_q, o_query, o_group, stride_q[1], stride_q[2], m_row, SIZE, BD, WIDE)
             b_do = query_rows(p_do, o_query, o_group, stride_do[1], stride_do[2], m_row, SIZE, BD, WIDE)
             o_lse = row_starts(o_group, tokens, WIDE) + o_query
-            b_lse = tl.load(p_lse + o_lse, mask=m_row, other=NO_ROW)
-            b_delta = tl.load(p_delta + o_lse, mask=m_row, other=0.0)
-            b_p, b_ds = entries(b_k, b_v, b_q, b_do, b_lse, b_delta, m_entry, scale, EXACT)
-            b_dv = add_product(b_dv, b_p.to(b_do.dtype), b_do)
-            b_dk = add_product(b_dk, b_ds.to(b_q.dtype), b_q)
+            b_dk, b_dv = add_rows(b_dk, b_dv, b_k, b_v, b_q, b_do, p_lse, p_delta, o_lse, m_row, m_entry, scale, EXACT)
     first_row = i_batch * stride_dk[0] + i_head * stride_dk[2]
     store_rows(p_dk + first_row, b_dk * scale, o_key, stride_dk[1], m_key, SIZE, BD, WIDE)
 
@@ -294,18 +290,18 @@ def chosen_key_grad_kernel(
             b_q = query_rows(p_far_q, o_query, o_group, stride_fq[1], stride_fq[2], m_row, SIZE, BD, WIDE)
             b_do = query_rows(p_do, o_query, o_group, stride_do[1], stride_do[2], m_row, SIZE, BD, WIDE)
             o_lse = row_starts(o_group, tokens, WIDE) + o_query
-            b_lse = tl.load(p_lse + o_lse, mask=m_row, other=NO_ROW)
-            b_delta = tl.load(p_delta + o_lse, mask=m_row, other=0.0)
-            b_p, b_ds = entries(b_k, b_v, b_q, b_do, b_lse, b_delta, m_entry, scale, EXACT)
-            b_dv = add_product(b_dv, b_p.to(b_do.dtype), b_do)
-            b_dk = add_product(b_dk, b_ds.to(b_q.dtype), b_q)
+            b_dk, b_dv = add_rows(b_dk, b_dv, b_k, b_v, b_q, b_do, p_lse, p_delta, o_lse, m_row, m_entry, scale, EXACT)
     store_rows(p_dfk + first_row, b_dk * scale, o_key, stride_dk[1], m_key, SIZE, BD, WIDE)
     store_rows(p_dv + first_row, b_dv, o_key, stride_dk[1], m_key, SIZE, BD, WIDE)
 
 
 @triton.jit
-def entries(b_k, b_v, b_q, b_do, b_lse, b_delta, m_entry, scale, EXACT: tl.constexpr):
-    """Weights, and gradients of scores before the scale, of a tile of keys and rows. [BN, BR] each"""
+def add_rows(b_dk, b_dv, b_k, b_v, b_q, b_do, p_lse, p_delta, o_lse, m_row, m_entry, scale, EXACT: tl.constexpr):
+    """The gradients of keys, before the scale, and of values, [BN, BD] each, with those from a tile of rows added."""
+    b_lse = tl.load(p_lse + o_lse, mask=m_row, other=NO_ROW)
+    b_delta = tl.load(p_delta + o_lse, mask=m_row, other=0.0)
     b_s = scaled_scores(row_products(b_k, b_q, EXACT), scale, EXACT)
     b_p = tl.where(m_entry, softmax_weights(b_s, b_lse[None, :], EXACT), 0.0)
-    return b_p, b_p * (row_products(b_v, b_do, EXACT) - b_delta[None, :])
+    b_dv = add_product(b_dv, b_p.to(b_do.dtype), b_do)
+    b_ds = b_p * (row_products(b_v, b_do, EXACT) - b_delta[None, :])
+    return add_product(b_dk, b_ds.to(b_q.dtype), b_q), b_dv
