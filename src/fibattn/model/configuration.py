@@ -252,6 +252,18 @@ class FibAttnConfig(PreTrainedConfig):
         """Whether the queries of the layer choose blocks of keys."""
         return (self.layer_types or [])[layer] == "chosen_attention"
 
+    def check_engine(self, engine: str) -> None:
+        """Refuse what no engine but `generate()` does yet.
+
+        Raises:
+            InputError: for a layer whose queries choose blocks, or a convolution over keys and values.
+        """
+        if self.kv_convolution or "chosen_attention" in (self.layer_types or []):
+            raise InputError(
+                f"{engine} does not do chosen_attention or kv_convolution yet, and this model has one of them; call "
+                "generate()"
+            )
+
     def learns_alpha(self, layer: int) -> bool:
         """Whether the layer has a scale that is trained."""
         return self.schedule == "learned" and (self.layer_types or [])[layer] == "fibonacci_attention"

@@ -249,13 +249,9 @@ class FibAttnForCausalLM(FibAttnPreTrainedModel, GenerationMixin):
         """As in Transformers.
 
         Raises:
-            InputError: for a model whose queries choose blocks, or with a convolution over keys and values.
+            InputError: as `FibAttnConfig.check_engine`.
         """
-        if self.config.kv_convolution or "chosen_attention" in (self.config.layer_types or []):
-            raise InputError(
-                "continuous batching does not do chosen_attention or kv_convolution yet, and this model has "
-                "one of them; call generate()"
-            )
+        self.config.check_engine("continuous batching")
         reaches = [self.config.layer_reach(layer) for layer in range(self.config.num_hidden_layers)]
         return batching.start_batching(self, reaches, *args, **kwargs)
 

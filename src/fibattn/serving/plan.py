@@ -26,11 +26,7 @@ def check_served(config: FibAttnConfig) -> None:
     Raises:
         InputError: naming it.
     """
-    if config.kv_convolution or "chosen_attention" in (config.layer_types or []):
-        raise InputError(
-            "the model for vLLM does not do chosen_attention or kv_convolution yet, and this one has one of them; "
-            "call generate()"
-        )
+    config.check_engine("the model for vLLM")
     for name in sorted(set(FibAttnConfig.__annotations__) - SERVED):
         default, value = getattr(FibAttnConfig, name, None), getattr(config, name)
         if value not in (default, None):
