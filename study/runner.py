@@ -61,6 +61,17 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class _Text:
+    """What runs are trained and evaluated on."""
+
+    data: PreparedData
+    targets: dict[str, int]
+    """Of each held-out set."""
+    like: str | None
+    """The fingerprint of the text whose bytes they are."""
+
+
+@dataclass(frozen=True)
 class _Task:
     run: Run
     recipe: Recipe
@@ -80,7 +91,7 @@ def run_study(job: Job) -> Outcome:
     tasks = _tasks(job, data)
     lengths = [factor * study.recipe.sequence_length for factor in study.factors]
     like = None if job.like is None else PreparedData.open(job.like)
-    targets = targets_of(data, like, lengths, study.eval_tokens)
+    text = _Text(data, targets_of(data, like, lengths, study.eval_tokens), like and like.fingerprint)
     known = store.finished()
     say(f"study {job.name}: {len(tasks)} runs, {sum(task.key in known for task in tasks)} finished already")
     failed: list[str] = []
@@ -96,7 +107,7 @@ def run_study(job: Job) -> Outcome:
             if not mine or task.key in store.finished():
                 say(f"{task.run.name}: another process has {'finished it' if mine else 'it'}")
                 continue
-            if not _attempt(job, task, data, targets, store):
+            if not _attempt(job, task, text, store):
                 failed.append(task.run.name)
                 if not _device_works():
                     say("the GPU does not answer any more; the same command in a new process goes on from here")
@@ -128,12 +139,12 @@ def _tasks(job: Job, data: PreparedData) -> list[_Task]:
     return tasks
 
 
-def _attempt(job: Job, task: _Task, data: PreparedData, targets: dict[str, int], store: Store) -> bool:
+def _attempt(job: Job, task: _Task, text: _Text, store: Store) -> bool:
     """Do one run and write its line; whether it came to its end."""
     about = {"study": job.name, "run": task.run.name, "key": task.key, "seed": task.run.seed}
     say(f"{task.run.name}: {quantity(task.recipe.tokens)} tokens")
     try:
-        result = _measured(job, task, data, targets)
+        result = _measured(job, task, text)
     except Exception as error:
         traceback.print_exc()
         say(f"{task.run.name} failed: {error}")
@@ -146,7 +157,7 @@ def _attempt(job: Job, task: _Task, data: PreparedData, targets: dict[str, int],
     return True
 
 
-def _measured(job: Job, task: _Task, data: PreparedData, targets: dict[str, int]) -> dict[str, Any]:
+def _measured(job: Job, task: _Task, text: _Text) -> dict[str, Any]:
     started, folder = time.monotonic(), task.recipe.out
     resumed = (folder / "recipe.json").exists()
     if torch.cuda.is_available():
@@ -157,7 +168,7 @@ def _measured(job: Job, task: _Task, data: PreparedData, targets: dict[str, int]
         waited = sum(one.waited for one in turns)
         trained = time.monotonic()
         training = measure.training_summary(folder)
-        evaluated = _evaluated(job.study, task, model, data, targets)
+        evaluated = _evaluated(job.study, task, model, text)
     ended = time.monotonic()
     losses = ", ".join(
         f"{which} {next(iter(lengths.values()))['perplexity']:.2f}"
@@ -172,7 +183,7 @@ def _measured(job: Job, task: _Task, data: PreparedData, targets: dict[str, int]
         "recipe": recipe_of(task.recipe),
         "compiled": task.recipe.compile,
         "inputs": files.read_json(folder / "inputs.json"),
-        "like": None if job.like is None else PreparedData.open(job.like).fingerprint,
+        "like": text.like,
         "hardware": measure.machine(),
         "versions": measure.versions(),
         "training": training,
@@ -182,8 +193,9 @@ def _measured(job: Job, task: _Task, data: PreparedData, targets: dict[str, int]
     }
 
 
-def _evaluated(study: Study, task: _Task, model: Path, data: PreparedData, targets: dict[str, int]) -> dict[str, Any]:
-    measured, run = measure.evaluate(model, data, study, targets), task.run
+def _evaluated(study: Study, task: _Task, model: Path, text: _Text) -> dict[str, Any]:
+    run, data = task.run, text.data
+    measured = measure.evaluate(model, data, study, text.targets)
     plain, trained_at, longest = measured["evaluation"], study.recipe.sequence_length, max(study.factors)
     bounds = [n * trained_at for n in run.bounds if n < longest]
     found = {

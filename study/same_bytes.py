@@ -24,17 +24,26 @@ def targets_of(data: PreparedData, like: PreparedData | None, lengths: list[int]
     return targets
 
 
-def sizes_of(data: PreparedData, like: PreparedData, tokens: int) -> dict[str, int]:
-    """The bytes of the first `tokens` targets of each held-out set of `like`.
+def check_same_sets(data: PreparedData, like: PreparedData) -> None:
+    """Refuse two texts whose held-out sets have other names.
 
     Raises:
-        InputError: when the sets of `data` have other names.
+        InputError: naming both.
     """
     if set(data.validation) != set(like.validation):
         raise InputError(
             f"{data.folder} has the held-out sets {', '.join(data.validation)}, and {like.folder} has "
             f"{', '.join(like.validation)}; prepare both from the same text"
         )
+
+
+def sizes_of(data: PreparedData, like: PreparedData, tokens: int) -> dict[str, int]:
+    """The bytes of the first `tokens` targets of each held-out set of `like`, which `data` must have, too.
+
+    Raises:
+        InputError: as `check_same_sets`.
+    """
+    check_same_sets(data, like)
     return {
         name: int(stream.byte_counts(1, min(tokens, len(stream) - 1), like.token_bytes).sum())
         for name, stream in like.validation.items()

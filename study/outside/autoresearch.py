@@ -12,7 +12,7 @@ from fibattn import files
 from fibattn.data.prepared import PreparedData
 from fibattn.errors import InputError
 from study import measure
-from study.same_bytes import sizes_of
+from study.same_bytes import check_same_sets
 
 _STAND_INS = Path(__file__).parent / "stand_ins"
 
@@ -32,7 +32,7 @@ def run_outside(code: Path, data: Path, like: Path, *, seconds: float, targets: 
     if not (code / "train.py").is_file():
         raise InputError(f"{code} has no train.py; give a checkout of karpathy/autoresearch")
     own, study = PreparedData.open(data), PreparedData.open(like)
-    sizes_of(own, study, targets)
+    check_same_sets(own, study)
     # By the names that the program imports, and the stand-ins read.
     sys.path.insert(0, str(_STAND_INS))
     import prepare  # pyright: ignore[reportMissingImports]
