@@ -1,7 +1,6 @@
 """The process that `python -m benchmarks sharding` starts on each GPU: one measurement, whose row the first writes."""
 
 import json
-import os
 import sys
 import tempfile
 import time
@@ -12,6 +11,7 @@ import torch
 
 from benchmarks.steps import RECIPES, clocked, row_of, shortened
 from fibattn import files
+from fibattn.cli.door import is_first_process
 from fibattn.training.trainer import process_count
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         clock = clocked(recipe, Path(folder), process_count())
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         row = row_of(clock, share * recipe.sequence_length)
         files.write_json(
             Path(case["out"]),

@@ -108,6 +108,6 @@ def sha256(path: Path) -> str:
 
 def let_read(folder: Path) -> None:
     """Let whoever may read a folder read its files: safetensors writes them for their owner alone."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(path.stat().st_mode | folder.stat().st_mode & 0o444)
+    readers = folder.stat().st_mode & 0o444
+    for path in filter(Path.is_file, folder.rglob("*")):
+        path.chmod(path.stat().st_mode | readers)
