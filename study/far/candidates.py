@@ -11,12 +11,14 @@ from itertools import pairwise
 from typing import Literal
 
 from fibattn.errors import InputError, suggestion
-from fibattn.pattern import hybrid_layers
+from fibattn.pattern import LayerType, hybrid_layers
 from fibattn.training.presets import DEFAULT, PRESETS
 from fibattn.training.recipe import ModelRecipe
 
 BESIDE = (7, 15)
 """The full layers of the default recipe."""
+TAPS = 4
+"""Tokens that a convolution sums over, each one's own among them."""
 _LAYERS = PRESETS[DEFAULT].model.num_hidden_layers
 
 
@@ -63,18 +65,29 @@ class Candidate:
         return near and self.far in ("nothing", "rungs")
 
     @property
+    def configured(self) -> bool:
+        """Whether the configuration of a model says it all, so that users can have it."""
+        carried = self.carry == "nothing" or (self.carry, self.carry_in) == ("convolution", "sparse")
+        near = self.plain or (self.in_operator and not (self.rotated or self.sink))
+        return near and carried
+
+    @property
     def in_operator(self) -> bool:
         """Whether `attend_chosen` reads it all."""
         chosen = self.far == "best" and self.trust and not (self.spans or self.summaries)
         return chosen and self.block >= 16 and self.carry_in != "far" and not self.random_window
 
-    def like(self, model: ModelRecipe) -> ModelRecipe:
-        """`model` with as many full layers; sparse ones have the window, and the rungs where they are."""
+    def like(self, model: ModelRecipe, reach: int) -> ModelRecipe:
+        """`model` with as many full layers; sparse ones have the window, and what else its configuration can say."""
         model, layers = replace(model, full_reach=None), model.num_hidden_layers
         full = [layer for layer in self.full if layer < layers]
         if len(full) == layers:
             return replace(model, layer_types=("full_attention",), no_rope_layers=(1,), window=ModelRecipe.window)
-        sparse = "fibonacci_attention" if self.far == "rungs" else "sliding_attention"
+        sparse: LayerType = "fibonacci_attention" if self.far == "rungs" else "sliding_attention"
+        if self.configured:
+            sparse = "chosen_attention" if self.far == "best" else sparse
+            blocks = {"blocks": self.blocks, "block_size": self.block, "block_reach": reach}
+            model = replace(model, kv_convolution=TAPS if self.carry == "convolution" else 0, **blocks)
         return replace(model, window=self.window, **hybrid_layers(layers, full, sparse=sparse))
 
     def keys(self, length: int) -> float:

@@ -11,10 +11,8 @@ from fibattn.model import FibAttnForCausalLM
 from fibattn.model.layers import FibAttnAttention
 from fibattn.model.rotary import Rotation, rotate
 from fibattn.pattern import ChosenPattern
-from study.far.candidates import Candidate, spans
+from study.far.candidates import TAPS, Candidate, spans
 from study.far.reading import Bands, Choice, Part, at_distances, best_blocks, merged, near, span_means
-
-_WIDTH = 4
 
 
 class Convolution(nn.Module):
@@ -22,12 +20,12 @@ class Convolution(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(channels, 1, _WIDTH))  # three dimensions: no matrix for Muon
+        self.weight = nn.Parameter(torch.zeros(channels, 1, TAPS))  # three dimensions: no matrix for Muon
 
     def forward(self, x: Tensor) -> Tensor:
         """In and out alike."""
         weight = self.weight.to(x.dtype)
-        return x + sum(_later(x, back) * weight[:, 0, back] for back in range(_WIDTH))
+        return x + sum(_later(x, back) * weight[:, 0, back] for back in range(TAPS))
 
 
 class Shift(nn.Module):
@@ -130,6 +128,8 @@ class FarAttention(FibAttnAttention):
 
 def use(candidate: Candidate, model: FibAttnForCausalLM, reach: int) -> None:
     """Let the sparse layers of a fresh model of the candidate's recipe read as it says, `reach` back at most."""
+    if candidate.configured:
+        return
     for number, layer in enumerate(model.model.layers):
         full = number in candidate.full
         attention: FibAttnAttention = layer.self_attn  # pyright: ignore

@@ -94,7 +94,7 @@ def _recipe(trials: Trials, candidate: Candidate, seed: int, name: str) -> Recip
         base,
         data=trials.data,
         out=trials.work / name / "run",
-        model=candidate.like(base.model),
+        model=candidate.like(base.model, base.sequence_length - 1),
         optimizer=replace(base.optimizer, warmup_steps=warmup),
         steps=steps,
         init_seed=seed,

@@ -135,13 +135,30 @@ def test_sinks_beside_the_operator_are_those_of_the_trial(monkeypatch: pytest.Mo
     torch.testing.assert_close(by_operator, model(input_ids=ids, use_cache=False).logits)
 
 
+def test_a_configured_model_is_the_trial_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = replace(chosen(["best"])[0], window=8)
+    configured, ids = model_of(small), torch.randint(64, (2, 64), generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(Candidate, "configured", False)
+    trial = model_of(small)
+    for mine, other in zip(configured.model.layers, trial.model.layers, strict=True):
+        own, its = mine.self_attn, other.self_attn
+        own.trust.data += 0.5  # pyright: ignore
+        own.kv_convolution.data.uniform_(-1, 1)  # pyright: ignore
+        for taps, name in zip(own.kv_convolution.data, ("k_proj", "v_proj"), strict=True):  # pyright: ignore
+            getattr(its, name)[1].weight.data = taps.T[:, None]
+            getattr(its, name)[0].load_state_dict(getattr(own, name).state_dict())
+        its.trust.data = own.trust.data  # pyright: ignore
+    expected = configured(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(trial(input_ids=ids, use_cache=False).logits, expected)
+
+
 def _softmax(scores: dict[int, float]) -> dict[int, float]:
     weights = torch.tensor(list(scores.values()), dtype=torch.float64).softmax(0).tolist()
     return dict(zip(scores, weights, strict=True))
 
 
 def model_of(candidate: Candidate, reach: int = 63) -> FibAttnForCausalLM:
-    shape = candidate.like(ModelRecipe(hidden_size=32, intermediate_size=48, num_hidden_layers=2))
+    shape = candidate.like(ModelRecipe(hidden_size=32, intermediate_size=48, num_hidden_layers=2), reach)
     config = FibAttnConfig(
         vocab_size=64,
         hidden_size=32,
@@ -154,6 +171,10 @@ def model_of(candidate: Candidate, reach: int = 63) -> FibAttnForCausalLM:
         layer_types=list(shape.layer_types) * (2 // len(shape.layer_types)),
         window=shape.window,
         max_offset=reach,
+        blocks=shape.blocks,
+        block_size=shape.block_size,
+        block_reach=shape.block_reach,
+        kv_convolution=shape.kv_convolution,
     )
     torch.manual_seed(0)
     model = FibAttnForCausalLM(config).double()
@@ -170,7 +191,7 @@ def test_no_token_sees_what_comes_after_it_and_all_weights_learn(candidate: Cand
     model = model_of(small).train()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name.endswith(("1.weight", "trust", "bias", "sink")):
+            if name.endswith(("1.weight", "kv_convolution", "trust", "bias", "sink")):
                 weight += torch.rand_like(weight)
     ids = torch.randint(64, (2, 100), generator=torch.Generator().manual_seed(1))
     other = ids.clone()
