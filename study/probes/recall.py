@@ -176,10 +176,18 @@ def variants(length: int, *, window: int, layers: int) -> dict[str, FibAttnConfi
     `stagger` has rungs up to the length; `window` has no rungs and as many keys instead; the hybrids have two
     full-attention layers without RoPE, in the middle and at the end; `dense` is all full. In `chosen` queries read a
     window of 32 and the four best blocks of 16 among the last 1,024 tokens, keys and values carry those of the three
-    tokens before; `convolved hybrid` is the window hybrid with the latter alone.
+    tokens before; `convolved hybrid` is the window hybrid with the latter alone. The `reaching hybrid` takes as many
+    keys in larger blocks, and chooses from four times as far back as a row is long, 8,191 at most.
     """
 
-    def config(sparse: LayerType, window: int, full: Collection[int] = (), convolution: int = 0) -> FibAttnConfig:
+    def config(
+        sparse: LayerType,
+        window: int,
+        full: Collection[int] = (),
+        convolution: int = 0,
+        block: int = 16,
+        reach: int = min(length, 1024) - 1,
+    ) -> FibAttnConfig:
         kinds = hybrid_layers(layers, full, sparse)
         return FibAttnConfig(
             vocab_size=VOCABULARY,
@@ -192,7 +200,9 @@ def variants(length: int, *, window: int, layers: int) -> dict[str, FibAttnConfi
             window=window,
             rungs=_rungs(length),
             max_offset=length - 1,
-            block_reach=min(length - 1, 1023),
+            blocks=max(64 // block, 1),
+            block_size=block,
+            block_reach=reach,
             kv_convolution=convolution,
             layer_types=list(kinds["layer_types"]),
             no_rope_layers=list(kinds["no_rope_layers"]),
@@ -200,6 +210,8 @@ def variants(length: int, *, window: int, layers: int) -> dict[str, FibAttnConfi
 
     stagger = config("fibonacci_attention", window)
     equal, two = round(keys(stagger)) - 1, (layers // 2 - 1, layers - 1)
+    far = min(4 * length, 8192)
+    block = max(32, 1 << (-(-far // 64) - 1).bit_length())
     return {
         "window": config("sliding_attention", equal),
         "stagger": stagger,
@@ -209,6 +221,7 @@ def variants(length: int, *, window: int, layers: int) -> dict[str, FibAttnConfi
         "chosen": config("chosen_attention", 31, convolution=4),
         "chosen hybrid": config("chosen_attention", 31, two, convolution=4),
         "convolved hybrid": config("sliding_attention", equal, two, convolution=4),
+        "reaching hybrid": config("chosen_attention", 31, two, convolution=4, block=block, reach=far - 1),
     }
 
 

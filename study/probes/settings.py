@@ -34,8 +34,8 @@ class Recall:
     """Associative recall and passkey over distance: rungs against a plain window of as many keys."""
 
     names: tuple[str, ...] = ()
-    """Of window, stagger, hybrid, window hybrid, dense, chosen, chosen hybrid and convolved hybrid; the first five when
-    left out."""
+    """Of window, stagger, hybrid, window hybrid, dense; chosen, and chosen, convolved, reaching hybrid. The first five
+    when left out."""
     length: int = 4096
     """Tokens of a training row."""
     window: int = 128

@@ -173,7 +173,15 @@ def test_variants_cost_the_same_and_reach_differently() -> None:
         "chosen": True,
         "chosen hybrid": True,
         "convolved hybrid": True,
+        "reaching hybrid": True,
     }
+
+
+@pytest.mark.parametrize(("length", "reach"), [(128, 511), (1024, 4095), (4096, 8191)])
+def test_the_reaching_hybrid_chooses_from_past_its_rows(length: int, reach: int) -> None:
+    config = variants(length, window=8, layers=3)["reaching hybrid"]
+    assert config.chosen_pattern.reach == reach
+    assert keys(config) <= 160
 
 
 def test_hybrids_have_two_full_layers_without_rope() -> None:
