@@ -87,24 +87,24 @@ class MuonAndAdamW(torch.optim.Optimizer):
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])  # pyright: ignore
             ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # pyright: ignore
             # A processor has no 16-bit products that pay.
-            narrow = torch.bfloat16 if matrices[0].is_cuda else torch.float32
-            updates = _orthogonalized([one.to(narrow) for one in ahead])
+            updates = _orthogonalized(ahead, torch.bfloat16 if matrices[0].is_cuda else torch.float32)
             rate = 0.2 * math.sqrt(max(shape)) * group["lr"]
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])  # pyright: ignore
             for one, update in zip(matrices, updates, strict=True):
-                _local(one).add_(update.to(one.dtype), alpha=-rate)
+                _local(one).add_(update, alpha=-rate)
 
 
-def _orthogonalized(matrices: list[Tensor]) -> Sequence[Tensor]:
+def _orthogonalized(matrices: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
     """`orthogonalized`, of sharded ones this process's rows: each process has as many matrices whole, for a while."""
     if not isinstance(first := matrices[0], DTensor):
-        return orthogonalized(torch.stack(matrices)).unbind()
+        stacked = first.new_empty((len(matrices), *first.shape), dtype=dtype)
+        torch._foreach_copy_(stacked.unbind(), matrices)  # pyright: ignore
+        return orthogonalized(stacked).unbind()
     group, ranks, (rows, columns) = first.device_mesh.get_group(), first.device_mesh.size(), first.shape
-    parts = [_local(one) for one in matrices]
+    parts = [_local(one).to(dtype) for one in matrices]
     each, most, own = -(-len(parts) // ranks), -(-rows // ranks), len(parts[0])
     padded = [functional.pad(one, (0, 0, 0, most - own)) for one in parts]
-    sent = torch.zeros((ranks * each, most, columns), dtype=first.dtype, device=first.device)
-    torch.stack(padded, out=sent[: len(parts)])
+    sent = functional.pad(torch.stack(padded), (0, 0, 0, 0, 0, ranks * each - len(parts)))
     got = torch.empty_like(sent)
     dist.all_to_all_single(got, sent, group=group)
     whole = got.view(ranks, each, most, columns).transpose(0, 1).reshape(each, ranks * most, columns)
