@@ -1,6 +1,7 @@
 """The ladder: from the paper's recipe at a tuned rate to the project's, a step at a time, as public speed-runs keep it.
 
-What a step gave is in the study's tables. Steps that were dropped stay, so that nobody has to wonder.
+What a step gave is in the study's tables. Steps that were dropped stay, so that nobody has to wonder. Steps that nobody
+has run yet are here, too, and in no table.
 """
 
 from dataclasses import dataclass, replace
@@ -20,9 +21,13 @@ class Step:
     """The step that it changes."""
     kept: bool
     recipe: Recipe
+    vocabulary: int | None = None
+    """The size of the tokenizer that it is for; None for the study's own."""
 
 
-def _step(steps: list[Step], name: str, change: str, since: str, kept: bool, **changes: Any) -> None:
+def _step(
+    steps: list[Step], name: str, change: str, since: str, kept: bool, vocabulary: int | None = None, **changes: Any
+) -> None:
     """Add a step: `changes` are fields of the model, of the optimizer or of the recipe."""
     old = next(step.recipe for step in steps if step.name == since)
     model, optimizer = (
@@ -30,7 +35,23 @@ def _step(steps: list[Step], name: str, change: str, since: str, kept: bool, **c
     )
     others = {key: value for key, value in changes.items() if key not in model and key not in optimizer}
     new = replace(old, model=replace(old.model, **model), optimizer=replace(old.optimizer, **optimizer), **others)
-    steps.append(Step(name, change, since, kept, new))
+    steps.append(Step(name, change, since, kept, new, vocabulary))
+
+
+_TURNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "epochs": ("whole passes over the text, not sequences drawn with replacement", {"order": "epochs"}),
+    "embedding-6": ("AdamW at 6e-3, for the embedding and the norms", {"learning_rate": 6e-3}),
+    "muon-12": ("Muon at 1.2e-2", {"muon_learning_rate": 1.2e-2}),
+    "weight-decay-2": ("weight decay of 0.2", {"weight_decay": 0.2}),
+    "weight-decay-05": ("weight decay of 0.05", {"weight_decay": 0.05}),
+    "beta2-98": ("AdamW's second mean over 50 steps for 20 (beta2 0.98)", {"beta2": 0.98}),
+    "warmup-100": ("100 steps of warm-up for 300", {"warmup_steps": 100}),
+    "warmup-600": ("600 steps of warm-up", {"warmup_steps": 600}),
+    "hold": ("the highest rate for a third of the steps, then the fall", {"decay_fraction": 2 / 3}),
+    "final-5": ("down to a twentieth of the highest rate, not to 0", {"final_fraction": 0.05}),
+    "theta-200k": ("rotary positions with a base of 200,000", {"rope_theta": 200_000.0}),
+}
+"""Steps that change one number of the recipe: what is new, and the field."""
 
 
 def _climb() -> tuple[Step, ...]:
@@ -57,7 +78,48 @@ def _climb() -> tuple[Step, ...]:
     _step(steps, "swiglu", "SwiGLU again", "zero", False, **swiglu)
     _step(steps, "skip", "the embedding mixed into every layer's input", "zero", False, embedding_skip=True)
     _step(steps, "dense", "full attention in every layer", "skip", False, **full)
+    _reshape(steps)
+    for name, (change, field) in _TURNS.items():
+        _step(steps, name, change, "muon8", False, **field)
     return tuple(steps)
 
 
+def _shape(layers: int, heads: int, groups: int, inner: int, full: tuple[int, ...]) -> dict[str, Any]:
+    """A model of so many layers and heads of 64, whose feed-forward has the width `inner`."""
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": 64 * heads,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "intermediate_size": inner,
+        **hybrid_layers(layers, full=full),
+    }
+
+
+def _reshape(steps: list[Step]) -> None:
+    """Add steps to other shapes, each as large as the others within 1 % unless it says otherwise."""
+    wide, few = _shape(10, 10, 2, 2304, (4, 9)), {"vocabulary": 8192}
+    _step(steps, "wide", "10 layers of 640, 10 heads in 2 groups", "muon8", False, **wide)
+    _step(steps, "wide-64", "the same in steps of 64 sequences", "batch", False, **wide)
+    change = "vocabulary of 8,192, 16 layers of 576 with 9 heads in 3 groups"
+    _step(steps, "few", change, "muon8", False, **few, **_shape(16, 9, 3, 2304, (7, 15)))
+    change = "vocabulary of 8,192, 9 layers of 768 with 12 heads in 3 groups"
+    wider = _shape(9, 12, 3, 2944, (4, 8))
+    _step(steps, "few-wide", change, "muon8", False, **few, **wider)
+    _step(steps, "few-wide-64", "the same in steps of 64 sequences", "batch", False, **few, **wider)
+    change = "vocabulary of 8,192 and nothing else: a fifth fewer parameters"
+    _step(steps, "few-small-64", change, "batch", False, **few)
+    longer = {"sequence_length": 2048, "sequences_per_step": 32, "micro_batch": 32}
+    change = "sequences of 2,048, half as many a step"
+    _step(steps, "long", change, "muon8", False, **longer | {"sequences_per_step": 16, "micro_batch": 16})
+    _step(steps, "long-64", "sequences of 2,048, 32 a step", "batch", False, **longer)
+    _step(steps, "few-wide-long-64", "sequences of 2,048, 32 a step", "few-wide-64", False, **few, **longer)
+    whole: dict[str, Any] = {"order": "epochs"}
+    _step(steps, "epochs-64", "whole passes over the text", "batch", False, **whole)
+    change = "whole passes over the text"
+    _step(steps, "few-wide-long-epochs-64", change, "few-wide-long-64", False, **few, **whole)
+
+
 LADDER = _climb()
+MINUTES = tuple(step for step in LADDER if step.name.endswith("-64"))
+"""Those that change the recipe of the five minutes."""

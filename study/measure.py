@@ -37,7 +37,7 @@ def evaluate(folder: Path, data: PreparedData, study: Study, targets: dict[str, 
     model, tokenizer = load_model(folder), load_tokenizer(tokenizer_folder(folder))
     config: Any = model.config
     trained_at = config.max_position_embeddings
-    lengths = [factor * trained_at for factor in study.factors]
+    lengths = sorted({trained_at, *(factor * study.recipe.sequence_length for factor in study.factors)})
     cost = flops(config, trained_at)
     return {
         "model": {

@@ -16,7 +16,7 @@ from fibattn.pattern import Base, Pattern, Schedule, hybrid_layers, layer_patter
 from fibattn.training.presets import DEFAULT, PRESETS
 from fibattn.training.recipe import ModelRecipe, OptimizerRecipe, Recipe
 from study import rivals
-from study.ladder import LADDER
+from study.ladder import LADDER, MINUTES, Step
 from study.lengthening import Lengthening, warmup
 
 RopeScaling = Literal["linear", "yarn"]
@@ -41,6 +41,8 @@ class Run:
     """How a copy of the finished model is trained on in longer sequences, and evaluated."""
     recipe: Recipe | None = None
     """The run's own recipe, for all but its model, seed and budget; the study's when None."""
+    vocabulary: int | None = None
+    """How large a tokenizer it is for; any when None."""
 
     def repeated(self, seed: int) -> "Run":
         """The same model from another seed."""
@@ -170,6 +172,10 @@ _controls = tuple(_control(_stagger(window)) for window in (128, 12, 32, 64, 256
 _small = ModelRecipe(hidden_size=96, intermediate_size=256, num_hidden_layers=5, num_attention_heads=4)
 
 
+def _of_step(step: Step) -> Run:
+    return Run(step.name, step.recipe.model, recipe=step.recipe, vocabulary=step.vocabulary)
+
+
 def _smoke(run: Run, **changes: object) -> Run:
     own = {name: getattr(run.model, name) for name in ("layer_types", "base", "schedule", "max_offset")}
     return replace(run, model=replace(_small, **{**own, **changes}))  # pyright: ignore
@@ -238,15 +244,18 @@ STUDIES: dict[str, Study] = {
     "ladder": Study(
         "from the paper's recipe at a tuned rate to the project's, one change a step",
         _full,
-        tuple(Run(step.name, step.recipe.model, recipe=step.recipe) for step in LADDER),
+        tuple(map(_of_step, LADDER)),
         factors=(1,),
         eval_tokens=524_288,
         items=0,
     ),
     "five-minutes": Study(
-        "the preset of that name, as far as five minutes of an H200 take it",
+        "the preset of that name, as far as five minutes of an H200 take it, and steps of the ladder from it",
         PRESETS["five-minutes"],
-        (Run("five-minutes", replace(PRESETS["five-minutes"].model, full_reach=None), bounds=(1,)),),
+        (
+            Run("five-minutes", replace(PRESETS["five-minutes"].model, full_reach=None), bounds=(1,)),
+            *(replace(_of_step(step), bounds=(1,)) for step in MINUTES),
+        ),
         factors=(1, 2),
         eval_tokens=524_288,
         items=0,

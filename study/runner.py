@@ -19,6 +19,7 @@ import torch
 
 from fibattn import files
 from fibattn.data.prepared import PreparedData
+from fibattn.errors import InputError
 from fibattn.lock import locked
 from fibattn.progress import duration, quantity
 from fibattn.training.recipe import Recipe
@@ -41,6 +42,8 @@ class Job:
     work: Path
     """Where checkpoints and models lie until a run is evaluated."""
     tokens: int | None = None
+    seconds: float | None = None
+    """Of training, in place of `tokens`."""
     only: tuple[str, ...] = ()
     shard: tuple[int, int] = (0, 1)
     """Take every n-th run from the i-th on, for machines that share no folder."""
@@ -85,11 +88,12 @@ def run_study(job: Job) -> Outcome:
 
     Raises:
         InputError: for data that are not whole, a held-out set too short for the longest sequences, a pattern that
-            names no run or too small a budget.
+            names no run, a run for another vocabulary or too small a budget.
     """
     store, data, study = Store(job.out), PreparedData.open(job.data), job.study
-    tasks = _tasks(job, data)
+    tasks = _tasks(job, data, store)
     lengths = [factor * study.recipe.sequence_length for factor in study.factors]
+    lengths = sorted({*lengths, *(task.recipe.sequence_length for task in tasks)})
     like = None if job.like is None else PreparedData.open(job.like)
     text = _Text(data, targets_of(data, like, lengths, study.eval_tokens), like and like.fingerprint)
     known = store.finished()
@@ -126,17 +130,49 @@ def say(text: str) -> None:
     print(f"{datetime.now().astimezone():%H:%M:%S} {text}", file=sys.stderr, flush=True)
 
 
-def _tasks(job: Job, data: PreparedData) -> list[_Task]:
+def _tasks(job: Job, data: PreparedData, store: Store) -> list[_Task]:
     index, count = job.shard
     tasks = []
-    for run in job.study.chosen(job.only)[index::count]:
-        recipe = job.study.resolved(
-            run, data=job.data, out=job.work, tokens=job.tokens, compiled=torch.cuda.is_available()
-        )
+    chosen = [run for run in job.study.chosen(job.only) if job.only or run.vocabulary in (None, data.vocab_size)]
+    for run in chosen[index::count]:
+        if run.vocabulary not in (None, data.vocab_size):
+            raise InputError(
+                f"{run.name} is for a vocabulary of {run.vocabulary:,}, and {job.data} has {data.vocab_size:,} ids; "
+                f"make its data with `fibattn prepare … --vocab-size {run.vocabulary}`, and add --like {job.data}"
+            )
+        compiled, tokens = torch.cuda.is_available(), job.tokens
+        if job.seconds is not None:
+            whole = job.study.resolved(run, data=job.data, out=job.work, tokens=None, compiled=compiled)
+            tokens = int(job.seconds * _pace(run.name, whole, store))
+        recipe = job.study.resolved(run, data=job.data, out=job.work, tokens=tokens, compiled=compiled)
         recipe.check()
         key = key_of(recipe, data.fingerprint)
         tasks.append(_Task(run, replace(recipe, out=job.work / f"{run.name}-{key}"), key))
     return tasks
+
+
+def _pace(name: str, recipe: Recipe, store: Store) -> float:
+    """Training tokens a second of the first finished run of `recipe` on such a device, whatever its budget and seed.
+
+    The first, so that the same command always means the same run.
+
+    Raises:
+        InputError: where there is none.
+    """
+    device, wanted = measure.machine()["device"], _but_for_budget(recipe_of(recipe))
+    for one in sorted(store.finished().values(), key=lambda one: one["time"]):
+        alone = one["training"].get("alone") and one["hardware"]["device"] == device
+        if alone and _but_for_budget(one["recipe"]) == wanted:
+            return one["training"]["tokens_per_second"]
+    raise InputError(
+        f"how many tokens {name} trains on in a second of {device} is not known; run it for a while first, with "
+        "--tokens in place of --seconds"
+    )
+
+
+def _but_for_budget(recipe: dict[str, Any]) -> dict[str, Any]:
+    optimizer = {name: value for name, value in recipe["optimizer"].items() if name != "warmup_steps"}
+    return recipe | {"optimizer": optimizer} | dict.fromkeys(("steps", "init_seed", "data_seed"))
 
 
 def _attempt(job: Job, task: _Task, text: _Text, store: Store) -> bool:
@@ -196,8 +232,9 @@ def _measured(job: Job, task: _Task, text: _Text) -> dict[str, Any]:
 def _evaluated(study: Study, task: _Task, model: Path, text: _Text) -> dict[str, Any]:
     run, data = task.run, text.data
     measured = measure.evaluate(model, data, study, text.targets)
-    plain, trained_at, longest = measured["evaluation"], study.recipe.sequence_length, max(study.factors)
-    bounds = [n * trained_at for n in run.bounds if n < longest]
+    plain, longest = measured["evaluation"], max(study.factors)
+    bounds = [n * task.recipe.sequence_length for n in run.bounds]
+    bounds = [bound for bound in bounds if bound < longest * study.recipe.sequence_length]
     found = {
         **measured,
         "rope_scaling": {kind: measure.evaluate_stretched(model, data, kind, plain) for kind in run.rope_scaling},

@@ -34,6 +34,9 @@ class Arguments:
     """Where checkpoints lie until a run is evaluated; OUT/work when left out."""
     tokens: str | None = None
     """Training tokens of each run, such as 106M; the study's own budget when left out."""
+    seconds: float | None = None
+    """In place of tokens: as many as these seconds of training hold, at the pace of the first finished run of the same
+    recipe on such a device."""
     eval_tokens: str | None = None
     """Targets of each held-out set."""
     like: Path | None = None
@@ -93,6 +96,7 @@ def _alone(chosen: Arguments, study: Study, data: Path, out: Path) -> bool:
             out=out,
             work=chosen.work or out / "work",
             tokens=None if chosen.tokens is None else count(chosen.tokens),
+            seconds=chosen.seconds,
             only=chosen.only,
             shard=(int(index), int(shards)),
             deadline=None if chosen.minutes is None else STARTED + 60 * chosen.minutes,
@@ -119,8 +123,11 @@ def _check(chosen: Arguments, out: Path) -> None:
         raise InputError(f"--shard is {chosen.shard!r}; expected I/N with I from 0 to N - 1, such as 0/2")
     if chosen.processes < 1:
         raise InputError(f"--processes is {chosen.processes}; it must be at least 1")
-    if chosen.minutes is not None and not chosen.minutes > 0:
-        raise InputError(f"--minutes is {chosen.minutes:g}; it must be above 0")
+    for name in ("minutes", "seconds"):
+        if (value := getattr(chosen, name)) is not None and not value > 0:
+            raise InputError(f"--{name} is {value:g}; it must be above 0")
+    if chosen.seconds is not None and chosen.tokens is not None:
+        raise InputError(f"--seconds is {chosen.seconds:g} and --tokens {chosen.tokens}; give one of them")
     for flag, folder in (("--out", out), ("--work", chosen.work or out)):
         taken = next((path for path in (folder, *folder.parents) if path.is_file()), None)
         if taken:

@@ -4,9 +4,11 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
+from study.ladder import MINUTES
 from study.report.tables import Table, table, where_run
 
 OUTSIDE = "karpathy/autoresearch"
+_NAMES = {step.name: f"{step.name} ({step.change})" for step in MINUTES}
 
 
 def five_minutes_table(records: Iterable[dict[str, Any]], outside: Iterable[dict[str, Any]]) -> list[Table]:
@@ -16,7 +18,7 @@ def five_minutes_table(records: Iterable[dict[str, Any]], outside: Iterable[dict
         seconds = one["tokens"] / one["training"]["tokens_per_second"]
         for length in sorted(map(int, next(iter(one["evaluation"].values())))):
             bits = {name: lengths[str(length)]["bits_per_byte"] for name, lengths in one["evaluation"].items()}
-            name = f"{one['run']}, in sequences of {length:,}"
+            name = f"{_NAMES.get(one['run'], one['run'])}, in sequences of {length:,}"
             rows.append(_row(name, bits, one["tokens"], seconds, one["model"]["parameters"]))
     if not rows:
         return []
@@ -29,7 +31,8 @@ def five_minutes_table(records: Iterable[dict[str, Any]], outside: Iterable[dict
         f"program from outside is {OUTSIDE}, branch exp/H100/mar8, its train.py as it is, with a vocabulary of 8,192 "
         "of its own. FlashAttention 3, which comes from a hub, is replaced by PyTorch's Flex attention for windows and "
         "cuDNN's for full layers; its authors had 460 to 500 M tokens in five minutes of an "
-        "H100. Make these again with `python -m study run five-minutes --data DATA` "
+        "H100. Make these again with `python -m study run five-minutes --data DATA --only five-minutes`, steps of the "
+        "ladder with `--only STEP --seconds 300`, those for a vocabulary of 8,192 with `--data DATA-8192 --like DATA`, "
         "and `python -m study outside CHECKOUT --data DATA-8192 --like DATA`."
     )
     return [table("Five minutes of one GPU", note, rows)]

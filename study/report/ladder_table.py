@@ -1,47 +1,69 @@
-"""The ladder's table: what every step gave, against the step that it changes."""
+"""The ladder's tables: what every step gave, against the step that it changes, one table for each budget."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
 from study.ladder import LADDER
-from study.report.claims import percent
+from study.report.claims import percent, real_minus
 from study.report.tables import NONE, Table, table, where_run
 from study.store import over_sets
 
+Records = dict[str, dict[str, Any]]
+"""By step."""
+
 
 def ladder_table(records: Iterable[dict[str, Any]]) -> list[Table]:
-    """The table, or none where no step was run; `records` are finished runs of the study `ladder`."""
-    found = {record["run"]: record for record in records}
-    rows = []
-    for step in LADDER:
-        if step.name not in found:
-            continue
-        record = found[step.name]
-        nll = over_sets(record, "nll")
-        before = found.get(step.since or "")
-        rows.append(
-            {
-                "step": step.name,
-                "what is new": step.change,
-                "changes": step.since or NONE,
-                "perplexity": f"{math.exp(nll):.2f}",
-                "bits a byte": f"{over_sets(record, 'bits_per_byte'):.4f}",
-                "perplexity, change": NONE if before is None else percent(nll - over_sets(before, "nll")),
-                "tokens/s": f"{record['training']['tokens_per_second'] / 1000:.0f} k",
-                "parameters": f"{record['model']['parameters'] / 1e6:.1f} M",
-                "": "kept" if step.kept else "not kept",
-            }
-        )
-    if not rows:
-        return []
+    """The tables, that with the most steps first; `records` are finished runs of the study `ladder`."""
+    by_budget: dict[int, Records] = defaultdict(dict)
+    for record in records:
+        by_budget[round(record["tokens"] / 1e6)][record["run"]] = record
+    return [_of_budget(found) for found in sorted(by_budget.values(), key=len, reverse=True)]
+
+
+def _of_budget(found: Records) -> Table:
+    rows = [
+        {
+            "step": step.name,
+            "what is new": step.change,
+            "changes": step.since or NONE,
+            **_measured(found[step.name], found.get(step.since or "")),
+            "": "kept" if step.kept else "not kept",
+        }
+        for step in LADDER
+        if step.name in found
+    ]
     one = next(iter(found.values()))
     note = (
-        f"{one['tokens'] / 1e6:.0f} M tokens, sequences of {one['trained_at']:,}, seed {one['seed']}, "
-        f"{where_run(found.values())}; the geometric mean of the four sets' "
-        f"perplexities over {over_sets(one, 'targets'):,} tokens of each, and the mean of their bits a byte. One seed: "
+        f"{one['tokens'] / 1e6:.0f} M tokens, seed {one['seed']}, {where_run(found.values())}; in sequences of "
+        f"{_length(one):,} the geometric mean of the four sets' perplexities over {over_sets(one, 'targets'):,} tokens "
+        "of each, and the mean of their bits a byte, which another vocabulary leaves comparable. One seed: "
         "between two seeds of one recipe perplexity differed by 1 to 2 % at 3e-3 with AdamW, most of it from the order "
-        "of the text, which is the same in all steps. Make a step again with `python -m study run ladder --data DATA "
-        "--tokens 106M --only STEP`."
+        "of the text, which is the same in all steps of one length and batch. Make a step again with `python -m study "
+        f"run ladder --data DATA --tokens {one['tokens'] / 1e6:.0f}M --only STEP`."
     )
-    return [table("The ladder: from the paper's recipe to the project's", note, rows, words=3)]
+    return table("The ladder: from the paper's recipe to the project's", note, rows, words=3)
+
+
+def _measured(record: dict[str, Any], before: dict[str, Any] | None) -> dict[str, str]:
+    nll, bits = (over_sets(record, what, length=_length(record)) for what in ("nll", "bits_per_byte"))
+    change = worse = NONE
+    if before is not None:
+        if before["inputs"]["data_fingerprint"] == record["inputs"]["data_fingerprint"]:
+            change = percent(nll - over_sets(before, "nll", length=_length(before)))
+        old = over_sets(before, "bits_per_byte", length=_length(before))
+        worse = real_minus(f"{100 * (bits / old - 1):+.2f} %")
+    return {
+        "perplexity": f"{math.exp(nll):.2f}",
+        "bits a byte": f"{bits:.4f}",
+        "perplexity, change": change,
+        "bits a byte, change": worse,
+        "tokens/s": f"{record['training']['tokens_per_second'] / 1000:.0f} k",
+        "parameters": f"{record['model']['parameters'] / 1e6:.1f} M",
+    }
+
+
+def _length(record: dict[str, Any]) -> int:
+    """The shortest in which a run was evaluated, which all have."""
+    return min(map(int, next(iter(record["evaluation"].values()))))

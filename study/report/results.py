@@ -282,15 +282,21 @@ class Results:
         return cls(grouped(others), pd.DataFrame(failures), dict(probes), tuned, outside)
 
 
-def _belonging(study: str, finished: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The finished runs that are runs of `study`, by its names, also where another study made them."""
+def _belonging(study: str, finished: dict[str, dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    """The finished runs that are runs of `study`, by its names, also where another study made them.
+
+    Of two runs with one recipe the later one of the study is it, whose vocabulary is not any.
+    """
+    found: dict[str, dict[str, Any]] = {}
     own = [one for one in finished.values() if one["study"] == study]
     trained_on = {(one["tokens"], one["inputs"]["data_fingerprint"]) for one in own}
     for tokens, fingerprint in sorted(trained_on):
         for run in STUDIES[study].runs:
             recipe = STUDIES[study].resolved(run, data=Path(), out=Path(), tokens=tokens, compiled=True)
-            if (record := finished.get(key_of(recipe, fingerprint))) is not None:
-                yield {**record, "study": study, "run": run.name}
+            record = finished.get(key_of(recipe, fingerprint))
+            if record is not None and run.vocabulary in (None, record["model"].get("vocabulary")):
+                found[record["key"]] = {**record, "study": study, "run": run.name}
+    return found.values()
 
 
 def grouped(records: Iterable[dict[str, Any]]) -> tuple[Group, ...]:

@@ -345,3 +345,35 @@ def test_a_terminated_command_leaves_no_process_behind(prepared: Path, forked: S
     for run in runs:
         with runner.locked(run) as free:
             assert free
+
+
+def test_seconds_are_tokens_at_the_pace_of_the_first_run_of_the_recipe(job: Job, tmp_path: Path) -> None:
+    short, _ = again(job, tmp_path, only=("linear-w12",))
+    (before,) = lines(tmp_path, "linear-w12")
+    a_step = 4 * 32
+    seconds = 7.5 * a_step / before["training"]["tokens_per_second"]
+    for _ in range(2):  # the second time there is nothing to do
+        outcome = run_study(replace(short, seconds=seconds))
+        assert (outcome.finished, outcome.failed) == (("linear-w12",), ())
+    assert [one["tokens"] for one in lines(tmp_path, "linear-w12")] == [4 * a_step, 7 * a_step]
+    with pytest.raises(InputError, match=r"how many tokens dense trains on in a second of .* is not known; run it for"):
+        run_study(replace(short, seconds=seconds, only=("dense",)))
+
+
+def test_a_run_for_another_vocabulary_is_refused_where_it_is_named(job: Job, tmp_path: Path) -> None:
+    first, second = job.study.runs[:2]
+    runs = (replace(first, vocabulary=8192), second)
+    other = replace(job, study=replace(job.study, runs=runs), out=tmp_path, work=tmp_path / "work")
+    with pytest.raises(InputError, match=f"{first.name} is for a vocabulary of 8,192, and .* ids; make its data with"):
+        run_study(replace(other, only=(first.name,)))
+    assert run_study(replace(other, deadline=0.0)).left == (second.name,)
+
+
+def test_runs_in_longer_sequences_are_evaluated_in_those_of_the_study_and_their_own(job: Job, tmp_path: Path) -> None:
+    (run,) = job.study.chosen(["hybrid"])
+    longer = replace(job.study.recipe, sequence_length=64)
+    study = replace(job.study, factors=(1,), runs=(replace(run, recipe=longer),))
+    run_study(replace(job, study=study, out=tmp_path, work=tmp_path / "work"))
+    (found,) = lines(tmp_path, "hybrid")
+    assert found["trained_at"] == 64
+    assert all(set(rows) == {"32", "64"} for rows in found["evaluation"].values())
