@@ -62,7 +62,7 @@ CHOICE = {
     "window": (KEYS, "window_tiles_for"),
     "chosen-choice": (CHOSEN, "warps_for"),
     "chosen-forward": (CHOSEN_FORWARD, "tiles_for"),
-    "chosen-query": (CHOSEN_BACKWARD, "query_tiles_for"),
+    "chosen-query": (CHOSEN_BACKWARD, "tiles_for"),
     "chosen-keys": (CHOSEN_BACKWARD, "key_tiles_for"),
 }
 KERNELS = {
@@ -109,7 +109,7 @@ def _chosen_works(case: Case, kernel: str) -> tuple[Callable[[], object], Callab
         return CHOSEN.choose(q, means, k.shape[1], None, None, *how)
 
     choice = choosing()
-    given = (q, k, v, q, k, None, None, scale, pattern.window, size, choice)
+    given = ((q, k, v, q, k), None, None, scale, pattern.window, size, choice)
     out, lse = CHOSEN_FORWARD.forward(*given)
     grad = torch.randn_like(out)
     return (

@@ -126,7 +126,7 @@ def test_chosen_blocks_fit_a_small_gpu(size: int) -> None:
     for kernel, tiles in (
         (chosen.choose_kernel, chosen_forward.Tiles(64, chosen.warps_for(shape), 1)),
         (chosen_forward.chosen_forward_kernel, chosen_forward.tiles_for(shape)),
-        (chosen_backward.chosen_query_grad_kernel, chosen_backward.query_tiles_for(shape)),
+        (chosen_backward.chosen_query_grad_kernel, chosen_forward.tiles_for(shape)),
         (chosen_backward.chosen_key_grad_kernel, chosen_backward.key_tiles_for(shape, 16)),
     ):
         sizes = chosen_forward.options(shape, tiles, 16, False) | {"COUNT": 4}

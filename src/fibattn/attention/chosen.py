@@ -8,7 +8,7 @@ from torch import Tensor
 from fibattn.attention import blocks, ring
 from fibattn.attention.api import Backend, choose
 from fibattn.attention.checks import check_positions, check_rings, check_tensors, under_autocast
-from fibattn.attention.ops import kept_dtype, kernels
+from fibattn.attention.ops import kernels, output_and_sums, result_like
 from fibattn.attention.reference import wide
 from fibattn.errors import InputError
 from fibattn.pattern import ChosenPattern
@@ -157,22 +157,18 @@ def _(q, means, keys, positions, *given) -> tuple[Tensor, Tensor]:
 @torch.library.impl(_library, "attend_chosen_forward", "CUDA")
 @torch.library.impl(_library, "attend_chosen_forward", "CPU")
 def _(q, k, v, far_q, far_k, positions, shift, bits, lists, scale, window, reach, block, count):
-    room = kernels()
+    room, given = kernels(), (q, k, v, far_q, far_k)
     choice = room.chosen.Choice(bits, lists)
-    return room.chosen_forward.forward(q, k, v, far_q, far_k, positions, shift, scale, window, block, choice)
+    return room.chosen_forward.forward(given, positions, shift, scale, window, block, choice)
 
 
 @torch.library.impl(_library, "attend_chosen_backward", "CUDA")
 @torch.library.impl(_library, "attend_chosen_backward", "CPU")
 def _(grad_out, grad_lse, out, lse, q, k, v, far_q, far_k, positions, shift, bits, lists, *pattern):
     room, (scale, window, _, block, _) = kernels(), pattern
-    choice = room.chosen.Choice(bits, lists)
-    given = (q, k, v, far_q, far_k, positions, shift, scale, window, block, choice)
-    return room.chosen_backward.backward(grad_out, grad_lse, out, lse, *given)
-
-
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    choice, given = room.chosen.Choice(bits, lists), (q, k, v, far_q, far_k)
+    saved = (grad_out, grad_lse, out, lse)
+    return room.chosen_backward.backward(*saved, given, positions, shift, scale, window, block, choice)
 
 
 @torch.library.register_fake("fibattn::choose_blocks", lib=_library)
@@ -186,37 +182,20 @@ def _(q, means, keys, positions, shift, scale, window, reach, block, count):
     )
 
 
-@torch.library.register_fake("fibattn::attend_chosen_forward", lib=_library)
-def _(q, *_, **__):
-    batch, tokens, heads = q.shape[:3]
-    return _like(q), q.new_empty(batch, heads, tokens, dtype=kept_dtype(q.dtype))
+torch.library.register_fake("fibattn::attend_chosen_forward", output_and_sums, lib=_library)
 
 
 @torch.library.register_fake("fibattn::attend_chosen_backward", lib=_library)
 def _(grad_out, grad_lse, out, lse, q, k, v, far_q, far_k, *_, **__):
-    return tuple(map(_like, (q, k, v, far_q, far_k)))
+    return tuple(map(result_like, (q, k, v, far_q, far_k)))
 
 
 class _AttendChosen(torch.autograd.Function):
     """The forward operator with gradients in q, k, v, and the far queries and keys."""
 
     @staticmethod
-    def forward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        far_q: Tensor,
-        far_k: Tensor,
-        positions: Tensor | None,
-        shift: Tensor | None,
-        bits: Tensor,
-        lists: Tensor,
-        scale: float,
-        window: int,
-        reach: int,
-        block: int,
-        count: int,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(q, k, v, far_q, far_k, positions, shift, bits, lists, scale, window, reach, block, count):
+        # As in `ops.py`, all named.
         given = (q, k, v, far_q, far_k, positions, shift, bits, lists)
         return torch.ops.fibattn.attend_chosen_forward(*given, scale, window, reach, block, count)
 

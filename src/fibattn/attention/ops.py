@@ -168,24 +168,26 @@ def _(q, k_cache, v_cache, k, v, cache_positions, alpha, positions, *pattern):
     return ring.step(*cached, positions, given.scale, given.window, (nearer,), fractions)
 
 
-def _like(q: Tensor) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+def result_like(x: Tensor) -> Tensor:
+    """Room for a result, laid out as kernels leave it."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("fibattn::attend_forward", lib=_library)
-def _(q, k, v, *_, **__):
+def output_and_sums(q, *_, **__):
+    """What a forward gives, without data."""
     batch, tokens, heads = q.shape[:3]
-    return _like(q), q.new_empty(batch, heads, tokens, dtype=kept_dtype(q.dtype))
+    return result_like(q), q.new_empty(batch, heads, tokens, dtype=kept_dtype(q.dtype))
 
 
 @torch.library.register_fake("fibattn::attend_backward", lib=_library)
 def _(grad_out, grad_lse, out, lse, q, k, v, alpha, *_, **__):
-    return _like(q), _like(k), _like(v), q.new_empty(0) if alpha is None else torch.empty_like(alpha)
+    return result_like(q), result_like(k), result_like(v), q.new_empty(0) if alpha is None else torch.empty_like(alpha)
 
 
 @torch.library.register_fake("fibattn::attend_step", lib=_library)
 def _(q, *_, **__):
-    return _like(q)
+    return result_like(q)
 
 
 class _Attend(torch.autograd.Function):
@@ -194,19 +196,7 @@ class _Attend(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        alpha: Tensor | None,
-        positions: Tensor | None,
-        scale: float,
-        window: int,
-        offsets: list[int],
-        set_sizes: list[int],
-        max_offset: int,
-        interpret: bool,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(q, k, v, alpha, positions, scale, window, offsets, set_sizes, max_offset, interpret):
         # A compiler counts the arguments, so they are all named.
         pattern = (scale, window, offsets, set_sizes, max_offset, interpret)
         return torch.ops.fibattn.attend_forward(q, k, v, alpha, positions, *pattern)

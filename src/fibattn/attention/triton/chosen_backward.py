@@ -14,6 +14,7 @@ from fibattn.attention.triton import launch
 from fibattn.attention.triton.chosen import SLOTS, TILE, Choice, choosers, row_shift, tiles_of
 from fibattn.attention.triton.chosen_forward import (
     UNSPECIALIZED,
+    Given,
     Tiles,
     far_mask,
     listed_keys,
@@ -23,16 +24,11 @@ from fibattn.attention.triton.chosen_forward import (
     tiles_for,
 )
 from fibattn.attention.triton.columns import row_stride
-from fibattn.attention.triton.dense_window import near_mask
-from fibattn.attention.triton.key_gradients import add_product
+from fibattn.attention.triton.dense_window import near_mask, window_keys, window_tiles
+from fibattn.attention.triton.key_gradients import add_rows
 from fibattn.attention.triton.rows import load_rows, place, query_limit, query_rows, row_starts, store_rows
 from fibattn.attention.triton.scores import NO_ROW, row_products, scaled_scores, softmax_weights
 from fibattn.attention.triton.shape import Shape, shape_of
-
-
-def query_tiles_for(shape: Shape) -> Tiles:
-    """Tile sizes of the kernel for the gradients of queries."""
-    return tiles_for(shape)
 
 
 def key_tiles_for(shape: Shape, block: int) -> Tiles:
@@ -48,32 +44,28 @@ def backward(
     grad_lse: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    far_q: Tensor,
-    far_k: Tensor,
+    given: Given,
     positions: Tensor | None,
     shift: Tensor | None,
     scale: float,
     window: int,
     block: int,
     choice: Choice,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, far_q and far_k."""
+) -> Given:
+    """Gradients of what is given."""
+    q, k = given[:2]
     shape = shape_of(q, k)
     grad_out, lse = launch.inner_contiguous(grad_out), lse.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     batch, tokens = q.shape[:2]
     keys, kv_heads = k.shape[1:3]
     first_tile, tiles = tiles_of(tokens, keys, shift, block)
-    given = (q, k, v, far_q, far_k)
     dq, dk, dv, dfq, dfk = grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in given)
     delta = torch.empty_like(lse)
     wide = launch.wide(*given, out, grad_out)
     sizes = (scale, tokens, keys, window, kv_heads, tiles, first_tile)
     try:
-        how = options(shape, query_tiles_for(shape), block, wide)
+        how = options(shape, tiles_for(shape), block, wide)
         chosen_query_grad_kernel[(tiles * parts_of(how) * kv_heads, batch)](
             *(*given, choice.bits, choice.blocks, out, grad_out, lse, grad_lse, positions, shift, delta, dq, dfq),
             *sizes,
@@ -170,9 +162,8 @@ def chosen_query_grad_kernel(
 
     b_q = query_rows(p_q, o_query, o_group, stride_q[1], stride_q[2], m_row, SIZE, BD, WIDE)
     b_dq = tl.zeros([BR, BD], tl.float32)
-    for i_near in range(tl.cdiv(tl.minimum(window, tl.maximum(first_own, 0)) + TILE, BN)):
-        o_key = first_own + TILE - (i_near + 1) * BN + tl.arange(0, BN)
-        m_key = (o_key >= 0) & (o_key < keys)
+    for i_near in range(window_tiles(window, tl.maximum(first_own, 0), TILE, BN)):
+        o_key, m_key = window_keys(i_near, first_own, keys, TILE, BN)
         b_k = load_rows(p_k, o_key, stride_k[1], m_key, SIZE, BD, WIDE)
         b_v = load_rows(p_v, o_key, stride_v[1], m_key, SIZE, BD, WIDE)
         b_s = scaled_scores(row_products(b_q, b_k, EXACT), scale, EXACT)
@@ -293,15 +284,3 @@ def chosen_key_grad_kernel(
             b_dk, b_dv = add_rows(b_dk, b_dv, b_k, b_v, b_q, b_do, p_lse, p_delta, o_lse, m_row, m_entry, scale, EXACT)
     store_rows(p_dfk + first_row, b_dk * scale, o_key, stride_dk[1], m_key, SIZE, BD, WIDE)
     store_rows(p_dv + first_row, b_dv, o_key, stride_dk[1], m_key, SIZE, BD, WIDE)
-
-
-@triton.jit
-def add_rows(b_dk, b_dv, b_k, b_v, b_q, b_do, p_lse, p_delta, o_lse, m_row, m_entry, scale, EXACT: tl.constexpr):
-    """The gradients of keys, before the scale, and of values, [BN, BD] each, with those from a tile of rows added."""
-    b_lse = tl.load(p_lse + o_lse, mask=m_row, other=NO_ROW)
-    b_delta = tl.load(p_delta + o_lse, mask=m_row, other=0.0)
-    b_s = scaled_scores(row_products(b_k, b_q, EXACT), scale, EXACT)
-    b_p = tl.where(m_entry, softmax_weights(b_s, b_lse[None, :], EXACT), 0.0)
-    b_dv = add_product(b_dv, b_p.to(b_do.dtype), b_do)
-    b_ds = b_p * (row_products(b_v, b_do, EXACT) - b_delta[None, :])
-    return add_product(b_dk, b_ds.to(b_q.dtype), b_q), b_dv

@@ -17,7 +17,7 @@ from triton.runtime.errors import OutOfResources
 from fibattn.attention.triton import launch
 from fibattn.attention.triton.chosen import SLOTS, TILE, Choice, row_shift, tiles_of
 from fibattn.attention.triton.columns import row_stride
-from fibattn.attention.triton.dense_window import near_mask
+from fibattn.attention.triton.dense_window import near_mask, window_keys, window_tiles
 from fibattn.attention.triton.rows import block_rows, load_rows, place, query_limit, query_rows, row_starts, store_rows
 from fibattn.attention.triton.scores import LN2, row_products, scaled_scores, softmax_step
 from fibattn.attention.triton.shape import Shape, shape_of
@@ -40,46 +40,36 @@ def tiles_for(shape: Shape) -> Tiles:
 def options(shape: Shape, tiles: Tiles, block: int, wide: bool) -> dict[str, Any]:
     """What the kernels are compiled for."""
     return {
-        "GROUP": shape.group,
+        **launch.sizes(shape, wide),
         "GP": min(shape.padded_group, (2 if shape.exact else 8) // (1 if shape.padded_size <= 64 else 2)),
-        "SIZE": shape.size,
-        "BD": shape.padded_size,
         "BLOCK": block,
         "BN": tiles.keys,
-        "EXACT": shape.exact,
-        "WIDE": wide,
-        **launch.FUSED,
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
     }
 
 
+Given = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""q, k, v, and the queries and keys by which blocks are read."""
+
+
 def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    far_q: Tensor,
-    far_k: Tensor,
-    positions: Tensor | None,
-    shift: Tensor | None,
-    scale: float,
-    window: int,
-    block: int,
-    choice: Choice,
+    given: Given, positions: Tensor | None, shift: Tensor | None, scale: float, window: int, block: int, choice: Choice
 ) -> tuple[Tensor, Tensor]:
-    """Output like q, and the natural log-sum-exp (B, Hq, Tq). Blocks are read by `far_q` and `far_k`."""
+    """Output like q, and the natural log-sum-exp (B, Hq, Tq)."""
+    q, k = given[:2]
     shape = shape_of(q, k)
     batch, tokens, heads, _ = q.shape
     keys, kv_heads = k.shape[1:3]
     first_tile, tiles = tiles_of(tokens, keys, shift, block)
-    how = options(shape, tiles_for(shape), block, launch.wide(q, k, v, far_q, far_k))
+    how = options(shape, tiles_for(shape), block, launch.wide(*given))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(batch, heads, tokens, dtype=torch.float64 if shape.exact else torch.float32)
     try:
         chosen_forward_kernel[(tiles * parts_of(how) * kv_heads, batch)](
-            *(q, k, v, far_q, far_k, choice.bits, choice.blocks, out, lse, positions, shift),
+            *(*given, choice.bits, choice.blocks, out, lse, positions, shift),
             *(scale, tokens, keys, window, kv_heads, tiles, first_tile),
-            *launch.strides(q, k, v, far_q, far_k, out),
+            *launch.strides(*given, out),
             *(row_stride(positions), row_stride(shift)),
             **how,
         )
@@ -157,9 +147,8 @@ def chosen_forward_kernel(
     b_max = tl.full([BR], -float("inf"), tl.float64 if EXACT else tl.float32)
     b_sum = tl.zeros([BR], tl.float32)
     b_acc = tl.zeros([BR, BD], tl.float32)
-    for i_near in range(tl.cdiv(tl.minimum(window, tl.maximum(first_own, 0)) + TILE, BN)):
-        o_key = first_own + TILE - (i_near + 1) * BN + tl.arange(0, BN)
-        m_key = (o_key >= 0) & (o_key < keys)
+    for i_near in range(window_tiles(window, tl.maximum(first_own, 0), TILE, BN)):
+        o_key, m_key = window_keys(i_near, first_own, keys, TILE, BN)
         b_k = load_rows(p_k, o_key, stride_k[1], m_key, SIZE, BD, WIDE)
         b_v = load_rows(p_v, o_key, stride_v[1], m_key, SIZE, BD, WIDE)
         b_s = scaled_scores(row_products(b_q, b_k, EXACT), scale, EXACT)

@@ -119,7 +119,7 @@ def dense_window_grad(
 @triton.jit
 def window_tiles(window, first_own, BM: tl.constexpr, BN: tl.constexpr):
     """How many tiles reach from a block's last query back to the window of its first."""
-    return tl.cdiv(BM + tl.minimum(window, first_own), BN)
+    return tl.cdiv(tl.minimum(window, first_own) + BM, BN)
 
 
 @triton.jit

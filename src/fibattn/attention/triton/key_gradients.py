@@ -84,13 +84,7 @@ def key_gradients(
     """Fill `dk` and `dv`; `weights` and `grads` (B, Hkv, rungs, Tq, group) belong to the rungs."""
     batch, keys, kv_heads, _ = k.shape
     tokens, rungs = q.shape[1], columns.rungs.shape[1] - 1
-    sizes = {
-        "GROUP": shape.group,
-        "SIZE": shape.size,
-        "BD": shape.padded_size,
-        "WIDE": wide or rungs * tokens * shape.group >= 2**31,
-        "EXACT": shape.exact,
-    }
+    sizes = launch.sizes(shape, wide or rungs * tokens * shape.group >= 2**31)
     if rungs:
         rung_tiles = rung_tiles_for(shape, columns.learned)
         parts = shape.padded_size // rung_tiles.part
@@ -104,7 +98,6 @@ def key_gradients(
             BP=rung_tiles.part,
             UNROLL=rung_tiles.unroll,
             **sizes,
-            **launch.FUSED,
             num_warps=rung_tiles.warps,
         )
     tiles = window_tiles_for(shape, columns.window)
@@ -118,7 +111,6 @@ def key_gradients(
         BR=max(tiles.rows, shape.padded_group),
         AFTER_RUNGS=rungs > 0,
         **sizes,
-        **launch.FUSED,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
@@ -290,19 +282,12 @@ def window_grad_kernel(
         b_q = query_rows(p_q, o_query, o_group, stride_q[1], stride_q[2], m_row, SIZE, BD, WIDE)
         b_do = query_rows(p_do, o_query, o_group, stride_do[1], stride_do[2], m_row, SIZE, BD, WIDE)
         o_lse = row_starts(o_group, tokens, WIDE) + o_query
-        b_lse = tl.load(p_lse + o_lse, mask=m_row, other=NO_ROW)
-        b_delta = tl.load(p_delta + o_lse, mask=m_row, other=0.0)
         b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row)
         b_distance = (o_query + past)[None, :] - o_key[:, None]
         m_entry = (b_distance >= 0) & (b_distance <= window) & (b_distance <= b_limit[None, :])
-        b_s = scaled_scores(row_products(b_k, b_q, EXACT), scale, EXACT)
-        b_p = tl.where(m_entry, softmax_weights(b_s, b_lse[None, :], EXACT), 0.0)
-        b_dv = add_product(b_dv, b_p.to(b_do.dtype), b_do)
-        b_dp = row_products(b_v, b_do, EXACT)
-        b_dp -= b_delta[None, :]
-        if p_grad_lse is not None:
-            b_dp += tl.load(p_grad_lse + o_lse, mask=m_row, other=0.0).to(tl.float32)[None, :]
-        b_dk = add_product(b_dk, (b_p * b_dp).to(b_q.dtype), b_q)
+        b_dk, b_dv = add_rows(
+            *(b_dk, b_dv, b_k, b_v, b_q, b_do, p_lse, p_delta, o_lse, m_row, m_entry, scale, EXACT, p_grad_lse)
+        )
 
     b_dk *= scale
     p_dk += i_batch * stride_dk[0] + i_head * stride_dk[2]
@@ -312,6 +297,23 @@ def window_grad_kernel(
         b_dv += load_rows(p_dv, o_key, stride_dv[1], m_key, SIZE, BD, WIDE).to(SUMS)
     store_rows(p_dk, b_dk, o_key, stride_dk[1], m_key, SIZE, BD, WIDE)
     store_rows(p_dv, b_dv, o_key, stride_dv[1], m_key, SIZE, BD, WIDE)
+
+
+@triton.jit
+def add_rows(
+    b_dk, b_dv, b_k, b_v, b_q, b_do, p_lse, p_delta, o_lse, m_row, m_entry, scale, EXACT: tl.constexpr, p_grad_lse=None
+):
+    """The gradients of keys, before the scale, and of values, [BN, BD] each, with those from a tile of rows added."""
+    b_lse = tl.load(p_lse + o_lse, mask=m_row, other=NO_ROW)
+    b_delta = tl.load(p_delta + o_lse, mask=m_row, other=0.0)
+    b_s = scaled_scores(row_products(b_k, b_q, EXACT), scale, EXACT)
+    b_p = tl.where(m_entry, softmax_weights(b_s, b_lse[None, :], EXACT), 0.0)
+    b_dv = add_product(b_dv, b_p.to(b_do.dtype), b_do)
+    b_dp = row_products(b_v, b_do, EXACT)
+    b_dp -= b_delta[None, :]
+    if p_grad_lse is not None:
+        b_dp += tl.load(p_grad_lse + o_lse, mask=m_row, other=0.0).to(tl.float32)[None, :]
+    return add_product(b_dk, (b_p * b_dp).to(b_q.dtype), b_q), b_dv
 
 
 @triton.jit

@@ -45,22 +45,23 @@ def column_tiles(shape: Shape, columns: Columns, *, learned_registers: int) -> T
     return Tiles(1, width, near=32, warps=1, stages=2, registers=registers(shape, 128, 168))
 
 
+def sizes(shape: Shape, wide: bool) -> dict[str, Any]:
+    """What every kernel of the forward and the backward is compiled for."""
+    given = {"GROUP": shape.group, "SIZE": shape.size, "BD": shape.padded_size}
+    return {**given, "EXACT": shape.exact, "WIDE": wide, **FUSED}
+
+
 def row_options(shape: Shape, tiles: Tiles, columns: Columns, wide: bool) -> dict[str, Any]:
     """What the row kernels, those of the forward and of the gradient of q, are compiled for."""
     return {
-        "GROUP": shape.group,
+        **sizes(shape, wide),
         "GP": shape.padded_group,
-        "SIZE": shape.size,
-        "BD": shape.padded_size,
         "BQ": shape.batch_queries,
         "ROWS": shape.rows,
         "NB": tiles.batches,
         "BN": max(tiles.near, tiles.batches * shape.batch_queries),
         "C": tiles.columns,
         "DENSE": columns.dense,
-        "EXACT": shape.exact,
-        "WIDE": wide,
-        **FUSED,
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
         "maxnreg": tiles.registers,
