@@ -92,23 +92,23 @@ def run_study(job: Job) -> Outcome:
     """
     store, data, study = Store(job.out), PreparedData.open(job.data), job.study
     tasks = _tasks(job, data, store)
-    lengths = [factor * study.recipe.sequence_length for factor in study.factors]
-    lengths = sorted({*lengths, *(task.recipe.sequence_length for task in tasks)})
+    asked = [factor * study.recipe.sequence_length for factor in study.factors]
+    lengths = sorted({*asked, *(task.recipe.sequence_length for task in tasks)})
     like = None if job.like is None else PreparedData.open(job.like)
     text = _Text(data, targets_of(data, like, lengths, study.eval_tokens), like and like.fingerprint)
-    known = store.finished()
+    known = store.finished(asked)
     say(f"study {job.name}: {len(tasks)} runs, {sum(task.key in known for task in tasks)} finished already")
     failed: list[str] = []
     before = store.failed()
     for task in sorted(tasks, key=lambda task: task.key in before):
-        if task.key in store.finished():
+        if task.key in store.finished(asked):
             _clear_leftovers(job, task)
             continue
         if not _fits(job, task, store):
             say(f"{task.run.name}: not enough time left, stopping here")
             break
         with locked(task.recipe.out) as mine:
-            if not mine or task.key in store.finished():
+            if not mine or task.key in store.finished(asked):
                 say(f"{task.run.name}: another process has {'finished it' if mine else 'it'}")
                 continue
             if not _attempt(job, task, text, store):
@@ -116,8 +116,8 @@ def run_study(job: Job) -> Outcome:
                 if not _device_works():
                     say("the GPU does not answer any more; the same command in a new process goes on from here")
                     break
-        _say_progress(tasks, store)
-    done = store.finished()
+        _say_progress(tasks, store.finished(asked))
+    done = store.finished(asked)
     return Outcome(
         finished=tuple(task.run.name for task in tasks if task.key in done),
         failed=tuple(failed),
@@ -160,7 +160,7 @@ def _pace(name: str, recipe: Recipe, store: Store) -> float:
         InputError: where there is none.
     """
     device, wanted = measure.machine()["device"], _but_for_budget(recipe_of(recipe))
-    for one in sorted(store.finished().values(), key=lambda one: one["time"]):
+    for one in store.runs():
         alone = one["training"].get("alone") and one["hardware"]["device"] == device
         if alone and _but_for_budget(one["recipe"]) == wanted:
             return one["training"]["tokens_per_second"]
@@ -289,8 +289,7 @@ def _fits(job: Job, task: _Task, store: Store) -> bool:
     return job.deadline - time.monotonic() > (here["processes_a_gpu"] or 1) * pace * task.recipe.tokens
 
 
-def _say_progress(tasks: list[_Task], store: Store) -> None:
-    done = store.finished()
+def _say_progress(tasks: list[_Task], done: dict[str, dict[str, Any]]) -> None:
     finished = [done[task.key] for task in tasks if task.key in done]
     text, left = f"{len(finished)} of {len(tasks)} runs finished", len(tasks) - len(finished)
     whole = [one["seconds"]["all"] for one in finished if not one["resumed"]]  # others count from where they went on

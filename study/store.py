@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,11 +106,16 @@ class Store:
         found = [record for path in sorted(self.folder.glob("*/*.jsonl")) for record in _read(path)]
         return sorted(found, key=lambda record: record["time"])
 
-    def finished(self) -> dict[str, dict[str, Any]]:
-        """The newest result of every finished run, by key."""
-        if not self.folder.is_dir():
-            return {}
-        return {record["key"]: record for record in self.records() if record["kind"] == "run"}
+    def runs(self) -> list[dict[str, Any]]:
+        """All results of finished runs, oldest first."""
+        return [record for record in self.records() if record["kind"] == "run"] if self.folder.is_dir() else []
+
+    def finished(self, lengths: Iterable[int] = ()) -> dict[str, dict[str, Any]]:
+        """The newest result of every finished run, by key, of those that were evaluated at all of `lengths`."""
+        wanted = set(map(str, lengths))
+        return {
+            one["key"]: one for one in self.runs() if all(wanted <= set(sets) for sets in one["evaluation"].values())
+        }
 
     def failed(self) -> set[str]:
         """The keys of runs that failed once, finished since or not."""

@@ -278,22 +278,23 @@ class Results:
             probes[probe["probe"]].append(probe)
         outside = [files.read_json(path) for path in sorted(folder.glob("outside/*.json"))]
         others = [one for one in finished.values() if one["study"] not in TUNED]
-        tuned = {name: list(_belonging(name, finished)) for name in TUNED}
+        tuned = {name: list(_belonging(name, store.runs())) for name in TUNED}
         return cls(grouped(others), pd.DataFrame(failures), dict(probes), tuned, outside)
 
 
-def _belonging(study: str, finished: dict[str, dict[str, Any]]) -> Iterable[dict[str, Any]]:
-    """The finished runs that are runs of `study`, by its names, also where another study made them.
+def _belonging(study: str, runs: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    """Of all `runs`, oldest first, those that are runs of `study`, by its names, also where another study made them.
 
-    Of two runs with one recipe the later one of the study is it, whose vocabulary is not any.
+    A run that several studies made is as this one made it. Of two runs with one recipe the later one of the study is
+    it, whose vocabulary is not any.
     """
+    own = [one for one in runs if one["study"] == study]
+    known = {one["key"]: one for one in runs} | {one["key"]: one for one in own}
     found: dict[str, dict[str, Any]] = {}
-    own = [one for one in finished.values() if one["study"] == study]
-    trained_on = {(one["tokens"], one["inputs"]["data_fingerprint"]) for one in own}
-    for tokens, fingerprint in sorted(trained_on):
+    for tokens, fingerprint in sorted({(one["tokens"], one["inputs"]["data_fingerprint"]) for one in own}):
         for run in STUDIES[study].runs:
             recipe = STUDIES[study].resolved(run, data=Path(), out=Path(), tokens=tokens, compiled=True)
-            record = finished.get(key_of(recipe, fingerprint))
+            record = known.get(key_of(recipe, fingerprint))
             if record is not None and run.vocabulary in (None, record["model"].get("vocabulary")):
                 found[record["key"]] = {**record, "study": study, "run": run.name}
     return found.values()

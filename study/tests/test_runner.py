@@ -311,7 +311,7 @@ def test_work_left_is_reckoned_by_runs_that_were_not_resumed(capsys: pytest.Capt
             str(key): {"seconds": {"all": took}, "resumed": resumed} for key, (took, resumed) in enumerate(finished)
         }
         tasks = [SimpleNamespace(key=str(key)) for key in range(5)]
-        runner._say_progress(tasks, SimpleNamespace(finished=lambda: runs))  # pyright: ignore[reportArgumentType]
+        runner._say_progress(tasks, runs)  # pyright: ignore[reportArgumentType]
         return capsys.readouterr().err.strip()
 
     assert said((100, False), (1, True), (50, False)).endswith("3 of 5 runs finished, about 2m30s of work left")
@@ -377,3 +377,16 @@ def test_runs_in_longer_sequences_are_evaluated_in_those_of_the_study_and_their_
     (found,) = lines(tmp_path, "hybrid")
     assert found["trained_at"] == 64
     assert all(set(rows) == {"32", "64"} for rows in found["evaluation"].values())
+
+
+def test_what_was_evaluated_at_fewer_lengths_is_not_finished(job: Job, tmp_path: Path) -> None:
+    few = replace(job.study, factors=(1,))
+    other, _ = again(job, tmp_path, only=("linear-w12",), study=few, keep_models=False)
+    assert run_study(other).finished == ("linear-w12",)
+    more = run_study(replace(other, study=job.study))
+    assert more.finished == ("linear-w12",)
+    found = lines(tmp_path, "linear-w12")
+    assert [set(next(iter(one["evaluation"].values()))) for one in found] == [{"32"}, {"32", "64", "128"}]
+    assert len({one["key"] for one in found}) == 1
+    assert run_study(replace(other, study=few)).finished == ("linear-w12",)
+    assert len(lines(tmp_path, "linear-w12")) == 2
