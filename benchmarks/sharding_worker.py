@@ -29,7 +29,7 @@ def main() -> None:
         gradient_checkpointing=case["checkpointing"],
     )
     with tempfile.TemporaryDirectory() as folder:
-        clock = clocked(recipe, Path(folder), process_count())
+        clock = clocked(recipe, Path(folder))
     if is_first_process():
         row = row_of(clock, share * recipe.sequence_length)
         files.write_json(

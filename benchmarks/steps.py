@@ -96,7 +96,7 @@ def shortened(recipe: Recipe, length: int | None, timed: int) -> Recipe:
     )
 
 
-def clocked(recipe: Recipe, folder: Path, processes: int = 1) -> Clock:
+def clocked(recipe: Recipe, folder: Path) -> Clock:
     """Train a little, in each of as many processes as torchrun started."""
     recipe = replace(recipe, out=folder)
     rng = np.random.default_rng(0)
@@ -108,7 +108,7 @@ def clocked(recipe: Recipe, folder: Path, processes: int = 1) -> Clock:
     model = build_model(recipe, 32_768, 0)
     if recipe.gradient_checkpointing:
         enable_checkpointing(model)
-    trainer = FibTrainer(model, recipe, sequences, processes)
+    trainer = FibTrainer(model, recipe, sequences)
     trainer.args.save_strategy = "no"
     trainer.add_callback(clock)
     trainer.train()

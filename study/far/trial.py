@@ -14,20 +14,15 @@ import numpy as np
 import torch
 
 from fibattn import files
-from fibattn.data.order import load_order, make_order
 from fibattn.data.prepared import PreparedData
-from fibattn.data.sequences import TrainingSequences
 from fibattn.evaluation.repeats import frequent_pairs
 from fibattn.evaluation.sweep import shared_targets, sweep
 from fibattn.lock import locked
 from fibattn.model import FibAttnForCausalLM
-from fibattn.progress import Meter
-from fibattn.training.metrics import MetricsFile
 from fibattn.training.presets import DEFAULT, PRESETS
 from fibattn.training.recipe import Recipe
-from fibattn.training.recipe_file import to_json
-from fibattn.training.run import model_config
-from fibattn.training.trainer import FibTrainer, process_count
+from fibattn.training.run import claim, model_config, sequences_of
+from fibattn.training.trainer import FibTrainer
 from study import measure
 from study.far.candidates import Candidate
 from study.far.layer import use
@@ -164,19 +159,12 @@ def _measured(
 def _train(candidate: Candidate, recipe: Recipe, data: PreparedData, turns: list[Any]) -> tuple[Any, dict[str, str]]:
     """The trained model, and what it was trained on."""
     shutil.rmtree(recipe.out, ignore_errors=True)
-    path, sequences = recipe.out / "order.npy", recipe.steps * recipe.sequences_per_step
-    length = recipe.sequence_length
-    files.write_json(recipe.out / "recipe.json", to_json(recipe))
-    make_order(path, recipe.order, recipe.data_seed, sequences, len(data.train), length, data.fingerprint)
+    order = recipe.out / "order.npy"
+    sequences = sequences_of(recipe, data.train, data.fingerprint, order)
+    inputs = {"data_fingerprint": data.fingerprint, "order_sha256": files.sha256(order)}
+    claim(recipe, inputs)
     model = _fresh(candidate, recipe, data, None)
-    inputs = {"data_fingerprint": data.fingerprint, "order_sha256": files.sha256(path)}
-    files.write_json(recipe.out / "inputs.json", inputs)
-    text = TrainingSequences(data.train, load_order(path), length)
-    trainer = FibTrainer(model, recipe, text, process_count())
-    with Meter(candidate.name, recipe.tokens, "tokens") as meter:
-        for callback in (MetricsFile(recipe, meter), *turns):
-            trainer.add_callback(callback)
-        trainer.train()
+    FibTrainer(model, recipe, sequences).run(candidate.name, callbacks=turns)
     return model, inputs
 
 

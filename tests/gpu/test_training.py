@@ -61,7 +61,6 @@ def trained(recipe: Recipe, folder: Path, *, watched: bool = False) -> tuple[Los
         build_model(recipe, VOCABULARY, 0),
         replace(recipe, out=folder),
         TrainingSequences(stream, starts, recipe.sequence_length),
-        1,
         held_out if watched else None,
     )
     trainer.args.save_strategy = "no"

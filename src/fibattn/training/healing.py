@@ -16,7 +16,6 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from fibattn import files, sealed
-from fibattn.data.order import ensure_order
 from fibattn.data.prepared import PreparedData, TokenStream
 from fibattn.data.sequences import TrainingSequences, read_tokens
 from fibattn.data.tokenizer import check_same_vocabulary, load_tokenizer
@@ -24,15 +23,13 @@ from fibattn.errors import InputError, MissingExtraError
 from fibattn.model import FibAttnConfig
 from fibattn.model.loading import find_model
 from fibattn.model.native import dense_config, pattern_of, plain
-from fibattn.progress import Meter
 from fibattn.training import checkpoints
 from fibattn.training.card import say_healed
 from fibattn.training.converting import RECORD, load_source
 from fibattn.training.healing_recipe import HealingRecipe
 from fibattn.training.healing_stages import AttentionMatching, Distillation, HealingStage
-from fibattn.training.metrics import MetricsFile
 from fibattn.training.recipe import OptimizerRecipe, Recipe
-from fibattn.training.run import claim
+from fibattn.training.run import claim, is_finished, sequences_of
 from fibattn.training.trainer import FibTrainer, process_count
 
 _WEIGHTS = "trained.safetensors"
@@ -69,13 +66,11 @@ def heal(recipe: HealingRecipe, callbacks: Sequence[TrainerCallback] = ()) -> Pa
         "data_fingerprint": fingerprint,
         "recipe": {name: getattr(recipe, name) for name in ("tokens", "matching", "text_weight", "lora", "seed")},
     }
-    orders = {name: _prepare(run, inputs, stream, fingerprint) for name, run in runs.items()}
-    if sealed.is_sealed(finished):
-        sealed.verify(finished)
-        print(f"{finished} is finished already")
+    for run in runs.values():
+        claim(run, inputs)
+    text = {name: sequences_of(run, stream, fingerprint, run.out / "order.npy") for name, run in runs.items()}
+    if is_finished(finished):
         return finished
-    if finished.exists():
-        raise InputError(f"{finished} exists and is no finished model of a run; move it away, or give another --out")
     dtype, adapted = student.dtype, None
     on_gpu = torch.cuda.is_available()
     if recipe.lora is None or not on_gpu:
@@ -86,7 +81,7 @@ def heal(recipe: HealingRecipe, callbacks: Sequence[TrainerCallback] = ()) -> Pa
     for one in (student, teacher if on_gpu else teacher.float()):
         one.to("cuda" if on_gpu else "cpu")  # pyright: ignore[reportArgumentType]
     for name, run in runs.items():
-        _run(run, stages[name](student, teacher, trained), orders[name], callbacks)
+        _run(run, stages[name](student, teacher, trained), text[name], callbacks)
     whole: Any = student if adapted is None else adapted.merge_and_unload()
     about = {**inputs, "teacher": name, "sequence_length": length}
     _write(finished, folder, whole.requires_grad_(True).to(dtype), about)
@@ -171,14 +166,6 @@ def _text(recipe: HealingRecipe, folder: Path) -> tuple[TokenStream, str]:
     return stream, stream.fingerprint
 
 
-def _prepare(run: Recipe, inputs: dict[str, Any], stream: TokenStream, fingerprint: str) -> TrainingSequences:
-    """Claim a stage's folder, and give the sequences of its steps."""
-    order, count = run.out / "order.npy", run.steps * run.sequences_per_step
-    claim(run, inputs)
-    starts = ensure_order(order, run.order, run.data_seed, count, len(stream), run.sequence_length, fingerprint)
-    return TrainingSequences(stream, starts, run.sequence_length)
-
-
 def _with_adapters(student: PreTrainedModel, rank: int) -> Any:
     """Put LoRA at the projections of the attention; the adapters alone are trained then."""
     try:
@@ -197,12 +184,7 @@ def _run(run: Recipe, stage: HealingStage, sequences: TrainingSequences, callbac
     if weights.exists():
         stage.load_state_dict(load_file(weights))
         return
-    trainer = FibTrainer(stage, run, sequences, processes=1)
-    checkpoint = checkpoints.latest(run.out)
-    with Meter(f"heal, {run.out.name}", run.tokens, "tokens") as meter:
-        for callback in (MetricsFile(run, meter), *callbacks):
-            trainer.add_callback(callback)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    FibTrainer(stage, run, sequences).run(f"heal, {run.out.name}", checkpoints.latest(run.out), callbacks)
     with files.replacing(weights) as temporary:
         save_file(stage.state_dict(), temporary)
     for checkpoint in run.out.glob("checkpoint-*"):

@@ -13,17 +13,16 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
 from fibattn import files, machine, sealed
-from fibattn.data.order import ensure_order, load_order
-from fibattn.data.prepared import PreparedData
+from fibattn.data.order import ensure_order
+from fibattn.data.prepared import PreparedData, TokenStream
 from fibattn.data.sequences import TrainingSequences
 from fibattn.data.tokenizer import load_tokenizer, save_tokenizer
 from fibattn.errors import InputError, MissingExtraError
 from fibattn.model import FibAttnConfig, FibAttnForCausalLM
-from fibattn.progress import Meter, duration, quantity
+from fibattn.progress import duration, quantity
 from fibattn.training import checkpoints, start
 from fibattn.training.card import change_bound, write_card
 from fibattn.training.held_out import HeldOut
-from fibattn.training.metrics import MetricsFile
 from fibattn.training.presets import ON_CPU
 from fibattn.training.recipe import Recipe
 from fibattn.training.recipe_file import load_recipe, to_json
@@ -84,7 +83,8 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
         data = PreparedData.open(recipe.data, verify=state.is_main_process)
         tokenizer = _tokenizer(data)  # needed at the end, when much would be lost
         config = _config(recipe, data, tokenizer)  # a shape that cannot be claims no folder
-        order = _order(recipe, data)
+        order = _order_path(recipe)
+        sequences = sequences_of(recipe, data.train, data.fingerprint, order)
         inputs = {"data_fingerprint": data.fingerprint, "order_sha256": files.sha256(order)}
         if recipe.start is not None:
             inputs["start_sha256"] = _start(recipe, config, data)
@@ -94,14 +94,10 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
         if not (recipe.out / "tokenizer").exists():
             save_tokenizer(tokenizer, recipe.out / "tokenizer")  # for who looks at a checkpoint
     finished = recipe.out / "model"
-    if sealed.is_sealed(finished):
-        _verify_finished(finished)
-        state.print(f"{finished} is finished already")
+    if is_finished(finished):
         if state.is_main_process:
             _bound(finished, recipe)
         return finished
-    if finished.exists():
-        raise InputError(f"{finished} exists and is no finished model of a run; move it away, or give another --out")
     disable_progress_bar()
     try:
         model = _fresh(config, recipe)
@@ -114,17 +110,13 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
         start.load_weights(model, recipe.start)
     if recipe.gradient_checkpointing:
         enable_checkpointing(model)
-    sequences = TrainingSequences(data.train, load_order(order), recipe.sequence_length)
     _say_what_begins(model, sequences, recipe, state)
-    trainer = FibTrainer(model, recipe, sequences, process_count(), _held_out(recipe, data))
+    trainer = FibTrainer(model, recipe, sequences, _held_out(recipe, data))
     if checkpoint is not None:
         _check_same(checkpoint, recipe, inputs)
         _check_sharded(checkpoint, trainer.is_fsdp_enabled)
         state.print(f"going on from {checkpoint}")
-    with Meter("train", recipe.tokens, "tokens", quiet=not state.is_main_process) as meter:
-        for callback in (MetricsFile(recipe, meter), *callbacks):
-            trainer.add_callback(callback)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.run("train", checkpoint, callbacks)
     _finish(trainer, recipe, data, tokenizer, finished)
     return finished
 
@@ -200,8 +192,8 @@ def _start(recipe: Recipe, config: FibAttnConfig, data: PreparedData) -> str:
     return fingerprint
 
 
-def _order(recipe: Recipe, data: PreparedData) -> Path:
-    """The order file of this recipe, beside the data so that every run of the same order shares it.
+def _order_path(recipe: Recipe) -> Path:
+    """Where the order of this recipe is: beside the data, so that every run of the same order shares it.
 
     Where the data may only be read, and nobody has made it there, it lies in the run's own folder.
     """
@@ -210,9 +202,18 @@ def _order(recipe: Recipe, data: PreparedData) -> Path:
     path = recipe.data / "order" / name
     if not path.exists() and not os.access(recipe.data, os.W_OK):
         path = recipe.out / "order" / name
-    length, seed = recipe.sequence_length, recipe.data_seed
-    ensure_order(path, recipe.order, seed, sequences, len(data.train), length, data.fingerprint)
     return path
+
+
+def sequences_of(recipe: Recipe, stream: TokenStream, fingerprint: str, order: Path) -> TrainingSequences:
+    """The sequences of a run's steps, of a stream with this fingerprint, in the order of a file, made where it is not.
+
+    Raises:
+        InputError: as `fibattn.data.order.load_order`, and for a stream shorter than a sequence.
+    """
+    count, length = recipe.steps * recipe.sequences_per_step, recipe.sequence_length
+    starts = ensure_order(order, recipe.order, recipe.data_seed, count, len(stream), length, fingerprint)
+    return TrainingSequences(stream, starts, length)
 
 
 def claim(recipe: Recipe, inputs: dict[str, str]) -> None:
@@ -247,10 +248,7 @@ def _check_sharded(checkpoint: Path, sharded: bool) -> None:
     if was != sharded:
         kept, way = "whole in each process", "with --parallel ddp, without --context-parallel"
         if was:
-            kept, way = (
-                "sharded over processes",
-                "under torchrun, with any number of processes, and --parallel fsdp",
-            )
+            kept, way = ("sharded over processes", "under torchrun, with any number of processes, and --parallel fsdp")
         raise InputError(f"{checkpoint} was written with weights {kept}; go on {way}, or give a new --out")
 
 
@@ -262,11 +260,22 @@ def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _verify_finished(model: Path) -> None:
+def is_finished(model: Path) -> bool:
+    """Whether a run's model is there, which is then said.
+
+    Raises:
+        InputError: for a damaged one, and for anything else in its place.
+    """
+    if not sealed.is_sealed(model):
+        if model.exists():
+            raise InputError(f"{model} exists and is no finished model of a run; move it away, or give another --out")
+        return False
     try:
         sealed.verify(model)
     except InputError as error:
         raise InputError(f"{error}, or remove {model}: the same command makes it anew from the last one") from None
+    PartialState().print(f"{model} is finished already")
+    return True
 
 
 def _bound(finished: Path, recipe: Recipe) -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,13 +16,15 @@ from accelerate import ParallelismConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fibattn import files
 from fibattn.data.sequences import TrainingSequences
 from fibattn.errors import InputError
+from fibattn.progress import Meter
 from fibattn.training import checkpoints, sharding
 from fibattn.training.held_out import HeldOut
+from fibattn.training.metrics import MetricsFile
 from fibattn.training.optimizers import build_optimizer
 from fibattn.training.recipe import OptimizerRecipe, Recipe
 
@@ -102,12 +105,11 @@ class FibTrainer(Trainer):
         model: nn.Module,
         recipe: Recipe,
         sequences: TrainingSequences,
-        processes: int,
         held_out: HeldOut | None = None,
     ):
         super().__init__(
             model=model,  # pyright: ignore[reportArgumentType]
-            args=training_arguments(recipe, processes, evaluates=held_out is not None),
+            args=training_arguments(recipe, process_count(), evaluates=held_out is not None),
             train_dataset=sequences,
             eval_dataset=held_out and held_out.held_out,  # pyright: ignore[reportArgumentType]
         )
@@ -121,6 +123,13 @@ class FibTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
+
+    def run(self, label: str, checkpoint: Path | None = None, callbacks: Sequence[TrainerCallback] = ()) -> None:
+        """Train, or go on from a checkpoint, with metrics in the run's folder and progress under a label."""
+        with Meter(label, self.recipe.tokens, "tokens", quiet=not self.is_world_process_zero()) as meter:
+            for callback in (MetricsFile(self.recipe, meter), *callbacks):
+                self.add_callback(callback)
+            self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Transformers would warn of tied weights, which no checkpoint has twice."""
