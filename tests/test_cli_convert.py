@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fibattn
 from fibattn import files, sealed
 from fibattn.cli.main import main
+from fibattn.data.sequences import held_out_sequences, read_tokens
+from fibattn.evaluation.placement import kept_loss
 from fibattn.model.conversion import ARCHITECTURES
 
 PLAIN = ["--window", "3", "--rungs", "7"]
@@ -104,6 +106,29 @@ def test_patterns(
     assert record["pattern"]["keep_layers"] == kept
     assert record["source"] == str(llama)
     assert [one and [d for d in one if d > 3] for one in record["pattern"]["layer_offsets"]] == offsets
+
+
+def test_blocks_are_chosen_beside_layers_that_are_measured_with_them(
+    llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    how = ["--window", 5, "--blocks", 1, "--block-size", 32, "--keep", "auto:1", "--text", text, "--tokens", 600]
+    assert convert(llama, tmp_path / "out", *how, "--sequence-length", 100) == 0
+    record = files.read_json(tmp_path / "out" / "conversion.json")
+    kept = record["placement"]["search"][0]["layer"]
+    assert record["pattern"]["keep_layers"] == [kept]
+    assert [record["pattern"][name] for name in ("blocks", "block_size", "block_reach")] == [1, 32, 127]
+    config = fibattn.FibAttnConfig.from_pretrained(tmp_path / "out")
+    right = ["full_attention" if layer == kept else "chosen_attention" for layer in range(4)]
+    assert (config.layer_types, config.block_rope, config.block_size) == (right, True, 32)
+    measured, source = record["placement"], AutoModelForCausalLM.from_pretrained(llama)
+    pattern: dict[str, Any] = {"window": 5, "blocks": 1, "block_size": 32}
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    sequences = held_out_sequences(read_tokens([text], tokenizer, 601), 100, 600)
+    assert measured["none"] == pytest.approx(kept_loss(source, pattern, sequences, []), rel=1e-4)
+    assert measured["search"][0]["loss"] == pytest.approx(kept_loss(source, pattern, sequences, [kept]), rel=1e-4)
+    assert main(["sample", str(tmp_path / "out"), "once upon", "--max-new-tokens", "60"]) == 0
+    assert convert(tmp_path / "out", tmp_path / "back", "--restore") == 0
+    assert files.sha256(tmp_path / "back" / "model.safetensors") == files.sha256(llama / "model.safetensors")
 
 
 def test_kept_layers_can_be_bounded(llama: Path, tmp_path: Path) -> None:
@@ -211,6 +236,8 @@ def mistakes(llama: Path, prepared: Path, text: Path, tmp_path: Path) -> dict[st
             [llama, out, *PLAIN, "--keep", "auto:1", "--text", text, "--tokens", "100"],
             "a sequence of 128 needs 129 tokens",
         ),
+        "rungs and blocks": ([llama, out, *PLAIN, "--blocks", "2"], "rungs is 7 and blocks 2; beyond the window there"),
+        "blocks": ([llama, out, "--window", "3", "--blocks", "0"], "blocks is 0; a query chooses 1 to 64 of them"),
         "bound": ([llama, out, *PLAIN, "--full-reach", "9"], "full_reach is 9, but no layer keeps its own attention"),
     }
 

@@ -4,6 +4,7 @@ Every row is one conversion and one part of the dense model's tokens, measured a
 """
 
 import math
+import re
 import shutil
 import statistics
 import time
@@ -24,6 +25,7 @@ from fibattn.evaluation.sweep import shared_targets, sweep
 from fibattn.model.conversion import convert
 from fibattn.model.converted_pattern import layers_of
 from fibattn.model.loading import find_model, load_bounded, load_model, model_name
+from fibattn.pattern import Pattern
 from fibattn.training.converting import load_source, load_tokenizer_of, write_folder
 from fibattn.training.healing import heal
 from fibattn.training.healing_recipe import HealingRecipe
@@ -38,7 +40,7 @@ from study.probes.settings import Healing
 _COPIED = (256, 512)
 _FREE = ("data", "rows", "work", "learning_rate")
 """Settings that may differ where rows are added to a result."""
-_PLACEMENTS, _SHAPES = ("measured", "evenly", "worst", "fresh"), ("rungs", "window")
+_PLACEMENTS, _SHAPES = ("measured", "own", "evenly", "worst", "fresh"), ("rungs", "window", "window-W", "blocks-W-N")
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class _Row:
             row = cls(placement, int(count), shape, float(part), learning_rate if heals else None)
         except ValueError:
             row = None
-        if row is None or row.placement not in _PLACEMENTS or row.shape not in _SHAPES or not 0 <= row.part <= 1:
+        shaped = row is not None and re.fullmatch(r"rungs|window|window-\d+|blocks-\d+-\d+", row.shape)
+        if row is None or not shaped or row.placement not in _PLACEMENTS or not 0 <= row.part <= 1:
             known = f"PLACEMENT ({', '.join(_PLACEMENTS)}), SHAPE ({', '.join(_SHAPES)}), PART from 0 to 1"
             raise InputError(f"{text!r} is no row; give PLACEMENT:COUNT:SHAPE:PART, as measured:4:rungs:0.02: {known}")
         return row
@@ -91,7 +94,7 @@ def healing(
     tokens = _recipe_of(settings.model).tokens if settings.tokens is None else settings.tokens
     about |= {"tokens": tokens, "data_fingerprint": data.fingerprint}
     found = rows_of(earlier, about)
-    result = about | {"rows": found, "search": (earlier or {}).get("search")}
+    result = about | {"rows": found} | {name: (earlier or {}).get(name) for name in ("search", "own")}
     measure = _Measure(settings, data, files.read_json(folder / "config.json")["max_position_embeddings"])
     _say("what is common to all rows is ready")
     if not found:
@@ -99,10 +102,7 @@ def healing(
         keep(result)
     measure.dense = found[0]["sets"]
     done = {_known(row) for row in found}
-    if any(row.placement != "evenly" for row in wanted):
-        most = max(row.count for row in wanted if row.placement != "evenly")
-        if len((result["search"] or {"search": []})["search"]) < most:
-            result["search"] = _search(settings, folder, measure, most)
+    _search_all(wanted, settings, folder, measure, result)
     failed = []
     for row in wanted:
         if row in done:
@@ -144,27 +144,49 @@ def _known(row: dict[str, Any]) -> _Row:
 def _pattern(settings: Healing, shape: str, config: Any) -> tuple[dict[str, Any], float]:
     """The arguments of `fibattn.convert`, and how many keys a query of a converted layer has."""
     trained_at = config.max_position_embeddings
+    kind, *numbers = shape.split("-")
+    if kind == "blocks":
+        window, blocks = map(int, numbers)
+        return {"window": window, "blocks": blocks}, window + 1 + 16 * blocks
+    if numbers:
+        return {"window": int(numbers[0]), "rungs": 0}, int(numbers[0]) + 1
     given = {"window": settings.window, "base": "fibonacci", "schedule": "linear", "rungs": 15}
     entry = {**given, "rung_reach": trained_at - 1, "max_offset": trained_at - 1, "keep_layers": [], "full_reach": None}
-    keys = key_count([layer.pattern for layer in layers_of(config, entry) if layer.pattern])
+    keys = key_count([layer.pattern for layer in layers_of(config, entry) if isinstance(layer.pattern, Pattern)])
     if shape == "window":
         return {**given, "window": round(keys) - 1, "rungs": 0}, round(keys)
     return {**given, "max_offset": trained_at - 1}, keys
 
 
-def _search(settings: Healing, folder: Path, measure: "_Measure", count: int) -> dict[str, Any]:
-    """One search for all rows: the first layers of a longer one are those of a shorter, and both shapes have the same
-    layers, so that rows differ in one thing."""
-    _say(f"the search for {count} layers begins")
+def _search_all(
+    wanted: list[_Row], settings: Healing, folder: Path, measure: "_Measure", result: dict[str, Any]
+) -> None:
+    """One search for all rows, so that they differ in one thing, and one for each shape that is to have its own.
+
+    The first layers of a longer search are those of a shorter.
+    """
+    shared = [row.count for row in wanted if row.placement not in ("evenly", "own")]
+    if shared and len((result["search"] or {"search": []})["search"]) < max(shared):
+        result["search"] = _search(settings, "rungs", folder, measure, max(shared))
+    result["own"] = result["own"] or {}
+    for shape in dict.fromkeys(row.shape for row in wanted if row.placement == "own"):
+        most = max(row.count for row in wanted if (row.placement, row.shape) == ("own", shape))
+        if len(result["own"].get(shape, {"search": []})["search"]) < most:
+            result["own"][shape] = _search(settings, shape, folder, measure, most)
+
+
+def _search(settings: Healing, shape: str, folder: Path, measure: "_Measure", count: int) -> dict[str, Any]:
+    _say(f"the search for {count} layers beside {shape} begins")
     model: Any = load_source(str(folder))
-    pattern = _pattern(settings, "rungs", model.config)[0]
+    pattern = _pattern(settings, shape, model.config)[0]
     return search(model.to(device()), pattern, measure.text(settings.search_tokens), count)
 
 
-def _layers(row: _Row, depth: int, found: Any) -> list[int]:
+def _layers(row: _Row, depth: int, result: dict[str, Any]) -> list[int]:
     """The layers that stay full."""
     if row.placement == "evenly":
         return evenly_kept(depth, row.count)
+    found = result["own"][row.shape] if row.placement == "own" else result["search"]
     if row.placement == "worst":
         return sorted(sorted(range(depth), key=lambda layer: found["alone"][layer])[: row.count])
     return sorted(step["layer"] for step in found["search"][: row.count])
@@ -178,7 +200,7 @@ def _measured(
     out = settings.work / "converted"
     shutil.rmtree(settings.work, ignore_errors=True)
     model: Any = load_source(str(folder))
-    layers = _layers(row, model.config.num_hidden_layers, result["search"])
+    layers = _layers(row, model.config.num_hidden_layers, result)
     pattern, keys = _pattern(settings, row.shape, model.config)
     tokens, began = round(row.part * result["tokens"]), time.monotonic()
     if row.placement == "fresh":
@@ -202,7 +224,8 @@ def _healing(settings: Healing, folder: Path, tokens: int) -> HealingRecipe:
 def _fresh(settings: Healing, pattern: dict[str, Any], layers: list[int], tokens: int) -> Recipe:
     """The dense model's recipe with a converted model's layers, for so many tokens."""
     dense = _recipe_of(settings.model)
-    sparse = "fibonacci_attention" if pattern["rungs"] else "sliding_attention"
+    sparse = "fibonacci_attention" if pattern.get("rungs") else "sliding_attention"
+    sparse = "chosen_attention" if "blocks" in pattern else sparse
     kinds: Any = ["full_attention" if one in layers else sparse for one in range(dense.model.num_hidden_layers)]
     steps = max(1, tokens // (dense.sequence_length * dense.sequences_per_step))
     return replace(

@@ -136,13 +136,16 @@ class Healing:
     """How many tokens it was trained on; its recipe's when left out."""
     rows: tuple[str, ...] = (
         *("measured:4:rungs:0.02", "measured:4:window:0.02", "measured:4:rungs:0", "measured:4:window:0"),
+        *("own:4:blocks-31-4:0", "own:4:blocks-31-4:0.02", "own:4:window-95:0", "own:4:window-95:0.02"),
         *("evenly:4:rungs:0", "worst:4:rungs:0", "measured:2:rungs:0", "measured:8:rungs:0"),
         *("evenly:4:rungs:0.02", "measured:4:rungs:0.05", "worst:4:rungs:0.02", "measured:4:rungs:0.01"),
         *("measured:8:rungs:0.02", "measured:2:rungs:0.02", "fresh:4:rungs:0.02"),
     )
     """What is measured, in this order, each PLACEMENT:COUNT:SHAPE:PART. COUNT layers stay full: those found on held-out
-    text (measured), evenly over the depth, or whose loss alone hurts least (worst); fresh are the measured ones in a
-    model trained from nothing. The others have rungs, or a window of as many keys. PART of the tokens heals, 0 none."""
+    text beside rungs (measured) or beside the row's own SHAPE (own), evenly over the depth, or whose loss alone hurts
+    least (worst); fresh are the measured ones in a model trained from nothing. The others have rungs, a window of as
+    many keys, window-W, or blocks-W-N: a window W and N blocks of 16 keys that each query chooses. PART of the tokens
+    heals, 0 none."""
     window: int = 64
     """Of the layers with rungs."""
     learning_rate: float = 3e-4

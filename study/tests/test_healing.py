@@ -72,6 +72,28 @@ def test_rows_are_measured_kept_and_added_to(
     assert "'measured:4:rungs' is no row; give PLACEMENT:COUNT:SHAPE:PART" in capsys.readouterr().err
 
 
+def test_windows_by_their_width_and_blocks_have_places_of_their_own(
+    dense: Path, prepared: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "healing.json"
+    rows = ["own:1:blocks-7-1:0", "own:1:blocks-15-4:0", "own:2:window-5:0", "own:1:blocks-7-1:0.02"]
+    rows.append("evenly:1:window-23:0")
+    words = ["--tokens", 40_000, "--work", tmp_path / "work", "--out", out, "--factors", 1, "--rows", *rows]
+    assert probe(dense, prepared, *words) == 0
+    found = files.read_json(out)
+    first, few, all_of_them, narrow, healed, wide = found["rows"]
+    assert found["search"] is None
+    assert [row["keys"] for row in (few, all_of_them, narrow, wide)] == [24, 80, 6, 24]
+    for row, count in ((few, 1), (all_of_them, 1), (narrow, 2)):
+        places = [step["layer"] for step in found["own"][row["shape"]]["search"]]
+        assert row["layers"] == ", ".join(map(str, sorted(places[:count])))
+    # Four blocks and a window of 16 are all that there is within 64 tokens, its training length.
+    assert all_of_them["perplexity"] == pytest.approx(first["perplexity"], rel=1e-5)
+    assert few["perplexity"] != pytest.approx(first["perplexity"], rel=1e-4)
+    assert healed["part"] == 0.02
+    assert healed["perplexity"] < few["perplexity"]
+
+
 def test_a_model_without_a_recipe_must_say_its_tokens(
     dense: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

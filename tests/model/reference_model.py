@@ -115,6 +115,7 @@ def logits(model: FibAttnForCausalLM, ids: Tensor) -> Tensor:
             rope = config.rope_parameters if kind == "full_attention" else plain
             q, k = rotate(q, rope), rotate(k, rope)
         near, values = (q, k), v
+        far = near if config.block_rope else far
         k, v = (one.repeat_interleave(q.shape[0] // one.shape[0], dim=0) for one in (k, v))
         if config.learns_alpha(number):
             out = interpolated(q, k, v, layer.self_attn, scale)

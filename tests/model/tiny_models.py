@@ -50,6 +50,13 @@ KINDS: dict[str, dict[str, Any]] = {
         "block_reach": 45,
         "kv_convolution": 3,
     },
+    "chosen, rotated": {
+        "layer_types": ["chosen_attention", "full_attention", "chosen_attention", "sliding_attention"],
+        "no_rope_layers": [1, 0, 1, 1],
+        "blocks": 1,
+        "block_reach": 45,
+        "block_rope": True,
+    },
     "untied": {"tie_word_embeddings": False},
     "modern": {
         "layer_types": ["fibonacci_attention", "full_attention", "sliding_attention", "fibonacci_attention"],

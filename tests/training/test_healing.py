@@ -109,6 +109,28 @@ def test_every_architecture_is_healed(kind: str, healed: Folder, converted: Fold
     assert after.dtype == before.dtype
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_layers_that_choose_are_healed_and_learn_to_trust(
+    kind: str, dense: Folder, text: Path, tmp_path: Path, foreign: Server
+) -> None:
+    out = tmp_path / "out"
+    assert run("convert", dense(kind), out, "--window", 3, "--blocks", 1, "--keep", 1) == 0
+    assert heal(out, "--text", text, "--sequence-length", 64, "--tokens", 10 * 4 * 64) == 0
+    healed = AutoModelForCausalLM.from_pretrained(tmp_path / "out-healed" / "model").eval()
+    trusts = [weight for name, weight in healed.named_parameters() if name.endswith("trust")]
+    assert [bool(trust.all()) for trust in trusts] == ([True] * 3 if kind == "llama" else [])
+    assert sparse_layers(healed) == [0, 2, 3]
+    ids = torch.arange(3, 60)[None]
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()\n"
+        "print(model.generate(torch.arange(3, 60)[None], max_new_tokens=30, do_sample=False)[0].tolist())"
+    )
+    done = foreign.run([sys.executable, "-c", code, str(tmp_path / "out-healed" / "model")], check=True)
+    right = healed.generate(ids, max_new_tokens=30, do_sample=False, use_cache=False)
+    assert json.loads(done.stdout) == right[0].tolist()
+
+
 def test_it_generates_the_same_where_the_package_was_not_imported(healed: Folder, foreign: Server) -> None:
     folders = [str(healed(kind) / "model") for kind in KINDS]
     code = (

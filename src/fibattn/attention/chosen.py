@@ -84,13 +84,13 @@ def attend_chosen(
 
 def attend_chosen_cached(
     q: Tensor,
-    rings: tuple[Tensor, Tensor, Tensor],
+    rings: tuple[Tensor, ...],
     k: Tensor,
     v: Tensor,
     pattern: ChosenPattern,
     *,
-    far: tuple[Tensor, Tensor],
     cache_positions: Tensor,
+    far: tuple[Tensor, Tensor] | None = None,
     trust: Tensor | None = None,
     positions: Tensor | None = None,
     scale: float | None = None,
@@ -102,23 +102,25 @@ def attend_chosen_cached(
 
     Args:
         q, k, v, far, trust, scale: as in `attend_chosen`.
-        rings: of k, v and the far keys, (batch, rows, KV heads, head size) each; at least `reach + 1` rows, or as many
-            as the sequence has tokens after this call.
+        rings: of k, v and, where `far` is given, the far keys, (batch, rows, KV heads, head size) each; at least
+            `reach + 1` rows, or as many as the sequence has tokens after this call.
         cache_positions, positions: as in `attend_cached`.
     """
     scale = check_tensors(q, k, v, scale)
-    _check_far(q, k, *far, trust)
+    far_q, far_k = (q, k) if far is None else far
+    _check_far(q, k, far_q, far_k, trust)
     positions = check_positions(q, k, positions, None)
-    check_rings(q, *rings[:2], k, cache_positions, pattern.reach)
+    check_rings(q, rings[0], rings[1], k, cache_positions, pattern.reach)
     at, own = blocks.needed(cache_positions, positions, pattern)
     new, seen = at - cache_positions[:, :1], []
-    for one, cache in zip((k, v, far[1]), rings, strict=True):
+    written = (k, v) if far is None else (k, v, far_k)
+    for one, cache in zip(written, rings, strict=True):
         kept, fresh = blocks.rows_at(cache, at % cache.shape[1]), blocks.rows_at(one, new.clamp(0, q.shape[1] - 1))
         seen.append(torch.where((new < 0)[..., None, None], kept, fresh))
-    for one, cache in zip((k, v, far[1]), rings, strict=True):
+    for one, cache in zip(written, rings, strict=True):
         ring.store(cache, one, cache_positions)
     limit = cache_positions if positions is None else torch.minimum(cache_positions, positions)
-    given = (q, seen[0], seen[1], far[0], seen[2], trust, pattern, scale)
+    given = (q, seen[0], seen[1], far_q, seen[0 if far is None else 2], trust, pattern, scale)
     return blocks.attend_from(*given, own, limit)[0]
 
 

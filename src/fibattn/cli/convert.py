@@ -24,8 +24,15 @@ class Arguments:
     """The folder to write; it must not be there yet."""
     window: int | None = None
     """Distances 0 … WINDOW are attended: window + 1 keys."""
-    rungs: int = 15
-    """How many distances there are beyond the window, before scaling; 0 for the window alone."""
+    rungs: int | None = None
+    """How many distances there are beyond the window, before scaling; 0 for the window alone. 15 when left out, and
+    none beside blocks."""
+    blocks: int | None = None
+    """In place of distances: how many blocks of keys each query chooses beyond the window, by what is in them."""
+    block_size: Literal[16, 32, 64, 128] = 16
+    """Keys of a block."""
+    block_reach: int | None = None
+    """How far back a block may begin; as far as in training, 64 blocks at most, when left out."""
     base: Base = "fibonacci"
     """The distances before scaling: Fibonacci numbers or powers of two."""
     schedule: Schedule = "linear"
@@ -65,7 +72,8 @@ def run(arguments: list[str]) -> None:
         print(f"{chosen.out} is a {type(dense).__name__} again")
         return
     farthest = model.base_model.config.max_position_embeddings - 1
-    pattern = {name: getattr(chosen, name) for name in ("window", "rungs", "base", "schedule")}
+    names = ("window", "rungs", "base", "schedule", "blocks", "block_size", "block_reach")
+    pattern = {name: getattr(chosen, name) for name in names}
     pattern["max_offset"] = farthest if chosen.max_offset == "sequence" else chosen.max_offset
     kept, placement = _kept(chosen, model, tokenizer, pattern)
     full_reach = farthest if chosen.full_reach == "sequence" else chosen.full_reach

@@ -68,11 +68,12 @@ class FibAttnConfig(PreTrainedConfig):
         rung_reach: the farthest unscaled rung of a power-of-two base; training length - 1 when None.
         max_offset: rungs farther than this after scaling are dropped; None keeps all.
         layer_types: for each layer `fibonacci_attention`, `sliding_attention` (window only), `chosen_attention` (window
-            and the blocks that a query chooses, by keys without rotary positions) or `full_attention`; all Fibonacci
-            when None.
+            and the blocks that a query chooses) or `full_attention`; all Fibonacci when None.
         blocks: how many blocks a query of a `chosen_attention` layer chooses.
         block_size: keys of a block: 16, 32, 64 or 128.
         block_reach: how far back the first key of a block may be.
+        block_rope: blocks are chosen and read by queries and keys with rotary positions, as the window is. Without
+            it, by those that have none. A converted model has them.
         kv_convolution: to each channel of keys and values a learned sum over its last so many tokens is added, in all
             layers but those of `full_attention`; 0 for none.
         no_rope_layers: for each layer 1 with RoPE or 0 without, as in Transformers' SmolLM3; all 1 when None.
@@ -136,6 +137,7 @@ class FibAttnConfig(PreTrainedConfig):
     blocks: int = 4
     block_size: int = 16
     block_reach: int = 1023
+    block_rope: bool = False
     kv_convolution: int = 0
     converted_from: dict | None = None
 
@@ -309,7 +311,7 @@ class FibAttnConfig(PreTrainedConfig):
             raise InputError("layer_limits are given, but a learned scale moves the rungs; take a fixed schedule")
         if "chosen_attention" in (self.layer_types or []):
             _ = self.chosen_pattern  # which checks its numbers
-            if self.layer_limits:
+            if any(self.chooses(layer) and limit for layer, limit in enumerate(self.layer_limits or [])):
                 raise InputError("layer_limits are given, but chosen_attention has block_reach; leave one of them out")
         if not 0 <= self.kv_convolution <= 64:
             raise InputError(f"kv_convolution is {self.kv_convolution}; it is from 1 to 64 tokens, or 0 for none")

@@ -17,12 +17,20 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from fibattn.errors import InputError, whole_number
 from fibattn.model.batching import start_batching
 from fibattn.model.configuration import FibAttnConfig
-from fibattn.model.converted_layers import IMPLEMENTATION, before_attention, before_decoder
-from fibattn.model.converted_pattern import FIELDS, STORED_PATTERN, in_words, layers_of, with_offsets
+from fibattn.model.converted_layers import IMPLEMENTATION, before_attention, before_decoder, check_engine
+from fibattn.model.converted_pattern import (
+    BLOCKS,
+    FIELDS,
+    STORED_PATTERN,
+    ConvertedLayer,
+    in_words,
+    layers_of,
+    with_offsets,
+)
 from fibattn.model.converted_rotary import after_rotation, before_rotation, keep_exact, rotary_modules
 from fibattn.model.modeling import FibAttnPreTrainedModel
-from fibattn.model.native import attend_by, dense_model, native_config
-from fibattn.pattern import Base, Schedule
+from fibattn.model.native import attend_by, dense_model, is_native, native_config, new_trust
+from fibattn.pattern import Base, ChosenPattern, Schedule
 
 ARCHITECTURES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma3_text", "smollm3")
 """The model types that can be converted, those that the tests convert, beside dense models that were trained here."""
@@ -43,11 +51,14 @@ def convert(
     window: int,
     base: Base = "fibonacci",
     schedule: Schedule = "linear",
-    rungs: int = 15,
+    rungs: int | None = None,
     rung_reach: int | None = None,
     max_offset: int | None = None,
     keep_layers: Sequence[int] = (),
     full_reach: int | None = None,
+    blocks: int | None = None,
+    block_size: int = 16,
+    block_reach: int | None = None,
 ) -> PreTrainedModel:
     """Turn the attention of a loaded Transformers decoder into fixed-offset attention, in place.
 
@@ -61,13 +72,19 @@ def convert(
         window: distances 0 … window are always attended.
         base: `fibonacci` or `power_of_two`.
         schedule: `fixed`, `linear` or `coprime`: the scale of each layer's rungs.
-        rungs: how many Fibonacci rungs there are before scaling; 15 look back 987, 20 look back 10,946.
+        rungs: how many Fibonacci rungs there are before scaling; 15 look back 987, 20 look back 10,946. 15 when None,
+            and none beside blocks.
         rung_reach: the farthest unscaled rung of a power-of-two base; the model's
             `max_position_embeddings` - 1 when None.
         max_offset: rungs farther than this after scaling are dropped; None keeps all.
         keep_layers: the indices of layers that keep their own attention, full or sliding; it runs through
             PyTorch's scaled dot-product attention.
         full_reach: how far back those layers look; None: as far as they did.
+        blocks: in place of rungs, how many blocks of keys each query chooses beyond the window, by their mean key
+            (`ChosenPattern`); None for none. A converted layer then attends as it did, to those keys alone.
+        block_size: keys of a block: 16, 32, 64 or 128.
+        block_reach: how far back the first key of a block may be; the model's `max_position_embeddings` - 1 when None,
+            at most `64 * block_size - 1`.
 
     Returns:
         `model` itself.
@@ -83,6 +100,9 @@ def convert(
         example = keep_layers if isinstance(keep_layers, int | str) else 0
         raise InputError(f"keep_layers is {keep_layers!r}; give the layers as a list: [{example}]")
     kept = sorted(whole_number("a layer of keep_layers", layer) for layer in keep_layers)
+    if blocks is not None and rungs:
+        raise InputError(f"rungs is {rungs} and blocks {blocks}; beyond the window there is one or the other")
+    rungs = (15 if blocks is None else 0) if rungs is None else rungs
     window, rungs, farthest = (
         whole_number(name, value) for name, value in (("window", window), ("rungs", rungs), ("rung_reach", farthest))
     )
@@ -91,7 +111,11 @@ def convert(
         for name, value in (("max_offset", max_offset), ("full_reach", full_reach))
     )
     values = (window, base, schedule, rungs, farthest, max_offset, kept, full_reach)
-    entry: dict[str, Any] = dict(zip(FIELDS, values, strict=True))
+    entry: dict[str, Any] = dict(zip(FIELDS, values, strict=False))
+    if blocks is not None:
+        limit = min(decoder.config.max_position_embeddings - 1, 64 * whole_number("block_size", block_size) - 1)
+        given = (blocks, block_size, limit if block_reach is None else block_reach)
+        entry |= {name: whole_number(name, value) for name, value in zip(BLOCKS, given, strict=True)}
     if isinstance(model, FibAttnPreTrainedModel):
         config: Any = native_config(model.config, with_offsets(entry, layers_of(model.config, entry)))
         return attend_by(model, config)
@@ -114,20 +138,29 @@ def apply(model: PreTrainedModel, entry: dict[str, Any], name: str | None) -> Pr
     if decoder.config._attn_implementation != IMPLEMENTATION:
         raise InputError(f"{type(model).__name__} does not take its attention from Transformers' registry")
     handles = [decoder.register_forward_pre_hook(before_decoder, with_kwargs=True)]
+    trusted = is_native(model, stored)
     for module, layer in zip(modules, layers, strict=True):
         module.fibattn = layer  # pyright: ignore[reportArgumentType]
+        if trusted and isinstance(layer.pattern, ChosenPattern):
+            module.trust = new_trust(module)
         handles.append(module.register_forward_pre_hook(before_attention, with_kwargs=True))
     for module in rotary_modules(decoder):
         keep_exact(module)
         handles.append(module.register_forward_pre_hook(before_rotation))
         handles.append(module.register_forward_hook(after_rotation, with_kwargs=True))
     if isinstance(model, GenerationMixin):
-        reaches = [None if layer.bounded is None else layer.bounded.reach for layer in layers]
-        model.init_continuous_batching = partial(start_batching, model, reaches)
+        model.init_continuous_batching = partial(_start_batching, model, layers)
     decoder.fibattn = _Conversion(previous, model.name_or_path, handles)
     model.name_or_path = decoder.name_or_path = name
     setattr(decoder.config, STORED_PATTERN, stored)
     return model
+
+
+def _start_batching(model: PreTrainedModel, layers: list[ConvertedLayer], *args: Any, **kwargs: Any) -> Any:
+    for layer in layers:
+        check_engine(layer, "continuous batching")
+    reaches = [None if layer.bounded is None else layer.bounded.reach for layer in layers]
+    return start_batching(model, reaches, *args, **kwargs)
 
 
 def restore(model: PreTrainedModel) -> PreTrainedModel:
@@ -160,6 +193,8 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     for module in decoder.modules():
         if hasattr(module, "fibattn"):
             del module.fibattn
+            if hasattr(module, "trust"):
+                del module.trust
     vars(model).pop("init_continuous_batching", None)
     model.name_or_path = decoder.name_or_path = done.name  # pyright: ignore
     delattr(decoder.config, STORED_PATTERN)

@@ -16,12 +16,14 @@ from transformers.cache_utils import Cache
 from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fibattn.attention import attend, attend_cached
+from fibattn.attention import attend, attend_cached, attend_chosen, attend_chosen_cached
 from fibattn.errors import InputError
 from fibattn.model import batching
 from fibattn.model.cache import RingLayer, check_full, ring_of
 from fibattn.model.converted_pattern import ConvertedLayer
+from fibattn.model.convolution import take
 from fibattn.model.positions import Shard, document_positions, packed_positions, says_nothing
+from fibattn.pattern import ChosenPattern
 
 IMPLEMENTATION = "fibattn"
 """The name that the attention and its mask have in Transformers' registries."""
@@ -125,14 +127,45 @@ def attention(
     q, k, v = (x.transpose(1, 2).to(value.dtype) for x in (query, key, value))
     positions = None if attention_mask is None else attention_mask[:, 0, :, 0]
     if shard is not None:
-        return shard.attend(q, k, v, own.bounded, scale=scaling, positions=positions), None
+        check_engine(own, "context parallelism")
+        return shard.attend(q, k, v, own.bounded, scale=scaling, positions=positions), None  # pyright: ignore
+    how: dict[str, Any] = {"positions": positions, "scale": scaling}
     assert own.pattern is not None
+    if isinstance(own.pattern, ChosenPattern):
+        how["trust"] = module.trust if hasattr(module, "trust") else k.new_zeros(k.shape[2])
+        return _attend_by_choice(q, k, v, own.pattern, fibattn_ring, **how), None
     if fibattn_ring is None:
-        return attend(q, k, v, own.pattern, scale=scaling, positions=positions), None  # pyright: ignore
-    cache_positions = torch.arange(k.shape[1], device=k.device)[None] + fibattn_ring.get_seq_length()
+        return attend(q, k, v, own.pattern, **how), None
+    cache_positions = _next(fibattn_ring, k)
     rings = fibattn_ring.take(k, v)
-    how: dict[str, Any] = {"cache_positions": cache_positions, "positions": positions, "scale": scaling}
-    return attend_cached(q, *rings, k, v, own.pattern, **how), None
+    return attend_cached(q, *rings, k, v, own.pattern, cache_positions=cache_positions, **how), None
+
+
+def _attend_by_choice(
+    q: Tensor, k: Tensor, v: Tensor, pattern: ChosenPattern, ring: RingLayer | None, **how: Any
+) -> Tensor:
+    """A prompt at once, as without a cache, and what follows it from the ring."""
+    if ring is not None:
+        begun, cache_positions = ring.is_initialized, _next(ring, k)
+        (keys,), (values,) = take(ring, (k,), (v,), cache_positions, written=int(begun))
+        if begun:
+            return attend_chosen_cached(q, (keys, values), k, v, pattern, cache_positions=cache_positions, **how)
+    return attend_chosen(q, k, v, pattern, **how)[0]
+
+
+def _next(ring: RingLayer, k: Tensor) -> Tensor:
+    """How many tokens went into the ring before each of `k`."""
+    return torch.arange(k.shape[1], device=k.device)[None] + ring.get_seq_length()
+
+
+def check_engine(own: ConvertedLayer, engine: str) -> None:
+    """Refuse a layer whose queries choose blocks, which no engine but `generate()` does yet.
+
+    Raises:
+        InputError: for one.
+    """
+    if isinstance(own.pattern, ChosenPattern):
+        raise InputError(f"{engine} does not do blocks that queries choose yet; call generate()")
 
 
 def _attend_batch(
@@ -153,7 +186,8 @@ def _attend_batch(
         # Before 5.20 layers leave it to their attention to update the cache.
         key, value = batching.update(kwargs["cache"], key, value, int(module.layer_idx), kwargs)  # pyright: ignore
     query, key = (x.to(value.dtype) for x in (query, key))
-    return batching.attend_batch(query.transpose(1, 2), key, value, own.bounded, kwargs, scale=scaling), None
+    pattern: Any = own.bounded  # one that chooses did not come this far
+    return batching.attend_batch(query.transpose(1, 2), key, value, pattern, kwargs, scale=scaling), None
 
 
 def mask(

@@ -11,12 +11,15 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from fibattn.errors import InputError
-from fibattn.pattern import Pattern, layer_patterns
+from fibattn.pattern import ChosenPattern, Pattern, layer_patterns
 
 STORED_PATTERN = "fibattn_pattern"
 """The entry of a converted model's configuration, while it is in memory."""
 
-FIELDS = ("window", "base", "schedule", "rungs", "rung_reach", "max_offset", "keep_layers", "full_reach")
+BLOCKS = ("blocks", "block_size", "block_reach")
+"""What a pattern has besides where queries choose blocks; no rungs then."""
+
+FIELDS = ("window", "base", "schedule", "rungs", "rung_reach", "max_offset", "keep_layers", "full_reach", *BLOCKS)
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,11 @@ class ConvertedLayer:
     many keys, the query's own among them.
     """
 
-    pattern: Pattern | None
+    pattern: Pattern | ChosenPattern | None
     sliding_window: int | None
 
     @property
-    def bounded(self) -> Pattern | None:
+    def bounded(self) -> Pattern | ChosenPattern | None:
         """All that it attends to, as a pattern; None for everything."""
         if self.pattern is None and self.sliding_window is not None:
             return Pattern(self.sliding_window - 1)
@@ -43,7 +46,7 @@ def layers_of(config: PreTrainedConfig, entry: dict[str, Any]) -> list[Converted
 
     Args:
         config: the decoder's own configuration.
-        entry: the values of `FIELDS`.
+        entry: the values of `FIELDS`, those of `BLOCKS` only where queries choose.
 
     Raises:
         InputError: for values that are no pattern of this decoder.
@@ -61,12 +64,25 @@ def layers_of(config: PreTrainedConfig, entry: dict[str, Any]) -> list[Converted
         raise InputError(f"full_reach is {bound}, but no layer keeps its own attention; name some in keep_layers")
     given = {name: entry[name] for name in ("base", "schedule", "window", "rungs", "max_offset")}
     patterns = layer_patterns(**given, layers=count, reach=entry["rung_reach"])
+    chosen = ChosenPattern(entry["window"], *(entry[name] for name in BLOCKS)) if "blocks" in entry else None
     layers = []
     for layer, sparse in enumerate(patterns):
-        pattern = sparse if layer not in kept else None if bound is None else Pattern(bound)
         keys = sliding_window(config, layer)
+        if layer not in kept and chosen is not None:
+            _check_inside(chosen, layer, keys)
+            layers.append(ConvertedLayer(chosen, None))
+            continue
+        pattern = sparse if layer not in kept else None if bound is None else Pattern(bound)
         layers.append(ConvertedLayer(pattern and _inside(pattern, keys), keys))
     return layers
+
+
+def _check_inside(chosen: ChosenPattern, layer: int, keys: int | None) -> None:
+    if keys is not None and chosen.reach >= keys:
+        raise InputError(
+            f"block_reach is {chosen.reach}, and layer {layer} has a sliding window of {keys} keys; keep the layer as "
+            f"it is (keep_layers), or give a block_reach of at most {keys - 1}"
+        )
 
 
 def _inside(pattern: Pattern, keys: int | None) -> Pattern:
@@ -89,7 +105,7 @@ def with_offsets(entry: dict[str, Any], layers: Sequence[ConvertedLayer]) -> dic
     Raises:
         InputError: when `entry` has offsets already, and they are others.
     """
-    derived = [None if layer.pattern is None else list(layer.pattern.offsets) for layer in layers]
+    derived = [list(layer.pattern.offsets) if isinstance(layer.pattern, Pattern) else None for layer in layers]
     stored = entry.get("layer_offsets", derived)
     if stored != derived:
         raise InputError(

@@ -51,7 +51,7 @@ class FibAttnAttention(LearnedScale):
         """Attend to what `config` says of this layer."""
         layer = self.layer_idx
         self.scales_rope = config.rope_scales_all or (config.layer_types or [])[layer] == "full_attention"
-        self.rotated = bool((config.no_rope_layers or [])[layer])
+        self.rotated, self.block_rope = bool((config.no_rope_layers or [])[layer]), config.block_rope
         self.pattern = config.layer_pattern(layer)
         self.reach = config.layer_reach(layer)
 
@@ -84,7 +84,7 @@ class FibAttnAttention(LearnedScale):
             k, v = convolved((k, v), self.kv_convolution, ring, positions, cache_positions)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        far = q, k
+        far = None if self.block_rope else (q, k)
         if self.rotated:
             q, k = rotate(q, rotation), rotate(k, rotation)
         out = self.attend(q, k, v, far, raw, ring, attention_mask, positions, cache, cache_positions, shard, **kwargs)
@@ -95,7 +95,7 @@ class FibAttnAttention(LearnedScale):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        far: tuple[Tensor, Tensor],
+        far: tuple[Tensor, Tensor] | None,
         raw: tuple[Tensor, ...],
         ring: RingLayer | None,
         attention_mask: Tensor | None,
@@ -107,7 +107,7 @@ class FibAttnAttention(LearnedScale):
     ) -> Tensor:
         """Of q (batch, tokens, query heads, head size) to k and v, and to what is in a cache or in other parts.
 
-        `far` are q and k as they were before they were rotated; `raw`, if anything, k and v before the convolution,
+        `far` are q and k for chosen blocks, where those are others; `raw`, if anything, k and v before the convolution,
         which the `ring` of the cache keeps, too.
         """
         how: dict[str, Any] = {"scale": self.scaling, "positions": positions}
@@ -132,24 +132,23 @@ class FibAttnAttention(LearnedScale):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        far: tuple[Tensor, Tensor],
+        far: tuple[Tensor, Tensor] | None,
         raw: tuple[Tensor, ...],
         ring: RingLayer | None,
         cache_positions: Tensor,
         **how: Any,
     ) -> Tensor:
-        """To the window by q and k, to the chosen blocks by `far`; `raw` is only kept."""
+        """To the window by q and k, to the chosen blocks by `far`, or by the same; `raw` is only kept."""
         assert isinstance(self.pattern, ChosenPattern)
         how |= {"far": far, "trust": self.trust}
         if ring is None:
             return attend_chosen(q, k, v, self.pattern, **how)[0]
-        first = not ring.is_initialized
-        (keys, far_keys, *_), (values, *_) = take(
-            ring, (k, far[1], *raw[:1]), (v, *raw[1:]), cache_positions, written=0 if first else 2
-        )
+        first, own = not ring.is_initialized, (k, *(far or ())[1:])
+        written = 0 if first else len(own)
+        keys, (values, *_) = take(ring, (*own, *raw[:1]), (v, *raw[1:]), cache_positions, written=written)
         if first:
             return attend_chosen(q, k, v, self.pattern, **how)[0]
-        rings = keys, values, far_keys
+        rings = keys[0], values, *keys[1 : len(own)]
         return attend_chosen_cached(q, rings, k, v, self.pattern, cache_positions=cache_positions, **how)
 
     def _attend_fully(

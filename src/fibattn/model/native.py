@@ -4,8 +4,10 @@ So a converted Llama is written as a `FibAttnForCausalLM`, which whatever takes 
 A dense model that was trained here is one already: of it the configuration changes.
 """
 
+from copy import copy
 from typing import Any
 
+from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -13,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from fibattn.errors import InputError
 from fibattn.model.configuration import FibAttnConfig
-from fibattn.model.converted_pattern import FIELDS, STORED_PATTERN, layers_of
+from fibattn.model.converted_pattern import BLOCKS, FIELDS, STORED_PATTERN, layers_of
 from fibattn.model.modeling import FibAttnForCausalLM, FibAttnPreTrainedModel
 
 _SAME = (
@@ -56,8 +58,10 @@ def native_config(source: PreTrainedConfig, entry: dict[str, Any]) -> FibAttnCon
     fields = {name: getattr(source, name) for name in (*_SAME, *more) if hasattr(source, name)}
     layers = layers_of(source, entry)
     kept, limits = entry["keep_layers"], [layer.sliding_window and layer.sliding_window - 1 for layer in layers]
-    rungs = ["fibonacci_attention" if offsets else "sliding_attention" for offsets in entry["layer_offsets"]]
-    kinds = ["full_attention" if index in kept else kind for index, kind in enumerate(rungs)]
+    sparse = ["fibonacci_attention" if offsets else "sliding_attention" for offsets in entry["layer_offsets"]]
+    if "blocks" in entry:
+        sparse = ["chosen_attention"] * len(layers)
+    kinds = ["full_attention" if index in kept else kind for index, kind in enumerate(sparse)]
     if hasattr(source, "no_rope_layers"):
         fields["no_rope_layers"] = list(source.no_rope_layers)[: len(layers)]  # pyright: ignore
     return FibAttnConfig(
@@ -65,6 +69,7 @@ def native_config(source: PreTrainedConfig, entry: dict[str, Any]) -> FibAttnCon
         **always,
         **{name: entry[name] for name in _PATTERN if name in entry},
         layer_types=kinds,
+        block_rope="blocks" in entry,
         layer_limits=limits if any(limit is not None for limit in limits) else None,
         rope_scales_all=rope.get("rope_type", "default") != "default",
         architectures=["FibAttnModel" if source.architectures == [bare] else "FibAttnForCausalLM"],
@@ -79,19 +84,34 @@ def pattern_of(config: Any) -> dict[str, Any] | None:
     if config.converted_from is None:
         return None
     kept = [layer for layer, kind in enumerate(config.layer_types or []) if kind == "full_attention"]
-    given = {name: getattr(config, name) for name in _PATTERN}
+    absent = () if config.block_rope else BLOCKS
+    given = {name: getattr(config, name) for name in _PATTERN if name not in absent}
     return {**given, "keep_layers": kept, "layer_offsets": config.layer_offsets}
 
 
 def attend_by(model: FibAttnPreTrainedModel, config: FibAttnConfig) -> FibAttnPreTrainedModel:
     """Give `model` the attention of `config`, which says the same of its weights, in place."""
     decoder: Any = model.base_model
-    for name in (*_PATTERN, "layer_types", "layer_offsets", "layer_limits", "rope_scales_all", "converted_from"):
+    fields = ("layer_types", "layer_offsets", "layer_limits", "rope_scales_all", "block_rope", "converted_from")
+    for name in (*_PATTERN, *fields):
         setattr(decoder.config, name, getattr(config, name))
     decoder.full_reach = config.full_reach
-    for layer in decoder.layers:
+    for index, layer in enumerate(decoder.layers):
         layer.self_attn.attend_by(config)
+        layer.self_attn.trust = new_trust(layer.self_attn) if config.chooses(index) else None
     return model
+
+
+def is_native(model: PreTrainedModel, entry: dict[str, Any]) -> bool:
+    """Whether a decoder that has this pattern is saved as a model of this kind."""
+    source = copy(model.base_model.config)
+    source.architectures = [type(model).__name__]  # pyright: ignore
+    return native_config(source, entry) is not None  # pyright: ignore
+
+
+def new_trust(attention: Any) -> nn.Parameter:
+    """For each KV head how much of a block's mean is added to its keys: at first nothing, as in the dense model."""
+    return nn.Parameter(attention.k_proj.weight.new_zeros(attention.config.num_key_value_heads))
 
 
 def dense_config(config: FibAttnConfig) -> PreTrainedConfig | None:
@@ -117,7 +137,8 @@ def dense_model(model: FibAttnPreTrainedModel) -> PreTrainedModel:
     with no_init_weights():
         kind = AutoModelForCausalLM if isinstance(model, FibAttnForCausalLM) else AutoModel
         dense: Any = kind.from_config(source, dtype=model.dtype)
-    dense.load_state_dict(model.state_dict(), assign=True)
+    weights = {name: weight for name, weight in model.state_dict().items() if not name.endswith(".trust")}
+    dense.load_state_dict(weights, assign=True)
     dense.tie_weights()
     if dense.can_generate():
         dense.generation_config = model.generation_config

@@ -13,6 +13,7 @@ from fibattn.data.prepared import PreparedData
 from fibattn.model import FibAttnConfig
 from fibattn.model.converted_pattern import ConvertedLayer
 from fibattn.model.loading import model_name
+from fibattn.pattern import ChosenPattern
 from fibattn.progress import quantity
 from fibattn.sealed import CARD
 from fibattn.training.recipe import Recipe
@@ -181,8 +182,7 @@ def _layers(config: FibAttnConfig) -> Iterator[str]:
         if config.learns_alpha(layer):
             distances = f"{', '.join(map(str, config.base_rungs))}, times a learned scale"
         if config.chooses(layer):
-            blocks = config.chosen_pattern
-            distances = f"{blocks.blocks} blocks of {blocks.block} keys among the last {blocks.reach + 1:,}"
+            distances = _blocks(config.chosen_pattern)
         rotated = "yes" if (config.no_rope_layers or [])[layer] else "no"
         window = patterns[0].window if patterns else config.window
         bounded = window != config.window or (patterns is not None and kind == "full_attention")
@@ -202,9 +202,15 @@ def _converted_attention(model: PreTrainedModel) -> str:
 
 
 def _converted_row(layer: ConvertedLayer) -> str:
+    if isinstance(layer.pattern, ChosenPattern):
+        return f"the last {layer.pattern.window + 1:,} | {_blocks(layer.pattern)}"
     if layer.pattern is None:
         return f"its own, {'full' if layer.sliding_window is None else f'the last {layer.sliding_window:,}'} | none"
     return f"the last {layer.pattern.window + 1:,} | {', '.join(map(str, layer.pattern.offsets)) or 'none'}"
+
+
+def _blocks(chosen: ChosenPattern) -> str:
+    return f"{chosen.blocks} blocks of {chosen.block} keys among the last {chosen.reach + 1:,}"
 
 
 def _grouped(rows: Sequence[str]) -> Iterator[str]:
