@@ -16,6 +16,7 @@ from fibattn.plotting import QUIET
 from fibattn.training.presets import DEFAULT
 from study.labels import label_ends
 from study.report.drawing import LOOKS, legend, panels, plain_ticks, saved
+from study.report.headline import Headline
 from study.report.probe_tables import recalled
 from study.report.recipes import keys_at
 from study.report.results import PLAIN, Frame, Group, in_words, papers_gain
@@ -52,7 +53,7 @@ def extrapolation(group: Group, path: Path) -> Path:
     figure, (axes,) = panels(1, 4.4, "evaluation length (tokens)", up)
     for one in curves:
         axes.plot(group.lengths, one.ratios, **one.look)
-    _over_lengths(axes, group)
+    _over_lengths(axes, group.lengths, group.trained_at)
     axes.set_ylim(low - margin, high + margin)
     ends = [(one, one.ratios.iloc[-1]) for one in curves if one.name]
     label_ends(axes, [(f"{one.name} {end:.2f}", end, one.look["color"]) for one, end in ends])
@@ -60,41 +61,33 @@ def extrapolation(group: Group, path: Path) -> Path:
     return saved(figure, path, pd.DataFrame(rows, columns=["model", "length", "ratio"]))
 
 
-def headline(group: Group, path: Path) -> Path | None:
-    """What a reader should see first: dense, dense as well stretched as it can be, and the default recipe as saved.
-
-    Perplexities of first seeds; None without those models and ways.
-    """
-    if not {"dense", DEFAULT} <= set(group.models.index) or "yarn" not in group.ways("dense") or not group.bounded:
-        return None
-    curves = {
-        "dense": ("dense", PLAIN, {"linestyle": "-"}),
-        "dense, YaRN": ("dense", "yarn", {"linestyle": "--"}),
-        "default recipe": (DEFAULT, str(group.trained_at), {"linestyle": "-"}),
-    }
-    found = {name: [group.first(n, way)[model] for n in group.lengths] for name, (model, way, _) in curves.items()}
-    perplexities = pd.DataFrame(found, index=group.lengths).map(math.exp)
-    figure, (axes,) = panels(1, 3.4, "evaluation length (tokens, times the training length)", "perplexity")
-    for name, (model, _, style) in curves.items():
-        look = LOOKS[group.models.at[model, "kind"]] | {"linewidth": 2.5, "markersize": 6} | style
-        axes.plot(perplexities[name], **look)
-    _over_lengths(axes, group)
+def headline(shown: Headline, path: Path) -> Path:
+    """Perplexity over evaluation length, a curve for each way of looking past the training length."""
+    perplexities = pd.DataFrame({one.name: one.perplexities for one in shown.curves}).sort_index()
+    figure, (axes,) = panels(1, 3.4, "evaluation length", "perplexity")
+    for one in shown.curves:
+        look = LOOKS[one.kind] | {"linewidth": 2.5, "markersize": 6, "linestyle": one.style}
+        axes.plot(perplexities[one.name], **look)
+    _over_lengths(axes, list(perplexities.index), shown.trained_at)
     axes.set_yscale("log")
-    ticks = [one for one in (10, 20, 30, 50, 100, 200, 300, 500, 1000) if one <= 1.2 * perplexities.to_numpy().max()]
+    low, high = perplexities.min().min(), perplexities.max().max()
+    ticks = [one for one in (10, 20, 30, 50, 100, 200, 300, 500, 1000) if 0.85 * low <= one <= 1.2 * high]
     axes.set_yticks(ticks, [f"{one:,}" for one in ticks])
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.set_ylim(0.85 * perplexities.to_numpy().min(), 1.2 * perplexities.to_numpy().max())
-    ends = [
-        (name, row.iloc[-1], LOOKS[group.models.at[curves[str(name)][0], "kind"]]["color"])
-        for name, row in perplexities.items()
-    ]
-    label_ends(axes, [(f"{name} {end:,.0f}", end, colour) for name, end, colour in ends])
-    return saved(figure, path, perplexities.rename_axis("length").reset_index())
+    axes.set_ylim(0.85 * low, 1.2 * high)
+    ends = []
+    for one in shown.curves:
+        last = max(one.perplexities)
+        end, where = one.perplexities[last], "" if last == perplexities.index[-1] else f" at {last:,}"
+        ends.append((f"{one.name} {end:.0f}{where}", end, LOOKS[one.kind]["color"]))
+    label_ends(axes, ends)
+    numbers = perplexities.astype(object).where(perplexities.notna(), "")
+    return saved(figure, path, numbers.rename_axis("length").reset_index())
 
 
-def _over_lengths(axes: Axes, group: Group) -> None:
+def _over_lengths(axes: Axes, lengths: list[int], trained_at: int) -> None:
     axes.set_xscale("log", base=2)
-    axes.set_xticks(group.lengths, [f"{n:,}\n{n // group.trained_at}×" for n in group.lengths])
+    axes.set_xticks(lengths, [f"{n:,}\n{n // trained_at}×" for n in lengths])
     axes.xaxis.set_minor_locator(NullLocator())
 
 

@@ -26,12 +26,12 @@ def rivals_tables(records: Iterable[dict[str, Any]]) -> list[Table]:
 def _of_budget(tokens: int, found: dict[str, dict[str, Any]]) -> Table:
     rows = []
     for model in MODELS:
-        tried = {factor: _seeds(found, model, factor) for factor in FACTORS}
+        tried = {factor: seeds_of(found, model, factor) for factor in FACTORS}
         tried = {factor: seeds for factor, seeds in tried.items() if seeds}
         if not tried:
             continue
         best = min(tried, key=lambda factor: _nll(tried[factor][min(tried[factor])]))
-        rows.append(_row(model, best, sorted(tried), tried[best], _seeds(found, "dense", _best(found, "dense"))))
+        rows.append(_row(model, best, sorted(tried), tried[best], seeds_of(found, "dense", best_rate(found, "dense"))))
     one = next(iter(found.values()))
     note = (
         f"{tokens / 1e6:.0f} M tokens, the default recipe but for the attention, {where_run(found.values())}; "
@@ -46,13 +46,15 @@ def _of_budget(tokens: int, found: dict[str, dict[str, Any]]) -> Table:
     return table(f"Rivals at tuned rates, {tokens / 1e6:.0f} M tokens", note, rows)
 
 
-def _seeds(found: dict[str, dict[str, Any]], model: str, factor: float) -> Records:
+def seeds_of(found: dict[str, dict[str, Any]], model: str, factor: float) -> Records:
+    """The finished runs of a model at `factor` times the rates."""
     names = {seed: name_of(model, factor, seed) for seed in SEEDS}
     return {seed: found[name] for seed, name in names.items() if name in found}
 
 
-def _best(found: dict[str, dict[str, Any]], model: str) -> float:
-    tried = {factor: _seeds(found, model, factor) for factor in FACTORS}
+def best_rate(found: dict[str, dict[str, Any]], model: str) -> float:
+    """The factor with the lowest loss of those that were tried; 1 where none was."""
+    tried = {factor: seeds_of(found, model, factor) for factor in FACTORS}
     return min((f for f in FACTORS if tried[f]), key=lambda f: _nll(next(iter(tried[f].values()))), default=1.0)
 
 

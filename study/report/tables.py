@@ -56,10 +56,10 @@ def where_run(records: Iterable[dict[str, Any]]) -> str:
     )
 
 
-def findings_table(title: str, findings: list[Finding]) -> Table:
+def findings_table(title: str, findings: list[Finding], note: str) -> Table:
     """Claims, verdicts, evidence."""
     rows = [(one.claim, one.verdict, one.evidence) for one in findings]
-    return Table(title, "", pd.DataFrame(rows, columns=["claim", "here", "evidence"]), words=3)
+    return Table(title, note, pd.DataFrame(rows, columns=["claim", "here", "evidence"]), words=3)
 
 
 def text(form: str | Callable[[Any], str], value: Any) -> str:

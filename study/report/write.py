@@ -15,6 +15,7 @@ from study.report import charts
 from study.report.claims import Claims, Finding
 from study.report.far_table import far_records, far_table
 from study.report.five_minutes_table import five_minutes_table
+from study.report.headline import Headline, paper_headline, tuned_headline
 from study.report.ladder_table import ladder_table
 from study.report.long_table import long_tables
 from study.report.own_claims import OWN, recalls_farther
@@ -32,9 +33,6 @@ _TOY = 10_000_000
 """Trained on fewer tokens than this, a model bears no claim."""
 
 _CAPTIONS = {
-    "headline": "Perplexity in longer and longer sequences of the same text, at the largest budget, first seeds: "
-    "dense, dense with its rotary positions stretched by YaRN, and the default recipe as it is saved, its full layers "
-    "bounded to the training length. Lower is better.",
     "positions": "Loss over the training sequence, and what the stagger gains over fixed distances in each part of it, "
     "at the largest budget that has both.",
     "alphas": "Where learned scales end, beside the ramp that the stagger sets.",
@@ -78,8 +76,10 @@ def write_report(folder: Path) -> Path:
     goals = _at_every_budget(OWN, budgets)
     goals += [recalls_farther(results.probes)] if budgets else []
     about = provenance(results.groups)
-    checked = [findings_table("The paper's findings", findings), findings_table("Past the paper", goals)]
-    told = [*(checked if budgets else []), *tuned, *papers, *beyond, *probes, *other]
+    at_rate = f"At a learning rate of {group.runs['rate'].iloc[0]:g}; what holds in a tuned recipe is told above."
+    note = at_rate if tuned else ""
+    checked = [findings_table("The paper's findings", findings, note), findings_table("Past the paper", goals, note)]
+    told = [*tuned, *(checked if budgets else []), *papers, *beyond, *probes, *other]
     source = "\n".join(f"- {name}: {value}" for name, value in about.items())
     markdown = [*(table.markdown() for table in told), f"### Where this comes from\n\n{source}\n"]
     out = folder / "report"
@@ -92,9 +92,9 @@ def write_report(folder: Path) -> Path:
         group=group,
         trained=_trained(results),
         sections={
+            **({"tuned": "The recipe, its rivals, and other far reading"} if tuned else {}),
             **({"papers-claims": "What the paper found, and what came out here"} if budgets else {}),
             **({"own-claims": "What the project set out to do"} if budgets else {}),
-            **({"tuned": "The recipe, its rivals, and other far reading"} if tuned else {}),
             "past": "Past the paper",
             "papers": "The paper's tables",
             **({"probes": "Beside perplexity"} if probes else {}),
@@ -105,6 +105,7 @@ def write_report(folder: Path) -> Path:
         findings=findings,
         goals=goals,
         tuned=tuned,
+        note=note,
         papers=papers,
         beyond=beyond,
         probes=probes,
@@ -117,15 +118,18 @@ def write_report(folder: Path) -> Path:
 def _figures(results: Results, out: Path) -> dict[str, dict[str, Any]]:
     """The figures that the results allow, by name, each with its picture and caption.
 
-    Where other models were trained for longer than the main group's, theirs over evaluation length leads.
+    Tuned models lead. Where other models were trained for longer than the main group's, theirs over evaluation length
+    comes before.
     """
     group, as_long = results.groups[0], _same_length(results)
+    tuned, untuned = tuned_headline(results.tuned["rivals"]), paper_headline(as_long[0])
     recall = results.probes.get("recall", [])[-1:]
     over_length = {"extrapolation": group}
     if as_long[0].tokens > group.tokens:
         over_length = {"extrapolation-longest": as_long[0]} | over_length
     drawn: dict[str, Callable[[Path], Path | None]] = {
-        "headline": partial(charts.headline, as_long[0]),
+        "headline": lambda path: charts.headline(tuned, path) if tuned else None,
+        "reproduction": lambda path: charts.headline(untuned, path) if untuned else None,
         **{name: partial(charts.extrapolation, one) for name, one in over_length.items()},
         "positions": lambda path: next(filter(None, (charts.positions(one, path) for one in as_long)), None),
         "alphas": partial(charts.alphas, group),
@@ -134,6 +138,8 @@ def _figures(results: Results, out: Path) -> dict[str, dict[str, Any]]:
         "recall": lambda path: charts.recall(recall[0], path) if recall else None,
     }
     captions = _CAPTIONS | {name: _over_length(one) for name, one in over_length.items()}
+    captions |= {"headline": tuned and _told(tuned, "in the tuned recipe")}
+    captions |= {"reproduction": untuned and _told(untuned, f"at a rate of {as_long[0].runs['rate'].iloc[0]:g}")}
     found = {}
     for name, draw in drawn.items():
         with plt.rc_context(STYLE):
@@ -141,6 +147,17 @@ def _figures(results: Results, out: Path) -> dict[str, dict[str, Any]]:
         if path is not None:
             found[name] = {"svg": inline_svg(path), "caption": captions[name], "csv": f"{name}.csv"}
     return found
+
+
+def _told(shown: Headline, how: str) -> str:
+    """The caption of a figure of few curves over evaluation length."""
+    seeds = "one seed" if shown.seeds == 1 else f"the mean of {shown.seeds} seeds"
+    return (
+        f"Perplexity in longer and longer sequences of the same text, after {quantity(shown.tokens)} training tokens "
+        f"{how}, {seeds}: dense, dense with its rotary positions stretched by YaRN or bounded to the training length, "
+        "and the default recipe as it is saved, its full layers bounded likewise, as far as each was looked at. Lower "
+        "is better."
+    )
 
 
 def _over_length(group: Group) -> str:
@@ -185,7 +202,9 @@ def _trained(results: Results) -> str:
 
 
 def _headline(results: Results, budgets: Sequence[Group]) -> str:
-    """What the numbers of the largest budget say of the default recipe, whichever way they come out."""
+    """What the numbers say of the default recipe, tuned ones before those of the largest budget at another rate."""
+    if tuned := tuned_headline(results.tuned["rivals"]):
+        return tuned.words
     if not budgets:
         return f"{len(results.groups[0].models)} toy models: does everything run?"
     for group in budgets:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from study.commands.report import GENERATED
+from study.commands.report import GENERATED, SHOWN
 from study.report.write import write_report
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +55,6 @@ def test_every_figure_has_the_numbers_that_it_had(report: Path, path: Path) -> N
 def test_the_tables_and_figures_kept_with_the_source_are_those_of_the_results(report: Path) -> None:
     kept = (ROOT / "study" / "tables.md").read_text(encoding="utf-8")
     assert kept == GENERATED + (report / "tables.md").read_text(encoding="utf-8")
-    for name in ("extrapolation", "extrapolation-longest", "positions"):
-        figure = ROOT / "docs" / "figures" / f"study-{name}.csv"
+    for name, shown in SHOWN.items():
+        figure = ROOT / "docs" / "figures" / f"{shown}.csv"
         assert figure.read_text() == (report / f"{name}.csv").read_text()

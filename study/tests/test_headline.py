@@ -1,0 +1,88 @@
+"""The first figure: dense attention and the default recipe, tuned, at the budget where most is known of both."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from study.ladder import LADDER
+from study.presets import STUDIES
+from study.report import charts
+from study.report.headline import RIVAL, tuned_headline
+from study.rivals import MODELS, at_rate
+
+NEAR, FAR = "1024", "16384"
+
+
+def record(run: str, near: float, tokens: int = 106, seed: int = 42, far: bool = True, yarn: bool = False) -> Any:
+    def sets(**losses: float) -> dict[str, Any]:
+        return {name: {length.strip("_"): {"nll": loss} for length, loss in losses.items()} for name in ("a", "b")}
+
+    return {
+        "run": run,
+        "seed": seed,
+        "tokens": tokens,
+        "trained_at": 1024,
+        "evaluation": sets(_1024=near, _16384=near + 1) if far else sets(_1024=near),
+        "bounded": {"1024": sets(_16384=near - 0.1)} if far else {},
+        "rope_scaling": {"yarn": sets(_16384=near + 0.2)} if yarn else {},
+    }
+
+
+def shown(*records: dict[str, Any]) -> dict[str, dict[int, float]]:
+    found = tuned_headline(records)
+    assert found is not None
+    return {one.name: {length: math.log(value) for length, value in one.perplexities.items()} for one in found.curves}
+
+
+def test_every_way_of_dense_and_the_default_recipe_as_it_is_saved_are_curves() -> None:
+    assert shown(record("dense", 3.0, yarn=True), record(RIVAL, 2.9)) == {
+        "dense": pytest.approx({1024: 3.0, 16384: 4.0}),
+        "dense, YaRN": pytest.approx({1024: 3.0, 16384: 3.2}),
+        "dense, bounded": pytest.approx({1024: 3.0, 16384: 2.9}),
+        "default recipe": pytest.approx({1024: 2.9, 16384: 2.8}),
+    }
+
+
+def test_the_largest_budget_is_taken_at_which_both_were_looked_at_far_out() -> None:
+    small, large = [record("dense", 3.0), record(RIVAL, 2.9)], [record("dense", 2.5, 426), record(RIVAL, 2.4, 426)]
+    assert shown(*small, *large)["dense"][1024] == pytest.approx(2.5)
+    assert shown(*small, large[0])["dense"][1024] == pytest.approx(3.0)
+    near = record(RIVAL, 2.4, 426, far=False)
+    assert shown(*small, large[0], near)["dense"][1024] == pytest.approx(3.0)
+
+
+def test_where_nothing_is_known_far_out_the_default_recipe_is_a_point_and_alone_dense_is_all() -> None:
+    only_near = record(RIVAL, 2.9, far=False)
+    assert shown(record("dense", 3.0), only_near)["default recipe"] == pytest.approx({1024: 2.9})
+    assert set(shown(record("dense", 3.0))) == {"dense", "dense, bounded"}
+    assert tuned_headline([record(RIVAL, 2.9)]) is None
+
+
+def test_means_are_over_the_seeds_that_both_have_and_were_looked_at_far_out() -> None:
+    dense = [record("dense", 3.0), record("dense-seed43", 3.2, seed=43), record("dense-seed44", 9.0, seed=44)]
+    ours = [record(RIVAL, 9.0, far=False), record(f"{RIVAL}-seed43", 2.9, seed=43)]
+    found = shown(*dense, *ours)
+    assert (found["dense"][1024], found["default recipe"][1024]) == pytest.approx((3.2, 2.9))
+    found = tuned_headline([*dense[:2], record(RIVAL, 2.7), ours[1]])
+    assert found is not None
+    assert found.seeds == 2
+    assert f"perplexity {math.exp(2.8):.2f} with the default's" in found.words
+    assert f"{math.exp(3.1):.2f} with dense (the mean of 2 seeds)" in found.words
+
+
+def test_the_rival_of_that_name_is_the_default_recipe() -> None:
+    kept = [step for step in LADDER if step.kept][-1].recipe
+    assert (MODELS[RIVAL], at_rate(1.0).optimizer) == (kept.model, kept.optimizer)
+    assert any(run.name == RIVAL for run in STUDIES["rivals"].runs)
+
+
+def test_the_figure_keeps_its_numbers_and_what_is_not_known_is_empty(tmp_path: Path) -> None:
+    found = tuned_headline([record("dense", 3.0), record(RIVAL, 2.9, far=False)])
+    assert found is not None
+    kept = pd.read_csv(charts.headline(found, tmp_path / "headline.svg").with_suffix(".csv"), index_col="length")
+    assert kept.loc[1024, "default recipe"] == pytest.approx(math.exp(2.9))
+    assert pd.isna(kept.loc[16384, "default recipe"])
+    assert "default recipe 18 at 1,024" in (tmp_path / "headline.svg").read_text()
