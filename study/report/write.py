@@ -122,7 +122,8 @@ def _figures(results: Results, out: Path) -> dict[str, dict[str, Any]]:
     comes before.
     """
     group, as_long = results.groups[0], _same_length(results)
-    tuned, untuned = tuned_headline(results.tuned["rivals"]), paper_headline(as_long[0])
+    tuned = tuned_headline(results.tuned["rivals"])
+    untuned = paper_headline(as_long[0]) if _budgets(results) else None
     recall = results.probes.get("recall", [])[-1:]
     over_length = {"extrapolation": group}
     if as_long[0].tokens > group.tokens:
@@ -195,10 +196,11 @@ def _at_every_budget(claims: Claims, groups: Sequence[Group]) -> list[Finding]:
 
 
 def _trained(results: Results) -> str:
-    """How long the main group was trained, and how many models also otherwise."""
+    """How long the main group was trained, how many models also otherwise, and at which rate."""
     main, *others = results.groups
     also = [f"{len(one.models)} of {quantity(one.tokens)}" for one in others if one.trained_at == main.trained_at]
-    return f"{quantity(main.tokens)} training tokens" + (f" (and {', '.join(also)})" if also else "")
+    rate = f"at a learning rate of {main.runs['rate'].iloc[0]:g}"
+    return f"{quantity(main.tokens)} training tokens" + (f" (and {', '.join(also)})" if also else "") + f" {rate}"
 
 
 def _headline(results: Results, budgets: Sequence[Group]) -> str:
