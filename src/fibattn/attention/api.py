@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Sequence
 from functools import cache
-from typing import Literal, get_args, overload
+from typing import Literal, TypedDict, Unpack, get_args, overload
 
 import torch
 from torch import Tensor
@@ -24,35 +24,26 @@ Backend = Literal["auto", "reference", "cpu", "triton"]
 _log = logging.getLogger("fibattn")
 
 
+class _How(TypedDict, total=False):
+    alpha: Tensor | None
+    scale: float | None
+    positions: Tensor | None
+    cu_seqlens: Tensor | None
+    backend: Backend
+
+
+_Distances = Pattern | Sequence[Pattern] | LearnedPattern
+
+
 @overload
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pattern: Pattern | Sequence[Pattern] | LearnedPattern,
-    *,
-    alpha: Tensor | None = None,
-    scale: float | None = None,
-    positions: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    return_lse: Literal[False] = False,
-    backend: Backend = "auto",
+    q: Tensor, k: Tensor, v: Tensor, pattern: _Distances, *, return_lse: Literal[False] = False, **how: Unpack[_How]
 ) -> Tensor: ...
 
 
 @overload
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pattern: Pattern | Sequence[Pattern] | LearnedPattern,
-    *,
-    alpha: Tensor | None = None,
-    scale: float | None = None,
-    positions: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    return_lse: Literal[True],
-    backend: Backend = "auto",
+    q: Tensor, k: Tensor, v: Tensor, pattern: _Distances, *, return_lse: Literal[True], **how: Unpack[_How]
 ) -> tuple[Tensor, Tensor]: ...
 
 
