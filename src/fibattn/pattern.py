@@ -278,6 +278,11 @@ class ChosenPattern:
             raise InputError(f"reach is {self.reach}; it must be {limits}")
 
 
+def reach_of(pattern: Pattern | Sequence[Pattern] | LearnedPattern | ChosenPattern) -> int:
+    """The farthest distance of a layer, whose KV heads may have patterns of their own."""
+    return max(one.reach for one in pattern) if isinstance(pattern, Sequence) else pattern.reach
+
+
 def _whole_numbers(name: str, values: object) -> tuple[int, ...]:
     if not isinstance(values, Sequence):
         raise InputError(f"{name}s are {values!r}; give a sequence of whole numbers")

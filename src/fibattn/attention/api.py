@@ -18,7 +18,7 @@ from fibattn.attention.checks import check_pattern, check_positions, check_rings
 from fibattn.attention.documents import readable
 from fibattn.attention.reference import Patterns
 from fibattn.errors import InputError
-from fibattn.pattern import LearnedPattern, Pattern
+from fibattn.pattern import LearnedPattern, Pattern, reach_of
 
 Backend = Literal["auto", "reference", "cpu", "triton"]
 _log = logging.getLogger("fibattn")
@@ -145,7 +145,7 @@ def attend_cached(
     scale = check_tensors(q, k, v, scale)
     patterns = check_pattern(pattern, alpha, q, k.shape[2])
     positions = check_positions(q, k, positions, None)
-    reach = patterns.reach if isinstance(patterns, LearnedPattern) else max(one.reach for one in patterns)
+    reach = reach_of(patterns)
     check_rings(q, k_cache, v_cache, k, cache_positions, reach)
     chosen = choose(backend, q)
     if not _is_step(chosen, q, k, v, alpha):

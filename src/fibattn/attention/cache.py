@@ -10,7 +10,7 @@ from torch.nn import functional
 from fibattn.attention import ring
 from fibattn.attention.api import attend_cached
 from fibattn.errors import InputError
-from fibattn.pattern import LearnedPattern, Pattern
+from fibattn.pattern import LearnedPattern, Pattern, reach_of
 
 
 class AttentionCache:
@@ -48,10 +48,8 @@ class AttentionCache:
 
     def _rings_for(self, k: Tensor) -> tuple[Tensor, Tensor]:
         """The rings, with room for the tokens of k."""
-        one = isinstance(self.pattern, Pattern | LearnedPattern)
-        reach = self.pattern.reach if one else max(each.reach for each in self.pattern)  # pyright: ignore
         with torch.inference_mode(False):  # what is made inside can be written to in any mode
             rings = self._rings or (k.new_zeros(k.shape[0], 0, *k.shape[2:]),) * 2
-            more = ring.lacking(rings[0].shape[1], self.length + k.shape[1], reach)
+            more = ring.lacking(rings[0].shape[1], self.length + k.shape[1], reach_of(self.pattern))
             keys, values = (functional.pad(x, (0, 0, 0, 0, 0, more)) if more else x for x in rings)
         return keys, values

@@ -17,7 +17,7 @@ from fibattn.attention.api import Backend, attend, choose
 from fibattn.attention.checks import check_pattern
 from fibattn.attention.reference import Patterns, wide
 from fibattn.errors import InputError
-from fibattn.pattern import LearnedPattern, Pattern
+from fibattn.pattern import LearnedPattern, Pattern, reach_of
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -112,7 +112,7 @@ def _one_by_one(
     if steps:
         at = batch.starts[steps].long()
         out[at] = _steps(q[at], k_pages, v_pages, patterns, batch, torch.tensor(steps), alpha, scale)
-    reach = patterns.reach if isinstance(patterns, LearnedPattern) else max(one.reach for one in patterns)
+    reach = reach_of(patterns)
     for one in sorted({one for one, count in enumerate(counts) if count and lengths[one]} - set(steps)):
         own, which = slice(starts[one], starts[one] + counts[one]), torch.tensor([one], device=q.device)
         seen = torch.arange(max(0, lengths[one] - counts[one] - reach), lengths[one], device=q.device)

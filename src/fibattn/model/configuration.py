@@ -22,6 +22,7 @@ from fibattn.pattern import (
     Schedule,
     base_rungs,
     layer_patterns,
+    reach_of,
 )
 
 LAYER_TYPES = get_args(LayerType)
@@ -248,7 +249,7 @@ class FibAttnConfig(PreTrainedConfig):
     def layer_reach(self, layer: int) -> int | None:
         """The farthest distance a layer looks back; None for unbounded attention."""
         pattern = self.layer_pattern(layer)
-        return max(one.reach for one in pattern) if isinstance(pattern, tuple) else pattern and pattern.reach
+        return None if pattern is None else reach_of(pattern)
 
     def chooses(self, layer: int) -> bool:
         """Whether the queries of the layer choose blocks of keys."""

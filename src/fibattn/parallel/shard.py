@@ -12,7 +12,7 @@ from torch.nn import functional
 from fibattn.attention import attend
 from fibattn.model.positions import check_padding
 from fibattn.parallel.exchange import exchange, gathered, halo, summed
-from fibattn.pattern import LearnedPattern, Pattern
+from fibattn.pattern import LearnedPattern, Pattern, reach_of
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Shard:
         if pattern is None and tokens % 2 == 0:
             return self._attend_to_all(q, k, v, positions, **how)
         pattern = Pattern(self.ranks * tokens - 1) if pattern is None else pattern
-        reach = max(one.reach for one in pattern) if isinstance(pattern, Sequence) else pattern.reach
+        reach = reach_of(pattern)
         first = tokens - min(reach, tokens)
         both = self._halo(torch.cat((k[:, first:], v[:, first:]), dim=-1), tokens, reach)
         earlier = both.split((k.shape[-1], v.shape[-1]), dim=-1)

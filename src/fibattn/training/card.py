@@ -61,13 +61,7 @@ there too."""
 
 def write_card(folder: Path, config: FibAttnConfig, parameters: int, recipe: Recipe, data: PreparedData) -> None:
     """Write the card of a model folder; its results are filled in by `add_results`."""
-    sections = (
-        _head(recipe, parameters),
-        _attention(config),
-        _training(recipe, data),
-        _EMPTY,
-        _LOAD,
-    )
+    sections = (_head(recipe, parameters), _attention(config), _training(recipe, data), _EMPTY, _LOAD)
     files.write_text(folder / CARD, "\n\n".join(sections) + "\n")
 
 

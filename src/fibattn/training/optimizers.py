@@ -26,12 +26,7 @@ def build_optimizer(model: nn.Module, chosen: OptimizerRecipe) -> torch.optim.Op
     """The optimizer of a recipe; weight decay on parameters of two dimensions or more, none on the rest."""
     trained = [(name, one) for name, one in model.named_parameters() if one.requires_grad]
     is_matrix = {name: chosen.muon and one.dim() == 2 and ".layers." in f".{name}" for name, one in trained}
-    adamw = {
-        "lr": chosen.learning_rate,
-        "betas": (chosen.beta1, chosen.beta2),
-        "eps": chosen.epsilon,
-        "fused": True,
-    }
+    adamw = {"lr": chosen.learning_rate, "betas": (chosen.beta1, chosen.beta2), "eps": chosen.epsilon, "fused": True}
     decayed = [one for name, one in trained if one.dim() >= 2 and not is_matrix[name]]
     groups = [
         {**adamw, "params": decayed, "weight_decay": chosen.weight_decay},
@@ -91,7 +86,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
             rate = 0.2 * math.sqrt(max(shape)) * group["lr"]
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])  # pyright: ignore
             for one, update in zip(matrices, updates, strict=True):
-                _local(one).add_(update, alpha=-rate)
+                local(one).add_(update, alpha=-rate)
 
 
 def _orthogonalized(matrices: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
@@ -101,7 +96,7 @@ def _orthogonalized(matrices: Sequence[Tensor], dtype: torch.dtype) -> Sequence[
         torch._foreach_copy_(stacked.unbind(), matrices)  # pyright: ignore
         return orthogonalized(stacked).unbind()
     group, ranks, (rows, columns) = first.device_mesh.get_group(), first.device_mesh.size(), first.shape
-    parts = [_local(one).to(dtype) for one in matrices]
+    parts = [local(one).to(dtype) for one in matrices]
     each, most, own = -(-len(parts) // ranks), -(-rows // ranks), len(parts[0])
     padded = [functional.pad(one, (0, 0, 0, most - own)) for one in parts]
     sent = functional.pad(torch.stack(padded), (0, 0, 0, 0, 0, ranks * each - len(parts)))
@@ -126,6 +121,6 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     return x if wide else x.mT
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """This process's rows of a matrix; all of them where it is not sharded."""
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor; the whole where it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

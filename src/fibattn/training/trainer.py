@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 import torch
 from accelerate import ParallelismConfig
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -25,7 +24,7 @@ from fibattn.progress import Meter
 from fibattn.training import checkpoints, sharding
 from fibattn.training.held_out import HeldOut
 from fibattn.training.metrics import MetricsFile
-from fibattn.training.optimizers import build_optimizer
+from fibattn.training.optimizers import build_optimizer, local
 from fibattn.training.recipe import OptimizerRecipe, Recipe
 
 
@@ -235,7 +234,7 @@ class FibTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # A loss is looked at when it is logged; the weights may have gone since, or in this very step.
-        if not all(bool(torch.isfinite(_local(parameter)).all()) for parameter in model.parameters()):
+        if not all(bool(torch.isfinite(local(parameter)).all()) for parameter in model.parameters()):
             self._stop("a weight is not finite", self._first_unlogged(), self.state.global_step)
         if self.args.should_save:
             shutil.rmtree(self.recipe.out / checkpoints.STAGING, ignore_errors=True)
@@ -246,11 +245,6 @@ class FibTrainer(Trainer):
         if self.args.should_save:
             checkpoints.publish(self.recipe.out, self.state.global_step, self.recipe.keep_checkpoints)
         self.accelerator.wait_for_everyone()
-
-
-def _local(parameter: Tensor) -> Tensor:
-    """This process's part of a parameter, the whole where it is not sharded."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def process_count() -> int:
