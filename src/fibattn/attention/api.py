@@ -13,10 +13,9 @@ from typing import Literal, TypedDict, Unpack, get_args, overload
 import torch
 from torch import Tensor
 
-from fibattn.attention import ops, reference, ring
+from fibattn.attention import ops, ring
 from fibattn.attention.checks import check_pattern, check_positions, check_rings, check_tensors, under_autocast
 from fibattn.attention.documents import readable
-from fibattn.attention.reference import Patterns
 from fibattn.errors import InputError
 from fibattn.pattern import LearnedPattern, Pattern, reach_of
 
@@ -97,7 +96,7 @@ def attend(
     scale = check_tensors(q, k, v, scale)
     patterns = check_pattern(pattern, alpha, q, k.shape[2])
     positions = check_positions(q, k, positions, cu_seqlens)
-    out, lse = _attend(q, k, v, patterns, alpha, scale, positions, choose(backend, q))
+    out, lse = ops.attend(q, k, v, alpha, positions, scale, patterns, choose(backend, q))
     return (out, lse) if return_lse else out
 
 
@@ -150,25 +149,11 @@ def attend_cached(
     chosen = choose(backend, q)
     if not _is_step(chosen, q, k, v, alpha):
         keys, values, limit = _take(k_cache, v_cache, k, v, cache_positions, positions, reach)
-        return _attend(q, keys, values, patterns, alpha, scale, check_positions(q, keys, limit, None), chosen)[0]
+        limit = check_positions(q, keys, limit, None)
+        return ops.attend(q, keys, values, alpha, limit, scale, patterns, chosen)[0]
     rings = (q, k_cache, v_cache, k, v, cache_positions)
-    given = (scale, *ops.as_integers(patterns), _interpreted(chosen, q))
+    given = (scale, *ops.as_integers(patterns), ops.interpreted(chosen, q))
     return torch.ops.fibattn.attend_step(*rings, alpha, positions, *given)
-
-
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    patterns: Patterns,
-    alpha: Tensor | None,
-    scale: float,
-    positions: Tensor | None,
-    chosen: str,
-) -> tuple[Tensor, Tensor]:
-    if chosen == "reference":
-        return reference.attend(q, k, v, patterns, scale, positions, alpha)
-    return ops.attend(q, k, v, alpha, positions, scale, patterns, _interpreted(chosen, q))
 
 
 def _is_step(backend: str, q: Tensor, *others: Tensor | None) -> bool:
@@ -224,10 +209,6 @@ def choose(backend: Backend, q: Tensor) -> str:
     if not torch.compiler.is_compiling():
         _say(chosen, device)
     return chosen
-
-
-def _interpreted(chosen: str, q: Tensor) -> bool:
-    return chosen == "triton" and q.device.type == "cpu"
 
 
 @cache

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fibattn.attention import cpu, ring
+from fibattn.attention import cpu, reference, ring
 from fibattn.attention.reference import Patterns, wide
 from fibattn.errors import InputError
 from fibattn.pattern import InterpolatedRung, LearnedPattern, Pattern
@@ -42,14 +42,21 @@ def attend(
     positions: Tensor | None,
     scale: float,
     patterns: Patterns,
-    interpret: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Output and natural log-sum-exp, with gradients in q, k, v and alpha."""
+    if backend == "reference":
+        return reference.attend(q, k, v, patterns, scale, positions, alpha)
     if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         # Compiled, PyTorch loses the gradient of an operator inside `torch.func.grad`: it gives zeros, and warns.
         torch._dynamo.graph_break()
-    out, lse = _Attend.apply(q, k, v, alpha, positions, scale, *as_integers(patterns), interpret)
+    out, lse = _Attend.apply(q, k, v, alpha, positions, scale, *as_integers(patterns), interpreted(backend, q))
     return out, lse.to(wide(q))
+
+
+def interpreted(backend: str, q: Tensor) -> bool:
+    """Whether the GPU's kernels are to run on the CPU, in Triton's interpreter."""
+    return backend == "triton" and q.device.type == "cpu"
 
 
 def as_integers(patterns: Patterns) -> tuple[int, list[int], list[int], int]:

@@ -40,8 +40,16 @@ _TRANSFORMERS_READS = {
 """What Transformers keeps in any configuration, or is given with one, without a name for it in the base class."""
 
 
+class FoundByShim:
+    """What is saved with a few lines of code that find its class in the installed package."""
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Does nothing: Transformers would copy this package's source beside the weights, where the shim is enough."""
+
+
 @strict
-class FibAttnConfig(PreTrainedConfig):
+class FibAttnConfig(FoundByShim, PreTrainedConfig):
     """Configuration of `FibAttnForCausalLM`; the defaults are the paper's 60 M-parameter model, linear stagger.
 
     Args:
@@ -198,10 +206,6 @@ class FibAttnConfig(PreTrainedConfig):
         """As in Transformers, and a few lines of code beside it that find the classes in the installed package."""
         save_shim(self, Path(save_directory), "FibAttnModel", "FibAttnForCausalLM")
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
-        """Does nothing: Transformers would copy this package's source beside the weights, where the shim is enough."""
 
     @property
     def sliding_window(self) -> int:

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fibattn.errors import InputError
-from fibattn.model.configuration import save_shim
+from fibattn.model.configuration import FoundByShim, save_shim
 from fibattn.model.conversion import apply
 from fibattn.model.converted_layers import IMPLEMENTATION
 from fibattn.model.converted_pattern import STORED_PATTERN, in_words
@@ -34,7 +34,7 @@ _choose, _save = PreTrainedModel.get_correct_attn_implementation, PreTrainedConf
 
 
 @strict
-class FibAttnConvertedConfig(PreTrainedConfig):
+class FibAttnConvertedConfig(FoundByShim, PreTrainedConfig):
     """Configuration of a converted decoder of an architecture that `FibAttnForCausalLM` does not have.
 
     Args:
@@ -59,12 +59,8 @@ class FibAttnConvertedConfig(PreTrainedConfig):
         save_shim(self, Path(save_directory), "FibAttnConvertedModel", "FibAttnConvertedForCausalLM")
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
-        """Does nothing: the shim is enough."""
 
-
-class FibAttnConvertedModel:
+class FibAttnConvertedModel(FoundByShim):
     """Loads the folder of a converted decoder: the decoder's own class without its head, its attention sparse."""
 
     config_class = FibAttnConvertedConfig
@@ -108,10 +104,6 @@ class FibAttnConvertedModel:
             )
         source = CONFIG_MAPPING[config.source["model_type"]].from_dict(config.source)
         return source, {**kwargs, "attn_implementation": "sdpa"}
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
-        """Does nothing: the shim is enough."""
 
 
 class FibAttnConvertedForCausalLM(FibAttnConvertedModel):

@@ -16,7 +16,7 @@ from transformers.utils.output_capturing import capture_outputs
 from fibattn.errors import InputError
 from fibattn.model import batching
 from fibattn.model.cache import CACHE_NAME, only_cache
-from fibattn.model.configuration import FibAttnConfig
+from fibattn.model.configuration import FibAttnConfig, FoundByShim
 from fibattn.model.feed_forward import is_plain
 from fibattn.model.layers import FibAttnAttention, FibAttnDecoderLayer
 from fibattn.model.loss import IGNORED, linear_cross_entropy
@@ -33,7 +33,7 @@ from fibattn.model.positions import (
 from fibattn.model.rotary import FibAttnRotaryEmbedding
 
 
-class FibAttnPreTrainedModel(PreTrainedModel):
+class FibAttnPreTrainedModel(FoundByShim, PreTrainedModel):
     """What the models share: initialisation, and what Transformers may do with them."""
 
     config_class = FibAttnConfig
@@ -49,10 +49,6 @@ class FibAttnPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": FibAttnDecoderLayer}  # noqa: RUF012
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
-        """Does nothing, as for the configuration, which saves what finds the classes again."""
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
