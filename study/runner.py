@@ -187,7 +187,7 @@ def _attempt(job: Job, task: _Task, text: _Text, store: Store) -> bool:
         store.append({"kind": "failure", **about, "time": _now(), "error": _told(error)})
         return False
     finally:
-        _forget()
+        forget()
     store.append({"kind": "run", **about, "time": _now(), **result})
     _clear(task.recipe.out, job.keep_models)
     return True
@@ -200,7 +200,7 @@ def _measured(job: Job, task: _Task, text: _Text) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     with turn(job.work) as turns:
         model = train(task.recipe, turns)
-        _forget()
+        forget()
         waited = sum(one.waited for one in turns)
         trained = time.monotonic()
         training = measure.training_summary(folder)
@@ -254,7 +254,7 @@ def _lengthened(recipe: Recipe, start: str, data: PreparedData, plain: dict[str,
     length = recipe.sequence_length
     try:
         longer = train(recipe)
-        _forget()
+        forget()
         found = {str(length): measure.evaluate_lengthened(longer, data, plain)}
         past = max(map(int, next(iter(plain.values())))) > length
         bounded = {str(length): measure.evaluate_bounded(longer, data, length, plain)} if past else {}
@@ -298,7 +298,7 @@ def _say_progress(tasks: list[_Task], done: dict[str, dict[str, Any]]) -> None:
     say(text)
 
 
-def _forget() -> None:
+def forget() -> None:
     """Let go of the last model, its compiled code and its memory."""
     torch._dynamo.reset()
     gc.collect()

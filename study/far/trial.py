@@ -1,6 +1,5 @@
 """Trains and measures candidates, one result file a run, as the ladder's runs: same recipe, text, order and sets."""
 
-import gc
 import json
 import shutil
 import time
@@ -27,7 +26,7 @@ from study import measure
 from study.far.candidates import Candidate
 from study.far.layer import use
 from study.probes.copying import copying, distances
-from study.runner import say
+from study.runner import forget, say
 from study.store import recipe_of
 from study.turns import turn
 
@@ -77,7 +76,7 @@ def run_trials(trials: Trials) -> tuple[str, ...]:
                     say(f"{name} failed")
                     failed.append(name)
                 finally:
-                    _forget()
+                    forget()
     return tuple(failed)
 
 
@@ -112,7 +111,7 @@ def _measured(
         turns = stack.enter_context(turn(trials.work))
         model, inputs = _train(candidate, recipe, data, turns)
         trained, waited = time.monotonic(), sum(one.waited for one in turns)
-        _forget()
+        forget()
         how: dict[str, Any] = {"sets": [], "tokens": trials.eval_tokens, "quiet": True}
         trained_model = _fresh(candidate, recipe, data, None, like=model)
         evaluation = sweep(trained_model, data, lengths=[length], frequent=frequent, **how)["sets"]
@@ -181,14 +180,6 @@ def _fresh(
         model.load_state_dict(like.state_dict())
         model.to(next(like.parameters()).device)
     return model
-
-
-def _forget() -> None:
-    """Let go of compiled code, CUDA graphs, and the memory of models that are gone."""
-    torch._dynamo.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _frequent(trials: Trials, data: PreparedData, targets: dict[str, int]) -> np.ndarray:

@@ -5,7 +5,6 @@ import torch
 from tiny_models import config, model, tokens
 
 from fibattn import InputError
-from fibattn.serving.plan import check_served
 
 
 def test_a_block_that_begins_in_another_document_is_nobody_s() -> None:
@@ -26,7 +25,7 @@ def test_what_cannot_choose_says_so() -> None:
         made(tokens(1, 8), shard=_Nothing())
     for refused in (made.config, config(kv_convolution=2)):
         with pytest.raises(InputError, match=r"the model for vLLM does not do chosen_attention or kv_convolution yet"):
-            check_served(refused)
+            refused.check_engine("the model for vLLM")
     with pytest.raises(InputError, match=r"context parallelism does not do a convolution over keys and values"):
         model(kv_convolution=2)(tokens(1, 8), shard=_Nothing())
 

@@ -10,28 +10,27 @@ import pytest
 import tiny_models
 
 import fibattn.serving
-from fibattn import FibAttnConfig, InputError
+from fibattn import FibAttnConfig
 from fibattn.serving import plan
+
+FIELDS = frozenset(
+    (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
+        *("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "initializer_range", "rope_parameters"),
+        *("rope_scales_all", "use_cache", "tie_word_embeddings", "hidden_act", "qk_norm", "attention_bias", "qkv_bias"),
+        *("mlp_bias", "pad_token_id", "bos_token_id", "eos_token_id", "base", "schedule", "stagger_heads", "window"),
+        *("rungs", "rung_reach", "max_offset", "layer_types", "no_rope_layers", "full_reach", "layer_limits"),
+        *("converted_from", "layer_offsets", "gated_mlp", "embedding_skip", "zero_init_outputs", "autocast_residual"),
+        *("blocks", "block_size", "block_reach", "block_rope", "kv_convolution"),
+    )
+)
+"""What the model for vLLM follows, may pass over, or has refused."""
 
 
 def test_every_field_of_the_configuration_is_followed_or_refused() -> None:
-    """Whoever adds a field either teaches the model for vLLM, and adds it to SERVED, or has it refused."""
-    fields = set(FibAttnConfig.__annotations__)
-    assert fields >= plan.SERVED
-    config = tiny_models.config()
-    plan.check_served(config)
-    for name in fields - plan.SERVED:
-        config.__dict__[name] = "something"
-        with pytest.raises(InputError, match=f"{name} is 'something'"):
-            plan.check_served(config)
-        del config.__dict__[name]
-
-
-def test_a_field_that_the_model_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "SERVED", plan.SERVED - {"qk_norm"})
-    plan.check_served(tiny_models.config())
-    with pytest.raises(InputError, match=r"qk_norm is True .* transformers serve --continuous-batching"):
-        plan.check_served(tiny_models.config(qk_norm=True))
+    """Whoever adds a field teaches the model for vLLM, or has `check_engine` refuse it, and adds it here."""
+    assert set(FibAttnConfig.__annotations__) == FIELDS
+    tiny_models.config().check_engine("the model for vLLM")
 
 
 @pytest.mark.parametrize("kind", sorted(tiny_models.KINDS))

@@ -23,7 +23,7 @@ from fibattn.errors import InputError
 from fibattn.model.batching import memory_of_a_request
 from fibattn.model.rotary import FibAttnRotaryEmbedding, Rotation, rotate
 from fibattn.serving.backend import FibAttnBackend
-from fibattn.serving.plan import check_served, windows
+from fibattn.serving.plan import windows
 
 _log = init_logger(f"vllm.{__name__}")
 
@@ -166,7 +166,7 @@ class FibAttnForCausalLM(LlamaForCausalLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         config = vllm_config.model_config.hf_config
-        check_served(config)
+        config.check_engine("the model for vLLM")
         if config.embedding_skip and vllm_config.parallel_config.pipeline_parallel_size > 1:
             raise InputError("embedding_skip is True, and the embedding is on the first pipeline rank alone: use one")
         if not config.gated_mlp:

@@ -1,39 +1,9 @@
-"""What a configuration means to an engine with a paged cache: which models it can run, and what a layer keeps."""
+"""What a configuration means to an engine with a paged cache: how many tokens each of its layers keeps."""
 
 from collections import Counter
 from collections.abc import Sequence
 
-from fibattn.errors import InputError
 from fibattn.model.configuration import FibAttnConfig
-
-SERVED = frozenset(
-    (
-        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
-        *("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "initializer_range", "rope_parameters"),
-        *("rope_scales_all", "use_cache", "tie_word_embeddings", "hidden_act", "qk_norm", "attention_bias", "qkv_bias"),
-        *("mlp_bias", "pad_token_id", "bos_token_id", "eos_token_id", "base", "schedule", "stagger_heads", "window"),
-        *("rungs", "rung_reach", "max_offset", "layer_types", "no_rope_layers", "full_reach", "layer_limits"),
-        *("converted_from", "layer_offsets", "gated_mlp", "embedding_skip", "zero_init_outputs", "autocast_residual"),
-        *("blocks", "block_size", "block_reach", "block_rope", "kv_convolution"),
-    )
-)
-"""The fields that the model for vLLM follows, or may pass over."""
-
-
-def check_served(config: FibAttnConfig) -> None:
-    """Refuse a model that has what the one for vLLM lacks.
-
-    Raises:
-        InputError: naming it.
-    """
-    config.check_engine("the model for vLLM")
-    for name in sorted(set(FibAttnConfig.__annotations__) - SERVED):
-        default, value = getattr(FibAttnConfig, name, None), getattr(config, name)
-        if value not in (default, None):
-            raise InputError(
-                f"{name} is {value!r} in this model's configuration, which the one for vLLM does not do yet; serve it "
-                "with transformers serve --continuous-batching"
-            )
 
 
 def windows(config: FibAttnConfig, block: int, chunk: int, longest: int) -> list[int | None]:
