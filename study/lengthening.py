@@ -27,7 +27,7 @@ class Lengthening:
         sequences = self.sequences or max(recipe.sequences_per_step // factor, 1)
         length = recipe.sequence_length * factor
         steps = max(round(self.share * recipe.tokens / (sequences * length)), 1)
-        size = shape.hidden_size // shape.num_attention_heads
+        size = shape.head_dim or shape.hidden_size // shape.num_attention_heads
         turned = ("full_attention", 1) in zip(shape.layer_types, shape.no_rope_layers, strict=True)
         theta = shape.rope_theta * factor ** (size / (size - 2)) if turned else shape.rope_theta
         return replace(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from forked import Server
 
 from fibattn import files
@@ -23,6 +24,7 @@ from fibattn.errors import InputError
 from fibattn.training.presets import PRESETS
 from fibattn.training.recipe import ModelRecipe, OptimizerRecipe, Recipe
 from fibattn.training.recipe_file import load_recipe, to_json
+from fibattn.training.run import build_model, model_config
 
 VERBS = (eval_verb, pattern, prepare, sample)
 
@@ -144,6 +146,7 @@ def test_flags_override_one_field_and_leave_the_rest() -> None:
         ({"optimizer": OptimizerRecipe(warmup_steps=-1)}, "optimizer.warmup_steps is -1; it must be from 0 to"),
         ({"model": ModelRecipe(layer_types=("full_attention",) * 17)}, "layer_types has 17 entries for 16 layers"),
         ({"model": ModelRecipe(no_rope_layers=())}, "no_rope_layers has 0 entries for 16 layers"),
+        ({"model": ModelRecipe(head_dim=0)}, "model.head_dim is 0; it must be at least 1"),
         (
             {"model": ModelRecipe(full_reach="sequence")},
             "model.full_reach is sequence, but no layer has full attention",
@@ -158,6 +161,15 @@ def test_flags_override_one_field_and_leave_the_rest() -> None:
 def test_values_that_cannot_train_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         replace(Recipe(), **changes).check()
+
+
+def test_heads_may_be_narrower_or_wider_than_their_share_of_the_width() -> None:
+    shape = ModelRecipe(hidden_size=96, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2)
+    sizes = [model_config(Recipe(model=replace(shape, head_dim=size)), 512, 0).head_dim for size in (None, 16, 32)]
+    assert sizes == [24, 16, 32]
+    model = build_model(Recipe(model=replace(shape, head_dim=16)), 512, 0)
+    assert model.base_model.layers[0].self_attn.q_proj.weight.shape == (4 * 16, 96)
+    assert model(torch.arange(8)[None]).logits.shape == (1, 8, 512)
 
 
 @pytest.mark.parametrize(

@@ -98,8 +98,7 @@ def _orthogonalized(matrices: Sequence[Tensor], dtype: torch.dtype) -> Sequence[
     group, ranks, (rows, columns) = first.device_mesh.get_group(), first.device_mesh.size(), first.shape
     parts = [local(one).to(dtype) for one in matrices]
     each, most, own = -(-len(parts) // ranks), -(-rows // ranks), len(parts[0])
-    padded = [functional.pad(one, (0, 0, 0, most - own)) for one in parts]
-    sent = functional.pad(torch.stack(padded), (0, 0, 0, 0, 0, ranks * each - len(parts)))
+    sent = functional.pad(torch.stack(parts), (0, 0, 0, most - own, 0, ranks * each - len(parts)))
     got = torch.empty_like(sent)
     dist.all_to_all_single(got, sent, group=group)
     whole = got.view(ranks, each, most, columns).transpose(0, 1).reshape(each, ranks * most, columns)

@@ -12,8 +12,8 @@ from fibattn.pattern import Base, LayerType, Schedule
 _MOST = (1 << 31) - 1
 
 
-def _check_count(name: str, value: int, most: int) -> None:
-    if not 1 <= value <= most:
+def _check_count(name: str, value: int | None, most: int) -> None:
+    if value is not None and not 1 <= value <= most:
         raise InputError(f"{name} is {value}; it must be {'at least 1' if value < 1 else f'at most {most:,}'}")
 
 
@@ -28,9 +28,11 @@ class ModelRecipe:
     num_hidden_layers: int = 16
     """Depth: how many layers."""
     num_attention_heads: int = 8
-    """Query heads of a layer; hidden_size divides by them."""
+    """Query heads of a layer; hidden_size divides by them, unless head_dim says how large they are."""
     num_key_value_heads: int = 2
     """Heads of keys and values, each shared by as many query heads."""
+    head_dim: int | None = None
+    """Numbers of a head; None: hidden_size over the query heads."""
     layer_types: tuple[LayerType, ...] = ("fibonacci_attention",)
     """What each layer does: window and rungs, window alone, window and blocks that queries choose, or everything.
     Shorter than the depth, it repeats."""
@@ -83,7 +85,7 @@ class ModelRecipe:
         """
         if not (math.isfinite(self.rope_theta) and self.rope_theta > 0):
             raise InputError(f"model.rope_theta is {self.rope_theta}; it must be a finite number above 0")
-        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
+        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
             _check_count(f"model.{name}", getattr(self, name), 1_000_000)
         _check_count("model.num_hidden_layers", self.num_hidden_layers, 10_000)
         for name in ("layer_types", "no_rope_layers"):
@@ -266,8 +268,7 @@ class Recipe:
         """
         counts = ("sequence_length", "sequences_per_step", "steps", "micro_batch", "context_parallel")
         for name in (*counts, "log_every", "save_every", "keep_checkpoints", "evaluate_every", "evaluate_tokens"):
-            if (value := getattr(self, name)) is not None:
-                _check_count(name, value, _MOST)
+            _check_count(name, getattr(self, name), _MOST)
         if (sequences := self.steps * self.sequences_per_step) > 1e9:
             raise InputError(
                 f"{self.steps} steps of {self.sequences_per_step} sequences are {sequences:.0e}, and the order of a "
