@@ -16,12 +16,12 @@ from transformers.cache_utils import Cache
 from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fibattn.attention import attend, attend_cached, attend_chosen, attend_chosen_cached
+from fibattn.attention import attend, attend_cached
 from fibattn.errors import InputError
 from fibattn.model import batching
 from fibattn.model.cache import RingLayer, check_full, ring_of
 from fibattn.model.converted_pattern import ConvertedLayer
-from fibattn.model.convolution import take
+from fibattn.model.convolution import attend_by_choice
 from fibattn.model.positions import Shard, document_positions, packed_positions, says_nothing
 from fibattn.pattern import ChosenPattern
 
@@ -131,31 +131,16 @@ def attention(
         return shard.attend(q, k, v, own.bounded, scale=scaling, positions=positions), None  # pyright: ignore
     how: dict[str, Any] = {"positions": positions, "scale": scaling}
     assert own.pattern is not None
+    at: Any = None
+    if fibattn_ring is not None:
+        at = torch.arange(k.shape[1], device=k.device)[None] + fibattn_ring.get_seq_length()
     if isinstance(own.pattern, ChosenPattern):
         how["trust"] = module.trust if hasattr(module, "trust") else k.new_zeros(k.shape[2])
-        return _attend_by_choice(q, k, v, own.pattern, fibattn_ring, **how), None
+        return attend_by_choice(q, k, v, own.pattern, fibattn_ring, at, **how), None
     if fibattn_ring is None:
         return attend(q, k, v, own.pattern, **how), None
-    cache_positions = _next(fibattn_ring, k)
     rings = fibattn_ring.take(k, v)
-    return attend_cached(q, *rings, k, v, own.pattern, cache_positions=cache_positions, **how), None
-
-
-def _attend_by_choice(
-    q: Tensor, k: Tensor, v: Tensor, pattern: ChosenPattern, ring: RingLayer | None, **how: Any
-) -> Tensor:
-    """A prompt at once, as without a cache, and what follows it from the ring."""
-    if ring is not None:
-        begun, cache_positions = ring.is_initialized, _next(ring, k)
-        (keys,), (values,) = take(ring, (k,), (v,), cache_positions, written=int(begun))
-        if begun:
-            return attend_chosen_cached(q, (keys, values), k, v, pattern, cache_positions=cache_positions, **how)
-    return attend_chosen(q, k, v, pattern, **how)[0]
-
-
-def _next(ring: RingLayer, k: Tensor) -> Tensor:
-    """How many tokens went into the ring before each of `k`."""
-    return torch.arange(k.shape[1], device=k.device)[None] + ring.get_seq_length()
+    return attend_cached(q, *rings, k, v, own.pattern, cache_positions=at, **how), None
 
 
 def check_engine(own: ConvertedLayer, engine: str) -> None:

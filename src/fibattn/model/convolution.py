@@ -5,13 +5,16 @@ token: in its ring they lie side by side, in the last dimension. So whatever is 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fibattn.attention import attend_chosen, attend_chosen_cached
 from fibattn.attention import ring as rings
 from fibattn.model.cache import RingLayer
+from fibattn.pattern import ChosenPattern
 
 
 def convolved(
@@ -44,6 +47,27 @@ def convolved(
             total = total + torch.where((limit >= back)[..., None, None], shifted, 0.0) * factor
         found.append(total)
     return found[0], found[1]
+
+
+def attend_by_choice(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: ChosenPattern,
+    ring: RingLayer | None,
+    cache_positions: Tensor,
+    raw: tuple[Tensor, ...] = (),
+    **how: Any,
+) -> Tensor:
+    """`attend_chosen`, of a prompt without what is in the `ring`, or of what follows it; `raw` is kept there, too."""
+    if ring is not None:
+        begun, own = ring.is_initialized, (k, *(how.get("far") or ())[1:])
+        written = len(own) if begun else 0
+        keys, (values, *_) = take(ring, (*own, *raw[:1]), (v, *raw[1:]), cache_positions, written=written)
+        if begun:
+            cached = keys[0], values, *keys[1 : len(own)]
+            return attend_chosen_cached(q, cached, k, v, pattern, cache_positions=cache_positions, **how)
+    return attend_chosen(q, k, v, pattern, **how)[0]
 
 
 def take(

@@ -12,12 +12,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from fibattn.attention import attend, attend_cached, attend_chosen, attend_chosen_cached
+from fibattn.attention import attend, attend_cached
 from fibattn.errors import InputError
 from fibattn.model import batching
 from fibattn.model.cache import RingLayer, check_full, ring_of
 from fibattn.model.configuration import FibAttnConfig
-from fibattn.model.convolution import convolved, take
+from fibattn.model.convolution import attend_by_choice, convolved, take
 from fibattn.model.feed_forward import gains_from_padding, padded_gated
 from fibattn.model.layer import LearnedScale, new_theta
 from fibattn.model.norm import FibAttnRMSNorm
@@ -112,7 +112,8 @@ class FibAttnAttention(LearnedScale):
         """
         how: dict[str, Any] = {"scale": self.scaling, "positions": positions}
         if isinstance(self.pattern, ChosenPattern):
-            return self._attend_by_choice(q, k, v, far, raw, ring, cache_positions, **how)
+            how |= {"far": far, "trust": self.trust}
+            return attend_by_choice(q, k, v, self.pattern, ring, cache_positions, raw, **how)
         if shard is not None:
             return shard.attend(q, k, v, self.pattern, alpha=self.alpha, **how)
         if self.pattern is None:
@@ -126,30 +127,6 @@ class FibAttnAttention(LearnedScale):
             return attend(q, k, v, self.pattern, **how)
         (keys, *_), (values, *_) = take(ring, (k, *raw[:1]), (v, *raw[1:]), cache_positions, written=1)
         return attend_cached(q, keys, values, k, v, self.pattern, cache_positions=cache_positions, **how)
-
-    def _attend_by_choice(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        far: tuple[Tensor, Tensor] | None,
-        raw: tuple[Tensor, ...],
-        ring: RingLayer | None,
-        cache_positions: Tensor,
-        **how: Any,
-    ) -> Tensor:
-        """To the window by q and k, to the chosen blocks by `far`, or by the same; `raw` is only kept."""
-        assert isinstance(self.pattern, ChosenPattern)
-        how |= {"far": far, "trust": self.trust}
-        if ring is None:
-            return attend_chosen(q, k, v, self.pattern, **how)[0]
-        first, own = not ring.is_initialized, (k, *(far or ())[1:])
-        written = 0 if first else len(own)
-        keys, (values, *_) = take(ring, (*own, *raw[:1]), (v, *raw[1:]), cache_positions, written=written)
-        if first:
-            return attend_chosen(q, k, v, self.pattern, **how)[0]
-        rings = keys[0], values, *keys[1 : len(own)]
-        return attend_chosen_cached(q, rings, k, v, self.pattern, cache_positions=cache_positions, **how)
 
     def _attend_fully(
         self,
