@@ -11,10 +11,8 @@ from fibattn.progress import quantity
 from fibattn.training.presets import DEFAULT
 from study.report.results import PLAIN, Group
 from study.report.rivals_tables import Records, best_rate, seeds_of
+from study.report.tuned import RIVAL
 from study.store import over_sets, ways
-
-RIVAL = "rungs-w64-two"
-"""The default recipe by its name in the study `rivals`."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from study.report.provenance import provenance
 from study.report.results import Group, Results
 from study.report.rivals_tables import rivals_tables
 from study.report.tables import findings_table
+from study.report.tuned import tuned_groups
 
 _TOY = 10_000_000
 """Trained on fewer tokens than this, a model bears no claim."""
@@ -62,6 +63,8 @@ def write_report(folder: Path) -> Path:
         *long_tables(results.tuned["long"]),
     ]
     tuned += far_table(far_records(folder), results.tuned["rivals"])
+    met = [one for one in _at_every_budget(OWN, tuned_groups(results.tuned["rivals"])) if one.verdict != "not run"]
+    tuned += [findings_table("Past the paper, in the tuned recipe", met, "")] if met else []
     if not results.groups:
         tables = folder / "report" / "tables.md"
         files.write_text(tables, "\n".join(table.markdown() for table in tuned))

@@ -1,19 +1,25 @@
 """What the report says of results, against the paper's own numbers: claims, tables and comparisons."""
 
 import copy
+import json
 import math
 import statistics
+from pathlib import Path
 from typing import Any
 
 import pytest
 from made_up import SETS, Losses, group, published, published_run, record, sets
 
+from study.presets import STUDIES
 from study.report.claims import Finding, verdict_over
 from study.report.own_claims import OWN, recalls_farther
 from study.report.own_tables import beyond_tables, other_budget
 from study.report.paper_claims import PAPERS
 from study.report.paper_tables import papers_tables
 from study.report.results import paper
+from study.report.tuned import RIVAL
+from study.report.write import write_report
+from study.store import key_of, recipe_of
 
 Models = dict[str, list[dict[str, Any]]]
 
@@ -354,3 +360,29 @@ def test_sets_are_shown_in_the_order_of_the_evaluation() -> None:
     run = record("dense", sets({1024: 3.0}))
     run["evaluation"] = dict(reversed(run["evaluation"].items()))
     assert group({"dense": [run]}).sets == list(reversed(SETS))
+
+
+def test_claims_are_judged_in_the_tuned_recipe_once_the_default_was_looked_at_far_out(tmp_path: Path) -> None:
+    published = Path(__file__).parents[1] / "results" / "rivals" / "dense.jsonl"
+    records = [json.loads(line) for line in published.read_text().splitlines()]
+    dense = max(records, key=lambda one: one["tokens"])
+    rivals = STUDIES["rivals"]
+    (run,) = rivals.chosen([RIVAL])
+    recipe = rivals.resolved(run, data=Path("d"), out=Path("o"), tokens=dense["tokens"], compiled=True)
+    key = key_of(recipe, dense["inputs"]["data_fingerprint"])
+    ours = json.loads(json.dumps(dense)) | {"run": RIVAL, "key": key, "recipe": recipe_of(recipe)}
+    for rows in (one for way in (ours["evaluation"], *ours["bounded"].values()) for one in way.values()):
+        for row in rows.values():
+            row["nll"] -= 0.03
+    (tmp_path / "rivals").mkdir()
+    (tmp_path / "rivals" / "dense.jsonl").write_text(json.dumps(dense) + "\n")
+    assert "Past the paper, in the tuned recipe" not in write_report(tmp_path).read_text()
+    (tmp_path / "rivals" / f"{RIVAL}.jsonl").write_text(json.dumps(ours) + "\n")
+    told = write_report(tmp_path).read_text()
+    (table,) = [part for part in told.split("### ") if part.startswith("Past the paper, in the tuned recipe")]
+    verdicts = {row.split(" | ")[0].strip("| "): row.split(" | ")[1] for row in table.splitlines()[4:]}
+    start = "The default recipe "
+    assert verdicts[f"{start}is better than dense at the training length on every domain"] == "holds"
+    assert verdicts[f"{start}gets no worse at 16 times the training length"] == "holds"
+    assert verdicts[f"{start}is ahead of dense past the training length, however dense is helped there"] == "partly"
+    assert not any("rungs" in words for words in verdicts)

@@ -32,6 +32,8 @@ def says(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
         ("run smoke --only dens", "no run of the study is named 'dens': did you mean 'dense'?"),
         ("run smoke --minutes -1", "--minutes is -1; it must be above 0"),
         ("run smoke --minutes nan", "--minutes is nan; it must be above 0"),
+        ("run smoke --seconds 0", "--seconds is 0; it must be above 0"),
+        ("run smoke --seconds 300 --tokens 10k", "--seconds is 300 and --tokens 10k; give one of them"),
         ("report nowhere", "nowhere does not exist"),
     ],
 )

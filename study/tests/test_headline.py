@@ -10,7 +10,8 @@ import pytest
 from study.ladder import LADDER
 from study.presets import STUDIES
 from study.report import charts
-from study.report.headline import RIVAL, tuned_headline
+from study.report.headline import tuned_headline
+from study.report.tuned import RIVAL
 from study.rivals import MODELS, at_rate
 
 NEAR, FAR = "1024", "16384"
