@@ -35,15 +35,16 @@ def _of_budget(found: Records) -> Table:
         if step.name in found
     ]
     one = next(iter(found.values()))
+    budget = f"{one['tokens'] / 1e6:.0f}"
     note = (
-        f"{one['tokens'] / 1e6:.0f} M tokens, seed {one['seed']}, {where_run(found.values())}; in sequences of "
+        f"{budget} M tokens, seed {one['seed']}, {where_run(found.values())}; in sequences of "
         f"{_length(one):,} the geometric mean of the four sets' perplexities over {over_sets(one, 'targets'):,} tokens "
         "of each, and the mean of their bits a byte, which another vocabulary leaves comparable. One seed: "
         "between two seeds of one recipe perplexity differed by 1 to 2 % at 3e-3 with AdamW, most of it from the order "
         "of the text, which is the same in all steps of one length and batch. Make a step again with `python -m study "
-        f"run ladder --data DATA --tokens {one['tokens'] / 1e6:.0f}M --only STEP`."
+        f"run ladder --data DATA --tokens {budget}M --only STEP`."
     )
-    return table("The ladder: from the paper's recipe to the project's", note, rows, words=3)
+    return table(f"The ladder: from the paper's recipe to the project's, {budget} M tokens", note, rows, words=3)
 
 
 def _measured(record: dict[str, Any], before: dict[str, Any] | None) -> dict[str, str]:
