@@ -4,6 +4,7 @@ import os
 import platform
 import sys
 import tempfile
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,8 @@ def versions() -> dict[str, str]:
     """The versions that may move a result; packages that are not installed are left out."""
     found = {"fibattn": __version__, "python": platform.python_version()}
     for name in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 

@@ -1,7 +1,6 @@
 """Sequences that processes of torchrun share, each cut over a few of them: for evaluation, without gradients."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -44,14 +43,9 @@ class Sharing:
         """Of `count` sequences those of this process's group."""
         return range(self.group, count, self.groups)
 
-    @contextmanager
-    def parts(self, *buffers: Tensor) -> Iterator[None]:
+    def parts(self, *buffers: Tensor) -> AbstractContextManager[None]:
         """Inside, the buffers (sequences, tokens) are this process's part of them, and the model takes parts."""
-        if self._cutter is None:
-            yield
-            return
-        with self._cutter.cut(buffers, [1] * len(buffers)):
-            yield
+        return nullcontext() if self._cutter is None else self._cutter.cut(buffers, [1] * len(buffers))
 
     def whole(self, found: Tensor, count: int) -> Tensor:
         """Of (own sequences, tokens of a part) from every process, (count, tokens), in order."""
