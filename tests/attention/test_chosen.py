@@ -86,7 +86,8 @@ def test_what_is_wrong_is_said() -> None:
         attend(q, k, v, ChosenPattern())  # pyright: ignore
     with pytest.raises(InputError, match=r"the far k is \(2, 9, 4, 8\) .*; expected it like k: \(2, 9, 2, 8\)"):
         attend_chosen(q, k, v, ChosenPattern(), far=(far_q, far_q))
-    with pytest.raises(InputError, match=r"trust is \(4,\) torch.float64; expected one number for each KV head"):
-        attend_chosen(q, k, v, ChosenPattern(), far=(far_q, far_k), trust=trust.repeat(2))
+    for wrong in (trust.repeat(2), trust.to("meta")):
+        with pytest.raises(InputError, match=r"trust is .*64 on (cpu|meta); expected 2 floating-point numbers on cpu"):
+            attend_chosen(q, k, v, ChosenPattern(), far=(far_q, far_k), trust=wrong)
     with pytest.raises(InputError, match=r"block is 24; blocks have 16, 32, 64 or 128 keys"):
         ChosenPattern(block=24)

@@ -146,8 +146,10 @@ def _check_far(q: Tensor, k: Tensor, far_q: Tensor, far_k: Tensor, trust: Tensor
         if (x.shape, x.dtype, x.device) != (like.shape, like.dtype, like.device):
             found = f"{tuple(x.shape)} {x.dtype} on {x.device}"
             raise InputError(f"the far {name} is {found}; expected it like {name}: {tuple(like.shape)} {like.dtype}")
-    if trust is not None and (trust.shape != k.shape[2:3] or not trust.is_floating_point()):
-        raise InputError(f"trust is {tuple(trust.shape)} {trust.dtype}; expected one number for each KV head")
+    good = trust is None or (trust.shape == k.shape[2:3] and trust.is_floating_point() and trust.device == q.device)
+    if trust is not None and not good:
+        found = f"{tuple(trust.shape)} {trust.dtype} on {trust.device}"
+        raise InputError(f"trust is {found}; expected {k.shape[2]} floating-point numbers on {q.device}")
 
 
 @torch.library.impl(_library, "choose_blocks", "CUDA")
