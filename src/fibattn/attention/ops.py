@@ -50,8 +50,15 @@ def attend(
     if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         # Compiled, PyTorch loses the gradient of an operator inside `torch.func.grad`: it gives zeros, and warns.
         torch._dynamo.graph_break()
-    out, lse = _Attend.apply(q, k, v, alpha, positions, scale, *as_integers(patterns), interpreted(backend, q))
+    given = (q, k, v, alpha, positions, scale, *as_integers(patterns), interpreted(backend, q))
+    out, lse = _Attend.apply(*given) if _tracked() else torch.ops.fibattn.attend_forward(*given)
     return out, lse.to(wide(q))
+
+
+def _tracked() -> bool:
+    """Whether more than the output may be wanted. A function of autograd costs the host as much as all the rest."""
+    transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed
 
 
 def interpreted(backend: str, q: Tensor) -> bool:

@@ -16,12 +16,11 @@ from transformers.cache_utils import Cache
 from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fibattn.attention import attend, attend_cached
 from fibattn.errors import InputError
 from fibattn.model import batching
+from fibattn.model.attention import attend_by_choice, attend_by_distance
 from fibattn.model.cache import RingLayer, check_full, ring_of
 from fibattn.model.converted_pattern import ConvertedLayer
-from fibattn.model.convolution import attend_by_choice
 from fibattn.model.positions import Shard, document_positions, packed_positions, says_nothing
 from fibattn.pattern import ChosenPattern
 
@@ -137,10 +136,7 @@ def attention(
     if isinstance(own.pattern, ChosenPattern):
         how["trust"] = module.trust if hasattr(module, "trust") else k.new_zeros(k.shape[2])
         return attend_by_choice(q, k, v, own.pattern, fibattn_ring, at, **how), None
-    if fibattn_ring is None:
-        return attend(q, k, v, own.pattern, **how), None
-    rings = fibattn_ring.take(k, v)
-    return attend_cached(q, *rings, k, v, own.pattern, cache_positions=at, **how), None
+    return attend_by_distance(q, k, v, own.pattern, fibattn_ring, at, **how), None
 
 
 def check_engine(own: ConvertedLayer, engine: str) -> None:

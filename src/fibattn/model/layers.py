@@ -12,12 +12,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from fibattn.attention import attend, attend_cached
 from fibattn.errors import InputError
 from fibattn.model import batching
+from fibattn.model.attention import attend_by_choice, attend_by_distance
 from fibattn.model.cache import RingLayer, check_full, ring_of
 from fibattn.model.configuration import FibAttnConfig
-from fibattn.model.convolution import attend_by_choice, convolved, take
+from fibattn.model.convolution import convolved
 from fibattn.model.feed_forward import gains_from_padding, padded_gated
 from fibattn.model.layer import LearnedScale, new_theta
 from fibattn.model.norm import FibAttnRMSNorm
@@ -123,10 +123,7 @@ class FibAttnAttention(LearnedScale):
             alpha = None if self.theta is None else self.alpha
             return batching.attend_batch(q, k, v, self.pattern, kwargs, alpha=alpha, scale=self.scaling)
         how["alpha"] = self.alpha
-        if ring is None:
-            return attend(q, k, v, self.pattern, **how)
-        (keys, *_), (values, *_) = take(ring, (k, *raw[:1]), (v, *raw[1:]), cache_positions, written=1)
-        return attend_cached(q, keys, values, k, v, self.pattern, cache_positions=cache_positions, **how)
+        return attend_by_distance(q, k, v, self.pattern, ring, cache_positions, raw, **how)
 
     def _attend_fully(
         self,
