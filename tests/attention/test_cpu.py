@@ -19,6 +19,7 @@ from operator_inputs import (
     run,
 )
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from fibattn import LearnedPattern, Pattern, attend
@@ -318,6 +319,16 @@ def test_functional_transforms_equal_autograd(learns: bool) -> None:
         assert torch.equal(pulled, right)
     stacked = torch.func.vmap(lambda q: call(q, *inputs[1:]))(torch.stack([q, 2 * q]))
     torch.testing.assert_close(stacked, torch.stack([call(q, *inputs[1:]), call(2 * q, *inputs[1:])]))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_tangent_is_refused_rather_than_lost(grad: bool) -> None:
+    q, k, v = (x.detach() for x in small())
+    with torch.set_grad_enabled(grad):
+        with pytest.raises(NotImplementedError, match="jvp"):
+            torch.func.jvp(lambda q: attend(q, k, v, Pattern(2)), (q,), (q,))
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+            attend(forward_ad.make_dual(q, torch.ones_like(q)), k, v, Pattern(2))
 
 
 def test_positions_may_be_mapped_over() -> None:
