@@ -45,8 +45,9 @@ def far_table(records: Iterable[dict[str, Any]], rivals: Iterable[dict[str, Any]
         f"scored as half a key; kB: over all layers, the last {one['trained_at']:,} tokens in full ones. Against: a "
         "plain window of about as many keys, beside as many full layers, same seed and text; the least and most of the "
         "sets in brackets. 16×: full layers bounded. Far repeats: perplexity on pairs of tokens that stood at least "
-        f"{FAR_BACK} tokens back. Copied: random tokens named from 256 back. Speeds are of trial forms, dense products "
-        "for all that is chosen. Make a row with `python -m study far --data DATA --tokens 106M --only CANDIDATE`."
+        f"{FAR_BACK} tokens back. Copied: random tokens named from 256 back. Speeds are of trial forms where "
+        "no model's configuration says what is read. Make a row with `python -m study far --data DATA --tokens 106M "
+        "--only CANDIDATE`."
     )
     return [table("Far reading: what was tried in place of single far keys", note, rows, words=2)]
 
