@@ -269,7 +269,7 @@ STUDIES: dict[str, Study] = {
                 model,
                 seed=seed,
                 rope_scaling=("yarn", "linear") if name == "dense" else (),
-                bounds=(1,) if "full_attention" in model.layer_types else (),
+                bounds=rivals.bounds(model),
                 recipe=rivals.at_rate(factor),
             )
             for factor, seed in [
@@ -284,11 +284,12 @@ STUDIES: dict[str, Study] = {
         items=0,
     ),
     "long": Study(
-        "dense and the default recipe, trained on in sequences of 8,192 for a fifth of the tokens",
+        "dense, the default recipe, chosen blocks, a window: a fifth of the tokens more in sequences of 8,192",
         rivals.at_rate(1.0),
         tuple(
-            Run(name, rivals.MODELS[name], bounds=(1,), lengthening=Lengthening(8, share=0.2, sequences=16))
-            for name in ("dense", "rungs-w64-two")
+            Run(name, model, bounds=rivals.bounds(model), lengthening=Lengthening(8, share=0.2, sequences=16))
+            for name, model in rivals.MODELS.items()
+            if name in ("dense", "rungs-w64-two", "blocks-w31-none", "window-w127-none")
         ),
         factors=(1, 8, 16, 32),
         eval_tokens=524_288,

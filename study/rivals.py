@@ -29,19 +29,27 @@ def _models() -> dict[str, ModelRecipe]:
         ("four", 70),
         ("four", 128),
         ("none", 70),
+        ("none", 127),
     ):
         of, which = places[full]
         models[f"window-w{window}-{full}"] = _attending(window, which, of=of, sparse="sliding_attention")
-    return models
+    blocks = _attending(31, (), of=16, sparse="chosen_attention")
+    return {**models, "blocks-w31-none": replace(blocks, kv_convolution=4)}
 
 
 MODELS = _models()
-"""By name: rungs or a plain window of so many distances, beside so many full layers of 16."""
+"""By name: rungs, a plain window of so many distances, or a window and chosen blocks (as in `study far --only best`),
+beside so many full layers of 16."""
 
 FACTORS = (0.5, 1.0, 2.0)
 """The rates that are tried, in those of the default recipe; AdamW's and Muon's together."""
 
 SEEDS = (42, 43, 44)
+
+
+def bounds(model: ModelRecipe) -> tuple[int, ...]:
+    """Of the full layers, in training lengths; none where there is no full layer."""
+    return (1,) if "full_attention" in model.layer_types else ()
 
 
 def at_rate(factor: float) -> Recipe:

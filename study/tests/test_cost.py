@@ -20,8 +20,9 @@ SHAPE = {
 }
 
 
-def test_dense_model_runs_the_operations_that_were_counted() -> None:
-    config = FibAttnConfig(**SHAPE, layer_types=["full_attention"] * 3)
+@pytest.mark.parametrize("gated", [True, False])
+def test_dense_model_runs_the_operations_that_were_counted(gated: bool) -> None:
+    config = FibAttnConfig(**SHAPE, layer_types=["full_attention"] * 3, gated_mlp=gated)
     config._attn_implementation = "eager"
     model = FibAttnForCausalLM(config)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -39,6 +40,15 @@ def test_keys_are_those_of_the_pattern(schedule: str) -> None:
         (pattern,) = config.layer_patterns(layer) or ()
         attended = [sum(distance <= query for distance in pattern.distances) for query in range(50)]
         assert keys == pytest.approx(sum(attended) / 50)
+
+
+def test_chosen_blocks_count_with_their_window_and_the_means_that_are_scored() -> None:
+    config = FibAttnConfig(**SHAPE, layer_types=["chosen_attention"] * 3, blocks=1, block_size=16, block_reach=40)
+    reads = [min(query, 3) + 1 for query in range(50)]
+    for query in range(50):
+        behind = [first for first in (0, 16, 32) if 15 < query - first <= 40]
+        reads[query] += 16 * min(len(behind), 1) + len(behind) / 2
+    assert mean_keys(config, 50) == pytest.approx([sum(reads) / 50] * 3)
 
 
 def test_attention_share_is_the_papers() -> None:

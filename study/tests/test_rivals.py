@@ -42,7 +42,8 @@ def test_rivals_have_one_size(run) -> None:
         with torch.device("meta"):
             made = FibAttnForCausalLM(model_config(type(recipe)(model=model), 1024, 0))
         sizes.append(sum(parameter.numel() for parameter in made.parameters()))
-    assert sizes[0] == sizes[1]
+    # A convolution has a few weights that are nobody's else.
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.001 if run.model.kv_convolution else 0)
 
 
 def test_the_default_recipe_is_among_them() -> None:
