@@ -8,6 +8,7 @@ import torch
 from paged_requests import MIX, STEPS, requests
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from fibattn.attention import attend_cached
 from fibattn.attention.paged import Batch, attend_paged, store_paged
@@ -104,8 +105,24 @@ def test_new_tokens_go_where_their_slots_say():
 
 
 @pytest.mark.parametrize("kind", ["linear", "learned", "bounded mixture", "mixture"])
-def test_batched_requests_have_the_tokens_of_generate(kind):
+def test_batched_requests_have_the_tokens_of_generate(kind: str):
     """Bounded models run as CUDA graphs here, which Transformers captures."""
+    check_batch(kind)
+
+
+def test_buffers_are_cleared_before_they_are_filled(monkeypatch: pytest.MonkeyPatch):
+    """However late the GPU is with what was to be done before."""
+    start = ContinuousBatchingManager.start
+
+    def start_late(manager: ContinuousBatchingManager) -> None:
+        torch.cuda._sleep(2_000_000_000)
+        start(manager)
+
+    monkeypatch.setattr(ContinuousBatchingManager, "start", start_late)
+    check_batch("linear")
+
+
+def check_batch(kind: str) -> None:
     made = tiny_models.model(kind, hidden_size=128, head_dim=32).cuda()
     prompts = [tiny_models.tokens(1, length, seed=length)[0].tolist() for length in (1, 5, 64, 150, 700)]
     greedy = GenerationConfig(max_new_tokens=20, do_sample=False, eos_token_id=-1, pad_token_id=0)

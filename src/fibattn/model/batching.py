@@ -91,6 +91,17 @@ def start_batching(
         return add(input_ids, *args, **kwargs)
 
     manager.add_request = add_request
+    create = manager._create_batch_processor
+
+    def create_settled() -> Any:
+        # Transformers (5.17 to 5.24) clears its buffers on this thread's stream, and fills them on others that do not
+        # wait for it: while the GPU is busy, the first requests would be cleared again.
+        processor = create()
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+        return processor
+
+    manager._create_batch_processor = create_settled
     return manager
 
 
