@@ -57,8 +57,9 @@ def attend(
 
 def _tracked() -> bool:
     """Whether more than the output may be wanted. A function of autograd costs the host as much as all the rest."""
-    transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    return torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return True
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def interpreted(backend: str, q: Tensor) -> bool:
