@@ -257,6 +257,8 @@ class ChosenPattern:
         blocks: how many a query chooses; the query heads of a KV head choose together.
         block: keys of a block: 16, 32, 64 or 128.
         reach: how far back the first key of a block may be, below 64 blocks.
+        anchored: whoever can choose the first block of its document does. Models that were trained dense leave much
+            attention there.
 
     Raises:
         InputError: for values outside the above.
@@ -266,6 +268,7 @@ class ChosenPattern:
     blocks: int = 4
     block: int = 16
     reach: int = 1023
+    anchored: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "window", Pattern(self.window).window)

@@ -40,7 +40,8 @@ from study.probes.settings import Healing
 _COPIED = (256, 512)
 _FREE = ("data", "rows", "work", "learning_rate")
 """Settings that may differ where rows are added to a result."""
-_PLACEMENTS, _SHAPES = ("measured", "own", "evenly", "worst", "fresh"), ("rungs", "window", "window-W", "blocks-W-N")
+_PLACEMENTS = ("measured", "own", "evenly", "worst", "fresh")
+_SHAPES = ("rungs", "window", "window-W", "blocks-W-N", "anchored-W-N")
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class _Row:
             row = cls(placement, int(count), shape, float(part), learning_rate if heals else None)
         except ValueError:
             row = None
-        shaped = row is not None and re.fullmatch(r"rungs|window|window-\d+|blocks-\d+-\d+", row.shape)
+        shaped = row is not None and re.fullmatch(r"rungs|window|window-\d+|(blocks|anchored)-\d+-\d+", row.shape)
         if row is None or not shaped or row.placement not in _PLACEMENTS or not 0 <= row.part <= 1:
             known = f"PLACEMENT ({', '.join(_PLACEMENTS)}), SHAPE ({', '.join(_SHAPES)}), PART from 0 to 1"
             raise InputError(f"{text!r} is no row; give PLACEMENT:COUNT:SHAPE:PART, as measured:4:rungs:0.02: {known}")
@@ -145,9 +146,9 @@ def _pattern(settings: Healing, shape: str, config: Any) -> tuple[dict[str, Any]
     """The arguments of `fibattn.convert`, and how many keys a query of a converted layer has."""
     trained_at = config.max_position_embeddings
     kind, *numbers = shape.split("-")
-    if kind == "blocks":
+    if kind in ("blocks", "anchored"):
         window, blocks = map(int, numbers)
-        return {"window": window, "blocks": blocks}, window + 1 + 16 * blocks
+        return {"window": window, "blocks": blocks, "block_anchor": kind == "anchored"}, window + 1 + 16 * blocks
     if numbers:
         return {"window": int(numbers[0]), "rungs": 0}, int(numbers[0]) + 1
     given = {"window": settings.window, "base": "fibonacci", "schedule": "linear", "rungs": 15}

@@ -144,8 +144,8 @@ class Healing:
     """What is measured, in this order, each PLACEMENT:COUNT:SHAPE:PART. COUNT layers stay full: those found on held-out
     text beside rungs (measured) or beside the row's own SHAPE (own), evenly over the depth, or whose loss alone hurts
     least (worst); fresh are the measured ones in a model trained from nothing. The others have rungs, a window of as
-    many keys, window-W, or blocks-W-N: a window W and N blocks of 16 keys that each query chooses. PART of the tokens
-    heals, 0 none."""
+    many keys, window-W, or blocks-W-N: a window W and N blocks of 16 keys that each query chooses, or anchored-W-N:
+    one of them is always the first of the text. PART of the tokens heals, 0 none."""
     window: int = 64
     """Of the layers with rungs."""
     learning_rate: float = 3e-4

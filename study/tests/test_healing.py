@@ -77,13 +77,13 @@ def test_windows_by_their_width_and_blocks_have_places_of_their_own(
 ) -> None:
     out = tmp_path / "healing.json"
     rows = ["own:1:blocks-7-1:0", "own:1:blocks-15-4:0", "own:2:window-5:0", "own:1:blocks-7-1:0.02"]
-    rows.append("evenly:1:window-23:0")
+    rows += ["evenly:1:window-23:0", "evenly:1:anchored-7-1:0"]
     words = ["--tokens", 40_000, "--work", tmp_path / "work", "--out", out, "--factors", 1, "--rows", *rows]
     assert probe(dense, prepared, *words) == 0
     found = files.read_json(out)
-    first, few, all_of_them, narrow, healed, wide = found["rows"]
+    first, few, all_of_them, narrow, healed, wide, anchored = found["rows"]
     assert found["search"] is None
-    assert [row["keys"] for row in (few, all_of_them, narrow, wide)] == [24, 80, 6, 24]
+    assert [row["keys"] for row in (few, all_of_them, narrow, wide, anchored)] == [24, 80, 6, 24, 24]
     for row, count in ((few, 1), (all_of_them, 1), (narrow, 2)):
         places = [step["layer"] for step in found["own"][row["shape"]]["search"]]
         assert row["layers"] == ", ".join(map(str, sorted(places[:count])))

@@ -33,6 +33,7 @@ def results(pattern: ChosenPattern, given: list[Tensor], positions: Tensor | Non
         (77, 500, ChosenPattern(5, 2, 16, 200), False),
         (290, 290, ChosenPattern(40, 2, 64, 250), True),
         (9, 9, ChosenPattern(), False),
+        (290, 290, ChosenPattern(5, 1, 16, 250, anchored=True), True),
     ],
 )
 def test_the_cpu_is_the_reference(tokens: int, keys: int, pattern: ChosenPattern, padded: bool) -> None:
@@ -61,9 +62,27 @@ def test_a_choice_has_no_gradient_and_its_score_has() -> None:
     assert trust.grad.abs().min() > 0
 
 
+def test_the_anchor_is_read_while_it_is_in_reach() -> None:
+    q, k, v, *_ = inputs(200, 200)
+    nothing, own = torch.zeros(2, dtype=torch.float64), torch.arange(200)
+    for padding in (0, 21):
+        positions = (own - padding).clamp(min=0)[None]
+        how = {"trust": nothing, "positions": positions}
+        out, _ = attend_chosen(q, k, v, ChosenPattern(20, 1, 16, 120, anchored=True), **how)  # pyright: ignore
+        back = own[:, None] - own
+        anchor = (own >= padding) & (own < padding + 16) & ((positions[0] > 20) & (positions[0] <= 120))[:, None]
+        seen = (back >= 0) & (back <= positions[0][:, None]) & ((back <= 20) | anchor)
+        keys, values = (x.repeat_interleave(2, dim=2).transpose(1, 2) for x in (k, v))
+        right = torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=seen)
+        # Where there is no anchor, a query chooses freely.
+        fixed = (positions[0] > 15) & (positions[0] <= 120) | (positions[0] < 16)
+        torch.testing.assert_close(out[:, fixed], right.transpose(1, 2)[:, fixed])
+
+
+@pytest.mark.parametrize("anchored", [False, True])
 @pytest.mark.parametrize("padding", [0, 23])
-def test_pieces_are_the_whole(padding: int) -> None:
-    pattern, (q, k, v, far_q, far_k, trust) = ChosenPattern(20, 2, 16, 100), inputs(300, 300)
+def test_pieces_are_the_whole(padding: int, anchored: bool) -> None:
+    pattern, (q, k, v, far_q, far_k, trust) = ChosenPattern(20, 2, 16, 100, anchored), inputs(300, 300)
     positions = (torch.arange(300) - padding).clamp(min=0)[None]
     right, _ = attend_chosen(q, k, v, pattern, far=(far_q, far_k), trust=trust, positions=positions)
     rings = tuple(torch.zeros(2, 101, 2, 8, dtype=torch.float64) for _ in range(3))

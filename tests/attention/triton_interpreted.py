@@ -316,6 +316,8 @@ def test_storing_in_pages():
         (21, 100, 3, 1, 24, ChosenPattern(5, blocks=2, reach=80), None),
         (90, 90, 1, 1, 16, ChosenPattern(0, blocks=1, block=32, reach=90), ((0, 40), (7, 7))),  # packed, padded
         (5, 5, 2, 1, 16, ChosenPattern(), None),
+        (21, 100, 3, 1, 24, ChosenPattern(5, blocks=2, reach=99, anchored=True), None),
+        (90, 90, 1, 1, 16, ChosenPattern(0, blocks=1, reach=90, anchored=True), ((0, 40), (7, 7))),
     ],
 )
 def test_chosen_blocks(tokens, keys, heads, kv_heads, size, pattern, starts):

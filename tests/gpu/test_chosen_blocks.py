@@ -29,6 +29,7 @@ def inputs(tokens, keys, heads, kv_heads, size, dtype):
         (600, 600, 2, 2, 128, ChosenPattern(17, block=64, reach=500)),
         (300, 300, 32, 1, 64, ChosenPattern()),
         (1, 1, 8, 2, 64, ChosenPattern()),
+        (900, 900, 8, 2, 64, ChosenPattern(anchored=True)),
     ],
 )
 def test_float32_against_the_reference(tokens, keys, heads, kv_heads, size, pattern, packed):

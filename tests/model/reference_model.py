@@ -55,6 +55,8 @@ def by_choice(near: tuple[Tensor, Tensor], far: tuple[Tensor, Tensor], v: Tensor
             if starts:
                 shares = (far_q[heads, i] @ torch.stack(means).T * scale).softmax(dim=-1).sum(dim=0)
                 taken = shares.topk(min(config.blocks, len(starts))).indices.tolist()
+            if config.block_anchor and 0 in starts and 0 not in taken:
+                taken = [0, *taken[: config.blocks - 1]]
             window = range(max(i - config.window, 0), i + 1)
             scores, read = [q[heads, i] @ k[kv, list(window)].T], list(window)
             for number in taken:

@@ -27,7 +27,7 @@ FAR: dict[str, dict[str, Any]] = {
 """What lets their layers look back as far as a block may be."""
 KINDS = [*ARCHITECTURES, "fibattn"]
 NATIVE = [kind for kind in KINDS if kind not in ("mixtral", "gemma", "gemma3_text")]
-CHOICE: dict[str, Any] = {"window": 6, "blocks": 1, "keep_layers": [1]}
+CHOICE: dict[str, Any] = {"window": 6, "blocks": 2, "keep_layers": [1]}
 
 
 def dense(kind: str, **changes: Any) -> Any:
@@ -115,6 +115,12 @@ def test_how_far_back_a_block_may_be() -> None:
     assert made.config.fibattn_pattern["block_reach"] == 64 * 16 - 1
     short = fibattn.convert(model("llama", max_position_embeddings=100), **CHOICE, block_size=32)
     assert (short.config.fibattn_pattern["block_reach"], short.config.fibattn_pattern["rungs"]) == (99, 0)
+    assert short.config.fibattn_pattern["block_anchor"]
+    free = fibattn.convert(model("llama"), **CHOICE, block_anchor=False)
+    assert not free.config.fibattn_pattern["block_anchor"]
+    assert (
+        free(tokens(1, 120)).logits - fibattn.convert(model("llama"), **CHOICE)(tokens(1, 120)).logits
+    ).abs().max() > 0.1
 
 
 def test_layers_that_look_back_less_are_kept_or_refused() -> None:
@@ -154,7 +160,10 @@ def test_the_card_says_what_is_chosen(tmp_path: Path) -> None:
         write_converted_card(
             tmp_path / kind, kind, "source", AutoModelForCausalLM.from_pretrained(tmp_path / kind), None
         )
-        assert "1 blocks of 16 keys among the last 128" in (tmp_path / kind / "README.md").read_text()
+        assert (
+            "2 blocks of 16 keys among the last 128, the first of the text always"
+            in (tmp_path / kind / "README.md").read_text()
+        )
 
 
 class _Nothing:

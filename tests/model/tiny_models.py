@@ -53,9 +53,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "chosen, rotated": {
         "layer_types": ["chosen_attention", "full_attention", "chosen_attention", "sliding_attention"],
         "no_rope_layers": [1, 0, 1, 1],
-        "blocks": 1,
-        "block_reach": 45,
+        "blocks": 2,
+        "block_reach": 48,
         "block_rope": True,
+        "block_anchor": True,
     },
     "untied": {"tie_word_embeddings": False},
     "modern": {

@@ -46,6 +46,8 @@ def choose(q: Tensor, means: Tensor, pattern: ChosenPattern, limit: Tensor, own:
     nearest = max(pattern.window, pattern.block - 1)
     can = ((first > nearest) & (first <= limit[..., None].clamp(max=pattern.reach)))[:, None]
     shares = _scores(q, means, scale).masked_fill(~can[:, :, None], -1e30).softmax(dim=-1).sum(dim=2)
+    if pattern.anchored:  # more than all shares of all query heads
+        shares = shares + (first == limit[..., None])[:, None] * (q.shape[2] + 1)
     best = shares.masked_fill(~can, -1.0).sort(dim=-1, descending=True, stable=True).indices[..., : pattern.blocks]
     return torch.zeros_like(shares, dtype=torch.bool).scatter_(-1, best, True) & can
 

@@ -20,7 +20,7 @@ _GIVEN = (
     f"Tensor q, Tensor k, Tensor v, Tensor far_q, Tensor far_k, Tensor? positions, Tensor? shift, {_CHOICE}, {_PATTERN}"
 )
 _SAVED = "Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse"
-_CHOOSES = f"Tensor q, Tensor means, int keys, Tensor? positions, Tensor? shift, {_PATTERN}"
+_CHOOSES = f"Tensor q, Tensor means, int keys, Tensor? positions, Tensor? shift, {_PATTERN}, bool anchored"
 _library.define(f"choose_blocks({_CHOOSES}) -> (Tensor, Tensor)")
 _library.define(f"attend_chosen_forward({_GIVEN}) -> (Tensor, Tensor)")
 _library.define(f"attend_chosen_backward({_SAVED}, {_GIVEN}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
@@ -77,7 +77,8 @@ def attend_chosen(
         return blocks.attend(q, k, v, far_q, far_k, trust, pattern, scale, positions)
     shift, means, far_k = _blocks_of(far_k, q.shape[1], positions, pattern.block, trust)
     given = (scale, pattern.window, pattern.reach, pattern.block, pattern.blocks)
-    choice = torch.ops.fibattn.choose_blocks(far_q.detach(), means.detach(), k.shape[1], positions, shift, *given)
+    seen = (far_q.detach(), means.detach(), k.shape[1], positions, shift)
+    choice = torch.ops.fibattn.choose_blocks(*seen, *given, pattern.anchored)
     out, lse = _AttendChosen.apply(q, k, v, far_q, far_k, positions, shift, *choice, *given)
     return out, lse.to(wide(q))
 
@@ -176,7 +177,7 @@ def _(grad_out, grad_lse, out, lse, q, k, v, far_q, far_k, positions, shift, bit
 
 
 @torch.library.register_fake("fibattn::choose_blocks", lib=_library)
-def _(q, means, keys, positions, shift, scale, window, reach, block, count):
+def _(q, means, keys, positions, shift, scale, window, reach, block, count, anchored):
     batch, tokens = q.shape[:2]
     kv_heads = means.shape[2]
     tiles = -(-(keys if shift is None else keys + block - 1) // 16) - (keys - tokens) // 16

@@ -33,6 +33,8 @@ class Arguments:
     """Keys of a block."""
     block_reach: int | None = None
     """How far back a block may begin; as far as in training, 64 blocks at most, when left out."""
+    block_anchor: bool = True
+    """Let one of the blocks always be the first of the text, where pretrained models leave much attention."""
     base: Base = "fibonacci"
     """The distances before scaling: Fibonacci numbers or powers of two."""
     schedule: Schedule = "linear"
@@ -72,7 +74,7 @@ def run(arguments: list[str]) -> None:
         print(f"{chosen.out} is a {type(dense).__name__} again")
         return
     farthest = model.base_model.config.max_position_embeddings - 1
-    names = ("window", "rungs", "base", "schedule", "blocks", "block_size", "block_reach")
+    names = ("window", "rungs", "base", "schedule", "blocks", "block_size", "block_reach", "block_anchor")
     pattern = {name: getattr(chosen, name) for name in names}
     pattern["max_offset"] = farthest if chosen.max_offset == "sequence" else chosen.max_offset
     kept, placement = _kept(chosen, model, tokenizer, pattern)

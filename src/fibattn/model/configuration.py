@@ -83,6 +83,7 @@ class FibAttnConfig(FoundByShim, PreTrainedConfig):
         block_reach: how far back the first key of a block may be.
         block_rope: blocks are chosen and read by queries and keys with rotary positions, as the window is. Without
             it, by those that have none. A converted model has them.
+        block_anchor: one of the blocks is the first of the document, while it is in reach.
         kv_convolution: to each channel of keys and values a learned sum over its last so many tokens is added, in all
             layers but those of `full_attention`; 0 for none.
         no_rope_layers: for each layer 1 with RoPE or 0 without, as in Transformers' SmolLM3; all 1 when None.
@@ -147,6 +148,7 @@ class FibAttnConfig(FoundByShim, PreTrainedConfig):
     block_size: int = 16
     block_reach: int = 1023
     block_rope: bool = False
+    block_anchor: bool = False
     kv_convolution: int = 0
     converted_from: dict | None = None
 
@@ -242,7 +244,7 @@ class FibAttnConfig(FoundByShim, PreTrainedConfig):
     @property
     def chosen_pattern(self) -> ChosenPattern:
         """What the layers of `chosen_attention` attend to."""
-        return ChosenPattern(self.window, self.blocks, self.block_size, self.block_reach)
+        return ChosenPattern(self.window, self.blocks, self.block_size, self.block_reach, self.block_anchor)
 
     def layer_pattern(self, layer: int) -> tuple[Pattern, ...] | LearnedPattern | ChosenPattern | None:
         """What a layer attends to, of whatever kind; None for unbounded attention."""

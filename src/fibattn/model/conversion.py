@@ -59,6 +59,7 @@ def convert(
     blocks: int | None = None,
     block_size: int = 16,
     block_reach: int | None = None,
+    block_anchor: bool = True,
 ) -> PreTrainedModel:
     """Turn the attention of a loaded Transformers decoder into fixed-offset attention, in place.
 
@@ -85,6 +86,7 @@ def convert(
         block_size: keys of a block: 16, 32, 64 or 128.
         block_reach: how far back the first key of a block may be; the model's `max_position_embeddings` - 1 when None,
             at most `64 * block_size - 1`.
+        block_anchor: one of the blocks is always the first of the document, while it is in reach.
 
     Returns:
         `model` itself.
@@ -115,7 +117,8 @@ def convert(
     if blocks is not None:
         limit = min(decoder.config.max_position_embeddings - 1, 64 * whole_number("block_size", block_size) - 1)
         given = (blocks, block_size, limit if block_reach is None else block_reach)
-        entry |= {name: whole_number(name, value) for name, value in zip(BLOCKS, given, strict=True)}
+        entry |= {name: whole_number(name, value) for name, value in zip(BLOCKS, given, strict=False)}
+        entry["block_anchor"] = bool(block_anchor)
     if isinstance(model, FibAttnPreTrainedModel):
         config: Any = native_config(model.config, with_offsets(entry, layers_of(model.config, entry)))
         return attend_by(model, config)

@@ -16,7 +16,7 @@ from fibattn.pattern import ChosenPattern, Pattern, layer_patterns
 STORED_PATTERN = "fibattn_pattern"
 """The entry of a converted model's configuration, while it is in memory."""
 
-BLOCKS = ("blocks", "block_size", "block_reach")
+BLOCKS = ("blocks", "block_size", "block_reach", "block_anchor")
 """What a pattern has besides where queries choose blocks; no rungs then."""
 
 FIELDS = ("window", "base", "schedule", "rungs", "rung_reach", "max_offset", "keep_layers", "full_reach", *BLOCKS)

@@ -204,7 +204,8 @@ def _converted_row(layer: ConvertedLayer) -> str:
 
 
 def _blocks(chosen: ChosenPattern) -> str:
-    return f"{chosen.blocks} blocks of {chosen.block} keys among the last {chosen.reach + 1:,}"
+    anchor = ", the first of the text always" if chosen.anchored else ""
+    return f"{chosen.blocks} blocks of {chosen.block} keys among the last {chosen.reach + 1:,}{anchor}"
 
 
 def _grouped(rows: Sequence[str]) -> Iterator[str]:

@@ -56,11 +56,12 @@ def choose(
     reach: int,
     block: int,
     count: int,
+    anchored: bool,
 ) -> Choice:
     """What the queries (batch, tokens, query heads, size), the last of `keys`, choose.
 
     By the mean keys of the blocks, (batch, blocks, KV heads, size): those with the largest shares, which the query
-    heads of a KV head would each give them, summed.
+    heads of a KV head would each give them, summed; where `anchored`, before these the first block of the document.
     """
     shape = shape_of(q, means)
     batch, tokens = q.shape[:2]
@@ -76,6 +77,7 @@ def choose(
         **launch.sizes(shape, launch.wide(q, means)),
         BLOCK=block,
         COUNT=count,
+        ANCHORED=anchored,
         num_warps=warps_for(shape),
         num_stages=1,
     )
@@ -125,6 +127,7 @@ def choose_kernel(
     BD: tl.constexpr,
     BLOCK: tl.constexpr,
     COUNT: tl.constexpr,
+    ANCHORED: tl.constexpr,
     EXACT: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -140,7 +143,8 @@ def choose_kernel(
     first_block = (first_tile + i_tile) * TILE // BLOCK - SLOTS
     o_block = first_block + tl.arange(0, SLOTS)
     b_means = load_rows(p_means, o_block, stride_m[1], o_block >= 0, SIZE, BD, WIDE)
-    b_limit = tl.minimum(query_limit(p_positions, stride_positions, i_batch, o_query, past, m_query), reach)
+    b_place = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_query)
+    b_limit = tl.minimum(b_place, reach)
     b_first = (o_query + past)[:, None] - (o_block * BLOCK - shift)[None, :]
     m_block = (b_first > tl.maximum(window, BLOCK - 1)) & (b_first <= b_limit[:, None])
     m_block = m_block & (o_block >= 0)[None, :] & m_query[:, None]
@@ -153,6 +157,8 @@ def choose_kernel(
         b_s = tl.where(m_block, b_s, -1e30)
         b_p = power(b_s - tl.max(b_s, 1)[:, None], EXACT)
         b_share += b_p / tl.sum(b_p, 1)[:, None]
+    if ANCHORED:  # more than all shares of all query heads
+        b_share += tl.where(b_first == b_place[:, None], GROUP + 1.0, 0.0)
     b_share = tl.where(m_block, b_share, -1.0)
 
     b_bits = tl.zeros([TILE], tl.int64)
