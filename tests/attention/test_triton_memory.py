@@ -18,6 +18,7 @@ from fibattn.attention.triton import (  # noqa: E402
     backward,
     chosen,
     chosen_backward,
+    chosen_decode,
     chosen_forward,
     decode,
     forward,
@@ -32,7 +33,7 @@ SMALL_GPU, SHARED_MEMORY = 86, 101_376
 POINTERS = dict.fromkeys(("p_positions", "p_cache_positions", "p_table", "p_rungs"), "i32")
 POINTERS |= dict.fromkeys(("p_starts", "p_lengths", "p_first", "p_lists"), "i32")
 POINTERS |= {"p_bits": "i64"}
-POINTERS |= dict.fromkeys(("p_fractions", "p_factors", "p_grad_lse"), "fp32")
+POINTERS |= dict.fromkeys(("p_fractions", "p_factors", "p_grad_lse", "p_trust"), "fp32")
 
 
 def shared_memory(kernel: Any, sizes: dict[str, Any], dtype: str, absent: set[str]) -> int:
@@ -117,6 +118,18 @@ def test_decoding_fits_a_small_gpu(dtype: torch.dtype, size: int, group: int, le
     absent = {"p_positions"} | (set() if learned else {"p_fractions"})
     word = "fp32" if shape.exact else "bf16"
     assert shared_memory(decode.decode_kernel, sizes, word, absent) <= SHARED_MEMORY
+
+
+@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 64), (torch.bfloat16, 256), (torch.float32, 128)])
+def test_decoding_by_choice_fits_a_small_gpu(dtype: torch.dtype, size: int, far: bool) -> None:
+    q, k = (torch.empty(1, 1, heads, size, dtype=dtype, device="meta") for heads in (8, 1))
+    shape = shape_of(q, k)
+    columns, stages = decode.tiles_for(shape, window=31)
+    sizes = {"GROUP": 8, "SIZE": size, "BD": shape.padded_size, "ROWS": 16, "BLOCK": 64, "COUNT": 4, "FAR": far}
+    sizes |= {"BN": min(columns, 64), "num_warps": 4, "num_stages": stages}
+    word = "fp32" if shape.exact else "bf16"
+    assert shared_memory(chosen_decode.chosen_decode_kernel, sizes, word, {"p_positions"}) <= SHARED_MEMORY
 
 
 @pytest.mark.parametrize("size", [64, 128])

@@ -9,7 +9,7 @@ import torch
 import triton.runtime.interpreter as interpreter
 from paged_requests import MIX, STEPS, requests
 
-from fibattn.attention import attend, attend_cached, attend_chosen
+from fibattn.attention import attend, attend_cached, attend_chosen, attend_chosen_cached
 from fibattn.attention.paged import attend_paged, packed, store_paged
 from fibattn.errors import InputError
 from fibattn.pattern import ChosenPattern, LearnedPattern, Pattern
@@ -333,3 +333,37 @@ def test_chosen_blocks(tokens, keys, heads, kv_heads, size, pattern, starts):
         return attend_chosen(q, k, v, pattern, **how)
 
     agree(function, inputs)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "size", "kv_heads", "has_far", "padding"),
+    [
+        (ChosenPattern(5, blocks=2, reach=70), 24, 2, True, 0),
+        (ChosenPattern(20, blocks=1, block=32, reach=70), 16, 1, False, 3),
+        (ChosenPattern(0, blocks=3, reach=70), 16, 1, True, 19),
+    ],
+)
+def test_a_step_that_chooses_blocks(pattern, size, kv_heads, has_far, padding):
+    tokens = 100
+    q, k, v = tensors(2, tokens, tokens, 4, kv_heads, size)
+    far = (q.flip(-1) * 0.7, k.flip(-1) * 0.7) if has_far else None
+    trust = torch.linspace(0.5, 1.5, kv_heads) if has_far else None
+    place = torch.arange(tokens)[None]
+    positions = (place - torch.tensor([[0], [padding]])).clamp(min=0) if padding else None
+    rings = [torch.zeros(2, 71, kv_heads, size) for _ in range(3 if has_far else 2)]
+    numbers = (size**-0.5, pattern.window, pattern.reach, pattern.block, pattern.blocks)
+    for now in range(tokens):
+        mine, before = slice(now, now + 1), [ring.clone() for ring in rings]
+        of = {"far": None if far is None else (far[0][:, mine], far[1][:, mine]), "trust": trust}
+        at = None if positions is None else positions[:, mine]
+        new = (k[:, mine], v[:, mine])
+        how = {**of, "cache_positions": place[:, mine], "positions": at}
+        right = attend_chosen_cached(q[:, mine], tuple(rings), *new, pattern, **how)
+        if now not in (0, 1, 16, 38, 39, 70, 71, 98, 99):
+            continue
+        caches = (*before, None)[:3]
+        given = (*new, *(of["far"] or (None, None)), trust, place[:, mine], at, *numbers)
+        found = torch.ops.fibattn.attend_chosen_step(q[:, mine], *caches, *given)
+        assert all(torch.equal(mine, ring) for mine, ring in zip(before, rings, strict=True))
+        real = slice(None) if now >= padding else slice(0, 1)
+        torch.testing.assert_close(found[real], right[real], rtol=1e-5, atol=1e-5)

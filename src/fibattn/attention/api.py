@@ -147,7 +147,7 @@ def attend_cached(
     reach = reach_of(patterns)
     check_rings(q, k_cache, v_cache, k, cache_positions, reach)
     chosen = choose(backend, q)
-    if not _is_step(chosen, q, k, v, alpha):
+    if not is_step(chosen, q, k, v, alpha):
         keys, values, limit = _take(k_cache, v_cache, k, v, cache_positions, positions, reach)
         limit = check_positions(q, keys, limit, None)
         return ops.attend(q, keys, values, alpha, limit, scale, patterns, chosen)[0]
@@ -156,7 +156,7 @@ def attend_cached(
     return torch.ops.fibattn.attend_step(*rings, alpha, positions, *given)
 
 
-def _is_step(backend: str, q: Tensor, *others: Tensor | None) -> bool:
+def is_step(backend: str, q: Tensor, *others: Tensor | None) -> bool:
     """Whether the one-token kernel applies; it knows no gradients."""
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, *others))
     return q.shape[1] == 1 and backend != "reference" and not differentiable

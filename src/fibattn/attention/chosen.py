@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fibattn.attention import blocks, ring
-from fibattn.attention.api import Backend, choose
+from fibattn.attention.api import Backend, choose, is_step
 from fibattn.attention.checks import check_positions, check_rings, check_tensors, under_autocast
 from fibattn.attention.ops import kernels, output_and_sums, result_like
 from fibattn.attention.reference import wide
@@ -24,6 +24,9 @@ _CHOOSES = f"Tensor q, Tensor means, int keys, Tensor? positions, Tensor? shift,
 _library.define(f"choose_blocks({_CHOOSES}) -> (Tensor, Tensor)")
 _library.define(f"attend_chosen_forward({_GIVEN}) -> (Tensor, Tensor)")
 _library.define(f"attend_chosen_backward({_SAVED}, {_GIVEN}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+_RINGS = "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? far_cache, Tensor k, Tensor v"
+_STEP = f"Tensor q, {_RINGS}, Tensor? far_q, Tensor? far_k, Tensor? trust, Tensor cache_positions, Tensor? positions"
+_library.define(f"attend_chosen_step({_STEP}, {_PATTERN}) -> Tensor")
 
 
 def attend_chosen(
@@ -98,8 +101,9 @@ def attend_chosen_cached(
 ) -> Tensor:
     """`attend_chosen` for the next tokens of a sequence whose earlier ones are in rings, which receive the new ones.
 
-    In plain PyTorch on every device; the cost of a token does not depend on how long the sequence is. The rings are
-    written in place, outside of autograd; gradients reach the tensors of this call.
+    The cost of a token does not depend on how long the sequence is; on a GPU a single one without gradients is one
+    kernel, all else is plain PyTorch. The rings are written in place, outside of autograd; gradients reach the tensors
+    of this call.
 
     Args:
         q, k, v, far, trust, scale: as in `attend_chosen`.
@@ -112,6 +116,11 @@ def attend_chosen_cached(
     _check_far(q, k, far_q, far_k, trust)
     positions = check_positions(q, k, positions, None)
     check_rings(q, rings[0], rings[1], k, cache_positions, pattern.reach)
+    if choose("auto", q) == "triton" and is_step("triton", q, k, v, far_q, far_k, trust):
+        own_far = (None, None, None) if far is None else (rings[2], far_q, far_k)
+        given = (q, rings[0], rings[1], own_far[0], k, v, *own_far[1:], trust, cache_positions, positions)
+        numbers = (scale, pattern.window, pattern.reach, pattern.block, pattern.blocks)
+        return torch.ops.fibattn.attend_chosen_step(*given, *numbers)
     at, own = blocks.needed(cache_positions, positions, pattern)
     new, seen = at - cache_positions[:, :1], []
     written = (k, v) if far is None else (k, v, far_k)
@@ -174,6 +183,16 @@ def _(grad_out, grad_lse, out, lse, q, k, v, far_q, far_k, positions, shift, bit
     choice, given = room.chosen.Choice(bits, lists), (q, k, v, far_q, far_k)
     saved = (grad_out, grad_lse, out, lse)
     return room.chosen_backward.backward(*saved, given, positions, shift, scale, window, block, choice)
+
+
+@torch.library.impl(_library, "attend_chosen_step", "CUDA")
+@torch.library.impl(_library, "attend_chosen_step", "CPU")
+def _(q, k_cache, v_cache, far_cache, k, v, far_q, far_k, trust, cache_positions, positions, *pattern) -> Tensor:
+    rings, far = ((k_cache, v_cache), None) if far_cache is None else ((k_cache, v_cache, far_cache), (far_q, far_k))
+    return kernels().chosen_decode.decode(q, rings, k, v, far, trust, cache_positions, positions, *pattern)
+
+
+torch.library.register_fake("fibattn::attend_chosen_step", lambda q, *_, **__: result_like(q), lib=_library)
 
 
 @torch.library.register_fake("fibattn::choose_blocks", lib=_library)

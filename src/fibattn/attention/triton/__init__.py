@@ -7,8 +7,8 @@ From the ground up, a room importing those before it:
 - `columns.py` and `dense_window.py`, the two ways to the keys of a tile: gathered by a table, or one after the other;
 - `learned.py`, rungs between two keys, where a learned alpha puts them, and the columns of any pattern;
 - `launch.py`, tile sizes and the arguments that the kernels share;
-- `chosen.py`, `chosen_forward.py`, `chosen_backward.py`, where queries choose blocks of keys;
-- `forward.py`, `key_gradients.py`, `backward.py`, `decode.py` and `paged.py`, the kernels.
+- `forward.py`, `key_gradients.py`, `backward.py`, `decode.py` and `paged.py`, the kernels;
+- `chosen.py`, `chosen_forward.py`, `chosen_backward.py`, `chosen_decode.py`, those where queries choose blocks of keys.
 
 In kernels, names begin with what they are: `p_` a pointer, `i_` which program or step, `o_` indices, `b_` a block
 of values, `m_` a mask. Capitals are known when a kernel is compiled. A pointer that is None stands for what a call does
@@ -26,6 +26,7 @@ from fibattn.attention.triton import (
     backward,
     chosen,
     chosen_backward,
+    chosen_decode,
     chosen_forward,
     columns,
     decode,
@@ -39,6 +40,7 @@ __all__ = [
     "backward",
     "chosen",
     "chosen_backward",
+    "chosen_decode",
     "chosen_forward",
     "columns",
     "columns_of",
