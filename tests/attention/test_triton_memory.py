@@ -126,7 +126,16 @@ def test_decoding_by_choice_fits_a_small_gpu(dtype: torch.dtype, size: int, far:
     q, k = (torch.empty(1, 1, heads, size, dtype=dtype, device="meta") for heads in (8, 1))
     shape = shape_of(q, k)
     columns, stages = decode.tiles_for(shape, window=31)
-    sizes = {"GROUP": 8, "SIZE": size, "BD": shape.padded_size, "ROWS": 16, "BLOCK": 64, "COUNT": 4, "FAR": far}
+    sizes = {
+        "GROUP": 8,
+        "SIZE": size,
+        "BD": shape.padded_size,
+        "ROWS": 16,
+        "BLOCK": 64,
+        "COUNT": 4,
+        "FAR": far,
+        "ANCHORED": True,
+    }
     sizes |= {"BN": min(columns, 64), "num_warps": 4, "num_stages": stages}
     word = "fp32" if shape.exact else "bf16"
     assert shared_memory(chosen_decode.chosen_decode_kernel, sizes, word, {"p_positions"}) <= SHARED_MEMORY

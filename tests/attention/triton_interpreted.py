@@ -340,7 +340,7 @@ def test_chosen_blocks(tokens, keys, heads, kv_heads, size, pattern, starts):
     [
         (ChosenPattern(5, blocks=2, reach=70), 24, 2, True, 0),
         (ChosenPattern(20, blocks=1, block=32, reach=70), 16, 1, False, 3),
-        (ChosenPattern(0, blocks=3, reach=70), 16, 1, True, 19),
+        (ChosenPattern(0, blocks=3, reach=70, anchored=True), 16, 1, True, 19),
     ],
 )
 def test_a_step_that_chooses_blocks(pattern, size, kv_heads, has_far, padding):
@@ -351,7 +351,7 @@ def test_a_step_that_chooses_blocks(pattern, size, kv_heads, has_far, padding):
     place = torch.arange(tokens)[None]
     positions = (place - torch.tensor([[0], [padding]])).clamp(min=0) if padding else None
     rings = [torch.zeros(2, 71, kv_heads, size) for _ in range(3 if has_far else 2)]
-    numbers = (size**-0.5, pattern.window, pattern.reach, pattern.block, pattern.blocks)
+    numbers = (size**-0.5, pattern.window, pattern.reach, pattern.block, pattern.blocks, pattern.anchored)
     for now in range(tokens):
         mine, before = slice(now, now + 1), [ring.clone() for ring in rings]
         of = {"far": None if far is None else (far[0][:, mine], far[1][:, mine]), "trust": trust}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from comparison import with_gradients
 
-from fibattn.attention import attend_chosen
+from fibattn.attention import attend_chosen, attend_chosen_cached
 from fibattn.pattern import ChosenPattern
 
 pytestmark = [
@@ -58,6 +58,41 @@ def test_16_bits_where_every_block_is_chosen(dtype):
     ours, _ = with_gradients(lambda *x: function(*x, "triton"), given, upstream)
     for mine, exact in zip(ours, right, strict=True):
         assert (mine.double() - exact.double()).norm() <= 2e-2 * exact.double().norm()
+
+
+@pytest.mark.parametrize("place", [5, 900, 5000])
+@pytest.mark.parametrize(
+    ("dtype", "pattern"),
+    [
+        (torch.float32, ChosenPattern()),
+        (torch.float32, ChosenPattern(100, blocks=2, block=64, reach=1023, anchored=True)),
+        (torch.bfloat16, ChosenPattern(blocks=64)),  # all of them: a rounding would choose others
+    ],
+)
+def test_a_step(dtype, pattern, place):
+    q, k, v, far_q, far_k = inputs(1, 1, 8, 2, 64, dtype)
+    rings = [torch.randn(2, 1024, 2, 64, device="cuda").to(dtype) for _ in range(3)]
+    trust, at = torch.rand(2, device="cuda"), torch.tensor([[place]], device="cuda")
+
+    def step(move):
+        given, own = [move(x) for x in (q, k, v, far_q, far_k)], tuple(move(x) for x in rings)
+        how = {
+            "far": (given[3], given[4]),
+            "trust": trust.to(given[0].device),
+            "cache_positions": at.to(given[0].device),
+        }
+        with torch.no_grad():
+            return attend_chosen_cached(given[0], own, given[1], given[2], pattern, **how), own
+
+    (ours, mine), (right, theirs) = step(torch.clone), step(lambda x: x.cpu().double())
+    error = (ours.cpu().double() - right).norm()
+    assert error <= (1e-5 if dtype == torch.float32 else 2e-2) * right.norm()
+    assert all(torch.equal(one.cpu().double(), other) for one, other in zip(mine, theirs, strict=True))
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        again, _ = step(lambda x: x)
+    captured.replay()
+    assert torch.equal(again, ours)
 
 
 def test_compiled():

@@ -26,7 +26,7 @@ _library.define(f"attend_chosen_forward({_GIVEN}) -> (Tensor, Tensor)")
 _library.define(f"attend_chosen_backward({_SAVED}, {_GIVEN}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 _RINGS = "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? far_cache, Tensor k, Tensor v"
 _STEP = f"Tensor q, {_RINGS}, Tensor? far_q, Tensor? far_k, Tensor? trust, Tensor cache_positions, Tensor? positions"
-_library.define(f"attend_chosen_step({_STEP}, {_PATTERN}) -> Tensor")
+_library.define(f"attend_chosen_step({_STEP}, {_PATTERN}, bool anchored) -> Tensor")
 
 
 def attend_chosen(
@@ -120,7 +120,7 @@ def attend_chosen_cached(
         own_far = (None, None, None) if far is None else (rings[2], far_q, far_k)
         given = (q, rings[0], rings[1], own_far[0], k, v, *own_far[1:], trust, cache_positions, positions)
         numbers = (scale, pattern.window, pattern.reach, pattern.block, pattern.blocks)
-        return torch.ops.fibattn.attend_chosen_step(*given, *numbers)
+        return torch.ops.fibattn.attend_chosen_step(*given, *numbers, pattern.anchored)
     at, own = blocks.needed(cache_positions, positions, pattern)
     new, seen = at - cache_positions[:, :1], []
     written = (k, v) if far is None else (k, v, far_k)

@@ -34,6 +34,7 @@ def decode(
     reach: int,
     block: int,
     count: int,
+    anchored: bool,
 ) -> Tensor:
     """Output like q (B, 1, Hq, D); writes k, v and far keys (B, 1, Hkv, D) into the rings (B, rows, Hkv, D)."""
     shape = shape_of(q, k)
@@ -55,6 +56,7 @@ def decode(
             BN=min(columns, block),
             BLOCK=block,
             COUNT=count,
+            ANCHORED=anchored,
             FAR=far is not None,
             **launch.FUSED,
             num_warps=4,
@@ -105,6 +107,7 @@ def chosen_decode_kernel(
     BN: tl.constexpr,
     BLOCK: tl.constexpr,
     COUNT: tl.constexpr,
+    ANCHORED: tl.constexpr,
     FAR: tl.constexpr,
 ):
     """One program: one sequence, one KV head. With `FAR` the far keys have a ring of their own."""
@@ -170,6 +173,8 @@ def chosen_decode_kernel(
     b_given = tl.exp2(b_fit - tl.max(b_fit, 1)[:, None])
     b_given = tl.where(m_group[:, None], b_given / tl.sum(b_given, 1)[:, None], 0.0)
     b_share = tl.where(m_block, tl.sum(b_given, 0), -1.0)
+    if ANCHORED:  # more than all shares of all query heads
+        b_share += tl.where(m_block & (b_first == limit), GROUP + 1.0, 0.0)
     b_trust = tl.full([BD], 1.0, tl.float32)
     if p_trust is not None:
         b_trust *= tl.load(p_trust + i_head).to(tl.float32)
