@@ -8,7 +8,7 @@ from torch import Tensor
 from fibattn.attention import blocks, ring
 from fibattn.attention.api import Backend, choose, is_step
 from fibattn.attention.checks import check_positions, check_rings, check_tensors, under_autocast
-from fibattn.attention.ops import kernels, output_and_sums, result_like
+from fibattn.attention.ops import kernels, output_and_sums, result_like, tracked
 from fibattn.attention.reference import wide
 from fibattn.errors import InputError
 from fibattn.pattern import ChosenPattern
@@ -82,7 +82,8 @@ def attend_chosen(
     given = (scale, pattern.window, pattern.reach, pattern.block, pattern.blocks)
     seen = (far_q.detach(), means.detach(), k.shape[1], positions, shift)
     choice = torch.ops.fibattn.choose_blocks(*seen, *given, pattern.anchored)
-    out, lse = _AttendChosen.apply(q, k, v, far_q, far_k, positions, shift, *choice, *given)
+    call = _AttendChosen.apply if tracked() else torch.ops.fibattn.attend_chosen_forward
+    out, lse = call(q, k, v, far_q, far_k, positions, shift, *choice, *given)
     return out, lse.to(wide(q))
 
 

@@ -51,11 +51,11 @@ def attend(
         # Compiled, PyTorch loses the gradient of an operator inside `torch.func.grad`: it gives zeros, and warns.
         torch._dynamo.graph_break()
     given = (q, k, v, alpha, positions, scale, *as_integers(patterns), interpreted(backend, q))
-    out, lse = _Attend.apply(*given) if _tracked() else torch.ops.fibattn.attend_forward(*given)
+    out, lse = _Attend.apply(*given) if tracked() else torch.ops.fibattn.attend_forward(*given)
     return out, lse.to(wide(q))
 
 
-def _tracked() -> bool:
+def tracked() -> bool:
     """Whether more than the output may be wanted. A function of autograd costs the host as much as all the rest."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return True
