@@ -18,6 +18,7 @@ _TITLES = {
     "flops": "Operations of a forward pass",
     "healing": "Conversion and healing",
 }
+_NOT_SAID = ("probe", "model", "data_fingerprint")
 _PAPERS = {"ruler": "ruler_vt", "lego": "lego"}
 
 
@@ -86,7 +87,7 @@ def _plain(name: str, probe: dict[str, Any]) -> Table:
 def _about(probe: dict[str, Any]) -> str:
     """A sentence of a probe's settings and the devices that it ran on."""
     said = [(name, value) for name, value in probe.items() if isinstance(value, int | float | str)]
-    about = [f"{name.replace('_', ' ')} {value}" for name, value in said if name not in ("probe", "model")]
+    about = [f"{name.replace('_', ' ')} {value}" for name, value in said if name not in _NOT_SAID]
     devices = dict.fromkeys(row["made"]["device"] for row in probe["rows"] if "made" in row)
     about += [f"on {device}" for device in devices if "device" not in probe]
     words = "; ".join(about)
