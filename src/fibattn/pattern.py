@@ -278,7 +278,7 @@ class ChosenPattern:
             raise InputError(f"blocks is {self.blocks}; a query chooses 1 to 64 of them")
         if not self.window <= whole_number("reach", self.reach) < 64 * self.block:
             limits = f"at least the window, {self.window}, and below 64 blocks, {64 * self.block}"
-            raise InputError(f"reach is {self.reach}; it must be {limits}")
+            raise InputError(f"the blocks' reach is {self.reach}; it must be {limits}")
 
 
 def reach_of(pattern: Pattern | Sequence[Pattern] | LearnedPattern | ChosenPattern) -> int:

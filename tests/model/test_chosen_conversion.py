@@ -123,6 +123,16 @@ def test_how_far_back_a_block_may_be() -> None:
     ).abs().max() > 0.1
 
 
+@torch.no_grad()
+def test_a_folder_from_before_anchors_has_none(tmp_path: Path) -> None:
+    made, ids = fibattn.convert(dense("gemma"), **CHOICE, block_anchor=False), tokens(2, 120)
+    made.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["pattern"].pop("block_anchor") is False
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, made(ids).logits)
+
+
 def test_layers_that_look_back_less_are_kept_or_refused() -> None:
     source = dense("gemma3_text")
     source.config.sliding_window = 127

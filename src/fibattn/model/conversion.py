@@ -104,10 +104,10 @@ def convert(
     kept = sorted(whole_number("a layer of keep_layers", layer) for layer in keep_layers)
     if blocks is not None and rungs:
         raise InputError(f"rungs is {rungs} and blocks {blocks}; beyond the window there is one or the other")
+    if blocks is None and (block_size, block_reach) != (16, None):
+        raise InputError(f"block_size is {block_size}, block_reach {block_reach}, without blocks; give blocks, too")
     rungs = (15 if blocks is None else 0) if rungs is None else rungs
-    window, rungs, farthest = (
-        whole_number(name, value) for name, value in (("window", window), ("rungs", rungs), ("rung_reach", farthest))
-    )
+    window, rungs, farthest = map(whole_number, ("window", "rungs", "rung_reach"), (window, rungs, farthest))
     max_offset, full_reach = (
         None if value is None else whole_number(name, value)
         for name, value in (("max_offset", max_offset), ("full_reach", full_reach))
@@ -194,10 +194,9 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     for module in rotary_modules(decoder):
         del module._apply  # the class has its own
     for module in decoder.modules():
-        if hasattr(module, "fibattn"):
-            del module.fibattn
-            if hasattr(module, "trust"):
-                del module.trust
+        for name in ("fibattn", "trust"):
+            if hasattr(module, name):
+                delattr(module, name)
     vars(model).pop("init_continuous_batching", None)
     model.name_or_path = decoder.name_or_path = done.name  # pyright: ignore
     delattr(decoder.config, STORED_PATTERN)

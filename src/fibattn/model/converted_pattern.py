@@ -64,7 +64,8 @@ def layers_of(config: PreTrainedConfig, entry: dict[str, Any]) -> list[Converted
         raise InputError(f"full_reach is {bound}, but no layer keeps its own attention; name some in keep_layers")
     given = {name: entry[name] for name in ("base", "schedule", "window", "rungs", "max_offset")}
     patterns = layer_patterns(**given, layers=count, reach=entry["rung_reach"])
-    chosen = ChosenPattern(entry["window"], *(entry[name] for name in BLOCKS)) if "blocks" in entry else None
+    blocks = [entry[name] for name in BLOCKS if name in entry]  # without an anchor, before there was one
+    chosen = ChosenPattern(entry["window"], *blocks) if blocks else None
     layers = []
     for layer, sparse in enumerate(patterns):
         keys = sliding_window(config, layer)
