@@ -109,3 +109,10 @@ def test_the_traceback_of_a_mistake_can_be_asked_for(program: Program, monkeypat
     monkeypatch.setitem(os.environ, "FIBATTN_TRACEBACK", "1")
     with pytest.raises(InputError):
         enter(program, ["work", "raise InputError('steps is 0')"])
+
+
+def test_the_help_has_all_summaries_in_one_column(capsys: pytest.CaptureFixture[str]) -> None:
+    verbs = {"work": "runs code", "work-for-a-long-time": "runs it again"}
+    assert enter(Program("try", "for a test", verbs, "verbs"), ["--help"]) == 0
+    (short, long) = capsys.readouterr().out.splitlines()[-2:]
+    assert short.index("runs") == long.index("runs") == len("  work-for-a-long-time ")
