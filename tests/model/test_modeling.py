@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
 
 from fibattn import FibAttnConfig, FibAttnForCausalLM, FibAttnModel, InputError
-from fibattn.model import layers
+from fibattn.model import attention, layers
 from fibattn.model.feed_forward import padded_gated
 
 ROPES = {
@@ -373,13 +373,13 @@ def test_a_compiled_full_layer_is_causal_without_a_mask() -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "learned"])
 def test_autocast_reaches_the_operator_in_16_bits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, seen = layers.attend, []
+    real, seen = attention.attend, []
 
     def watched(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **others: Any) -> Any:
         seen.append({q.dtype, k.dtype, v.dtype})
         return real(q, k, v, *rest, **others)
 
-    monkeypatch.setattr(layers, "attend", watched)
+    monkeypatch.setattr(attention, "attend", watched)
     made, ids = model(kind).train(), tokens()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = made(ids, labels=ids, use_cache=False)

@@ -231,7 +231,7 @@ def test_the_progress_and_the_trackers_say_it(
         def on_log(self, *_: Any, logs: dict[str, Any], **__: Any) -> None:
             logged.append(logs)
 
-    monkeypatch.setattr("fibattn.training.run.Meter", partial(Meter, every=0.0))
+    monkeypatch.setattr("fibattn.training.trainer.Meter", partial(Meter, every=0.0))
     run = replace(recipe, evaluate_every=6)
     train(run, [Tracker()])
     (name,) = PreparedData.open(run.data).validation
