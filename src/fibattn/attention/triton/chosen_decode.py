@@ -14,8 +14,8 @@ from triton.runtime.errors import OutOfResources
 from fibattn.attention.triton import launch
 from fibattn.attention.triton.chosen import SLOTS
 from fibattn.attention.triton.columns import row_stride
-from fibattn.attention.triton.decode import ring_row, tiles_for
-from fibattn.attention.triton.rows import load_rows
+from fibattn.attention.triton.decode import ring_row, ring_tile, tiles_for, token_place
+from fibattn.attention.triton.rows import load_rows, store_rows
 from fibattn.attention.triton.scores import LOG2E, softmax_step
 from fibattn.attention.triton.shape import shape_of
 
@@ -116,10 +116,7 @@ def chosen_decode_kernel(
     p_k_cache += i_batch * stride_k_cache[0] + i_head * stride_k_cache[2]
     p_v_cache += i_batch * stride_v_cache[0] + i_head * stride_v_cache[2]
     p_far_cache += i_batch * stride_far_cache[0] + i_head * stride_far_cache[2]
-    position = tl.load(p_cache_positions + i_batch * stride_cache_positions).to(tl.int64)
-    inside = position
-    if p_positions is not None:
-        inside = tl.load(p_positions + i_batch * stride_positions).to(tl.int64)
+    position, inside = token_place(p_cache_positions, stride_cache_positions, p_positions, stride_positions, i_batch)
     limit, own = tl.minimum(position, inside), position % rows
 
     o_size = tl.arange(0, BD)
@@ -146,35 +143,17 @@ def chosen_decode_kernel(
         # As in `decode.py`: what was stored above is not loaded, and what the ring has lost makes no plausible number.
         m_cached, m_own = m_key & (b_distance > 0) & (b_distance < rows), (b_distance == 0)[:, None]
         o_row = ring_row(own, b_distance, rows)
-        b_k = load_rows(p_k_cache, o_row, stride_k_cache[1], m_cached, SIZE, BD, True)
-        b_v = load_rows(p_v_cache, o_row, stride_v_cache[1], m_cached, SIZE, BD, True)
-        b_k, b_v = tl.where(m_own, b_k_own[None, :], b_k), tl.where(m_own, b_v_own[None, :], b_v)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * (scale * LOG2E)
-        b_s = tl.where((b_distance < rows)[None, :], b_s, float("nan"))
-        b_s = tl.where(m_key[None, :], b_s, -float("inf"))
-        b_p, b_shrink, b_max, b_sum = softmax_step(b_s, b_max, b_sum, False)
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_shrink[:, None], input_precision="ieee")
+        b_k = ring_tile(p_k_cache, o_row, stride_k_cache[1], m_cached, b_k_own, m_own, SIZE, BD)
+        b_v = ring_tile(p_v_cache, o_row, stride_v_cache[1], m_cached, b_v_own, m_own, SIZE, BD)
+        m_lost = b_distance >= rows
+        b_max, b_sum, b_acc = add_keys(b_q, b_k, b_v, m_key, m_lost, scale, b_max, b_sum, b_acc)
 
-    # Blocks begin with the document; these are the last that may be chosen, rising.
-    nearest = tl.maximum(window, BLOCK - 1)
-    o_slot = tl.arange(0, SLOTS)
-    o_block = (inside - nearest - 1) // BLOCK - (SLOTS - 1) + o_slot
-    b_first = inside - o_block * BLOCK
-    m_block = (o_block >= 0) & (b_first > nearest) & (b_first <= tl.minimum(limit, reach))
-    b_means = tl.zeros([SLOTS, BD], tl.float32)
-    for i_key in range(BLOCK):
-        o_row = ring_row(own, b_first - i_key, rows)
-        m_row = m_block & (b_first - i_key < rows)
-        b_means += load_rows(p_far_cache, o_row, stride_far_cache[1], m_row, SIZE, BD, True).to(tl.float32)
-    b_means = (b_means / BLOCK).to(b_q.dtype)
     b_q = load_rows(p_far_q + i_batch * stride_far_q[0], o_head, stride_far_q[2], m_group, SIZE, BD, True)
-    b_fit = tl.dot(b_q, tl.trans(b_means), input_precision="ieee") * (scale * LOG2E)
-    b_fit = tl.where(m_block[None, :], b_fit, -1e30)
-    b_given = tl.exp2(b_fit - tl.max(b_fit, 1)[:, None])
-    b_given = tl.where(m_group[:, None], b_given / tl.sum(b_given, 1)[:, None], 0.0)
-    b_share = tl.where(m_block, tl.sum(b_given, 0), -1.0)
-    if ANCHORED:  # more than all shares of all query heads
-        b_share += tl.where(m_block & (b_first == limit), GROUP + 1.0, 0.0)
+    b_first, b_means, b_share = block_shares(
+        *(p_far_cache, stride_far_cache[1], b_q, m_group, scale, own, inside, limit, rows, window, reach),
+        *(GROUP, SIZE, BD, BLOCK, ANCHORED),
+    )
+    o_slot = tl.arange(0, SLOTS)
     b_trust = tl.full([BD], 1.0, tl.float32)
     if p_trust is not None:
         b_trust *= tl.load(p_trust + i_head).to(tl.float32)
@@ -192,12 +171,59 @@ def chosen_decode_kernel(
             m_row = m_key & (b_distance < rows)
             b_k = load_rows(p_far_cache, o_row, stride_far_cache[1], m_row, SIZE, BD, True)
             b_v = load_rows(p_v_cache, o_row, stride_v_cache[1], m_row, SIZE, BD, True)
-            b_s = tl.dot(b_q, tl.trans(b_k + b_mean[None, :]), input_precision="ieee") * (scale * LOG2E)
-            b_s = tl.where((b_distance < rows)[None, :], b_s, float("nan"))
-            b_s = tl.where(m_key[None, :], b_s, -float("inf"))
-            b_p, b_shrink, b_max, b_sum = softmax_step(b_s, b_max, b_sum, False)
-            b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_shrink[:, None], input_precision="ieee")
+            m_lost = b_distance >= rows
+            b_k += b_mean[None, :]
+            b_max, b_sum, b_acc = add_keys(b_q, b_k, b_v, m_key, m_lost, scale, b_max, b_sum, b_acc)
 
-    p_out += i_batch * stride_o[0] + o_head[:, None] * stride_o[2] + o_size[None, :]
-    b_out = (b_acc / b_sum[:, None]).to(p_out.dtype.element_ty)
-    tl.store(p_out, b_out, mask=m_group[:, None] & m_size[None, :])
+    store_rows(p_out + i_batch * stride_o[0], b_acc / b_sum[:, None], o_head, stride_o[2], m_group, SIZE, BD, True)
+
+
+@triton.jit
+def block_shares(
+    p_far_cache,
+    stride,
+    b_q,
+    m_group,
+    scale,
+    own,
+    inside,
+    limit,
+    rows,
+    window,
+    reach,
+    GROUP: tl.constexpr,
+    SIZE: tl.constexpr,
+    BD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ANCHORED: tl.constexpr,
+):
+    """Of the last blocks that may be chosen, rising: how far back each begins [SLOTS], its mean key [SLOTS, BD], and
+    the shares that the query heads give it, summed, below 0 where it may not [SLOTS]. Blocks begin with the document.
+    """
+    nearest = tl.maximum(window, BLOCK - 1)
+    o_block = (inside - nearest - 1) // BLOCK - (SLOTS - 1) + tl.arange(0, SLOTS)
+    b_first = inside - o_block * BLOCK
+    m_block = (o_block >= 0) & (b_first > nearest) & (b_first <= tl.minimum(limit, reach))
+    b_means = tl.zeros([SLOTS, BD], tl.float32)
+    for i_key in range(BLOCK):
+        o_row = ring_row(own, b_first - i_key, rows)
+        m_row = m_block & (b_first - i_key < rows)
+        b_means += load_rows(p_far_cache, o_row, stride, m_row, SIZE, BD, True).to(tl.float32)
+    b_means = (b_means / BLOCK).to(b_q.dtype)
+    b_s = tl.dot(b_q, tl.trans(b_means), input_precision="ieee") * (scale * LOG2E)
+    b_s = tl.where(m_block[None, :], b_s, -1e30)
+    b_p = tl.exp2(b_s - tl.max(b_s, 1)[:, None])
+    b_share = tl.sum(tl.where(m_group[:, None], b_p / tl.sum(b_p, 1)[:, None], 0.0), 0)
+    if ANCHORED:  # more than all shares of all query heads
+        b_share += tl.where(b_first == limit, GROUP + 1.0, 0.0)
+    return b_first, b_means, tl.where(m_block, b_share, -1.0)
+
+
+@triton.jit
+def add_keys(b_q, b_k, b_v, m_key, m_lost, scale, b_max, b_sum, b_acc):
+    """Maximum, sum and weighted values of a running softmax after a tile of keys; NaN where the ring has lost one."""
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * (scale * LOG2E)
+    b_s = tl.where(m_lost[None, :], float("nan"), b_s)
+    b_s = tl.where(m_key[None, :], b_s, -float("inf"))
+    b_p, b_shrink, b_max, b_sum = softmax_step(b_s, b_max, b_sum, False)
+    return b_max, b_sum, tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_shrink[:, None], input_precision="ieee")

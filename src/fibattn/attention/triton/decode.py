@@ -14,7 +14,7 @@ from triton.runtime.errors import OutOfResources
 
 from fibattn.attention.triton import launch
 from fibattn.attention.triton.columns import row_stride
-from fibattn.attention.triton.rows import load_rows
+from fibattn.attention.triton.rows import load_rows, store_rows
 from fibattn.attention.triton.scores import LOG2E, softmax_step
 from fibattn.attention.triton.shape import Shape, shape_of
 
@@ -106,11 +106,8 @@ def decode_kernel(
     p_k_cache += i_batch * stride_k_cache[0] + i_head * stride_k_cache[2]
     p_v_cache += i_batch * stride_v_cache[0] + i_head * stride_v_cache[2]
     p_set = p_rungs + i_head * stride_set
-    position = tl.load(p_cache_positions + i_batch * stride_cache_positions).to(tl.int64)
-    limit = position
-    if p_positions is not None:
-        limit = tl.minimum(limit, tl.load(p_positions + i_batch * stride_positions).to(tl.int64))
-    own = position % rows
+    position, inside = token_place(p_cache_positions, stride_cache_positions, p_positions, stride_positions, i_batch)
+    limit, own = tl.minimum(position, inside), position % rows
 
     o_size = tl.arange(0, BD)
     m_size = o_size < SIZE
@@ -136,12 +133,8 @@ def decode_kernel(
         # What was stored above may not be visible yet to the threads that would load it: distance 0 stays here.
         m_cached, m_own = m_column & (b_distance > 0) & (b_distance < rows), (b_distance == 0)[:, None]
         o_row = ring_row(own, b_distance, rows)
-        b_k = tl.where(
-            m_own, b_k_own[None, :], load_rows(p_k_cache, o_row, stride_k_cache[1], m_cached, SIZE, BD, True)
-        )
-        b_v = tl.where(
-            m_own, b_v_own[None, :], load_rows(p_v_cache, o_row, stride_v_cache[1], m_cached, SIZE, BD, True)
-        )
+        b_k = ring_tile(p_k_cache, o_row, stride_k_cache[1], m_cached, b_k_own, m_own, SIZE, BD)
+        b_v = ring_tile(p_v_cache, o_row, stride_v_cache[1], m_cached, b_v_own, m_own, SIZE, BD)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
         if p_fractions is not None:
             # The first key of a document has none before it to interpolate with.
@@ -166,9 +159,24 @@ def decode_kernel(
             b_p = b_p - b_p_far
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
 
-    p_out += i_batch * stride_o[0] + (i_head * GROUP + o_group)[:, None] * stride_o[2] + o_size[None, :]
-    b_out = (b_acc / b_sum[:, None]).to(p_out.dtype.element_ty)
-    tl.store(p_out, b_out, mask=m_group[:, None] & m_size[None, :])
+    p_out += i_batch * stride_o[0]
+    store_rows(p_out, b_acc / b_sum[:, None], i_head * GROUP + o_group, stride_o[2], m_group, SIZE, BD, True)
+
+
+@triton.jit
+def token_place(p_cache_positions, stride_cache_positions, p_positions, stride_positions, i_batch):
+    """Where the new token is in its sequence, and in its document."""
+    position = tl.load(p_cache_positions + i_batch * stride_cache_positions).to(tl.int64)
+    inside = position
+    if p_positions is not None:
+        inside = tl.load(p_positions + i_batch * stride_positions).to(tl.int64)
+    return position, inside
+
+
+@triton.jit
+def ring_tile(p_cache, o_row, stride, m_cached, b_own, m_own, SIZE: tl.constexpr, BD: tl.constexpr):
+    """Rows of a ring, and the new token's own where they say so. [BN, BD]"""
+    return tl.where(m_own, b_own[None, :], load_rows(p_cache, o_row, stride, m_cached, SIZE, BD, True))
 
 
 @triton.jit
