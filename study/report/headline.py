@@ -10,7 +10,7 @@ from typing import Any
 from fibattn.progress import quantity
 from fibattn.training.presets import DEFAULT
 from study.report.results import PLAIN, Group
-from study.report.rivals_tables import Records, best_rate, seeds_of
+from study.report.rivals_tables import Records, best_rate, by_budget, seeds_of
 from study.report.tuned import RIVAL
 from study.store import over_sets, ways
 
@@ -42,11 +42,15 @@ class Headline:
         ends = {one.name: one.perplexities[self.trained_at] for one in self.curves}
         if (ours := ends.get("default recipe")) is None:
             return f"After {quantity(self.tokens)} tokens in the tuned recipe dense attention has {ends['dense']:.2f}"
-        seeds = "one seed" if self.seeds == 1 else f"the mean of {self.seeds} seeds"
         return (
             f"After {quantity(self.tokens)} tokens in the tuned recipe: perplexity {ours:.2f} with the default's "
-            f"attention, {ends['dense']:.2f} with dense ({seeds})"
+            f"attention, {ends['dense']:.2f} with dense ({self.of_seeds})"
         )
+
+    @property
+    def of_seeds(self) -> str:
+        """Of how many seeds the numbers are, in words."""
+        return "one seed" if self.seeds == 1 else f"the mean of {self.seeds} seeds"
 
 
 def tuned_headline(records: Iterable[dict[str, Any]]) -> Headline | None:
@@ -55,10 +59,7 @@ def tuned_headline(records: Iterable[dict[str, Any]]) -> Headline | None:
     Without such a budget at the largest that has both, or dense alone; None without dense. Means over the seeds that
     both have, dense at the best rate that was tried.
     """
-    by_budget: dict[int, dict[str, dict[str, Any]]] = defaultdict(dict)
-    for record in records:
-        by_budget[record["tokens"]][record["run"]] = record
-    both = {tokens: _both(found) for tokens, found in by_budget.items()}
+    both = {tokens: _both(found) for tokens, found in by_budget(records).items()}
     both = {tokens: pair for tokens, pair in both.items() if pair[0]}
     if not both:
         return None
@@ -120,7 +121,7 @@ def paper_headline(group: Group) -> Headline | None:
     if not {"dense", DEFAULT} <= set(group.models.index) or "yarn" not in group.ways("dense") or not group.bounded:
         return None
     shown = {
-        "dense": ("dense", "plain", "-"),
+        "dense": ("dense", PLAIN, "-"),
         "dense, YaRN": ("dense", "yarn", "--"),
         "default recipe": (DEFAULT, str(group.trained_at), "-"),
     }

@@ -17,10 +17,15 @@ Records = dict[int, dict[str, Any]]
 
 def rivals_tables(records: Iterable[dict[str, Any]]) -> list[Table]:
     """A table of models for each budget, the largest first; `records` are finished runs of the study `rivals`."""
-    by_budget: dict[int, dict[str, dict[str, Any]]] = defaultdict(dict)
+    return [_of_budget(tokens, found) for tokens, found in sorted(by_budget(records).items(), reverse=True)]
+
+
+def by_budget(records: Iterable[dict[str, Any]]) -> dict[int, dict[str, dict[str, Any]]]:
+    """Finished runs by their tokens, then by name."""
+    found: dict[int, dict[str, dict[str, Any]]] = defaultdict(dict)
     for record in records:
-        by_budget[record["tokens"]][record["run"]] = record
-    return [_of_budget(tokens, by_budget[tokens]) for tokens in sorted(by_budget, reverse=True)]
+        found[record["tokens"]][record["run"]] = record
+    return found
 
 
 def _of_budget(tokens: int, found: dict[str, dict[str, Any]]) -> Table:

@@ -155,12 +155,11 @@ def _figures(results: Results, out: Path) -> dict[str, dict[str, Any]]:
 
 def _told(shown: Headline, how: str) -> str:
     """The caption of a figure of few curves over evaluation length."""
-    seeds = "one seed" if shown.seeds == 1 else f"the mean of {shown.seeds} seeds"
     return (
         f"Perplexity in longer and longer sequences of the same text, after {quantity(shown.tokens)} training tokens "
-        f"{how}, {seeds}: dense, dense with its rotary positions stretched by YaRN or bounded to the training length, "
-        "and the default recipe as it is saved, its full layers bounded likewise, as far as each was looked at. Lower "
-        "is better."
+        f"{how}, {shown.of_seeds}: dense, dense with its rotary positions stretched by YaRN or bounded to the training "
+        "length, and the default recipe as it is saved, its full layers bounded likewise, as far as each was looked at."
+        " Lower is better."
     )
 
 

@@ -142,5 +142,6 @@ def _is_named(path: Path, words: Sequence[str]) -> bool:
 def _help(program: Program) -> str:
     usage = f"usage: {program.name} VERB [arguments]      {program.name} VERB --help"
     lines = [f"{program.name}: {program.about}", "", usage, ""]
-    lines += [f"  {verb:<{max(13, *map(len, program.verbs))}} {summary}" for verb, summary in program.verbs.items()]
+    width = max(13, *map(len, program.verbs))
+    lines += [f"  {verb:<{width}} {summary}" for verb, summary in program.verbs.items()]
     return "\n".join(lines)
