@@ -24,6 +24,8 @@ class Arguments:
     """What to do."""
     size: Literal["60m", "1b"] = "60m"
     """The default recipe, its full layers bounded; or that with 24 layers of 2,048 and heads of 128, 1.15 billion."""
+    dense: bool = False
+    """Time full, unbounded attention in every layer instead."""
     full_reach: int = 1023
     """How far back full layers look."""
     check_tokens: int = 16_384
@@ -60,7 +62,8 @@ def run(arguments: list[str]) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_gpu else "gloo")
     say(f"{heading()}, {dist.get_world_size()} processes")
-    result: dict[str, Any] = {"environment": environment(), "processes": dist.get_world_size(), "size": chosen.size}
+    result: dict[str, Any] = {"environment": environment(), "processes": dist.get_world_size()}
+    result |= {"size": chosen.size, "dense": chosen.dense}
     for part in chosen.parts:
         result[part] = {"check": check, "bytes": count, "scaling": scale}[part](chosen)
         if dist.get_rank() == 0:

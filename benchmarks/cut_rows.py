@@ -31,13 +31,15 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def model_of(chosen: Any, layers: int | None = None, reach: int | None = None) -> Any:
+def model_of(chosen: Any, layers: int | None = None, reach: int | None = None, dense: bool = False) -> Any:
     """A fresh model on this process's device, the same weights in all."""
     recipe = PRESETS["hybrid"]
     shape = recipe.model
     if chosen.size == "1b":
         sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 4}
         shape = replace(shape, **sizes, **hybrid_layers(24, full=(7, 15, 23)), num_hidden_layers=24)
+    if dense:
+        shape, reach = replace(shape, layer_types=("full_attention",), no_rope_layers=(1,)), None
     if layers is not None:
         shape = replace(shape, num_hidden_layers=layers)
     config = model_config(replace(recipe, model=shape), VOCABULARY, 0)
@@ -179,7 +181,8 @@ def scale(chosen: Any) -> list[dict[str, Any]]:
         peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else math.nan
         rows.append({"cut": cut, "tokens": length, "seconds": seconds, "speed": chosen.tokens / seconds, "peak": peak})
         part = f", {rows[-1]['speed'] / rows[0]['speed']:.1%} of alone" if len(rows) > 1 else ""
-        what = f"{chosen.size}, a row of {length:,} tokens {'over all' if cut else 'in each'}"
+        model = f"{chosen.size}, dense" if chosen.dense else chosen.size
+        what = f"{model}, a row of {length:,} tokens {'over all' if cut else 'in each'}"
         say(f"{what}: {seconds:.3f} s, {rows[-1]['speed'] / 1e3:.1f} k tokens/s a process{part}, peak {peak:.1f} GiB")
         del step
         if torch.cuda.is_available():
@@ -192,7 +195,7 @@ class Step:
     """A training step of a fresh model with AdamW: whole weights in each process, gradients averaged where `cut`."""
 
     def __init__(self, chosen: Any, cut: bool, given: dict[str, Any]):
-        self.model, self.given = model_of(chosen, reach=chosen.full_reach), given
+        self.model, self.given = model_of(chosen, reach=chosen.full_reach, dense=chosen.dense), given
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, fused=True)
         self.cutter = ContextParallel(self.model, everyone()) if cut else None
