@@ -8,6 +8,7 @@ import torch
 from accelerate import cpu_offload
 from tiny_models import config, model, tokens
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.nn.utils import prune
@@ -39,6 +40,22 @@ def test_values_and_gradients_are_those_of_torch(
     wanted = torch.autograd.grad(2.5 * expected, (hidden, weight))
     for got, right in zip(torch.autograd.grad(2.5 * found, (hidden, weight)), wanted, strict=True):
         torch.testing.assert_close(got, right, rtol=1e-11, atol=1e-12)
+
+
+def test_a_compiled_loss_has_few_slices_and_the_same_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "_SLICE_LOGITS", 1)
+    slices = []
+
+    def counting(graph: Any, given: Any) -> Any:
+        slices.append(sum(node.target is torch.ops.aten._log_softmax.default for node in graph.graph.nodes))
+        return graph
+
+    hidden, weight, targets = data(100)
+    torch.compiler.reset()
+    compiled = torch.compile(linear_cross_entropy, backend=aot_autograd(fw_compiler=counting), fullgraph=True)
+    found = compiled(hidden, weight, targets)
+    torch.testing.assert_close(found, functional.cross_entropy(hidden @ weight.T, targets, reduction="sum"))
+    assert slices == [25]
 
 
 def test_gradcheck() -> None:

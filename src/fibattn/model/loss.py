@@ -14,6 +14,8 @@ from torch import Tensor
 from fibattn.errors import InputError
 
 _SLICE_LOGITS = 1 << 27
+_MOST_SLICES = 32
+"""Of a compiled loss, which has every slice in its graph: at 128 compiling took minutes."""
 
 IGNORED = -100
 """Targets with this value do not count, as everywhere in PyTorch and Transformers."""
@@ -55,6 +57,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if hidden.dtype == torch.float16:
             # A sum over a slice's tokens may be beyond 65,504; a power of two keeps it inside, and is exact.
             step, shrink = min(step, 4096), 1 / 4096
+        if torch.compiler.is_compiling():
+            step = max(step, -(-hidden.shape[0] // _MOST_SLICES))
         start = 0
         with torch.autocast(_autocast_device(hidden), enabled=False):
             # `for start in range(…)` would compile a graph for every number of tokens.

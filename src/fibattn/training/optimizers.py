@@ -74,29 +74,31 @@ class MuonAndAdamW(torch.optim.Optimizer):
             if one.grad is not None:
                 by_shape.setdefault(one.shape, []).append(one)
         for shape, matrices in by_shape.items():
-            gradients = [one.grad for one in matrices]
             for one in matrices:
                 if "momentum" not in self.state[one]:
                     self.state[one]["momentum"] = torch.zeros_like(one)
-            momenta = [self.state[one]["momentum"] for one in matrices]
+            # PyTorch 2.11 has not all of these for sharded tensors, and each takes the slow way through their dispatch.
+            weights, gradients = [local(one) for one in matrices], [local(one.grad) for one in matrices]
+            momenta = [local(self.state[one]["momentum"]) for one in matrices]
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])  # pyright: ignore
             ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # pyright: ignore
-            # A processor has no 16-bit products that pay.
-            updates = _orthogonalized(ahead, torch.bfloat16 if matrices[0].is_cuda else torch.float32)
+            updates = _orthogonalized(ahead, matrices[0])
             rate = 0.2 * math.sqrt(max(shape)) * group["lr"]
-            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])  # pyright: ignore
-            for one, update in zip(matrices, updates, strict=True):
-                local(one).add_(update, alpha=-rate)
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])  # pyright: ignore
+            for weight, update in zip(weights, updates, strict=True):
+                weight.add_(update, alpha=-rate)
 
 
-def _orthogonalized(matrices: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
-    """`orthogonalized`, of sharded ones this process's rows: each process has as many matrices whole, for a while."""
-    if not isinstance(first := matrices[0], DTensor):
-        stacked = first.new_empty((len(matrices), *first.shape), dtype=dtype)
-        torch._foreach_copy_(stacked.unbind(), matrices)  # pyright: ignore
+def _orthogonalized(parts: Sequence[Tensor], like: Tensor) -> Sequence[Tensor]:
+    """`orthogonalized`, of this process's parts of matrices like one: each process has as many whole, for a while."""
+    # A processor has no 16-bit products that pay.
+    dtype = torch.bfloat16 if like.is_cuda else torch.float32
+    if not isinstance(like, DTensor):
+        stacked = like.new_empty((len(parts), *like.shape), dtype=dtype)
+        torch._foreach_copy_(stacked.unbind(), parts)  # pyright: ignore
         return orthogonalized(stacked).unbind()
-    group, ranks, (rows, columns) = first.device_mesh.get_group(), first.device_mesh.size(), first.shape
-    parts = [local(one).to(dtype) for one in matrices]
+    group, ranks, (rows, columns) = like.device_mesh.get_group(), like.device_mesh.size(), like.shape
+    parts = [one.to(dtype) for one in parts]
     each, most, own = -(-len(parts) // ranks), -(-rows // ranks), len(parts[0])
     sent = functional.pad(torch.stack(parts), (0, 0, 0, most - own, 0, ranks * each - len(parts)))
     got = torch.empty_like(sent)
