@@ -78,7 +78,8 @@ class MuonAndAdamW(torch.optim.Optimizer):
                 if "momentum" not in self.state[one]:
                     self.state[one]["momentum"] = torch.zeros_like(one)
             # PyTorch 2.11 has not all of these for sharded tensors, and each takes the slow way through their dispatch.
-            weights, gradients = [local(one) for one in matrices], [local(one.grad) for one in matrices]
+            weights = [local(one) for one in matrices]
+            gradients = [local(one.grad) for one in matrices]  # pyright: ignore
             momenta = [local(self.state[one]["momentum"]) for one in matrices]
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])  # pyright: ignore
             ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # pyright: ignore
