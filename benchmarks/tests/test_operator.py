@@ -2,6 +2,7 @@
 
 import csv
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,7 @@ def test_a_run_writes_json_csv_and_figure(tmp_path: Path, capsys: pytest.Capture
     printed = capsys.readouterr().out
     assert "not run: dense-cudnn: needs an NVIDIA GPU, not cpu (small W=4 65 × 1)" in printed
     result = json.loads((tmp_path / "attention.json").read_text())
-    assert result["environment"]["torch"] == torch.__version__
+    assert result["environment"]["torch"] == version("torch")
     rows = {row["provider"]: row for row in result["rows"]}
     assert rows.keys() == {OURS[0], "dense-cudnn"}
     ours = rows[OURS[0]]
