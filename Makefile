@@ -3,6 +3,7 @@
 STAMP := .venv/installed
 RUN := .venv/bin/python
 VLLM := .venv-vllm
+OLDEST := .venv-oldest
 FAIL = sh -c 'printf "\nmake $@: %s\n" "$$1" >&2; exit 1' fail
 
 # A shim may be there without the Python behind it, so each candidate is asked.
@@ -15,7 +16,7 @@ SEES_GPU := import sys, pytest, torch; sys.exit(not torch.cuda.is_available())
 GPU_PYTHON ?= $(shell for one in $(RUN) python3; do \
 	"$$one" -c "$(SEES_GPU)" >/dev/null 2>&1 && { echo "$$one"; break; }; done)
 
-.PHONY: help setup demo test lint docs dist gpu-test hf-tests vllm-test
+.PHONY: help setup demo test lint docs dist oldest-test gpu-test hf-tests vllm-test
 
 help:
 	@echo 'make setup     a .venv with the package and all it needs'
@@ -24,6 +25,7 @@ help:
 	@echo 'make lint      ruff and pyright'
 	@echo 'make docs      the documentation as a site, in site/index.html'
 	@echo 'make dist      a wheel and a source distribution in dist/, checked, the wheel in an empty environment'
+	@echo 'make oldest-test  all tests with the oldest releases that are allowed, in an environment of their own'
 	@echo 'make gpu-test  the tests that need an NVIDIA GPU'
 	@echo 'make vllm-test the tests of serving with vLLM on CPUs, in an environment of their own (3.5 GB)'
 	@echo "make hf-tests  Transformers' own tests of a causal language model, on ours, and tests with TRL"
@@ -61,6 +63,16 @@ docs: $(STAMP)
 dist: $(STAMP)
 	@rm -rf dist && $(RUN) -m hatchling build --directory dist && $(RUN) -m twine check --strict dist/* && \
 	.ci/prove-wheel "$(RUN)" || $(FAIL) 'there is no good distribution, as said above'
+
+oldest-test: $(OLDEST)/installed
+	@$(OLDEST)/bin/python -m pytest -n logical --dist loadfile || $(FAIL) 'tests failed, as said above'
+
+$(OLDEST)/installed: pyproject.toml .ci/oldest.py
+	@test -n "$(PYTHON)" || $(FAIL) 'no Python 3.11 or newer with venv was found; name it: make oldest-test PYTHON=/path/to/python3'
+	@"$(PYTHON)" -m venv --clear $(OLDEST) && $(OLDEST)/bin/python .ci/oldest.py > $(OLDEST)/constraints.txt && \
+	$(OLDEST)/bin/python -m pip install --disable-pip-version-check --constraint $(OLDEST)/constraints.txt \
+	--editable '.[dev,docs,study,hub,triton]' || $(FAIL) 'the environment was not made, as said above'
+	@touch $@
 
 gpu-test:
 	@python="$(GPU_PYTHON)"; test -n "$$python" || { $(FAIL) 'no Python with pytest and a torch that sees a GPU '\

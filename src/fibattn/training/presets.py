@@ -68,7 +68,7 @@ _recipes = {
     ),
     "hybrid-125m": _larger(16, 12, head_size=64, sequences=64, micro_batch=32, steps=19_000),
     "hybrid-300m": _larger(24, 16, head_size=64, sequences=128, micro_batch=16, steps=23_000),
-    "hybrid-1b": _larger(24, 16, head_size=128, sequences=256, micro_batch=4, steps=43_000),
+    "hybrid-1b": _larger(24, 16, head_size=128, sequences=256, micro_batch=16, steps=43_000),
     "small": Recipe(
         model=_small,
         optimizer=replace(_tuned.optimizer, warmup_steps=50),
