@@ -60,7 +60,8 @@ def run(arguments: list[str]) -> None:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    own = torch.device("cuda", torch.cuda.current_device()) if on_gpu else None
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=own)
     say(f"{heading()}, {dist.get_world_size()} processes")
     result: dict[str, Any] = {"environment": environment(), "processes": dist.get_world_size()}
     result |= {"size": chosen.size, "dense": chosen.dense}

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fibattn.attention import attend
@@ -92,28 +95,41 @@ def gradients(model: Any, given: dict[str, Any], cutter: Any = None, bf16: bool 
         with narrow(bf16):
             loss = model(**given, use_cache=False).loss
         loss.backward()
-    flat = torch.cat([parameter.grad.flatten().float() for parameter in model.parameters()])
+    grads: list[Any] = [parameter.grad for parameter in model.parameters()]
+    flat = torch.cat([(x.full_tensor() if isinstance(x, DTensor) else x).flatten().float() for x in grads])
     loss = loss.detach().float()
-    if cutter:
-        for x in (flat, loss):
-            dist.all_reduce(x)
-            x /= dist.get_world_size()
+    for x in (loss,) if isinstance(grads[0], DTensor) else (flat, loss) if cutter else ():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
     return float(loss), flat
+
+
+def shard_weights(model: Any) -> None:
+    """Cut the weights over all processes in the groups that accelerate makes, gathered in bf16 on GPUs."""
+    gathered = torch.bfloat16 if torch.cuda.is_available() else None
+    policy = MixedPrecisionPolicy(gathered, torch.float32, cast_forward_inputs=False)
+    mesh = init_device_mesh(device().type, (dist.get_world_size(),))
+    last = [model.model.norm, model.model.embed_tokens, model.lm_head]
+    for module in (*model.model.layers, last, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=module is not last)
 
 
 def check(chosen: Any) -> list[dict[str, Any]]:
     """Errors of the gradients of a cut row, and of a whole one in as many bits, against a whole one in float32."""
     rows = []
-    for name, reach, packed, compiled in (
-        ("bounded", chosen.full_reach, False, False),
-        ("bounded, packed", chosen.full_reach, True, False),
-        ("full", None, True, False),
-        ("bounded, packed, compiled", chosen.full_reach, True, chosen.compile),
+    for name, reach, packed, compiled, sharded in (
+        ("bounded", chosen.full_reach, False, False, False),
+        ("bounded, packed", chosen.full_reach, True, False, False),
+        ("full", None, True, False, False),
+        ("bounded, packed, compiled", chosen.full_reach, True, chosen.compile, False),
+        ("bounded, packed, compiled, weights sharded", chosen.full_reach, True, chosen.compile, True),
     ):
         model, given = model_of(chosen, 8, reach), row(chosen.check_tokens, packed)
         right_loss, right = gradients(model, given, bf16=False)
         whole_loss, whole = gradients(model, given)
         cutter = ContextParallel(model, everyone())
+        if sharded:
+            shard_weights(model)
         if compiled:
             compile_layers(model)
         cut_loss, cut = gradients(model, given, cutter)
