@@ -99,17 +99,19 @@ def _shape(layers: int, heads: int, groups: int, inner: int, full: tuple[int, ..
 def _reshape(steps: list[Step]) -> None:
     """Add steps to other shapes, each as large as the others within 1 % unless it says otherwise."""
     wide, few = _shape(10, 10, 2, 2304, (4, 9)), {"vocabulary": 8192}
-    _step(steps, "wide", "10 layers of 640, 10 heads in 2 groups", "muon8", False, **wide)
-    _step(steps, "wide-64", "the same in steps of 64 sequences", "batch", False, **wide)
+    change = "10 layers of 640, 10 heads in 2 groups"
+    _step(steps, "wide", change, "muon8", False, **wide)
+    _step(steps, "wide-64", change, "batch", False, **wide)
     narrow = _shape(10, 8, 2, 2432, (4, 9)) | {"hidden_size": 640, "head_dim": 64}
-    _step(steps, "wide-8", "10 layers of 640, but 8 heads of 64 in 2 groups", "muon8", False, **narrow)
-    _step(steps, "wide-8-64", "the same in steps of 64 sequences", "batch", False, **narrow)
+    change = "10 layers of 640, but 8 heads of 64 in 2 groups"
+    _step(steps, "wide-8", change, "muon8", False, **narrow)
+    _step(steps, "wide-8-64", change, "batch", False, **narrow)
     change = "vocabulary of 8,192, 16 layers of 576 with 9 heads in 3 groups"
     _step(steps, "few", change, "muon8", False, **few, **_shape(16, 9, 3, 2304, (7, 15)))
     change = "vocabulary of 8,192, 9 layers of 768 with 12 heads in 3 groups"
     wider = _shape(9, 12, 3, 2944, (4, 8))
     _step(steps, "few-wide", change, "muon8", False, **few, **wider)
-    _step(steps, "few-wide-64", "the same in steps of 64 sequences", "batch", False, **few, **wider)
+    _step(steps, "few-wide-64", change, "batch", False, **few, **wider)
     change = "vocabulary of 8,192 and nothing else: a fifth fewer parameters"
     _step(steps, "few-small-64", change, "batch", False, **few)
     longer = {"sequence_length": 2048, "sequences_per_step": 32, "micro_batch": 32}

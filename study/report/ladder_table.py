@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from study.ladder import LADDER
+from study.ladder import LADDER, Step
 from study.report.claims import percent, real_minus
 from study.report.tables import NONE, Table, table, where_run
 from study.store import over_sets
@@ -23,18 +23,14 @@ def ladder_table(records: Iterable[dict[str, Any]]) -> list[Table]:
 
 
 def _of_budget(found: Records) -> Table:
-    rows = [
-        {
-            "step": step.name,
-            "what is new": step.change,
-            "changes": step.since or NONE,
-            **_measured(found[step.name], found.get(step.since or "")),
-            "": "kept" if step.kept else "not kept",
-        }
-        for step in LADDER
-        if step.name in found
-    ]
-    one = next(iter(found.values()))
+    rows = []
+    for step in LADDER:
+        if step.name in found:
+            since, new = _since_one_that_ran(step, found)
+            row = {"step": step.name, "what is new": new, "changes": since or NONE}
+            kept = {"": "kept" if step.kept else "not kept"}
+            rows.append(row | _measured(found[step.name], found.get(since or "")) | kept)
+    one = next((one for one in found.values() if not one.get("like")), next(iter(found.values())))
     budget = f"{one['tokens'] / 1e6:.0f}"
     note = (
         f"{budget} M tokens, seed {one['seed']}, {where_run(found.values())}; in sequences of "
@@ -45,6 +41,15 @@ def _of_budget(found: Records) -> Table:
         f"run ladder --data DATA --tokens {budget}M --only STEP`."
     )
     return table(f"The ladder: from the paper's recipe to the project's, {budget} M tokens", note, rows, words=3)
+
+
+def _since_one_that_ran(step: Step, found: Records) -> tuple[str | None, str]:
+    """The step that `step` changes, and how; where that has not run, the one before it, and both changes."""
+    since, changes = step.since, [step.change]
+    while since is not None and since not in found:
+        between = next(one for one in LADDER if one.name == since)
+        since, changes = between.since, [between.change, *changes]
+    return since, "; ".join(changes)
 
 
 def _measured(record: dict[str, Any], before: dict[str, Any] | None) -> dict[str, str]:

@@ -38,6 +38,18 @@ def test_a_step_was_run_with_the_recipe_that_it_has(run, records) -> None:
     assert key_of(recipe, record["inputs"]["data_fingerprint"]) == record["key"]
 
 
+def test_a_step_stands_beside_the_one_before_it_that_was_run(records) -> None:
+    [table] = ladder_table([records["batch"], records["few-wide-long-64"]])
+    _, row = table.rows
+    assert row[:3] == ("few-wide-long-64", f"{change('few-wide-64')}; {change('few-wide-long-64')}", "batch")
+    assert "+2.03 %" in row
+    assert "524,288 tokens" in table.note
+
+
+def change(name: str) -> str:
+    return next(step.change for step in LADDER if step.name == name)
+
+
 def test_steps_of_one_length_saw_the_same_text_in_the_same_order(records) -> None:
     alike = [one for one in records.values() if one["recipe"]["order"] == "random" and one["trained_at"] == 1024]
     orders = defaultdict(set)
