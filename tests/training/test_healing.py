@@ -98,10 +98,11 @@ def test_every_architecture_is_healed(kind: str, healed: Folder, converted: Fold
         assert json.loads(lines[-1])["step"] == steps
     folder = healed(kind) / "model"
     sealed.verify(folder)
-    assert files.read_json(folder / "conversion.json")["healing"]["recipe"]["tokens"] == 1280
+    record = files.read_json(folder / "conversion.json")
+    assert (record["healing"]["recipe"]["tokens"], record["healing"]["teacher"]) == (1280, record["source"])
     card = (folder / "README.md").read_text()
     assert "It was trained since." in card
-    assert "Trained on 1.28k tokens in sequences of 32" in card
+    assert f"Trained on 1.28k tokens in sequences of 32, beside {record['source']}: all" in " ".join(card.split())
     for name in ("config.json", "modeling_fibattn.py", "tokenizer.json"):
         assert files.read_json(folder / name) if name.endswith("n.json") else (folder / name).exists()
     before, after = (AutoModelForCausalLM.from_pretrained(one) for one in (converted(kind), folder))
@@ -353,6 +354,11 @@ def test_mistakes_are_one_line(
     assert said.startswith("fibattn heal: ")
     assert message in said
     assert not Path("out-healed/model").exists()
+
+
+def test_the_folder_that_one_stands_in_is_healed_beside_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert HealingRecipe(Path()).folder == tmp_path.with_name(f"{tmp_path.name}-healed")
 
 
 def test_a_folder_of_another_run_is_refused(

@@ -52,7 +52,7 @@ def heal(recipe: HealingRecipe, callbacks: Sequence[TrainerCallback] = ()) -> Pa
     if process_count() > 1:
         raise InputError(f"torchrun started {process_count()} processes; healing takes one, with one GPU")
     folder, finished = find_model(recipe.model), recipe.folder / "model"
-    student, teacher, name = _pair(recipe, folder)
+    student, teacher, called = _pair(recipe, folder)
     trained_at = student.config.get_text_config().max_position_embeddings
     length = min(trained_at, _LONGEST) if recipe.sequence_length is None else recipe.sequence_length
     stages: dict[str, Stage] = {
@@ -83,7 +83,7 @@ def heal(recipe: HealingRecipe, callbacks: Sequence[TrainerCallback] = ()) -> Pa
     for name, run in runs.items():
         _run(run, stages[name](student, teacher, trained), text[name], callbacks)
     whole: Any = student if adapted is None else adapted.merge_and_unload()
-    about = {**inputs, "teacher": name, "sequence_length": length}
+    about = {**inputs, "teacher": called, "sequence_length": length}
     _write(finished, folder, whole.requires_grad_(True).to(dtype), about)
     return finished
 

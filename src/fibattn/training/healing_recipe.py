@@ -65,4 +65,5 @@ class HealingRecipe:
     @property
     def folder(self) -> Path:
         """Where the run is."""
-        return self.out or self.model.with_name(f"{self.model.name}-healed")
+        model = self.model if self.model.name else Path.cwd()
+        return self.out or model.with_name(f"{model.name}-healed")
