@@ -148,7 +148,8 @@ def _pattern(settings: Healing, shape: str, config: Any) -> tuple[dict[str, Any]
     kind, *numbers = shape.split("-")
     if kind in ("blocks", "anchored"):
         window, blocks = map(int, numbers)
-        return {"window": window, "blocks": blocks, "block_anchor": kind == "anchored"}, window + 1 + 16 * blocks
+        given = {"window": window, "blocks": blocks, "block_anchor": kind == "anchored"}
+        return given | {"block_reach": min(trained_at, 64 * 16) - 1}, window + 1 + 16 * blocks
     if numbers:
         return {"window": int(numbers[0]), "rungs": 0}, int(numbers[0]) + 1
     given = {"window": settings.window, "base": "fibonacci", "schedule": "linear", "rungs": 15}
@@ -226,7 +227,8 @@ def _fresh(settings: Healing, pattern: dict[str, Any], layers: list[int], tokens
     """The dense model's recipe with a converted model's layers, for so many tokens."""
     dense = _recipe_of(settings.model)
     sparse = "fibonacci_attention" if pattern.get("rungs") else "sliding_attention"
-    sparse = "chosen_attention" if "blocks" in pattern else sparse
+    if "blocks" in pattern:
+        sparse, pattern = "chosen_attention", pattern | {"block_rope": True}  # as a converted layer chooses
     kinds: Any = ["full_attention" if one in layers else sparse for one in range(dense.model.num_hidden_layers)]
     steps = max(1, tokens // (dense.sequence_length * dense.sequences_per_step))
     return replace(

@@ -8,6 +8,8 @@ from transformers import AutoTokenizer
 
 from fibattn import FibAttnConfig, FibAttnForCausalLM, files, sealed
 from fibattn.evaluation.placement import evenly_kept
+from fibattn.training.recipe import ModelRecipe, Recipe
+from fibattn.training.run import train
 from study.__main__ import main
 
 
@@ -92,6 +94,18 @@ def test_windows_by_their_width_and_blocks_have_places_of_their_own(
     assert few["perplexity"] != pytest.approx(first["perplexity"], rel=1e-4)
     assert healed["part"] == 0.02
     assert healed["perplexity"] < few["perplexity"]
+
+
+def test_fresh_models_have_a_converted_one_s_layers(prepared: Path, tmp_path: Path) -> None:
+    shape = ModelRecipe(16, 24, 2, 2, 1, layer_types=("full_attention",))
+    run = Recipe(prepared, tmp_path / "run", model=shape, sequence_length=64, sequences_per_step=4, steps=2)
+    train(run)
+    out, names = tmp_path / "healing.json", ("rungs", "blocks-7-1", "anchored-7-1")
+    words = ["--out", out, "--work", tmp_path / "work", "--factors", 1, "--rows"]
+    assert probe(run.out, prepared, *words, *(f"fresh:1:{name}:1" for name in names)) == 0
+    _, rungs, free, anchored = files.read_json(out)["rows"]
+    assert [row["keys"] for row in (free, anchored)] == [24, 24]
+    assert len({row["perplexity"] for row in (rungs, free, anchored)}) == 3
 
 
 def test_a_model_without_a_recipe_must_say_its_tokens(

@@ -60,6 +60,10 @@ class ModelRecipe:
     """Keys of such a block: 16, 32, 64 or 128."""
     block_reach: int = 1023
     """How far back the first key of such a block may be."""
+    block_rope: bool = False
+    """Choose and read such blocks by queries and keys with rotary positions, as the window is read."""
+    block_anchor: bool = False
+    """Let one of them always be the first of the text."""
     kv_convolution: int = 0
     """Let keys and values of all but full layers carry those of their last so many tokens; 0: of none."""
     rope_theta: float = 10_000.0
