@@ -226,8 +226,12 @@ def mistakes(llama: Path, prepared: Path, text: Path, tmp_path: Path) -> dict[st
             "it was converted already; restore it first (`fibattn convert MODEL OUT --restore`)",
         ),
         "not converted": ([llama, out, "--restore"], "this LlamaForCausalLM is not converted"),
-        "layers": ([llama, out, *PLAIN, "--keep", "first"], "--keep is 'first'; expected layers by number (7,15)"),
-        "every what": ([llama, out, *PLAIN, "--keep", "every:0"], "--keep is 'every:0'; expected layers by number"),
+        "layers": (
+            [llama, out, *PLAIN, "--keep", "first"],
+            "--keep is 'first'; expected, of 4 layers, layers",
+        ),
+        "every what": ([llama, out, *PLAIN, "--keep", "every:0"], "--keep is 'every:0'; expected, of 4 layers, layers"),
+        "too few": ([llama, out, *PLAIN, "--keep", "every:5"], "--keep is 'every:5'; expected, of 4 layers, layers"),
         "no such layer": ([llama, out, *PLAIN, "--keep", "4"], "keep_layers is [4]; expected different indices"),
         "all": ([llama, out, *PLAIN, "--keep", "every:1"], "every layer of the model"),
         "no text": ([llama, out, *PLAIN, "--keep", "auto:2"], "--keep is 'auto:2', --text is not; the two go together"),
@@ -236,7 +240,20 @@ def mistakes(llama: Path, prepared: Path, text: Path, tmp_path: Path) -> dict[st
             [llama, out, *PLAIN, "--keep", "auto:1", "--text", text, "--tokens", "100"],
             "a sequence of 128 needs 129 tokens",
         ),
+        "no measure": (
+            [llama, out, *PLAIN, "--keep", "1", "--tokens", "500"],
+            "--keep is '1', --tokens is given; the two go together: --keep auto:4 --text FILE",
+        ),
+        "nothing to measure": (
+            [llama, out, "--window", "99", "--keep", "auto:1", "--text", text, "--sequence-length", "100"],
+            "--window is 99, as long as the sequences of 100 tokens that would be measured",
+        ),
         "rungs and blocks": ([llama, out, *PLAIN, "--blocks", "2"], "rungs is 7 and blocks 2; beyond the window there"),
+        "base and blocks": (
+            [llama, out, "--window", "3", "--blocks", "1", "--schedule", "fixed", "--max-offset", "9"],
+            "schedule is 'fixed', max_offset is 9 and blocks 1; beyond the window there are either rungs or blocks",
+        ),
+        "no blocks": ([llama, out, *PLAIN, "--no-block-anchor"], "block_anchor is False, without blocks; give blocks"),
         "blocks": ([llama, out, "--window", "3", "--blocks", "0"], "blocks is 0; a query chooses 1 to 64 of them"),
         "bound": ([llama, out, *PLAIN, "--full-reach", "9"], "full_reach is 9, but no layer keeps its own attention"),
     }

@@ -19,15 +19,14 @@ def test_a_block_that_begins_in_another_document_is_nobody_s() -> None:
 
 def test_what_cannot_choose_says_so() -> None:
     made = model("chosen")
-    with pytest.raises(InputError, match=r"continuous batching does not do chosen_attention or kv_convolution yet"):
+    choice, taps = "blocks that queries choose yet; without it the model", "a convolution over keys and values yet;"
+    with pytest.raises(InputError, match=f"continuous batching does not do {choice}"):
         made.init_continuous_batching()
-    with pytest.raises(InputError, match=r"context parallelism does not do blocks that queries choose \(layer 0\)"):
-        made(tokens(1, 8), shard=_Nothing())
-    for refused in (made.config, config(kv_convolution=2)):
-        with pytest.raises(InputError, match=r"the model for vLLM does not do chosen_attention or kv_convolution yet"):
-            refused.check_engine("the model for vLLM")
-    with pytest.raises(InputError, match=r"context parallelism does not do a convolution over keys and values"):
-        model(kv_convolution=2)(tokens(1, 8), shard=_Nothing())
+    for which, what in ((made, choice), (model(kv_convolution=2), taps)):
+        with pytest.raises(InputError, match=f"context parallelism does not do {what}"):
+            which(tokens(1, 8), shard=_Nothing())
+        with pytest.raises(InputError, match=f"the model for vLLM does not do {what}"):
+            which.config.check_engine("the model for vLLM")
 
 
 class _Nothing:

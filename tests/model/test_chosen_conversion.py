@@ -123,6 +123,13 @@ def test_how_far_back_a_block_may_be() -> None:
     ).abs().max() > 0.1
 
 
+def test_its_name_is_a_call_that_can_be_made() -> None:
+    source = model("llama")
+    source.name_or_path = "there"
+    call = "fibattn.convert(model, window=6, keep_layers=[1], full_reach=None, blocks=2, block_size=16, block_reach=127"
+    assert fibattn.convert(source, **CHOICE).name_or_path == f"there, converted by {call}, block_anchor=True)"
+
+
 @torch.no_grad()
 def test_a_folder_from_before_anchors_has_none(tmp_path: Path) -> None:
     made, ids = fibattn.convert(dense("gemma"), **CHOICE, block_anchor=False), tokens(2, 120)
@@ -153,9 +160,9 @@ def test_a_native_model_keeps_the_sliding_windows_of_kept_layers(tmp_path: Path)
 
 def test_other_engines_refuse_it(tmp_path: Path) -> None:
     made = converted("gemma")
-    with pytest.raises(InputError, match=r"continuous batching does not do blocks that queries choose yet"):
+    with pytest.raises(InputError, match=r"continuous batching does not do blocks that queries choose yet; without it"):
         made.init_continuous_batching()
-    with pytest.raises(InputError, match=r"context parallelism does not do blocks that queries choose yet"):
+    with pytest.raises(InputError, match=r"context parallelism does not do blocks that queries choose yet; without it"):
         made(tokens(1, 8), shard=_Nothing())
     headed = fibattn.convert(model("llama", AutoModelForSequenceClassification), **CHOICE)
     assert not [name for name, _ in headed.named_parameters() if "trust" in name]

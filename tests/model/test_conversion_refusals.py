@@ -61,7 +61,11 @@ def test_models_that_cannot_be_converted(which: str) -> None:
         ({"window": "3"}, r"window is '3'; it must be a whole number"),
         (
             {"window": 3, "rungs": 2, "blocks": 1},
-            r"rungs is 2 and blocks 1; beyond the window there is one or the other",
+            r"rungs is 2 and blocks 1; beyond the window there are either rungs or blocks",
+        ),
+        (
+            {"window": 3, "blocks": 1, "base": "power_of_two", "schedule": "fixed", "max_offset": 9, "rung_reach": 9},
+            r"base is 'power_of_two', schedule is 'fixed', rung_reach is 9, max_offset is 9 and blocks 1; beyond the",
         ),
         ({"window": 3, "blocks": 0}, r"blocks is 0; a query chooses 1 to 64"),
         ({"window": 3, "blocks": 2.5}, r"blocks is 2.5; it must be a whole number"),
@@ -71,8 +75,8 @@ def test_models_that_cannot_be_converted(which: str) -> None:
             r"reach is 1024; it must be at least the window, 3, and below",
         ),
         ({"window": 128, "blocks": 1}, r"the blocks' reach is 127; it must be at least the window, 128"),
-        ({"window": 3, "block_reach": 9}, r"block_size is 16, block_reach 9, without blocks; give blocks, too"),
-        ({"window": 3, "block_size": 32}, r"block_size is 32, block_reach None, without blocks"),
+        ({"window": 3, "block_reach": 9}, r"block_reach is 9, without blocks; give blocks, too"),
+        ({"window": 3, "block_size": 32, "block_anchor": False}, r"size is 32, block_anchor is False, without blocks"),
         ({"window": 3, "max_offset": 2.5}, r"max_offset is 2.5; it must be a whole number"),
         ({"window": 3, "full_reach": 0, "keep_layers": [0]}, "full_reach is 0; it must be at least 1, or None"),
         ({"window": 3, "full_reach": 9}, "full_reach is 9, but no layer keeps its own attention"),

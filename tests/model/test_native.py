@@ -151,6 +151,17 @@ def test_a_dense_model_of_our_own_is_converted_and_restored_in_place() -> None:
     assert torch.equal(fibattn.convert(made, **PATTERN, keep_layers=[1], full_reach=9)(ids).logits, sparse)
 
 
+@torch.no_grad()
+def test_kept_layers_of_a_bounded_dense_model_look_no_farther_than_they_did(tmp_path: Path) -> None:
+    made, ids = dense("own"), tokens()
+    made.save_pretrained(tmp_path)
+    made = AutoModelForCausalLM.from_pretrained(tmp_path, full_reach=9).eval()
+    right, before = made(ids).logits, made.config.to_dict()
+    close(fibattn.convert(made, window=9, rungs=0, keep_layers=[1])(ids).logits, right)
+    assert made.config.full_reach == 9
+    assert fibattn.restore(made).config.to_dict() == before
+
+
 def test_a_body_alone_is_one_too(tmp_path: Path) -> None:
     body, ids = dense("qwen2").base_model, tokens()
     right = fibattn.convert(body, **PATTERN)(ids).last_hidden_state

@@ -25,8 +25,8 @@ class Arguments:
     window: int | None = None
     """Distances 0 … WINDOW are attended: window + 1 keys."""
     rungs: int | None = None
-    """How many distances there are beyond the window, before scaling; 0 for the window alone. 15 when left out, and
-    none beside blocks."""
+    """How many Fibonacci distances there are beyond the window, before scaling; 0 for the window alone. 15 when left
+    out, none beside blocks; of powers of two there are as many as training was long for."""
     blocks: int | None = None
     """In place of distances: how many blocks of keys each query chooses beyond the window, by what is in them."""
     block_size: Literal[16, 32, 64, 128] = 16
@@ -76,7 +76,8 @@ def run(arguments: list[str]) -> None:
     farthest = model.base_model.config.max_position_embeddings - 1
     names = ("window", "rungs", "base", "schedule", "blocks", "block_size", "block_reach", "block_anchor")
     pattern = {name: getattr(chosen, name) for name in names}
-    pattern["max_offset"] = farthest if chosen.max_offset == "sequence" else chosen.max_offset
+    beyond = farthest if chosen.blocks is None else None  # blocks have a reach of their own
+    pattern["max_offset"] = beyond if chosen.max_offset == "sequence" else chosen.max_offset
     kept, placement = _kept(chosen, model, tokenizer, pattern)
     full_reach = farthest if chosen.full_reach == "sequence" else chosen.full_reach
     convert(model, **pattern, keep_layers=kept, full_reach=full_reach)
@@ -93,12 +94,11 @@ def _check(chosen: Arguments) -> None:
             raise InputError("--restore goes back by itself; leave the other flags out")
     elif chosen.window is None:
         raise InputError("give --window to convert a model (128, for example), or --restore alone to go back")
-    measured = chosen.keep.startswith("auto:")
-    if measured != bool(chosen.text):
-        raise InputError(
-            f"--keep is {chosen.keep!r}, --text {'is given' if chosen.text else 'is not'}; the two go together: "
-            "--keep auto:4 --text FILE"
-        )
+    names, auto = ("text", "tokens", "sequence_length"), chosen.keep.startswith("auto:")
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(chosen, name) != getattr(Arguments, name)]
+    if (given and not auto) or (auto and not chosen.text):
+        said = "--text is not" if auto else f"{given[0]} is given"
+        raise InputError(f"--keep is {chosen.keep!r}, {said}; the two go together: --keep auto:4 --text FILE")
     if chosen.tokens < 1 or chosen.sequence_length < 1:
         raise InputError(f"tokens {chosen.tokens}, sequence_length {chosen.sequence_length}: each must be at least 1")
 
@@ -112,11 +112,11 @@ def _kept(
     if how == "auto" and number.isdecimal():
         found = _measured(chosen, model, tokenizer, pattern, int(number))
         return sorted(step["layer"] for step in found["search"]), found
-    if how == "every" and number.isdecimal() and int(number) > 0:
+    if how == "every" and number.isdecimal() and 0 < int(number) <= depth:
         return list(range(int(number) - 1, depth, int(number))), None
     numbers = chosen.keep.split(",") if chosen.keep else []
     if not all(one.strip().isdecimal() for one in numbers):
-        raise InputError(f"--keep is {chosen.keep!r}; expected {_KEEP}")
+        raise InputError(f"--keep is {chosen.keep!r}; expected, of {depth} layers, {_KEEP}")
     return [int(one) for one in numbers], None
 
 
@@ -133,6 +133,11 @@ def _measured(chosen: Arguments, model: Any, tokenizer: Any, pattern: dict[str, 
     if tokenizer is None:
         raise InputError(f"--keep is {chosen.keep!r}, and {chosen.model} has no tokenizer to read a text with")
     length = min(chosen.sequence_length, model.base_model.config.max_position_embeddings)
+    if pattern["window"] >= length - 1:
+        raise InputError(
+            f"--window is {pattern['window']}, as long as the sequences of {length} tokens that would be measured; "
+            "give a smaller window or a longer --sequence-length"
+        )
     text = held_out_sequences(read_tokens(chosen.text, tokenizer, chosen.tokens + 1), length, chosen.tokens)
     found = search(model.to("cuda" if torch.cuda.is_available() else "cpu"), pattern, text, count)
     Console().print(Markdown(measured(found)))

@@ -267,11 +267,8 @@ class FibAttnConfig(FoundByShim, PreTrainedConfig):
         Raises:
             InputError: for a layer whose queries choose blocks, or a convolution over keys and values.
         """
-        if self.kv_convolution or "chosen_attention" in (self.layer_types or []):
-            raise InputError(
-                f"{engine} does not do chosen_attention or kv_convolution yet, and this model has one of them; call "
-                "generate()"
-            )
+        for layer in range(self.num_hidden_layers):
+            check_engine(engine, self.layer_pattern(layer), convolves=self.kv_convolution > 0)
 
     def learns_alpha(self, layer: int) -> bool:
         """Whether the layer has a scale that is trained."""
@@ -364,6 +361,14 @@ class FibAttnConfig(FoundByShim, PreTrainedConfig):
                     f"{self.window} and rungs {self.rungs} give {expected}; correct one of them, or leave "
                     "layer_offsets out to have it derived"
                 )
+
+
+def check_engine(engine: str, pattern: Any, *, convolves: bool = False) -> None:
+    """Refuse a layer that attends by `pattern`, where no engine but `generate()` does it yet; errors as above."""
+    chooses = isinstance(pattern, ChosenPattern)
+    if chooses or convolves:
+        what = "blocks that queries choose" if chooses else "a convolution over keys and values"
+        raise InputError(f"{engine} does not do {what} yet; without it the model trains, and generate() writes")
 
 
 def save_shim(config: PreTrainedConfig, folder: Path, body: str, whole: str) -> None:

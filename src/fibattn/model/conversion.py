@@ -16,8 +16,8 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from fibattn.errors import InputError, whole_number
 from fibattn.model.batching import start_batching
-from fibattn.model.configuration import FibAttnConfig
-from fibattn.model.converted_layers import IMPLEMENTATION, before_attention, before_decoder, check_engine
+from fibattn.model.configuration import FibAttnConfig, check_engine
+from fibattn.model.converted_layers import IMPLEMENTATION, before_attention, before_decoder
 from fibattn.model.converted_pattern import (
     BLOCKS,
     FIELDS,
@@ -102,10 +102,11 @@ def convert(
         example = keep_layers if isinstance(keep_layers, int | str) else 0
         raise InputError(f"keep_layers is {keep_layers!r}; give the layers as a list: [{example}]")
     kept = sorted(whole_number("a layer of keep_layers", layer) for layer in keep_layers)
-    if blocks is not None and rungs:
-        raise InputError(f"rungs is {rungs} and blocks {blocks}; beyond the window there is one or the other")
-    if blocks is None and (block_size, block_reach) != (16, None):
-        raise InputError(f"block_size is {block_size}, block_reach {block_reach}, without blocks; give blocks, too")
+    if full_reach is None and kept:
+        full_reach = getattr(decoder.config, "full_reach", None)  # a dense model of our own may have a bound
+    of_rungs = {"rungs": rungs or None, "base": base, "schedule": schedule, "rung_reach": rung_reach}
+    of_blocks = {"block_size": block_size, "block_reach": block_reach, "block_anchor": block_anchor}
+    _refuse_idle(of_blocks if blocks is None else of_rungs | {"max_offset": max_offset}, blocks)
     rungs = (15 if blocks is None else 0) if rungs is None else rungs
     window, rungs, farthest = map(whole_number, ("window", "rungs", "rung_reach"), (window, rungs, farthest))
     max_offset, full_reach = (
@@ -125,6 +126,14 @@ def convert(
     # An adapter keeps this name for its base: were it that of the original, it would be loaded on a dense model.
     name = model.name_or_path and f"{model.name_or_path}, converted by fibattn.convert(model, {in_words(entry)})"
     return apply(model, entry, name)
+
+
+def _refuse_idle(given: dict[str, Any], blocks: int | None) -> None:
+    """Refuse values that would say nothing: of blocks where there are none, of rungs where there are."""
+    usual: Any = convert.__kwdefaults__
+    if idle := ", ".join(f"{name} is {value!r}" for name, value in given.items() if value != usual[name]):
+        both = f" and blocks {blocks}; beyond the window there are either rungs or blocks"
+        raise InputError(idle + (", without blocks; give blocks, too, or leave it out" if blocks is None else both))
 
 
 def apply(model: PreTrainedModel, entry: dict[str, Any], name: str | None) -> PreTrainedModel:
@@ -161,7 +170,7 @@ def apply(model: PreTrainedModel, entry: dict[str, Any], name: str | None) -> Pr
 
 def _start_batching(model: PreTrainedModel, layers: list[ConvertedLayer], *args: Any, **kwargs: Any) -> Any:
     for layer in layers:
-        check_engine(layer, "continuous batching")
+        check_engine("continuous batching", layer.pattern)
     reaches = [None if layer.bounded is None else layer.bounded.reach for layer in layers]
     return start_batching(model, reaches, *args, **kwargs)
 

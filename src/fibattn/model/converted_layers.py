@@ -20,6 +20,7 @@ from fibattn.errors import InputError
 from fibattn.model import batching
 from fibattn.model.attention import attend_by_choice, attend_by_distance
 from fibattn.model.cache import RingLayer, check_full, ring_of
+from fibattn.model.configuration import check_engine
 from fibattn.model.converted_pattern import ConvertedLayer
 from fibattn.model.positions import Shard, document_positions, packed_positions, says_nothing
 from fibattn.pattern import ChosenPattern
@@ -126,7 +127,7 @@ def attention(
     q, k, v = (x.transpose(1, 2).to(value.dtype) for x in (query, key, value))
     positions = None if attention_mask is None else attention_mask[:, 0, :, 0]
     if shard is not None:
-        check_engine(own, "context parallelism")
+        check_engine("context parallelism", own.pattern)
         return shard.attend(q, k, v, own.bounded, scale=scaling, positions=positions), None  # pyright: ignore
     how: dict[str, Any] = {"positions": positions, "scale": scaling}
     assert own.pattern is not None
@@ -137,16 +138,6 @@ def attention(
         how["trust"] = module.trust if hasattr(module, "trust") else k.new_zeros(k.shape[2])
         return attend_by_choice(q, k, v, own.pattern, fibattn_ring, at, **how), None
     return attend_by_distance(q, k, v, own.pattern, fibattn_ring, at, **how), None
-
-
-def check_engine(own: ConvertedLayer, engine: str) -> None:
-    """Refuse a layer whose queries choose blocks, which no engine but `generate()` does yet.
-
-    Raises:
-        InputError: for one.
-    """
-    if isinstance(own.pattern, ChosenPattern):
-        raise InputError(f"{engine} does not do blocks that queries choose yet; call generate()")
 
 
 def _attend_batch(

@@ -19,7 +19,10 @@ STORED_PATTERN = "fibattn_pattern"
 BLOCKS = ("blocks", "block_size", "block_reach", "block_anchor")
 """What a pattern has besides where queries choose blocks; no rungs then."""
 
-FIELDS = ("window", "base", "schedule", "rungs", "rung_reach", "max_offset", "keep_layers", "full_reach", *BLOCKS)
+RUNGS = ("base", "schedule", "rungs", "rung_reach", "max_offset")
+"""What says nothing then."""
+
+FIELDS = ("window", *RUNGS, "keep_layers", "full_reach", *BLOCKS)
 
 
 @dataclass(frozen=True)
@@ -118,4 +121,5 @@ def with_offsets(entry: dict[str, Any], layers: Sequence[ConvertedLayer]) -> dic
 
 def in_words(entry: dict[str, Any]) -> str:
     """The pattern as the arguments of `fibattn.convert`."""
-    return ", ".join(f"{name}={entry[name]!r}" for name in FIELDS if name in entry)
+    idle = RUNGS if "blocks" in entry else ()
+    return ", ".join(f"{name}={entry[name]!r}" for name in FIELDS if name in entry and name not in idle)

@@ -12,11 +12,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from fibattn.errors import InputError
 from fibattn.model import batching
 from fibattn.model.attention import attend_by_choice, attend_by_distance
 from fibattn.model.cache import RingLayer, check_full, ring_of
-from fibattn.model.configuration import FibAttnConfig
+from fibattn.model.configuration import FibAttnConfig, check_engine
 from fibattn.model.convolution import convolved
 from fibattn.model.feed_forward import gains_from_padding, padded_gated
 from fibattn.model.layer import LearnedScale, new_theta
@@ -73,9 +72,8 @@ class FibAttnAttention(LearnedScale):
         """
         shape = (*hidden.shape[:2], -1, self.head_dim)
         q, k, v = (project(hidden).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
-        if shard is not None and (self.trust is not None or self.kv_convolution is not None):
-            what = "a convolution over keys and values" if self.trust is None else "blocks that queries choose"
-            raise InputError(f"context parallelism does not do {what} (layer {self.layer_idx}) yet; leave it off")
+        if shard is not None:
+            check_engine("context parallelism", self.pattern, convolves=self.kv_convolution is not None)
         ring = None
         if isinstance(cache, Cache) and self.pattern is not None:
             ring = ring_of(cache, self.layer_idx, self.pattern, self.reach or 0)
