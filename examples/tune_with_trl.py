@@ -23,6 +23,9 @@ parser.add_argument("out")
 parser.add_argument("--lora", type=int, help="the rank of an adapter at the attention's projections")
 parser.add_argument("--steps", type=int, default=-1, help="updates; all of the data once when left out")
 parser.add_argument("--length", type=int, default=1024, help="tokens of a row at most")
+parser.add_argument(
+    "--chat-template", help="a model's folder or a file: how chats are written where MODEL does not say"
+)
 parser.add_argument("--rate", type=float, default=1e-4)
 parser.add_argument("--packing", action=argparse.BooleanOptionalAction, default=True, help="several examples in a row")
 given = parser.parse_args()
@@ -40,6 +43,7 @@ trainer = SFTTrainer(
         max_steps=given.steps,
         learning_rate=given.rate,
         packing=given.packing,
+        chat_template_path=given.chat_template,
         assistant_only_loss="messages" in data.column_names,  # pyright: ignore
         bf16=torch.cuda.is_available(),
         report_to="none",

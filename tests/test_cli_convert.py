@@ -246,7 +246,7 @@ def mistakes(llama: Path, prepared: Path, text: Path, tmp_path: Path) -> dict[st
         ),
         "nothing to measure": (
             [llama, out, "--window", "99", "--keep", "auto:1", "--text", text, "--sequence-length", "100"],
-            "--window is 99, as long as the sequences of 100 tokens that would be measured",
+            "--window is 99, which covers the sequences of 100 tokens that would be measured",
         ),
         "rungs and blocks": ([llama, out, *PLAIN, "--blocks", "2"], "rungs is 7 and blocks 2; beyond the window there"),
         "base and blocks": (

@@ -1,6 +1,7 @@
 """TRL and peft on own and converted models, `make hf-tests`: rows that are packed, chats, adapters, the example."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -89,12 +90,20 @@ def test_of_a_chat_the_answers_alone_are_learnt(packing: bool, folder: Path, tmp
     assert sorted(tokenizer.decode(learnt).split(end)) == sorted(["", "1 follows.", "2 follows."])
 
 
-@pytest.mark.parametrize(("rows", "words"), [(TEXTS, []), (CHATS, ["--lora", "4"]), (CHATS, ["--no-packing"])])
+ELSEWHERE = ["--chat-template", str(Path(run.__file__).with_name("chat.jinja"))]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"), [(TEXTS, []), (CHATS, ["--lora", "4"]), (CHATS, ["--no-packing"]), (CHATS, ELSEWHERE)]
+)
 def test_the_example_trains_what_it_is_given(
     rows: list[dict[str, Any]], words: list[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, out = tmp_path / "data.jsonl", tmp_path / "out"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if words == ELSEWHERE:
+        folder = shutil.copytree(folder, tmp_path / "bare")
+        (folder / "chat_template.jinja").unlink()
     command = ["tune_with_trl.py", str(folder), str(data), str(out), "--steps", "3", "--rate", "1e-2", *words]
     monkeypatch.setattr(sys, "argv", command)
     exec(compile((ROOT / "examples" / "tune_with_trl.py").read_text(), "tune_with_trl.py", "exec"), {})

@@ -135,7 +135,7 @@ def _measured(chosen: Arguments, model: Any, tokenizer: Any, pattern: dict[str, 
     length = min(chosen.sequence_length, model.base_model.config.max_position_embeddings)
     if pattern["window"] >= length - 1:
         raise InputError(
-            f"--window is {pattern['window']}, as long as the sequences of {length} tokens that would be measured; "
+            f"--window is {pattern['window']}, which covers the sequences of {length} tokens that would be measured; "
             "give a smaller window or a longer --sequence-length"
         )
     text = held_out_sequences(read_tokens(chosen.text, tokenizer, chosen.tokens + 1), length, chosen.tokens)
