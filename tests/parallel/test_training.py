@@ -95,13 +95,22 @@ def test_runs_over_several_processes_are_those_of_one(prepared: Path, forked: Se
         InputError, match="checkpoint-4 was written with weights sharded over processes; go on under torchrun"
     ):
         train(replace(cut, context_parallel=1))
+    # What the message says does go on, in one process.
+    files.write_json(tmp_path / "whole.json", to_json(replace(cut, context_parallel=1, parallel="fsdp")))
+    launch(forked, "train_cut.py", 1, str(tmp_path), str(tmp_path / "whole.json"))
+    check_same(cut, one)
+
+
+def test_what_is_cut_takes_the_processes_of_torchrun(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli(["train", "small", "--data", str(prepared), "--parallel", "fsdp"]) == 2
+    assert "parallel is fsdp, and torchrun started no processes (torchrun --nproc-per-node" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"sequences_per_step": 3}, "3 sequences a step do not divide over 4 processes in groups of 2; .* such as 2"),
-        ({"context_parallel": 3}, "context_parallel is 3, and 4 processes under torchrun do not divide"),
+        ({"context_parallel": 3}, "is 3, and 4 processes .* do not divide by it; start a multiple of it: .* 3 "),
         ({"sequence_length": 33}, "context_parallel is 2, and 33 tokens of a sequence do not divide"),
     ],
 )

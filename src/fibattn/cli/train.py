@@ -22,11 +22,11 @@ def run(arguments: list[str]) -> None:
 
     from fibattn.training.run import train
 
-    for name, alone in (("context_parallel", 1), ("parallel", "ddp")):
-        if (value := getattr(recipe, name)) != alone and not torch.cuda.is_available():
-            raise InputError(
-                f"{name} is {value}, and PyTorch finds no GPU here, over which to cut what it says; leave it out"
-            )
+    started = "torchrun started no processes (torchrun --nproc-per-node N -m fibattn …)"
+    for missing, there in ((started, "LOCAL_RANK" in os.environ), ("PyTorch finds no GPU", torch.cuda.is_available())):
+        for name, alone in (("context_parallel", 1), ("parallel", "ddp")):
+            if (value := getattr(recipe, name)) != alone and not there:
+                raise InputError(f"{name} is {value}, and {missing} here, over which to cut what it says; leave it out")
     # Of several processes of one training the first holds the lock for all.
     with locked(recipe.out) if is_first_process() else nullcontext(True) as free:
         if not free:

@@ -248,11 +248,11 @@ class Recipe:
             InputError: when a step does not divide over the processes, nor they or a sequence by `context_parallel`.
         """
         cut = self.context_parallel
-        for what, number in (("processes under torchrun", processes), ("tokens of a sequence", self.sequence_length)):
+        start = f"start a multiple of it: torchrun --nproc-per-node {max(cut, 2)} -m fibattn train …"
+        sizes = {"processes under torchrun": processes, "tokens of a sequence": self.sequence_length}
+        for (what, number), change in zip(sizes.items(), (start, "change one of them"), strict=True):
             if number % cut:
-                raise InputError(
-                    f"context_parallel is {cut}, and {number} {what} do not divide by it; change one of them"
-                )
+                raise InputError(f"context_parallel is {cut}, and {number} {what} do not divide by it; {change}")
         groups = processes // cut
         share, rest = divmod(self.sequences_per_step, groups)
         if rest or not share:

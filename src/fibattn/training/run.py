@@ -29,7 +29,7 @@ from fibattn.training.recipe_file import load_recipe, to_json
 from fibattn.training.trainer import FibTrainer, process_count
 
 _MAY_CHANGE = {"log_every", "save_every", "keep_checkpoints", "track", "micro_batch", "out", "data", "start"}
-_MAY_CHANGE |= {"evaluate_every", "evaluate_tokens", "context_parallel"}
+_MAY_CHANGE |= {"evaluate_every", "evaluate_tokens", "parallel", "context_parallel"}
 _MAY_CHANGE |= {"model.full_reach"}  # of the finished model; training is the same
 _CHAT = Path(__file__).with_name("chat.jinja")
 
