@@ -1,6 +1,7 @@
 """The documentation: links lead somewhere, and the blocks of the pages that run as they stand do."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,10 @@ from typing import Any
 import pytest
 
 import fibattn
+from fibattn.cli.flags import parse
+from fibattn.cli.main import main as cli
+from fibattn.training.recipe import Recipe
+from fibattn.training.recipe_file import load_recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("study/*.md")])
@@ -48,6 +53,25 @@ def test_every_block_of_the_page_runs(name: str, capsys: pytest.CaptureFixture[s
         # The names of its lines are those of the page.
         exec(compile("\n" * before + block[1], str(page), "exec"), names)
     assert capsys.readouterr().out
+
+
+def test_a_long_sequence_takes_the_two_commands_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8").split("\n## A sequence of a million tokens")[1]
+    prepare, training = section.split("```")[1].replace("\\\n", "").strip().splitlines()
+    monkeypatch.chdir(tmp_path)
+    Path("books").mkdir()
+    for index in range(3):
+        Path("books", f"{index}.txt").write_text(f"document {index} says that " * 100, encoding="utf-8")
+    assert cli([*shlex.split(prepare)[1:], "--vocab-size", "300"]) == 0
+    words = shlex.split(training)
+    flags = words[words.index("hybrid") + 1 :]
+    full_layers = re.search(r"`(--model.layer-types[^`]*)` has no such", section)
+    assert full_layers is not None
+    for more in ([], full_layers[1].split()):
+        recipe = parse(Recipe, [*flags, *more], "fibattn train", default=load_recipe("hybrid"))
+        recipe.check()
+        assert recipe.split(4) == (1, 1)
+        assert recipe.optimizer.warmup_steps < recipe.steps > recipe.save_every
 
 
 def test_the_site_builds_with_every_page_and_fetches_nothing(tmp_path: Path) -> None:

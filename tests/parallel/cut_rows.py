@@ -1,9 +1,11 @@
 """Run by torchrun, four processes: models on cut rows against the same on whole ones; a line of JSON for each."""
 
 import json
+import re
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import foreign_decoders
@@ -45,11 +47,12 @@ READERS: dict[str, Callable[[], Any]] = {
     ),
 }
 TOKENS = 48
+PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
 
 
 def row(kind: str) -> dict[str, Tensor]:
-    """Two rows with targets."""
-    ids = torch.randint(2, 61, (2, TOKENS), generator=torch.Generator().manual_seed(0))
+    """Two rows with targets; short ones are a token for each of four processes."""
+    ids = torch.randint(2, 61, (2, 4 if kind == "short" else TOKENS), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
     labels[:, 20:25] = -100
     given = {"input_ids": ids}
@@ -151,6 +154,7 @@ def main() -> None:
     everyone = dist.group.WORLD
     several = ("learned mixture", "bounded mixture", "rungs by head", "reach beyond the row", "converted llama")
     cases += [(name, "padded and packed", everyone, "") for name in several]
+    cases += [(name, "short", everyone, "") for name in ("mixture", "bounded mixture")]
     cases += [("mixture", "packed", everyone, way) for way in WAYS]
     cases += [("ten layers", "packed", everyone, "sharded weights, compiled layers")]
     lines = []
@@ -159,15 +163,30 @@ def main() -> None:
         if dist.get_rank(group) == 0:
             lines.append(json.dumps({"case": [name, kind, dist.get_world_size(group), way], **found}))
     lines += [json.dumps(reading(name, tokens)) for name in READERS for tokens in (13, 50)]
-    try:
-        prefill(tiny_models.model("mixture"), row("plain")["input_ids"])
-    except InputError as error:
-        lines.append(json.dumps({"unread": str(error)}))
-    try:
-        with ContextParallel(tiny_models.model(), everyone).cut([row("plain")["input_ids"] + dist.get_rank()], [1]):
+    block = re.search(r"^```python\n(import torch.distributed.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    assert block is not None
+    named: dict[str, Any] = {"model": tiny_models.model("linear"), "input_ids": row("plain")["input_ids"]}
+    exec(block[1].replace("dist.init_process_group()", "").replace("cache=", f"{CACHE_NAME}="), named)
+    lines.append(json.dumps({"page": named["text"].shape[1] > TOKENS}))
+    ids, rank = row("plain")["input_ids"], dist.get_rank()
+    others = (ids + rank, ids[:, : 47 + (rank > 0)], ids[: 1 + rank % 2])  # in content, in whether it divides, in rows
+    wrong: dict[str, list[Callable[[], Any]]] = {
+        "unread": [lambda: prefill(tiny_models.model("mixture"), ids)],
+        "undivided": [lambda: enter(ids[:, :46])],
+        "unlike": [lambda rows=rows: enter(rows) for rows in others],
+        "unlike texts": [lambda rows=rows: prefill(tiny_models.model("linear"), rows) for rows in others],
+    }
+
+    def enter(rows: Tensor) -> None:
+        with ContextParallel(tiny_models.model(), everyone).cut([rows], [1]):
             pass
-    except InputError as error:
-        lines.append(json.dumps({"refused": str(error)}))
+
+    for what, calls in wrong.items():
+        for call in calls:
+            try:
+                call()
+            except InputError as error:
+                lines.append(json.dumps({what: str(error)}))
     gathered: list[Any] = [None] * 4
     dist.all_gather_object(gathered, lines)
     if dist.get_rank() == 0:

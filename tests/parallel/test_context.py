@@ -17,10 +17,13 @@ from fibattn.parallel.context import ContextParallel
 
 def test_a_cut_row_has_the_loss_and_gradients_of_a_whole_one(forked: Server) -> None:
     found = [json.loads(line) for line in launch(forked, "cut_rows.py", 4).splitlines() if line.startswith("{")]
-    refused = [one["refused"] for one in found if "refused" in one]
-    assert len(refused) == 4
-    assert all("different rows, here (2, 48)" in message for message in refused)
+    for what in ("unlike", "unlike texts"):
+        refused = [one[what] for one in found if what in one]
+        assert len(refused) == 3 * 4
+        assert all("the processes that share rows have different ones, here (" in message for message in refused)
+    assert sum("46 tokens do not divide over cp_size 4" in one.get("undivided", "") for one in found) == 4
     assert sum("layers 1 attend to everything" in one.get("unread", "") for one in found) == 4
+    assert [one["page"] for one in found if "page" in one] == [True] * 4
     read = [one for one in found if "read" in one]
     assert {one["read"][2] for one in read} == {12, 48}
     assert len(read) == 4 * 6
@@ -62,17 +65,12 @@ def test_what_cannot_be_cut_is_refused(alone: Any) -> None:
         "give shift_labels": {"labels": ids},
         "past_key_values was given": {"past_key_values": model(ids, use_cache=True)[1]},
         "cu_seq_lens_q was given": {"shift_labels": targets, "cu_seq_lens_q": torch.tensor([0, 50])},
+        "attention_mask is for 60 tokens, and this part of the row has 50": {"attention_mask": torch.ones(2, 60)},
+        "shift_labels is for 60 tokens": {"shift_labels": torch.ones(2, 60)},
+        "position_ids is for 60 tokens": {"position_ids": torch.arange(60)[None]},
         "zeros between ones": {"attention_mask": torch.tensor([[1, 0] * 25, [1] * 50])},
     }
     for message, given in wrong.items():
         with cutter.cut(), pytest.raises(InputError, match=message):
             model(input_ids=ids, **given)
     model(input_ids=ids, labels=ids)  # a whole row, outside
-
-
-def test_a_length_that_does_not_divide_is_refused(alone: Any) -> None:
-    cutter = ContextParallel(tiny_models.model(), alone)
-    cutter.shard = type(cutter.shard)(0, 4, cutter.shard.group)
-    ids = tiny_models.tokens(length=50)
-    with pytest.raises(InputError, match="50 tokens do not divide over cp_size 4"), cutter.cut([ids], [1]):
-        pass

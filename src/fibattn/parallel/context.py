@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fibattn.errors import InputError
 from fibattn.model.loss import IGNORED
-from fibattn.parallel.exchange import summed
+from fibattn.parallel.exchange import check_same, summed
 from fibattn.parallel.shard import Shard
 
 
@@ -47,12 +47,13 @@ class ContextParallel:
         """
         buffers, dims = list(buffers or ()), list(buffer_seq_dims or ())
         ranks, rank = self.shard.ranks, self.shard.rank
+        if buffers:
+            check_same(buffers[0], ranks, self.shard.group)
         for buffer, dim in zip(buffers, dims, strict=True):
             if buffer.shape[dim] % ranks or not buffer.shape[dim]:
                 raise InputError(
                     f"{buffer.shape[dim]} tokens do not divide over cp_size {ranks}; pad the rows to a multiple of it"
                 )
-        self._check_same(buffers)
         whole = [buffer.detach() for buffer in buffers]
         for buffer, dim in zip(buffers, dims, strict=True):
             buffer.set_(buffer.chunk(ranks, dim)[rank].contiguous())  # pyright: ignore
@@ -64,21 +65,6 @@ class ContextParallel:
             for buffer, before in zip(buffers, whole, strict=True):
                 if not any(buffer is kept for kept in no_restore_buffers or ()):
                     buffer.set_(before)  # pyright: ignore
-
-    def _check_same(self, buffers: list[Tensor]) -> None:
-        """Refuse rows that differ between processes: messages would not fit each other, or parts of rows be mixed."""
-        if not buffers:
-            return
-        first = buffers[0]
-        mine = torch.tensor([*first.shape[:2], 0], device=first.device)
-        mine[2] = first.sum()
-        spread = torch.cat((mine, -mine))
-        dist.all_reduce(spread, dist.ReduceOp.MAX, self.group)
-        if bool((spread[:3] + spread[3:] != 0).any()):
-            raise InputError(
-                f"the processes of a context-parallel group have different rows, here {tuple(first.shape)}; give all "
-                "of them the same batch, it is cut for them (the Trainer and Accelerator.prepare see to that)"
-            )
 
     def _before(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -104,6 +90,12 @@ class ContextParallel:
             if given.get("num_items_in_batch") is None:
                 given["num_items_in_batch"] = self.items(targets)
         tokens = given["input_ids"] if given.get("inputs_embeds") is None else given["inputs_embeds"]
+        for name in ("shift_labels", "attention_mask", "position_ids"):
+            if (x := given.get(name)) is not None and x.shape[-1] != tokens.shape[1]:
+                raise InputError(
+                    f"{name} is for {x.shape[-1]} tokens, and this part of the row has {tokens.shape[1]}; give "
+                    "maybe_context_parallel all that is for tokens, so that it is cut alike"
+                )
         if given.get("position_ids") is None:
             place = torch.arange(tokens.shape[1], device=tokens.device) + self.shard.rank * tokens.shape[1]
             given["position_ids"] = place[None]

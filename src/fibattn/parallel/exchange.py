@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fibattn.errors import InputError
+
 _ops: Any = torch.ops._c10d_functional
 
 
@@ -37,6 +39,17 @@ def gathered(x: Tensor, ranks: int, group: str) -> Tensor:
 def summed(x: Tensor, group: str) -> Tensor:
     """The sum of what the processes have, at once and without gradients."""
     return _ops.wait_tensor(_ops.all_reduce(x, "sum", group))
+
+
+def check_same(rows: Tensor, ranks: int, group: str) -> None:
+    """Refuse rows that differ between processes: messages would not fit each other, or parts of rows be mixed."""
+    total = rows.sum()
+    mine = torch.cat((total[None], total.new_tensor((rows.numel(), rows.shape[-1]))))
+    if bool((gathered(mine, ranks, group) != mine).any()):
+        raise InputError(
+            f"the processes that share rows have different ones, here {tuple(rows.shape)}; give all of them the same "
+            "batch, it is cut for them (the Trainer and Accelerator.prepare see to that)"
+        )
 
 
 def _wanted(distance: int, reach: int, tokens: int) -> int:

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from fibattn.errors import InputError
 from fibattn.model.cache import CACHE_NAME, DynamicRingLayer
-from fibattn.parallel.exchange import exchange
+from fibattn.parallel.exchange import check_same, exchange
 from fibattn.parallel.shard import Shard
 
 
@@ -28,10 +28,11 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, group: dist.ProcessGroup 
         group: the processes; all when left out.
 
     Raises:
-        InputError: for a text that has fewer than two tokens for each process, and layers that attend to everything,
-            whose cache would be the whole text's in each process.
+        InputError: for texts that differ, or have no more tokens than there are processes, and layers that attend to
+            everything, whose cache would be the whole text's in each process.
     """
     shard = Shard.of(group or dist.group.WORLD)  # pyright: ignore
+    check_same(input_ids, shard.ranks, shard.group)
     part = (input_ids.shape[1] - 1) // shard.ranks
     if not part:
         raise InputError(f"{input_ids.shape[1]} tokens are too few for {shard.ranks} processes; read them in one")
