@@ -29,11 +29,11 @@ def attend_by_distance(
 ) -> Tensor:
     """`attend`, of a prompt without what is in the `ring`, or of what follows it; `raw` is kept there, too."""
     if ring is not None:
-        begun = ring.is_initialized
-        taken = take(ring, (k, *raw[:1]), (v, *raw[1:]), cache_positions, written=int(begun))
-        if begun:
-            keys, values = (one[0] for one in taken)
+        given = (k, *raw[:1]), (v, *raw[1:])
+        if ring.is_initialized:
+            keys, values = (one[0] for one in take(ring, *given, cache_positions, written=1))
             return attend_cached(q, keys, values, k, v, pattern, cache_positions=cache_positions, **how)
+        ring.begin(side_by_side(given[0]), side_by_side(given[1]), k.shape[1])
     return attend(q, k, v, pattern, **how)  # pyright: ignore[reportReturnType]
 
 
@@ -49,12 +49,13 @@ def attend_by_choice(
 ) -> Tensor:
     """`attend_chosen`, of a prompt without what is in the `ring`, or of what follows it; `raw` is kept there, too."""
     if ring is not None:
-        begun, own = ring.is_initialized, (k, *(how.get("far") or ())[1:])
-        written = len(own) if begun else 0
-        keys, (values, *_) = take(ring, (*own, *raw[:1]), (v, *raw[1:]), cache_positions, written=written)
-        if begun:
+        own = (k, *(how.get("far") or ())[1:])
+        given = (*own, *raw[:1]), (v, *raw[1:])
+        if ring.is_initialized:
+            keys, (values, *_) = take(ring, *given, cache_positions, written=len(own))
             cached = keys[0], values, *keys[1 : len(own)]
             return attend_chosen_cached(q, cached, k, v, pattern, cache_positions=cache_positions, **how)
+        ring.begin(side_by_side(given[0]), side_by_side(given[1]), k.shape[1])
     return attend_chosen(q, k, v, pattern, **how)[0]
 
 
@@ -63,12 +64,16 @@ def take(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """The rings of several tensors (batch, tokens, KV heads, head size) of new tokens, which the ring counts.
 
-    The first `written` of the keys, and the first value where that is not 0, are left for the caller to write.
+    The first `written` of the keys, and the first value, are left for the caller to write.
     """
     size = keys[0].shape[-1]
-    held = ring.take(*(x[0] if len(x) == 1 else torch.cat(tuple(x), dim=-1) for x in (keys, values)))
-    parts = tuple(one.split(size, dim=-1) for one in held)
-    pairs = [*zip(parts[0], keys, strict=True)][written:] + [*zip(parts[1], values, strict=True)][written > 0 :]
+    parts = tuple(one.split(size, dim=-1) for one in ring.take(side_by_side(keys), side_by_side(values)))
+    pairs = [*zip(parts[0], keys, strict=True)][written:] + [*zip(parts[1], values, strict=True)][1:]
     for part, new in pairs:
         rings.store(part, new, cache_positions)
     return parts[0], parts[1]
+
+
+def side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """What a token keeps, in the last dimension."""
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim=-1)

@@ -98,6 +98,13 @@ class RingLayer(CacheLayerMixin):
         self.count(k, v)
         return self._rings
 
+    def begin(self, k: Tensor, v: Tensor, length: int) -> None:
+        """Hold a sequence of `length` tokens, of which k and v (batch, tokens, KV heads, head size) are the newest:
+        `reach + 1`, or all."""
+        at = torch.arange(length - k.shape[1], length, device=k.device)[None]
+        for ring, new in zip(self.take(k, v), (k, v), strict=True):
+            decode.store(ring, new, at)
+
     def before(self, cache_positions: Tensor, count: int) -> list[Tensor]:
         """The `count` keys and values before a chunk, (batch, count, KV heads, head size), oldest first."""
         return [decode.before(ring, cache_positions, count) for ring in self._rings]
@@ -182,14 +189,13 @@ class DynamicRingLayer(RingLayer, DynamicLayer):
         self.length += k.shape[1]
 
     def begin(self, k: Tensor, v: Tensor, length: int) -> None:
-        """Hold a sequence of `length` tokens, of which k and v (batch, tokens, KV heads, head size) are the newest:
-        `reach + 1`, or all."""
-        self.reset()
-        self.lazy_initialization(k.transpose(1, 2), v.transpose(1, 2))
-        at = torch.arange(length - k.shape[1], length, device=k.device)[None]
-        for ring, new in zip(self._rings, (k, v), strict=True):
-            decode.store(ring, new, at)
-        self.length = length
+        """As in `RingLayer`, in few calls: a prompt may wait for the host. What was held is forgotten."""
+        self.device, self.batch_size, self.is_initialized = k.device, k.shape[0], True
+        rows = self._rows_for(length)
+        with _writable():
+            newest = (x.detach()[:, -rows:].transpose(1, 2) for x in (k, v))
+            self._hold(*(x.roll(length % rows, 2).contiguous() for x in newest))
+        self.length, self._recorded = length, (k.detach(), v.detach()) if self.record_past else None
 
     def _newest(self) -> tuple[Tensor, ...]:
         """The newest tokens in order, `reach` of them or as many as there are."""
