@@ -170,6 +170,10 @@ def test_the_other_verbs_take_it(
     evaluated = ["--data", str(prepared), "--lengths", "64", "--tokens", "640", "--out", str(tmp_path / "found.json")]
     assert main(["eval", str(tmp_path / "out"), *evaluated]) == 0
     assert json.loads((tmp_path / "found.json").read_text())["trained_at"] == 128
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "out"), "--data", str(prepared)]) == 0
+    assert "the card has the perplexities, --out FILE keeps all" in capsys.readouterr().out
+    assert "| 128 (1×) |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_it_is_trained_as_it_is_and_goes_back(

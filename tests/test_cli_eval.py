@@ -230,7 +230,7 @@ def test_without_a_run_a_result_is_only_printed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["eval", str(model), "--data", str(data), "--lengths", "16"]) == 0
-    assert "not written, --out FILE keeps it" in capsys.readouterr().out
+    assert "not written, --out FILE keeps all" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
 

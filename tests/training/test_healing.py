@@ -107,6 +107,8 @@ def test_every_architecture_is_healed(kind: str, healed: Folder, converted: Fold
         assert files.read_json(folder / name) if name.endswith("n.json") else (folder / name).exists()
     before, after = (AutoModelForCausalLM.from_pretrained(one) for one in (converted(kind), folder))
     assert sparse_layers(before) == sparse_layers(after) == [0, 2, 3]
+    healed_weights = after.state_dict()
+    assert not any(torch.equal(weight, healed_weights[name]) for name, weight in before.state_dict().items())
     assert after.dtype == before.dtype
 
 

@@ -85,12 +85,9 @@ def run(arguments: list[str]) -> None:
         console.print(table)
     if out is not None:
         files.write_json(out, result)
-    if chosen.out is None and not ways:
-        add_results(folder, result)
-    console.print(
-        f"convention: {result['convention']}; {f'written to {out}' if out else 'not written, --out FILE keeps it'}",
-        soft_wrap=True,
-    )
+    in_card = chosen.out is None and not ways and add_results(folder, result)
+    kept = f"{'the card has the perplexities' if in_card else 'not written'}, --out FILE keeps all"
+    console.print(f"convention: {result['convention']}; {f'written to {out}' if out else kept}", soft_wrap=True)
 
 
 def _ways(chosen: Arguments) -> str:
