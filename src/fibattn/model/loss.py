@@ -54,11 +54,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_of = weight if differentiable else weight[:0]
         grad_weight = torch.zeros_like(grad_of, dtype=torch.promote_types(weight.dtype, torch.float32))
         step, shrink = max(1, _SLICE_LOGITS // weight.shape[0]), 1.0
+        if torch.compiler.is_compiling():
+            step = max(step, -(-hidden.shape[0] // _MOST_SLICES))
         if hidden.dtype == torch.float16:
             # A sum over a slice's tokens may be beyond 65,504; a power of two keeps it inside, and is exact.
             step, shrink = min(step, 4096), 1 / 4096
-        if torch.compiler.is_compiling():
-            step = max(step, -(-hidden.shape[0] // _MOST_SLICES))
         start = 0
         with torch.autocast(_autocast_device(hidden), enabled=False):
             # `for start in range(…)` would compile a graph for every number of tokens.
