@@ -40,6 +40,11 @@ def assert_same_numbers(found: Any, expected: Any) -> None:
         assert found == expected
 
 
+def counted(said: str) -> list[str]:
+    """What the meters of an evaluation counted."""
+    return [line.split(" in ")[0] for line in said.splitlines() if " at " in line]
+
+
 def check_same(found: Recipe, expected: Recipe) -> None:
     """The losses of both runs, and their weights, are the same."""
     for name in ("metrics.jsonl", "held-out.jsonl"):
@@ -51,7 +56,9 @@ def check_same(found: Recipe, expected: Recipe) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the processes would share one GPU")
-def test_runs_over_several_processes_are_those_of_one(prepared: Path, forked: Server, tmp_path: Path) -> None:
+def test_runs_over_several_processes_are_those_of_one(
+    prepared: Path, forked: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shape = ModelRecipe(hidden_size=32, intermediate_size=46, num_hidden_layers=3, num_attention_heads=4, window=4)
     rate = OptimizerRecipe(learning_rate=3e-3, warmup_steps=4)
     sizes = {"sequence_length": 32, "sequences_per_step": 4, "micro_batch": 2, "evaluate_tokens": 160}
@@ -81,7 +88,11 @@ def test_runs_over_several_processes_are_those_of_one(prepared: Path, forked: Se
     assert [path.name for path in sharded.out.glob("checkpoint-*")] == ["checkpoint-2"]
     launch(forked, "train_cut.py", 4, *words, *train_cut.WAYS, "evaluate")
     evaluated = files.read_json(tmp_path / "evaluation.json")
+    capsys.readouterr()
     assert cli(["eval", *train_cut.evaluation(tmp_path)]) == 0
+    said = [(tmp_path / f"said-{rank}").read_text() for rank in range(4)]
+    assert counted(said[0]) == counted(capsys.readouterr().err) != []
+    assert not any(said[1:])
     assert_same_numbers(evaluated, files.read_json(tmp_path / "evaluation.json"))
     found = json.loads((tmp_path / "found.json").read_text())
     for way in train_cut.WAYS:

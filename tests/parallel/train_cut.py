@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,8 @@ def main(out: Path, *words: str) -> None:
     if os.environ["RANK"] == "0":
         files.write_json(out / "found.json", found)
     if "evaluate" in words:
-        assert cli(["eval", *evaluation(out), "--context-parallel", "2"]) == 0
+        with (out / f"said-{os.environ['RANK']}").open("w") as said, redirect_stderr(said):
+            assert cli(["eval", *evaluation(out), "--context-parallel", "2"]) == 0
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def token_losses(
     own = sharing.rows(len(sequences))
     found = [torch.zeros(0, sequences.length // sharing.cut, device=device)]
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
-    with Meter(label, len(own) * sequences.length, "tokens", quiet=quiet) as meter, autocast:
+    with Meter(label, len(sequences) * sequences.length, "tokens", quiet=quiet) as meter, autocast:
         # From pinned memory a copy need not wait for what the GPU still has to do.
         pinned = device.type == "cuda"
         size = min(max(1, batch_tokens * sharing.cut // sequences.length), len(sequences))
@@ -95,7 +95,7 @@ def token_losses(
             inputs, targets = (batch[name].to(device, non_blocking=pinned) for name in ("input_ids", "shift_labels"))
             with sharing.parts(inputs, targets):
                 found.append(_losses(model, inputs, targets))
-            meter.update(inputs.numel())
+            meter.update(inputs.numel() * len(sequences) / len(own))
     return sharing.whole(torch.cat(found), len(sequences)).cpu().numpy()
 
 
