@@ -98,9 +98,10 @@ def gradients(model: Any, given: dict[str, Any], cutter: Any = None, bf16: bool 
     grads: list[Any] = [parameter.grad for parameter in model.parameters()]
     flat = torch.cat([(x.full_tensor() if isinstance(x, DTensor) else x).flatten().float() for x in grads])
     loss = loss.detach().float()
-    for x in (loss,) if isinstance(grads[0], DTensor) else (flat, loss) if cutter else ():
-        dist.all_reduce(x)
-        x /= dist.get_world_size()
+    if cutter:
+        for x in (loss,) if isinstance(grads[0], DTensor) else (flat, loss):  # sharded ones are averaged already
+            dist.all_reduce(x)
+            x /= dist.get_world_size()
     return float(loss), flat
 
 

@@ -33,7 +33,7 @@ def attend_by_distance(
         if ring.is_initialized:
             keys, values = (one[0] for one in take(ring, *given, cache_positions, written=1))
             return attend_cached(q, keys, values, k, v, pattern, cache_positions=cache_positions, **how)
-        ring.begin(side_by_side(given[0]), side_by_side(given[1]), k.shape[1])
+        begin(ring, *given)
     return attend(q, k, v, pattern, **how)  # pyright: ignore[reportReturnType]
 
 
@@ -55,8 +55,13 @@ def attend_by_choice(
             keys, (values, *_) = take(ring, *given, cache_positions, written=len(own))
             cached = keys[0], values, *keys[1 : len(own)]
             return attend_chosen_cached(q, cached, k, v, pattern, cache_positions=cache_positions, **how)
-        ring.begin(side_by_side(given[0]), side_by_side(given[1]), k.shape[1])
+        begin(ring, *given)
     return attend_chosen(q, k, v, pattern, **how)[0]
+
+
+def begin(ring: RingLayer, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Let the ring hold a sequence's first tokens, of which several tensors, shaped as in `take`, are kept."""
+    ring.begin(side_by_side(keys), side_by_side(values), keys[0].shape[1])
 
 
 def take(
