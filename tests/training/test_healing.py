@@ -103,6 +103,7 @@ def test_every_architecture_is_healed(kind: str, healed: Folder, converted: Fold
     card = (folder / "README.md").read_text()
     assert "It was trained since." in card
     assert f"Trained on 1.28k tokens in sequences of 32, beside {record['source']}: all" in " ".join(card.split())
+    assert "In 2 of 10 steps each sparse layer's attention" in " ".join(card.split())
     for name in ("config.json", "modeling_fibattn.py", "tokenizer.json"):
         assert files.read_json(folder / name) if name.endswith("n.json") else (folder / name).exists()
     before, after = (AutoModelForCausalLM.from_pretrained(one) for one in (converted(kind), folder))

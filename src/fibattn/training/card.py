@@ -93,12 +93,12 @@ def say_healed(folder: Path, healing: dict[str, Any]) -> None:
     if not path.exists():
         return
     what = "all weights" if recipe["lora"] is None else f"LoRA of rank {recipe['lora']}, merged"
-    share = recipe["matching"]
+    matched, steps = healing["steps"].get("attention", 0), sum(healing["steps"].values())
     section = f"""## Healing
 
 Trained on {quantity(recipe["tokens"])} tokens in sequences of {healing["sequence_length"]}, beside
-{healing["teacher"]}: {what}. In {share:.0%} of them each sparse layer's attention learnt the output of the dense
-model's, then the whole learnt its next tokens (weight {1 - recipe["text_weight"]:g}) and the text's.
+{healing["teacher"]}: {what}. In {matched} of {steps} steps each sparse layer's attention learnt the output of the dense
+model's, in the others the whole its next tokens (weight {1 - recipe["text_weight"]:g}) and the text's.
 
 """
     text = path.read_text(encoding="utf-8").replace(_UNHEALED, "It was trained since.")

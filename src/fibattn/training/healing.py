@@ -83,7 +83,8 @@ def heal(recipe: HealingRecipe, callbacks: Sequence[TrainerCallback] = ()) -> Pa
     for name, run in runs.items():
         _run(run, stages[name](student, teacher, trained), text[name], callbacks)
     whole: Any = student if adapted is None else adapted.merge_and_unload()
-    about = {**inputs, "teacher": called, "sequence_length": length}
+    steps = {name: run.steps for name, run in runs.items()}
+    about = {**inputs, "teacher": called, "sequence_length": length, "steps": steps}
     _write(finished, folder, whole.requires_grad_(True).to(dtype), about)
     return finished
 
