@@ -223,6 +223,16 @@ def test_decode_windows_and_heads(pattern):
     decode_agrees(lambda *x, **how: attend_cached(*x, pattern, **how), inputs, 75, FIRST)
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "size", "dtype"), [(4, 2, 16, None), (7, 1, 24, torch.float16)])
+def test_decode_of_a_wide_window_by_several_programs(heads, kv_heads, size, dtype):
+    pattern, first = Pattern(299, (340, 419)), torch.tensor([[0], [700]])
+    inputs = tensors(2, 3, 3, heads, kv_heads, size, dtype or torch.float32)
+    call = lambda *x, **how: attend_cached(*x, pattern, **how)  # noqa: E731
+    how = {"tokens": 3, "tolerance": 2e-6 if dtype is None else 2e-3}
+    decode_agrees(call, inputs, 420, first, **how)
+    decode_agrees(call, inputs, 420, first, positions=torch.tensor([[-1], [200]]), **how)
+
+
 def test_decode_with_padding_and_half_precision():
     pattern = Pattern(5, (7, 13, 21))
     inputs = tensors(2, 9, 9, 4, 2, 16, torch.float16)

@@ -2,8 +2,9 @@
 
 A program has one sequence and one KV head. The query heads of the group are the rows of its products, the
 query's distances (window, then rungs) the columns, `BN` at a time: a layer of the paper's takes one pass,
-at any length of context, so nothing is split. Positions are read from the device, and nothing else
-changes from token to token, so that a captured CUDA graph goes on for ever.
+at any length of context. Only a wide window, such as a bounded full layer's, is split over programs, for one would
+go through it in a row, and a second launch adds up what they found. Positions are read from the device, and nothing
+else changes from token to token, so that a captured CUDA graph goes on for ever.
 """
 
 import torch
@@ -18,6 +19,8 @@ from fibattn.attention.triton.rows import load_rows, store_rows
 from fibattn.attention.triton.scores import LOG2E, softmax_step
 from fibattn.attention.triton.shape import Shape, shape_of
 
+_WIDE, _PART, _MOST_PARTS, _MOST_PROGRAMS = 256, 128, 64, 128
+
 
 def tiles_for(shape: Shape, window: int) -> tuple[int, int]:
     """Columns of a pass, and passes in flight: at most 99 KB of shared memory, also with rungs between two keys."""
@@ -26,6 +29,17 @@ def tiles_for(shape: Shape, window: int) -> tuple[int, int]:
     while columns > 16 and columns * row > 2**13:
         columns //= 2
     return columns, 3 if columns * row <= 2**13 else 1
+
+
+def splits_for(window: int, programs: int) -> int:
+    """Over how many programs each of so many shares out its columns, a power of two.
+
+    One, where the window is not wide, or there are already as many programs as a large GPU runs side by side.
+    """
+    if window < _WIDE:
+        return 1
+    parts = triton.next_power_of_2(triton.cdiv(window + 1, _PART))
+    return max(1, min(parts, _MOST_PARTS, _MOST_PROGRAMS // triton.next_power_of_2(programs)))
 
 
 def decode(
@@ -46,9 +60,12 @@ def decode(
     batch, kv_heads = k.shape[0], k.shape[2]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     columns, stages = tiles_for(shape, window)
+    splits, part = splits_for(window, batch * kv_heads), None
+    if splits > 1:
+        part = q.new_empty((batch, q.shape[2], splits, shape.padded_size + 2), dtype=torch.float32)
     try:
-        decode_kernel[(batch * kv_heads,)](
-            *(q, k_cache, v_cache, k, v, out, cache_positions, positions, rungs, fractions),
+        decode_kernel[(batch * kv_heads, splits)](
+            *(q, k_cache, v_cache, k, v, out, part, cache_positions, positions, rungs, fractions),
             *(scale, k_cache.shape[1], window, kv_heads, row_stride(rungs)),
             *(row_stride(cache_positions), row_stride(positions)),
             *launch.strides(k_cache, v_cache, q, k, v, out),
@@ -57,14 +74,21 @@ def decode(
             BD=shape.padded_size,
             ROWS=max(16, shape.padded_group),
             BN=columns,
+            SPLITS=splits,
             **launch.FUSED,
             num_warps=4,
             num_stages=stages,
         )
+        if splits > 1:
+            sizes = {"SIZE": shape.size, "BD": shape.padded_size, "SPLITS": splits}
+            join_kernel[(batch * q.shape[2],)](part, out, **sizes, num_warps=4)
     except OutOfResources as error:
         raise launch.explain(error, shape) from error
     return out
 
+
+NO_SCORE = tl.constexpr(-1e30)
+"""The greatest of no scores: finite, for a part of the columns may have none."""
 
 _UNSPECIALIZED = ["rows", "window", "kv_heads", "stride_set", "stride_cache_positions", "stride_positions"]
 
@@ -77,6 +101,7 @@ def decode_kernel(
     p_k,
     p_v,
     p_out,
+    p_part,
     p_cache_positions,
     p_positions,
     p_rungs,
@@ -99,8 +124,9 @@ def decode_kernel(
     BD: tl.constexpr,
     ROWS: tl.constexpr,
     BN: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """One program: one sequence, one KV head."""
+    """One program: one sequence, one KV head, and of the columns one of so many parts."""
     i_head = (tl.program_id(0) % kv_heads).to(tl.int64)
     i_batch = (tl.program_id(0) // kv_heads).to(tl.int64)
     p_k_cache += i_batch * stride_k_cache[0] + i_head * stride_k_cache[2]
@@ -113,17 +139,20 @@ def decode_kernel(
     m_size = o_size < SIZE
     b_k_own = tl.load(p_k + i_batch * stride_k[0] + i_head * stride_k[2] + o_size, mask=m_size, other=0.0)
     b_v_own = tl.load(p_v + i_batch * stride_v[0] + i_head * stride_v[2] + o_size, mask=m_size, other=0.0)
-    tl.store(p_k_cache + own * stride_k_cache[1] + o_size, b_k_own, mask=m_size)
-    tl.store(p_v_cache + own * stride_v_cache[1] + o_size, b_v_own, mask=m_size)
+    m_store = o_size < tl.where(tl.program_id(1) == 0, SIZE, 0)
+    tl.store(p_k_cache + own * stride_k_cache[1] + o_size, b_k_own, mask=m_store)
+    tl.store(p_v_cache + own * stride_v_cache[1] + o_size, b_v_own, mask=m_store)
 
     o_group = tl.arange(0, ROWS)
     m_group = o_group < GROUP
     b_q = load_rows(p_q + i_batch * stride_q[0], i_head * GROUP + o_group, stride_q[2], m_group, SIZE, BD, True)
-    b_max = tl.full([ROWS], -float("inf"), tl.float32)
+    b_max = tl.full([ROWS], NO_SCORE, tl.float32)
     b_sum = tl.zeros([ROWS], tl.float32)
     b_acc = tl.zeros([ROWS, BD], tl.float32)
     count = window + 1 + tl.load(p_set)
-    for first in range(0, count, BN):
+    span = tl.cdiv(tl.cdiv(count, BN), SPLITS) * BN
+    begin = tl.program_id(1) * span
+    for first in range(begin, tl.minimum(count, begin + span), BN):
         o_column = first + tl.arange(0, BN)
         o_rung = o_column - window - 1
         m_rung = (o_rung >= 0) & (o_column < count)
@@ -159,8 +188,29 @@ def decode_kernel(
             b_p = b_p - b_p_far
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
 
-    p_out += i_batch * stride_o[0]
-    store_rows(p_out, b_acc / b_sum[:, None], i_head * GROUP + o_group, stride_o[2], m_group, SIZE, BD, True)
+    o_head = i_head * GROUP + o_group
+    if SPLITS == 1:
+        store_rows(p_out + i_batch * stride_o[0], b_acc / b_sum[:, None], o_head, stride_o[2], m_group, SIZE, BD, True)
+    else:
+        o_part = (i_batch * kv_heads * GROUP + o_head) * SPLITS + tl.program_id(1)
+        store_rows(p_part, b_acc, o_part, BD + 2, m_group, BD, BD, True)
+        tl.store(p_part + o_part * (BD + 2) + BD, b_max, mask=m_group)
+        tl.store(p_part + o_part * (BD + 2) + BD + 1, b_sum, mask=m_group)
+
+
+@triton.jit
+def join_kernel(p_part, p_out, SIZE: tl.constexpr, BD: tl.constexpr, SPLITS: tl.constexpr):
+    """One program: the parts of one sequence and query head."""
+    i_row = tl.program_id(0).to(tl.int64)
+    o_part = tl.arange(0, SPLITS)
+    p_part += i_row * SPLITS * (BD + 2)
+    b_acc = load_rows(p_part, o_part, BD + 2, o_part >= 0, BD, BD, True)
+    b_max = tl.load(p_part + o_part * (BD + 2) + BD)
+    b_sum = tl.load(p_part + o_part * (BD + 2) + BD + 1)
+    b_share = tl.exp2(b_max - tl.max(b_max, 0))
+    b_out = tl.sum(b_acc * b_share[:, None], 0) / tl.sum(b_sum * b_share, 0)
+    o_size = tl.arange(0, BD)
+    tl.store(p_out + i_row * SIZE + o_size, b_out.to(p_out.dtype.element_ty), mask=o_size < SIZE)
 
 
 @triton.jit
