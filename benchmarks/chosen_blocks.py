@@ -92,7 +92,8 @@ def _works(length: int, batch: int) -> list[tuple[str, dict[str, Work]]]:
     from benchmarks.operator.providers import PROVIDERS
     from fibattn.attention import attend_chosen
     from fibattn.attention.blocks import block_means
-    from fibattn.attention.triton.chosen import choose
+    from fibattn.attention.chosen import numbers_of
+    from fibattn.attention.triton.chosen import Numbers, choose
     from fibattn.pattern import ChosenPattern
 
     case, pattern = Case("small", 64, length, batch, "bfloat16", "cuda"), ChosenPattern()
@@ -101,13 +102,12 @@ def _works(length: int, batch: int) -> list[tuple[str, dict[str, Work]]]:
     smooth = smooth.transpose(1, 2).unflatten(2, q.shape[2:]).to(q.dtype).contiguous()
     found = []
     for name, far_q in (("chosen, random", q), ("chosen, alike", smooth)):
-        means = block_means(k, pattern.block)
-        given = (q.shape[-1] ** -0.5, pattern.window, pattern.reach, pattern.block, pattern.blocks)
+        means, numbers = block_means(k, pattern.block), Numbers(*numbers_of(pattern, q.shape[-1] ** -0.5))
 
-        def choosing(far_q: torch.Tensor = far_q, means: torch.Tensor = means, given: Any = given) -> Any:
-            return choose(far_q, means, k.shape[1], None, None, *given)
+        def choosing(far_q: torch.Tensor = far_q, means: torch.Tensor = means, numbers: Any = numbers) -> Any:
+            return choose(far_q, means, k.shape[1], None, None, numbers)
 
-        listed = float(choosing().blocks[..., 0].float().mean())
+        listed = float(choosing()[1][..., 0].float().mean())
         leaves = [x.detach().clone().requires_grad_() for x in (q, k, v, far_q, k)]
 
         def attending(q: Any, k: Any, v: Any, *far: Any) -> torch.Tensor:

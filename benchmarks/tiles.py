@@ -13,6 +13,7 @@ import torch
 from benchmarks.operator.cases import Case
 from benchmarks.timing import measure
 from fibattn.attention.blocks import block_means
+from fibattn.attention.chosen import numbers_of
 from fibattn.attention.ops import NO_LIMIT
 from fibattn.attention.triton.chosen_forward import Tiles as ChosenTiles
 from fibattn.attention.triton.key_gradients import RungTiles, WindowTiles
@@ -101,15 +102,12 @@ def works(case: Case, kernel: str, learned: bool) -> tuple[Callable[[], object],
 def _chosen_works(case: Case, kernel: str) -> tuple[Callable[[], object], Callable[[], object]]:
     """The same with four blocks of 16 keys that queries choose."""
     (q, k, v), pattern = case.inputs(), ChosenPattern()
-    scale, size = q.shape[-1] ** -0.5, pattern.block
-    means = block_means(k, size)
+    means, numbers = block_means(k, pattern.block), CHOSEN.Numbers(*numbers_of(pattern, q.shape[-1] ** -0.5))
 
     def choosing() -> Any:
-        how = (scale, pattern.window, pattern.reach, size, pattern.blocks)
-        return CHOSEN.choose(q, means, k.shape[1], None, None, *how)
+        return CHOSEN.choose(q, means, k.shape[1], None, None, numbers)
 
-    choice = choosing()
-    given = ((q, k, v, q, k), None, None, scale, pattern.window, size, choice)
+    given = ((q, k, v, q, k), None, None, *choosing(), numbers)
     out, lse = CHOSEN_FORWARD.forward(*given)
     grad = torch.randn_like(out)
     return (

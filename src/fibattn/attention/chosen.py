@@ -14,19 +14,19 @@ from fibattn.errors import InputError
 from fibattn.pattern import ChosenPattern
 
 _library = torch.library.Library("fibattn", "FRAGMENT")
-_PATTERN = "float scale, int window, int reach, int block, int blocks"
+_PATTERN = "float scale, int window, int reach, int block, int blocks, bool anchored"
 _CHOICE = "Tensor bits, Tensor lists"
 _GIVEN = (
     f"Tensor q, Tensor k, Tensor v, Tensor far_q, Tensor far_k, Tensor? positions, Tensor? shift, {_CHOICE}, {_PATTERN}"
 )
 _SAVED = "Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse"
-_CHOOSES = f"Tensor q, Tensor means, int keys, Tensor? positions, Tensor? shift, {_PATTERN}, bool anchored"
+_CHOOSES = f"Tensor q, Tensor means, int keys, Tensor? positions, Tensor? shift, {_PATTERN}"
 _library.define(f"choose_blocks({_CHOOSES}) -> (Tensor, Tensor)")
 _library.define(f"attend_chosen_forward({_GIVEN}) -> (Tensor, Tensor)")
 _library.define(f"attend_chosen_backward({_SAVED}, {_GIVEN}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 _RINGS = "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? far_cache, Tensor k, Tensor v"
 _STEP = f"Tensor q, {_RINGS}, Tensor? far_q, Tensor? far_k, Tensor? trust, Tensor cache_positions, Tensor? positions"
-_library.define(f"attend_chosen_step({_STEP}, {_PATTERN}, bool anchored) -> Tensor")
+_library.define(f"attend_chosen_step({_STEP}, {_PATTERN}) -> Tensor")
 
 
 def attend_chosen(
@@ -79,11 +79,11 @@ def attend_chosen(
     if chosen == "cpu":
         return blocks.attend(q, k, v, far_q, far_k, trust, pattern, scale, positions)
     shift, means, far_k = _blocks_of(far_k, q.shape[1], positions, pattern.block, trust)
-    given = (scale, pattern.window, pattern.reach, pattern.block, pattern.blocks)
+    numbers = numbers_of(pattern, scale)
     seen = (far_q.detach(), means.detach(), k.shape[1], positions, shift)
-    choice = torch.ops.fibattn.choose_blocks(*seen, *given, pattern.anchored)
+    choice = torch.ops.fibattn.choose_blocks(*seen, *numbers)
     call = _AttendChosen.apply if tracked() else torch.ops.fibattn.attend_chosen_forward
-    out, lse = call(q, k, v, far_q, far_k, positions, shift, *choice, *given)
+    out, lse = call(q, k, v, far_q, far_k, positions, shift, *choice, *numbers)
     return out, lse.to(wide(q))
 
 
@@ -120,8 +120,7 @@ def attend_chosen_cached(
     if choose("auto", q) == "triton" and is_step("triton", q, k, v, far_q, far_k, trust):
         own_far = (None, None, None) if far is None else (rings[2], far_q, far_k)
         given = (q, rings[0], rings[1], own_far[0], k, v, *own_far[1:], trust, cache_positions, positions)
-        numbers = (scale, pattern.window, pattern.reach, pattern.block, pattern.blocks)
-        return torch.ops.fibattn.attend_chosen_step(*given, *numbers, pattern.anchored)
+        return torch.ops.fibattn.attend_chosen_step(*given, *numbers_of(pattern, scale))
     at, own = blocks.needed(cache_positions, positions, pattern)
     new, seen = at - cache_positions[:, :1], []
     written = (k, v) if far is None else (k, v, far_k)
@@ -133,6 +132,11 @@ def attend_chosen_cached(
     limit = cache_positions if positions is None else torch.minimum(cache_positions, positions)
     given = (q, seen[0], seen[1], far_q, seen[0 if far is None else 2], trust, pattern, scale)
     return blocks.attend_from(*given, own, limit)[0]
+
+
+def numbers_of(pattern: ChosenPattern, scale: float) -> tuple[float, int, int, int, int, bool]:
+    """As the schemas have them."""
+    return scale, pattern.window, pattern.reach, pattern.block, pattern.blocks, pattern.anchored
 
 
 def _blocks_of(
@@ -163,41 +167,36 @@ def _check_far(q: Tensor, k: Tensor, far_q: Tensor, far_k: Tensor, trust: Tensor
         raise InputError(f"trust is {found}; expected {k.shape[2]} floating-point numbers on {q.device}")
 
 
-@torch.library.impl(_library, "choose_blocks", "CUDA")
-@torch.library.impl(_library, "choose_blocks", "CPU")
-def _(q, means, keys, positions, *given) -> tuple[Tensor, Tensor]:
-    return kernels().chosen.choose(q, means, keys, positions, *given)
+@torch.library.impl("fibattn::choose_blocks", ("cuda", "cpu"), lib=_library)
+def _(q, means, keys, positions, shift, *pattern) -> tuple[Tensor, Tensor]:
+    room = kernels().chosen
+    return room.choose(q, means, keys, positions, shift, room.Numbers(*pattern))
 
 
-@torch.library.impl(_library, "attend_chosen_forward", "CUDA")
-@torch.library.impl(_library, "attend_chosen_forward", "CPU")
-def _(q, k, v, far_q, far_k, positions, shift, bits, lists, scale, window, reach, block, count):
-    room, given = kernels(), (q, k, v, far_q, far_k)
-    choice = room.chosen.Choice(bits, lists)
-    return room.chosen_forward.forward(given, positions, shift, scale, window, block, choice)
+@torch.library.impl("fibattn::attend_chosen_forward", ("cuda", "cpu"), lib=_library)
+def _(q, k, v, far_q, far_k, positions, shift, bits, lists, *pattern):
+    room, choice = kernels(), (positions, shift, bits, lists)
+    return room.chosen_forward.forward((q, k, v, far_q, far_k), *choice, room.chosen.Numbers(*pattern))
 
 
-@torch.library.impl(_library, "attend_chosen_backward", "CUDA")
-@torch.library.impl(_library, "attend_chosen_backward", "CPU")
+@torch.library.impl("fibattn::attend_chosen_backward", ("cuda", "cpu"), lib=_library)
 def _(grad_out, grad_lse, out, lse, q, k, v, far_q, far_k, positions, shift, bits, lists, *pattern):
-    room, (scale, window, _, block, _) = kernels(), pattern
-    choice, given = room.chosen.Choice(bits, lists), (q, k, v, far_q, far_k)
-    saved = (grad_out, grad_lse, out, lse)
-    return room.chosen_backward.backward(*saved, given, positions, shift, scale, window, block, choice)
+    room, saved, choice = kernels(), (grad_out, grad_lse, out, lse), (positions, shift, bits, lists)
+    return room.chosen_backward.backward(*saved, (q, k, v, far_q, far_k), *choice, room.chosen.Numbers(*pattern))
 
 
-@torch.library.impl(_library, "attend_chosen_step", "CUDA")
-@torch.library.impl(_library, "attend_chosen_step", "CPU")
+@torch.library.impl("fibattn::attend_chosen_step", ("cuda", "cpu"), lib=_library)
 def _(q, k_cache, v_cache, far_cache, k, v, far_q, far_k, trust, cache_positions, positions, *pattern) -> Tensor:
-    rings, far = ((k_cache, v_cache), None) if far_cache is None else ((k_cache, v_cache, far_cache), (far_q, far_k))
-    return kernels().chosen_decode.decode(q, rings, k, v, far, trust, cache_positions, positions, *pattern)
+    far, room = None if far_cache is None else (far_cache, far_q, far_k), kernels()
+    rest = (trust, cache_positions, positions, room.chosen.Numbers(*pattern))
+    return room.chosen_decode.decode(q, k_cache, v_cache, k, v, far, *rest)
 
 
 torch.library.register_fake("fibattn::attend_chosen_step", lambda q, *_, **__: result_like(q), lib=_library)
 
 
 @torch.library.register_fake("fibattn::choose_blocks", lib=_library)
-def _(q, means, keys, positions, shift, scale, window, reach, block, count, anchored):
+def _(q, means, keys, positions, shift, scale, window, reach, block, *_):
     batch, tokens = q.shape[:2]
     kv_heads = means.shape[2]
     tiles = -(-(keys if shift is None else keys + block - 1) // 16) - (keys - tokens) // 16
@@ -219,10 +218,10 @@ class _AttendChosen(torch.autograd.Function):
     """The forward operator with gradients in q, k, v, and the far queries and keys."""
 
     @staticmethod
-    def forward(q, k, v, far_q, far_k, positions, shift, bits, lists, scale, window, reach, block, count):
+    def forward(q, k, v, far_q, far_k, positions, shift, bits, lists, scale, window, reach, block, blocks, anchored):
         # As in `ops.py`, all named.
         given = (q, k, v, far_q, far_k, positions, shift, bits, lists)
-        return torch.ops.fibattn.attend_chosen_forward(*given, scale, window, reach, block, count)
+        return torch.ops.fibattn.attend_chosen_forward(*given, scale, window, reach, block, blocks, anchored)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -235,4 +234,4 @@ class _AttendChosen(torch.autograd.Function):
         *inputs, out, lse = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         grads = torch.ops.fibattn.attend_chosen_backward(grad_out, grad_lse, out, lse, *inputs, *ctx.rest)
-        return *grads, *[None] * 9
+        return *grads, *[None] * 10

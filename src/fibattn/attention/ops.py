@@ -101,6 +101,13 @@ class Given(NamedTuple):
         """The rungs of a learned pattern."""
         return LearnedPattern(self.window, tuple(self.offsets), self.max_offset).at(float(alpha))
 
+    def beyond(self, alpha: Tensor | None) -> tuple[tuple[tuple[int, ...], ...], list[float] | None]:
+        """`sets`, and None; with an alpha the nearer keys of its rungs, and how far beyond these the rungs are."""
+        if alpha is None:
+            return self.sets, None
+        rungs = self.at(alpha)
+        return (tuple(rung.near for rung in rungs),), [rung.fraction for rung in rungs]
+
     def rungs(self, q: Tensor, alpha: Tensor | None) -> cpu.Rungs:
         """What lies beyond the window, for the CPU."""
         if alpha is None:
@@ -116,7 +123,7 @@ def kernels() -> Any:
 
 
 def _columns(q: Tensor, k: Tensor, alpha: Tensor | None, given: Given) -> Any:
-    return kernels().columns_of(q, k, alpha, given.window, given.sets, given.max_offset)
+    return kernels().learned.columns_of(q, k, alpha, given.window, given.sets, given.max_offset)
 
 
 @torch.library.impl(_library, "attend_forward", "CUDA")
@@ -140,11 +147,9 @@ def _triton_backward(
 @torch.library.impl(_library, "attend_step", "CUDA")
 def _triton_step(q, k_cache, v_cache, k, v, cache_positions, alpha, positions, *pattern) -> Tensor:
     room, given = kernels(), Given(*pattern)
-    cached = (q, k_cache, v_cache, k, v, cache_positions, positions, given.scale, given.window)
-    if alpha is None:
-        return room.decode.decode(*cached, room.columns.offset_table(given.sets, q.device))
-    rungs, fractions, _ = room.learned.resolve(alpha, given.sets[0], given.window, given.max_offset)
-    return room.decode.decode(*cached, rungs, fractions)
+    rungs = room.learned.rungs_of(q, alpha, given.window, given.sets, given.max_offset)
+    cached = (q, k_cache, v_cache, k, v, cache_positions, positions)
+    return room.decode.decode(*cached, given.scale, given.window, *rungs)
 
 
 @torch.library.impl(_library, "attend_forward", "CPU")
@@ -176,11 +181,7 @@ def _(q, k_cache, v_cache, k, v, cache_positions, alpha, positions, *pattern):
     cached = (q, k_cache, v_cache, k, v, cache_positions)
     if given.interpret:
         return _triton_step(*cached, alpha, positions, *pattern)
-    if alpha is None:
-        return ring.step(*cached, positions, given.scale, given.window, given.sets)
-    rungs = given.at(alpha)
-    nearer, fractions = tuple(rung.near for rung in rungs), [rung.fraction for rung in rungs]
-    return ring.step(*cached, positions, given.scale, given.window, (nearer,), fractions)
+    return ring.step(*cached, positions, given.scale, given.window, *given.beyond(alpha))
 
 
 def result_like(x: Tensor) -> Tensor:

@@ -89,11 +89,8 @@ def attend_paged(
         return _one_by_one(q, k_pages, v_pages, patterns, batch, alpha, scale, out, chosen)
     kernels, given = ops.kernels(), ops.Given(scale, *ops.as_integers(patterns))
     places = (batch.starts, batch.lengths, batch.table, batch.first, batch.longest)
-    if alpha is None:
-        beyond = (kernels.columns.offset_table(given.sets, q.device),)
-    else:
-        beyond = kernels.learned.resolve(alpha, given.sets[0], given.window, given.max_offset)[:2]
-    return kernels.paged.attend(q, k_pages, v_pages, *places, out, scale, given.window, *beyond)
+    rungs = kernels.learned.rungs_of(q, alpha, given.window, given.sets, given.max_offset)
+    return kernels.paged.attend(q, k_pages, v_pages, *places, out, scale, given.window, *rungs)
 
 
 def _one_by_one(
@@ -133,9 +130,6 @@ def _steps(
 ) -> Tensor:
     """The newest token of the sequences `which`, (sequences, query heads, head size)."""
     given = ops.Given(scale, *ops.as_integers(patterns))
-    rungs = None if alpha is None else given.at(alpha)
-    sets = given.sets if rungs is None else (tuple(rung.near for rung in rungs),)
-    fractions = None if rungs is None else [rung.fraction for rung in rungs]
     positions = (batch.lengths[which].long() - 1)[:, None, None]
 
     def read(distances: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +139,7 @@ def _steps(
         return keys, values
 
     oldest = int(positions.max())
-    return ring.attend_at(q[:, None], read, positions, oldest, scale, given.window, sets, fractions)[:, 0]
+    return ring.attend_at(q[:, None], read, positions, oldest, scale, given.window, *given.beyond(alpha))[:, 0]
 
 
 def _rows(pages: Tensor, batch: Batch, which: Tensor, at: Tensor) -> Tensor:

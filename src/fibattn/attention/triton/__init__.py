@@ -5,8 +5,8 @@ From the ground up, a room importing those before it:
 - `shape.py`, which calls the kernels take;
 - `rows.py` and `scores.py`, the arithmetic of their tiles;
 - `columns.py` and `dense_window.py`, the two ways to the keys of a tile: gathered by a table, or one after the other;
+- `launch.py`, what every kernel is made by, tile sizes and the arguments that the kernels share;
 - `learned.py`, rungs between two keys, where a learned alpha puts them, and the columns of any pattern;
-- `launch.py`, tile sizes and the arguments that the kernels share;
 - `forward.py`, `key_gradients.py`, `backward.py`, `decode.py` and `paged.py`, the kernels;
 - `chosen.py`, `chosen_forward.py`, `chosen_backward.py`, `chosen_decode.py`, those where queries choose blocks of keys.
 
@@ -28,13 +28,11 @@ from fibattn.attention.triton import (
     chosen_backward,
     chosen_decode,
     chosen_forward,
-    columns,
     decode,
     forward,
     learned,
     paged,
 )
-from fibattn.attention.triton.learned import columns_of
 
 __all__ = [
     "backward",
@@ -42,8 +40,6 @@ __all__ = [
     "chosen_backward",
     "chosen_decode",
     "chosen_forward",
-    "columns",
-    "columns_of",
     "decode",
     "forward",
     "learned",

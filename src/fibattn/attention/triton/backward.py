@@ -9,7 +9,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
 from fibattn.attention.triton import launch
 from fibattn.attention.triton.columns import Columns, column_keys, column_mask, row_stride
@@ -73,7 +72,7 @@ def backward(
     blocks = launch.blocks(tokens, tiles.batches * shape.batch_queries)
     sums = torch.float64 if shape.exact else torch.float32
     partial = q.new_empty(batch * blocks * kv_heads, dtype=sums) if columns.learned else None
-    try:
+    with launch.Explained(shape):
         for delta_from in (FROM_OUTPUT,) if shape.dtype == torch.bfloat16 else (SUMMED, GIVEN):
             query_grad_kernel[(blocks * kv_heads, batch)](
                 *(q, k, v, out, grad_out, lse, grad_lse, positions, columns.table),
@@ -90,18 +89,10 @@ def backward(
             *(grad_out, grad_lse, lse, delta, q, k, v, positions, scale, columns),
             *(weights, grads, dk, dv, shape, wide),
         )
-    except OutOfResources as error:
-        raise launch.explain(error, shape) from error
     return dq, dk, dv, partial
 
 
-# As in the forward.
-_UNSPECIALIZED = [
-    *("tokens", "keys", "window", "kv_heads", "rungs_stored", "stride_set", "stride_positions", "near", "width")
-]
-
-
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@launch.kernel
 def query_grad_kernel(
     p_q,
     p_k,

@@ -25,13 +25,15 @@ SLOTS = tl.constexpr(64)
 """The bits of a word."""
 
 
-class Choice(NamedTuple):
-    """What the queries chose."""
+class Numbers(NamedTuple):
+    """A `ChosenPattern` and the scale, as the schemas have them."""
 
-    bits: Tensor
-    """(batch, KV heads, query tokens), int64."""
-    blocks: Tensor
-    """How many blocks the queries of a tile chose, and which, rising; (batch, KV heads, tiles, 1 + 64), int32."""
+    scale: float
+    window: int
+    reach: int
+    block: int
+    blocks: int
+    anchored: bool
 
 
 def tiles_of(tokens: int, keys: int, shift: Tensor | None, block: int) -> tuple[int, int]:
@@ -46,23 +48,18 @@ def warps_for(shape: Shape) -> int:
 
 
 def choose(
-    q: Tensor,
-    means: Tensor,
-    keys: int,
-    positions: Tensor | None,
-    shift: Tensor | None,
-    scale: float,
-    window: int,
-    reach: int,
-    block: int,
-    count: int,
-    anchored: bool,
-) -> Choice:
+    q: Tensor, means: Tensor, keys: int, positions: Tensor | None, shift: Tensor | None, numbers: Numbers
+) -> tuple[Tensor, Tensor]:
     """What the queries (batch, tokens, query heads, size), the last of `keys`, choose.
 
     By the mean keys of the blocks, (batch, blocks, KV heads, size): those with the largest shares, which the query
     heads of a KV head would each give them, summed; where `anchored`, before these the first block of the document.
+
+    Returns:
+        The bits, (batch, KV heads, query tokens), int64; and how many blocks the queries of a tile chose, and which,
+        rising, (batch, KV heads, tiles, 1 + 64), int32.
     """
+    scale, window, reach, block, count, anchored = numbers
     shape = shape_of(q, means)
     batch, tokens = q.shape[:2]
     kv_heads = means.shape[2]
@@ -81,7 +78,7 @@ def choose(
         num_warps=warps_for(shape),
         num_stages=1,
     )
-    return Choice(bits, lists)
+    return bits, lists
 
 
 def choosers(bits: Tensor, keys: int, shift: Tensor | None, block: int) -> Tensor:
@@ -98,11 +95,7 @@ def choosers(bits: Tensor, keys: int, shift: Tensor | None, block: int) -> Tenso
     return lists
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("tokens", "keys", "window", "reach", "kv_heads", "tiles", "first_tile", "stride_positions", "stride_shift")
-    ]
-)
+@launch.kernel
 def choose_kernel(
     p_q,
     p_means,
@@ -173,7 +166,7 @@ def choose_kernel(
     tl.store(p_list + tl.cumsum(b_any, 0), o_block, mask=b_any != 0)
 
 
-@triton.jit(do_not_specialize=["tokens", "keys", "kv_heads", "blocks", "stride_shift"])
+@launch.kernel
 def choosers_kernel(
     p_bits, p_shift, p_lists, tokens, keys, kv_heads, blocks, stride_shift, BLOCK: tl.constexpr, MOST: tl.constexpr
 ):

@@ -5,15 +5,12 @@ part of one: it walks the queries that have these keys in their window, then tho
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
 from fibattn.attention.triton import launch
-from fibattn.attention.triton.chosen import SLOTS, TILE, Choice, choosers, row_shift, tiles_of
+from fibattn.attention.triton.chosen import SLOTS, TILE, Numbers, choosers, row_shift, tiles_of
 from fibattn.attention.triton.chosen_forward import (
-    UNSPECIALIZED,
     Given,
     Tiles,
     far_mask,
@@ -47,13 +44,12 @@ def backward(
     given: Given,
     positions: Tensor | None,
     shift: Tensor | None,
-    scale: float,
-    window: int,
-    block: int,
-    choice: Choice,
+    bits: Tensor,
+    lists: Tensor,
+    numbers: Numbers,
 ) -> Given:
     """Gradients of what is given."""
-    q, k = given[:2]
+    (q, k), block = given[:2], numbers.block
     shape = shape_of(q, k)
     grad_out, lse = launch.inner_contiguous(grad_out), lse.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
@@ -63,17 +59,17 @@ def backward(
     dq, dk, dv, dfq, dfk = grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in given)
     delta = torch.empty_like(lse)
     wide = launch.wide(*given, out, grad_out)
-    sizes = (scale, tokens, keys, window, kv_heads, tiles, first_tile)
-    try:
+    sizes = (numbers.scale, tokens, keys, numbers.window, kv_heads, tiles, first_tile)
+    with launch.Explained(shape):
         how = options(shape, tiles_for(shape), block, wide)
         chosen_query_grad_kernel[(tiles * parts_of(how) * kv_heads, batch)](
-            *(*given, choice.bits, choice.blocks, out, grad_out, lse, grad_lse, positions, shift, delta, dq, dfq),
+            *(*given, bits, lists, out, grad_out, lse, grad_lse, positions, shift, delta, dq, dfq),
             *sizes,
             *launch.strides(*given, out, grad_out, dq),
             *(row_stride(positions), row_stride(shift)),
             **how,
         )
-        key_tiles, lists = key_tiles_for(shape, block), choosers(choice.bits, keys, shift, block)
+        key_tiles, lists = key_tiles_for(shape, block), choosers(bits, keys, shift, block)
         parts = launch.blocks(keys + (0 if shift is None else block - 1), key_tiles.keys)
         chosen_key_grad_kernel[(parts * kv_heads, batch)](
             *(*given, lists, grad_out, lse, delta, positions, shift, dk, dv, dfk),
@@ -82,12 +78,10 @@ def backward(
             *(row_stride(positions), row_stride(shift)),
             **options(shape, key_tiles, block, wide),
         )
-    except OutOfResources as error:
-        raise launch.explain(error, shape) from error
     return grads  # pyright: ignore[reportReturnType]
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@launch.kernel
 def chosen_query_grad_kernel(
     p_q,
     p_k,
@@ -190,7 +184,7 @@ def chosen_query_grad_kernel(
     store_rows(p_dfq + first_row, b_dq * scale, o_row, 1, m_row, SIZE, BD, WIDE)
 
 
-@triton.jit(do_not_specialize=[*(name for name in UNSPECIALIZED if "tile" not in name), "blocks"])
+@launch.kernel
 def chosen_key_grad_kernel(
     p_q,
     p_k,

@@ -9,10 +9,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
 from fibattn.attention.triton import launch
-from fibattn.attention.triton.chosen import SLOTS
+from fibattn.attention.triton.chosen import SLOTS, Numbers
 from fibattn.attention.triton.columns import row_stride
 from fibattn.attention.triton.decode import ring_row, ring_tile, tiles_for, token_place
 from fibattn.attention.triton.rows import load_rows, store_rows
@@ -22,31 +21,31 @@ from fibattn.attention.triton.shape import shape_of
 
 def decode(
     q: Tensor,
-    rings: tuple[Tensor, ...],
+    k_cache: Tensor,
+    v_cache: Tensor,
     k: Tensor,
     v: Tensor,
-    far: tuple[Tensor, Tensor] | None,
+    far: tuple[Tensor, Tensor, Tensor] | None,
     trust: Tensor | None,
     cache_positions: Tensor,
     positions: Tensor | None,
-    scale: float,
-    window: int,
-    reach: int,
-    block: int,
-    count: int,
-    anchored: bool,
+    numbers: Numbers,
 ) -> Tensor:
-    """Output like q (B, 1, Hq, D); writes k, v and far keys (B, 1, Hkv, D) into the rings (B, rows, Hkv, D)."""
+    """Output like q (B, 1, Hq, D); writes k, v and far keys (B, 1, Hkv, D) into the rings (B, rows, Hkv, D).
+
+    `far` has the ring of the far keys, the far queries and the far keys.
+    """
+    scale, window, reach, block, count, anchored = numbers
     shape = shape_of(q, k)
     batch, kv_heads = k.shape[0], k.shape[2]
-    far_q, far_k = (q, k) if far is None else far
-    caches = (rings[0], rings[1], rings[0 if far is None else 2])
+    far_cache, far_q, far_k = (k_cache, q, k) if far is None else far
+    caches = (k_cache, v_cache, far_cache)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     columns, stages = tiles_for(shape, window)
-    try:
+    with launch.Explained(shape):
         chosen_decode_kernel[(batch * kv_heads,)](
             *(q, far_q, *caches, k, v, far_k, trust, out, cache_positions, positions),
-            *(scale, caches[0].shape[1], window, reach, kv_heads),
+            *(scale, k_cache.shape[1], window, reach, kv_heads),
             *(row_stride(cache_positions), row_stride(positions)),
             *launch.strides(q, far_q, *caches, k, v, far_k, out),
             GROUP=shape.group,
@@ -62,15 +61,10 @@ def decode(
             num_warps=4,
             num_stages=stages,
         )
-    except OutOfResources as error:
-        raise launch.explain(error, shape) from error
     return out
 
 
-_UNSPECIALIZED = ["rows", "window", "reach", "kv_heads", "stride_cache_positions", "stride_positions"]
-
-
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@launch.kernel
 def chosen_decode_kernel(
     p_q,
     p_far_q,

@@ -12,10 +12,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
 from fibattn.attention.triton import launch
-from fibattn.attention.triton.chosen import SLOTS, TILE, Choice, row_shift, tiles_of
+from fibattn.attention.triton.chosen import SLOTS, TILE, Numbers, row_shift, tiles_of
 from fibattn.attention.triton.columns import row_stride
 from fibattn.attention.triton.dense_window import near_mask, window_keys, window_tiles
 from fibattn.attention.triton.rows import block_rows, load_rows, place, query_limit, query_rows, row_starts, store_rows
@@ -54,27 +53,25 @@ Given = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def forward(
-    given: Given, positions: Tensor | None, shift: Tensor | None, scale: float, window: int, block: int, choice: Choice
+    given: Given, positions: Tensor | None, shift: Tensor | None, bits: Tensor, lists: Tensor, numbers: Numbers
 ) -> tuple[Tensor, Tensor]:
     """Output like q, and the natural log-sum-exp (B, Hq, Tq)."""
     q, k = given[:2]
     shape = shape_of(q, k)
     batch, tokens, heads, _ = q.shape
     keys, kv_heads = k.shape[1:3]
-    first_tile, tiles = tiles_of(tokens, keys, shift, block)
-    how = options(shape, tiles_for(shape), block, launch.wide(*given))
+    first_tile, tiles = tiles_of(tokens, keys, shift, numbers.block)
+    how = options(shape, tiles_for(shape), numbers.block, launch.wide(*given))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(batch, heads, tokens, dtype=torch.float64 if shape.exact else torch.float32)
-    try:
+    with launch.Explained(shape):
         chosen_forward_kernel[(tiles * parts_of(how) * kv_heads, batch)](
-            *(*given, choice.bits, choice.blocks, out, lse, positions, shift),
-            *(scale, tokens, keys, window, kv_heads, tiles, first_tile),
+            *(*given, bits, lists, out, lse, positions, shift),
+            *(numbers.scale, tokens, keys, numbers.window, kv_heads, tiles, first_tile),
             *launch.strides(*given, out),
             *(row_stride(positions), row_stride(shift)),
             **how,
         )
-    except OutOfResources as error:
-        raise launch.explain(error, shape) from error
     return out, lse
 
 
@@ -83,11 +80,7 @@ def parts_of(how: dict[str, Any]) -> int:
     return launch.blocks(how["GROUP"], how["GP"])
 
 
-UNSPECIALIZED = ["tokens", "keys", "window", "kv_heads", "tiles", "first_tile", "stride_positions", "stride_shift"]
-"""As in the kernels of fixed distances."""
-
-
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@launch.kernel
 def chosen_forward_kernel(
     p_q,
     p_k,

@@ -11,7 +11,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
 from fibattn.attention.triton import launch
 from fibattn.attention.triton.columns import row_stride
@@ -63,7 +62,7 @@ def decode(
     splits, part = splits_for(window, batch * kv_heads), None
     if splits > 1:
         part = q.new_empty((batch, q.shape[2], splits, shape.padded_size + 2), dtype=torch.float32)
-    try:
+    with launch.Explained(shape):
         decode_kernel[(batch * kv_heads, splits)](
             *(q, k_cache, v_cache, k, v, out, part, cache_positions, positions, rungs, fractions),
             *(scale, k_cache.shape[1], window, kv_heads, row_stride(rungs)),
@@ -82,18 +81,14 @@ def decode(
         if splits > 1:
             sizes = {"SIZE": shape.size, "BD": shape.padded_size, "SPLITS": splits}
             join_kernel[(batch * q.shape[2],)](part, out, **sizes, num_warps=4)
-    except OutOfResources as error:
-        raise launch.explain(error, shape) from error
     return out
 
 
 NO_SCORE = tl.constexpr(-1e30)
 """The greatest of no scores: finite, for a part of the columns may have none."""
 
-_UNSPECIALIZED = ["rows", "window", "kv_heads", "stride_set", "stride_cache_positions", "stride_positions"]
 
-
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@launch.kernel
 def decode_kernel(
     p_q,
     p_k_cache,

@@ -7,10 +7,8 @@ batch of queries and KV head.
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
 from fibattn.attention.triton import launch
 from fibattn.attention.triton.columns import Columns, column_keys, column_mask, row_stride
@@ -51,7 +49,7 @@ def forward(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(batch, heads, tokens, dtype=torch.float64 if shape.exact else torch.float32)
     grid = (launch.blocks(tokens, tiles.batches * shape.batch_queries) * kv_heads, batch)
-    try:
+    with launch.Explained(shape):
         forward_kernel[grid](
             *(q, k, v, out, lse, positions, columns.table, columns.rungs, columns.fractions),
             *(scale, tokens, keys, columns.window, kv_heads, columns.width, row_stride(columns.table)),
@@ -59,17 +57,10 @@ def forward(
             row_stride(positions),
             **launch.row_options(shape, tiles, columns, launch.wide(q, k, v)),
         )
-    except OutOfResources as error:
-        raise launch.explain(error, shape) from error
     return out, lse
 
 
-# Nothing that varies with the length or the batch may ask for another binary. Strides do stay specialized to
-# being multiples of 16, or loads could not be vectorized; with the usual head sizes they always are.
-_UNSPECIALIZED = ["tokens", "keys", "window", "kv_heads", "width", "stride_set", "stride_positions"]
-
-
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@launch.kernel
 def forward_kernel(
     p_q,
     p_k,

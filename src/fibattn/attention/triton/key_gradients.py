@@ -116,11 +116,7 @@ def key_gradients(
     )
 
 
-# As in the forward.
-_UNSPECIALIZED = ["tokens", "keys", "window", "kv_heads", "rungs_stored", "stride_set", "stride_positions"]
-
-
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@launch.kernel
 def rung_grad_kernel(
     p_q,
     p_do,
@@ -221,7 +217,7 @@ def rung_grad_kernel(
     tl.store(p_dv_tile, b_dv.to(p_dv.dtype.element_ty), mask=m_tile)
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@launch.kernel
 def window_grad_kernel(
     p_q,
     p_k,

@@ -3,11 +3,24 @@
 from dataclasses import dataclass
 from typing import Any
 
+import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from fibattn.attention.triton.columns import Columns
 from fibattn.attention.triton.shape import Shape
 from fibattn.errors import InputError
+
+kernel = triton.jit(
+    do_not_specialize=[
+        *("tokens", "keys", "window", "reach", "max_offset", "kv_heads", "heads", "rows", "rungs", "rungs_stored"),
+        *("near", "width", "sequences", "tiles", "first_tile", "blocks"),
+        *("stride_set", "stride_positions", "stride_cache_positions", "stride_shift", "stride_table"),
+    ]
+)
+"""What makes a kernel. Nothing that varies with the length or the batch may ask for another binary. Other strides do
+stay specialized to being multiples of 16, or loads could not be vectorized; with the usual head sizes they always are.
+"""
 
 FUSED = {"enable_fp_fusion": True}
 """Products and sums in one instruction: Triton's habit, which its releases are about to give up."""
@@ -102,9 +115,22 @@ def inner_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def explain(error: Exception, shape: Shape) -> InputError:
-    """What to say when the GPU has too little shared memory."""
-    return InputError(
-        f"this GPU has too little shared memory for head size {shape.size} and {shape.group} query heads a KV "
-        f"head in {shape.dtype} ({error}); use 16-bit tensors, a smaller head or a newer GPU"
-    )
+class Explained:
+    """Around launches: where the GPU has too little shared memory, an `InputError` says what to do.
+
+    `contextlib.contextmanager` would cost the host four times as much.
+    """
+
+    def __init__(self, shape: Shape):
+        self.shape = shape
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, OutOfResources):
+            shape = self.shape
+            raise InputError(
+                f"this GPU has too little shared memory for head size {shape.size} and {shape.group} query heads a KV "
+                f"head in {shape.dtype} ({error}); use 16-bit tensors, a smaller head or a newer GPU"
+            ) from error

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fibattn.attention.triton import shape
-from fibattn.attention.triton.columns import Columns, fixed_columns, kept_on_device, rows_of
+from fibattn.attention.triton import launch, shape
+from fibattn.attention.triton.columns import Columns, fixed_columns, kept_on_device, offset_table, rows_of
 from fibattn.attention.triton.rows import load_batches, query_limit
 from fibattn.attention.triton.scores import row_products
 from fibattn.errors import InputError
@@ -37,6 +37,13 @@ def columns_of(
         return fixed_columns(q, k, window, sets)
     rungs, fractions, factors = resolve(alpha, sets[0], window, max_offset)
     return replace(fixed_columns(q, k, window, ((),)), rungs=rungs, fractions=fractions, factors=factors)
+
+
+def rungs_of(
+    q: Tensor, alpha: Tensor | None, window: int, sets: tuple[tuple[int, ...], ...], max_offset: int
+) -> tuple[Tensor, Tensor | None]:
+    """The rungs of a call and, with an alpha, their fractions, as `Columns` has them."""
+    return (offset_table(sets, q.device), None) if alpha is None else resolve(alpha, sets[0], window, max_offset)[:2]
 
 
 @cache
@@ -66,7 +73,7 @@ def resolve(alpha: Tensor, rungs: tuple[int, ...], window: int, max_offset: int)
     return table[:, : 1 + len(rungs)], fractions, factors
 
 
-@triton.jit(do_not_specialize=["rungs", "window", "max_offset"])
+@launch.kernel
 def resolve_kernel(p_alpha, p_base, p_table, p_fractions, p_factors, rungs, window, max_offset, SIZE: tl.constexpr):
     """`LearnedPattern.at` in one program: near offsets, fractions and rungs, those kept before the others."""
     o_rung = tl.arange(0, SIZE)

@@ -12,7 +12,6 @@ from typing import Any
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
 from fibattn.attention.triton import launch
 from fibattn.attention.triton.columns import row_stride
@@ -42,15 +41,13 @@ def attend(
     sequences, kv_heads, rows = lengths.shape[0], k_pages.shape[2], k_pages.shape[1]
     options = options_for(shape, window, longest, rungs.shape[1] > 1, table is not None)
     blocks = sequences if longest == 1 else q.shape[0] // options["BQ"] + sequences
-    try:
+    with launch.Explained(shape):
         paged_kernel[(blocks * kv_heads,)](
             *(q, k_pages, v_pages, out, starts, lengths, table, first, rungs, fractions),
             *(scale, window, sequences, rows, kv_heads, row_stride(rungs), 0 if table is None else table.stride(0)),
             *(q.stride(), k_pages.stride()[:3], v_pages.stride()[:3], out.stride()),
             **options,
         )
-    except OutOfResources as error:
-        raise launch.explain(error, shape) from error
     return out
 
 
@@ -65,10 +62,7 @@ def options_for(shape: Shape, window: int, longest: int, has_rungs: bool, has_ta
     return {**sizes, "STEPS": longest == 1, "RUNGS": has_rungs, **launch.FUSED, "num_warps": 4, "num_stages": stages}
 
 
-_UNSPECIALIZED = ["window", "sequences", "rows", "kv_heads", "stride_set", "stride_table"]
-
-
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@launch.kernel
 def paged_kernel(
     p_q,
     p_k,
@@ -209,7 +203,7 @@ def store(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor)
     )
 
 
-@triton.jit(do_not_specialize=["heads", "rows"])
+@launch.kernel
 def store_kernel(
     p_k,
     p_v,
