@@ -81,12 +81,7 @@ class LearnedRungs:
         self.nearest = near.view(1, 1, self.count)
         self.fraction_grad = [0.0] * self.count
 
-    def _fraction(self, rung: InterpolatedRung, chunk: Chunk, first: int, like: Tensor) -> Tensor:
-        # Where the nearer key is the first of its document, the farther one is clamped to it: no interpolation.
-        inside = chunk.limit[:, :, first:] != rung.near
-        return inside.to(like.dtype) * rung.fraction
-
-    def _pairs(self, x: Tensor, chunk: Chunk) -> Iterator[tuple[int, InterpolatedRung, int, slice, Tensor, Tensor]]:
+    def _pairs(self, x: Tensor, chunk: Chunk) -> Iterator[tuple[int, int, slice, Tensor, Tensor, Tensor, Tensor]]:
         for index, rung in enumerate(self.rungs):
             first, near = chunk.rows(rung.near)
             if first == chunk.stop - chunk.start:
@@ -95,25 +90,26 @@ class LearnedRungs:
             if near.start == 0:
                 # This query has no farther key, and fraction 0: any row will do.
                 far_rows = torch.cat([near_rows[:, :, :1], far_rows], dim=2)
-            yield index, rung, first, near, near_rows, far_rows
+            # Where the nearer key is the first of its document, the farther one is clamped to it: no interpolation.
+            inside = (chunk.limit[:, :, first:] != rung.near).to(x.dtype)
+            yield index, first, near, near_rows, far_rows, inside, inside * rung.fraction
 
     def gather(self, x: Tensor, chunk: Chunk) -> Tensor:
         """As in `FixedRungs`."""
         batch, heads, _, size = x.shape
         rows = x.new_zeros(batch, heads, chunk.stop - chunk.start, self.count, size)
-        for index, rung, first, _, near_rows, far_rows in self._pairs(x, chunk):
-            rows[:, :, first:, index] = near_rows.lerp(far_rows, self._fraction(rung, chunk, first, x))
+        for index, first, _, near_rows, far_rows, _, fraction in self._pairs(x, chunk):
+            rows[:, :, first:, index] = near_rows.lerp(far_rows, fraction)
         return rows
 
     def scatter(self, grad: Tensor, into: Tensor, x: Tensor, chunk: Chunk) -> None:
         """As in `FixedRungs`."""
-        for index, rung, first, near, near_rows, far_rows in self._pairs(x, chunk):
+        for index, first, near, near_rows, far_rows, inside, fraction in self._pairs(x, chunk):
             rows = grad[:, :, first:, index]
-            far_grad = rows * self._fraction(rung, chunk, first, x)
+            far_grad = rows * fraction
             into[:, :, near] += rows - far_grad
             none = int(near.start == 0)
             into[:, :, near.start - 1 + none : near.stop - 1] += far_grad[:, :, none:]
-            inside = chunk.limit[:, :, first:] != rung.near
             self.fraction_grad[index] += float((rows * (far_rows - near_rows) * inside).sum())
 
 
@@ -135,8 +131,7 @@ def forward(
         weights = torch.exp(scores - log_sum)
         result = work.weighted(weights, work.band(v, chunk), rungs.gather(work.values, chunk))
         work.give(out, result, chunk)
-        rows = work.query_rows(chunk)
-        lse.view(*work.grouped(lse))[..., rows] = log_sum[..., 0].movedim(-1, 2)
+        work.sums(lse, chunk)[:] = log_sum[..., 0]
     return out, lse
 
 
@@ -160,15 +155,13 @@ def backward(
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk, dv = (torch.zeros_like(x, dtype=work.dtype, memory_format=torch.contiguous_format) for x in (k, v))
     for chunk in work.chunks():
-        rows = work.query_rows(chunk)
         queries, upstream = work.queries(q, chunk), work.queries(grad_out, chunk)
         near_keys, far_keys = work.band(k, chunk), rungs.gather(work.keys, chunk)
         near_values, far_values = work.band(v, chunk), rungs.gather(work.values, chunk)
-        log_sum = lse.view(*work.grouped(lse))[..., rows].movedim(2, -1)[..., None]
-        weights = torch.exp(work.scores(queries, near_keys, far_keys, chunk) - log_sum)
+        weights = torch.exp(work.scores(queries, near_keys, far_keys, chunk) - work.sums(lse, chunk)[..., None])
         shift = (upstream * work.queries(out, chunk)).sum(-1, keepdim=True)
         if grad_lse is not None:
-            shift = shift - grad_lse.reshape(work.grouped(lse))[..., rows].movedim(2, -1)[..., None]
+            shift = shift - work.sums(grad_lse, chunk)[..., None]
         grad_scores = weights * (work.products(upstream, near_values, far_values) - shift) * scale
         work.give(dq, work.weighted(grad_scores, near_keys, far_keys), chunk)
         for grad, left, right, into in ((grad_scores, queries, work.keys, dk), (weights, upstream, work.values, dv)):
@@ -212,8 +205,9 @@ class _Work:
     def query_rows(self, chunk: Chunk) -> slice:
         return slice(chunk.start - self.past, chunk.stop - self.past)
 
-    def grouped(self, lse: Tensor) -> tuple[int, ...]:
-        return self.batch, self.kv_heads, self.group, lse.shape[-1]
+    def sums(self, x: Tensor, chunk: Chunk) -> Tensor:
+        """The chunk's part of x (B, Hq, Tq) as (B, Hkv, C, G), a view."""
+        return x.unflatten(1, (self.kv_heads, self.group))[..., self.query_rows(chunk)].movedim(2, -1)
 
     def queries(self, x: Tensor, chunk: Chunk) -> Tensor:
         """The chunk's rows of x (B, Tq, Hq, D) as (B, Hkv, C, G, D)."""
