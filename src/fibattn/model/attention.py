@@ -17,68 +17,48 @@ from fibattn.model.cache import RingLayer
 from fibattn.pattern import ChosenPattern, LearnedPattern, Pattern
 
 
-def attend_by_distance(
+def attend_with_ring(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pattern: Pattern | tuple[Pattern, ...] | LearnedPattern,
+    pattern: Pattern | tuple[Pattern, ...] | LearnedPattern | ChosenPattern,
     ring: RingLayer | None,
     cache_positions: Tensor,
     raw: tuple[Tensor, ...] = (),
     **how: Any,
 ) -> Tensor:
-    """`attend`, of a prompt without what is in the `ring`, or of what follows it; `raw` is kept there, too."""
-    if ring is not None:
-        given = (k, *raw[:1]), (v, *raw[1:])
-        if ring.is_initialized:
-            keys, values = (one[0] for one in take(ring, *given, cache_positions, written=1))
-            return attend_cached(q, keys, values, k, v, pattern, cache_positions=cache_positions, **how)
-        begin(ring, *given)
-    return attend(q, k, v, pattern, **how)  # pyright: ignore[reportReturnType]
+    """`attend` or `attend_chosen`, of a prompt without what is in the `ring`, or of what follows it.
 
-
-def attend_by_choice(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pattern: ChosenPattern,
-    ring: RingLayer | None,
-    cache_positions: Tensor,
-    raw: tuple[Tensor, ...] = (),
-    **how: Any,
-) -> Tensor:
-    """`attend_chosen`, of a prompt without what is in the `ring`, or of what follows it; `raw` is kept there, too."""
+    The ring keeps `raw`, too; `how` is what else either takes.
+    """
+    chooses = isinstance(pattern, ChosenPattern)
     if ring is not None:
         own = (k, *(how.get("far") or ())[1:])
-        given = (*own, *raw[:1]), (v, *raw[1:])
+        keys, values = (*own, *raw[:1]), (v, *raw[1:])
         if ring.is_initialized:
-            keys, (values, *_) = take(ring, *given, cache_positions, written=len(own))
-            cached = keys[0], values, *keys[1 : len(own)]
-            return attend_chosen_cached(q, cached, k, v, pattern, cache_positions=cache_positions, **how)
-        begin(ring, *given)
-    return attend_chosen(q, k, v, pattern, **how)[0]
+            cached = _take(ring, keys, values, cache_positions, len(own))
+            if chooses:
+                return attend_chosen_cached(q, cached, k, v, pattern, cache_positions=cache_positions, **how)
+            return attend_cached(q, cached[0], cached[1], k, v, pattern, cache_positions=cache_positions, **how)
+        ring.begin(_side_by_side(keys), _side_by_side(values), k.shape[1])
+    return attend_chosen(q, k, v, pattern, **how)[0] if chooses else attend(q, k, v, pattern, **how)  # pyright: ignore
 
 
-def begin(ring: RingLayer, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Let the ring hold a sequence's first tokens, of which several tensors, shaped as in `take`, are kept."""
-    ring.begin(side_by_side(keys), side_by_side(values), keys[0].shape[1])
+def _take(
+    ring: RingLayer, keys: Sequence[Tensor], values: Sequence[Tensor], cache_positions: Tensor, own: int
+) -> tuple[Tensor, ...]:
+    """The rings of the first key, the first value, and the other keys up to `own`, which the caller is to write.
 
-
-def take(
-    ring: RingLayer, keys: Sequence[Tensor], values: Sequence[Tensor], cache_positions: Tensor, written: int
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The rings of several tensors (batch, tokens, KV heads, head size) of new tokens, which the ring counts.
-
-    The first `written` of the keys, and the first value, are left for the caller to write.
+    What else is kept of the new tokens, (batch, tokens, KV heads, head size) each, is written here.
     """
     size = keys[0].shape[-1]
-    parts = tuple(one.split(size, dim=-1) for one in ring.take(side_by_side(keys), side_by_side(values)))
-    pairs = [*zip(parts[0], keys, strict=True)][written:] + [*zip(parts[1], values, strict=True)][1:]
-    for part, new in pairs:
-        rings.store(part, new, cache_positions)
-    return parts[0], parts[1]
+    of_keys, of_values = (one.split(size, dim=-1) for one in ring.take(_side_by_side(keys), _side_by_side(values)))
+    for parts, new, first in ((of_keys, keys, own), (of_values, values, 1)):
+        for part, one in zip(parts[first:], new[first:], strict=True):
+            rings.store(part, one, cache_positions)
+    return of_keys[0], of_values[0], *of_keys[1:own]
 
 
-def side_by_side(parts: Sequence[Tensor]) -> Tensor:
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
     """What a token keeps, in the last dimension."""
     return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim=-1)

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fibattn.errors import InputError
 from fibattn.model import batching
-from fibattn.model.attention import attend_by_choice, attend_by_distance
+from fibattn.model.attention import attend_with_ring
 from fibattn.model.cache import RingLayer, check_full, ring_of
 from fibattn.model.configuration import check_engine
 from fibattn.model.converted_pattern import ConvertedLayer
@@ -136,8 +136,7 @@ def attention(
         at = torch.arange(k.shape[1], device=k.device)[None] + fibattn_ring.get_seq_length()
     if isinstance(own.pattern, ChosenPattern):
         how["trust"] = module.trust if hasattr(module, "trust") else k.new_zeros(k.shape[2])
-        return attend_by_choice(q, k, v, own.pattern, fibattn_ring, at, **how), None
-    return attend_by_distance(q, k, v, own.pattern, fibattn_ring, at, **how), None
+    return attend_with_ring(q, k, v, own.pattern, fibattn_ring, at, **how), None
 
 
 def _attend_batch(

@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from fibattn.model import batching
-from fibattn.model.attention import attend_by_choice, attend_by_distance
+from fibattn.model.attention import attend_with_ring
 from fibattn.model.cache import RingLayer, check_full, ring_of
 from fibattn.model.configuration import FibAttnConfig, check_engine
 from fibattn.model.convolution import convolved
@@ -109,19 +109,17 @@ class FibAttnAttention(LearnedScale):
         which the `ring` of the cache keeps, too.
         """
         how: dict[str, Any] = {"scale": self.scaling, "positions": positions}
-        if isinstance(self.pattern, ChosenPattern):
-            how |= {"far": far, "trust": self.trust}
-            return attend_by_choice(q, k, v, self.pattern, ring, cache_positions, raw, **how)
         if shard is not None:
             return shard.attend(q, k, v, self.pattern, alpha=self.alpha, **how)
         if self.pattern is None:
             return self._attend_fully(q, k, v, attention_mask, cache, **kwargs)
         if isinstance(cache, PagedAttentionCache):
             k, v = batching.update(cache, k.transpose(1, 2), v.transpose(1, 2), self.layer_idx, kwargs)
-            alpha = None if self.theta is None else self.alpha
-            return batching.attend_batch(q, k, v, self.pattern, kwargs, alpha=alpha, scale=self.scaling)
-        how["alpha"] = self.alpha
-        return attend_by_distance(q, k, v, self.pattern, ring, cache_positions, raw, **how)
+            pattern: Any = self.pattern  # one that chooses did not come this far
+            return batching.attend_batch(q, k, v, pattern, kwargs, alpha=self.alpha, scale=self.scaling)
+        chooses = isinstance(self.pattern, ChosenPattern)
+        how |= {"far": far, "trust": self.trust} if chooses else {"alpha": self.alpha}
+        return attend_with_ring(q, k, v, self.pattern, ring, cache_positions, raw, **how)
 
     def _attend_fully(
         self,
