@@ -48,8 +48,23 @@ class FoundByShim:
         """Does nothing: Transformers would copy this package's source beside the weights, where the shim is enough."""
 
 
+class SavesShim(FoundByShim):
+    """A configuration `XConfig`, in whose folders that code finds `XModel` and `XForCausalLM`, too."""
+
+    auto_map: dict[str, str]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As in Transformers, and a few lines of code beside it that find the classes in the installed package."""
+        found = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
+        name = type(self).__name__.removesuffix("Config")
+        self.auto_map = {auto: f"{_SHIM}.{name}{kind}" for auto, kind in found.items()}
+        shim = Path(__file__).with_name("shim.py").read_text(encoding="utf-8")
+        files.write_text(Path(save_directory) / f"{_SHIM}.py", shim)
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 @strict
-class FibAttnConfig(FoundByShim, PreTrainedConfig):
+class FibAttnConfig(SavesShim, PreTrainedConfig):
     """Configuration of `FibAttnForCausalLM`; the defaults are the paper's 60 M-parameter model, linear stagger.
 
     Args:
@@ -204,11 +219,6 @@ class FibAttnConfig(FoundByShim, PreTrainedConfig):
             if not (name.startswith("_") or name in _TRANSFORMERS_READS or hasattr(cls, name)):
                 raise InputError(f"FibAttnConfig has no {name!r}: {suggestion(name, cls.__annotations__, 'fields')}")
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As in Transformers, and a few lines of code beside it that find the classes in the installed package."""
-        save_shim(self, Path(save_directory), "FibAttnModel", "FibAttnForCausalLM")
-        super().save_pretrained(save_directory, push_to_hub, **kwargs)
-
     @property
     def sliding_window(self) -> int:
         """What Transformers calls the window: the number of keys, the query's own position included."""
@@ -262,11 +272,7 @@ class FibAttnConfig(FoundByShim, PreTrainedConfig):
         return (self.layer_types or [])[layer] == "chosen_attention"
 
     def check_engine(self, engine: str) -> None:
-        """Refuse what no engine but `generate()` does yet.
-
-        Raises:
-            InputError: for a layer whose queries choose blocks, or a convolution over keys and values.
-        """
+        """Refuse what no engine but `generate()` does yet: blocks that queries choose, convolved keys and values."""
         for layer in range(self.num_hidden_layers):
             check_engine(engine, self.layer_pattern(layer), convolves=self.kv_convolution > 0)
 
@@ -346,11 +352,7 @@ class FibAttnConfig(FoundByShim, PreTrainedConfig):
         return resolved
 
     def check_offsets(self) -> None:
-        """Refuse stored offsets that the rest contradicts, as after a change to one of the fields.
-
-        Raises:
-            InputError: naming the layer, what is stored and what the fields give.
-        """
+        """Refuse stored offsets that the rest contradicts, as after a change to one of the fields."""
         stored, resolved = self.layer_offsets or [], self._resolve_offsets()
         if len(stored) != len(resolved):
             raise InputError(f"layer_offsets has {len(stored)} entries for {len(resolved)} layers")
@@ -364,23 +366,8 @@ class FibAttnConfig(FoundByShim, PreTrainedConfig):
 
 
 def check_engine(engine: str, pattern: Any, *, convolves: bool = False) -> None:
-    """Refuse a layer that attends by `pattern`, where no engine but `generate()` does it yet; errors as above."""
+    """Refuse a layer that attends by `pattern`, where no engine but `generate()` does it yet."""
     chooses = isinstance(pattern, ChosenPattern)
     if chooses or convolves:
         what = "blocks that queries choose" if chooses else "a convolution over keys and values"
         raise InputError(f"{engine} does not do {what} yet; without it the model trains, and generate() writes")
-
-
-def save_shim(config: PreTrainedConfig, folder: Path, body: str, whole: str) -> None:
-    """Put the code that finds our classes into a model's folder, and its place into the configuration.
-
-    Args:
-        config: what is about to be saved there.
-        folder: where to.
-        body: the name of the class without a head.
-        whole: that of the causal language model.
-    """
-    named = {"AutoConfig": type(config).__name__, "AutoModel": body, "AutoModelForCausalLM": whole}
-    config.auto_map = {auto: f"{_SHIM}.{name}" for auto, name in named.items()}  # pyright: ignore
-    shim = Path(__file__).with_name("shim.py").read_text(encoding="utf-8")
-    files.write_text(folder / f"{_SHIM}.py", shim)

@@ -8,7 +8,6 @@ dense; such folders are refused.
 
 import os
 import warnings
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -24,7 +23,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fibattn.errors import InputError
-from fibattn.model.configuration import FoundByShim, save_shim
+from fibattn.model.configuration import FoundByShim, SavesShim
 from fibattn.model.conversion import apply
 from fibattn.model.converted_layers import IMPLEMENTATION
 from fibattn.model.converted_pattern import STORED_PATTERN, in_words
@@ -34,7 +33,7 @@ _choose, _save = PreTrainedModel.get_correct_attn_implementation, PreTrainedConf
 
 
 @strict
-class FibAttnConvertedConfig(FoundByShim, PreTrainedConfig):
+class FibAttnConvertedConfig(SavesShim, PreTrainedConfig):
     """Configuration of a converted decoder of an architecture that `FibAttnForCausalLM` does not have.
 
     Args:
@@ -53,11 +52,6 @@ class FibAttnConvertedConfig(FoundByShim, PreTrainedConfig):
         kind = (source.architectures or ["ForCausalLM"])[0].partition("For")[2]
         name = f"FibAttnConverted{f'For{kind}' if kind else 'Model'}"
         return cls(source=plain(source), pattern=pattern, architectures=[name], dtype=source.dtype)
-
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As in Transformers, and the lines of code that find the classes in the installed package."""
-        save_shim(self, Path(save_directory), "FibAttnConvertedModel", "FibAttnConvertedForCausalLM")
-        super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
 
 class FibAttnConvertedModel(FoundByShim):
