@@ -83,11 +83,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a file that could not be written, before the work whose result it is to hold.
-
-    Raises:
-        InputError: naming the folder that is in the way.
-    """
+    """Refuse a file that could not be written, before the work whose result it is to hold."""
     if path.is_dir():
         raise InputError(f"{path} is a folder; give a file in it")
     folder = next(one for one in path.absolute().parents if one.exists())

@@ -46,11 +46,7 @@ def versions() -> dict[str, str]:
 
 
 def check_compiler() -> None:
-    """Refuse to compile for a CPU where PyTorch would call its compiler with a path that it does not quote.
-
-    Raises:
-        InputError: naming the path.
-    """
+    """Refuse to compile for a CPU where PyTorch would call its compiler with a path that it does not quote."""
     for path in (torch.__path__[0], os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())):
         if " " in path:
             raise InputError(

@@ -16,13 +16,9 @@ _NOWHERE = "#d6d3d1"
 
 
 def draw_patterns(patterns: Sequence[Pattern], composition: Composition, context: int, path: Path) -> Path:
-    """Draw the distances of every layer above the fewest layers that reach a distance; SVG, PNG and CSV.
+    """Draw the distances of every layer above the fewest layers that reach a distance, `context` marked in both parts.
 
-    Args:
-        patterns: one a layer, first layer first.
-        composition: what they reach together.
-        context: marked in both parts.
-        path: where the SVG goes; the PNG and the CSV lie beside it.
+    The SVG is at `path`, a PNG and a CSV are beside it.
     """
     farthest = max(len(composition.layers_needed) - 1, 1)
     with plt.rc_context(STYLE):

@@ -54,7 +54,7 @@ class Plan:
             raise InputError(f"held_out is {self.held_out}; expected a share from 0 to below 1, such as 0.02")
 
     def check_name(self, what: str, name: str) -> None:
-        """Raise `InputError` when `what` is given for a name that no source has."""
+        """Refuse a name that no source has, for which `what` was given."""
         names = [source.name for source in self.sources]
         if name not in names:
             raise InputError(

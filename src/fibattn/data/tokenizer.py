@@ -68,11 +68,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Refuse a size that no tokenizer can be trained to.
-
-    Raises:
-        InputError: for too few or too many.
-    """
+    """Refuse a size that no tokenizer can be trained to."""
     if not SMALLEST <= vocab_size <= LARGEST:
         raise InputError(
             f"vocab_size is {vocab_size}; expected at least {SMALLEST} (256 bytes, {BOS}, {PAD}), at most {LARGEST:,}"
@@ -80,11 +76,7 @@ def check_vocab_size(vocab_size: int) -> None:
 
 
 def check_same_vocabulary(model: Path, data: "PreparedData") -> None:
-    """Check that the tokenizer of a model folder, if there is one, has the vocabulary of the data's.
-
-    Raises:
-        InputError: when an id means something else, even where there are as many.
-    """
+    """Refuse data whose tokenizer has another vocabulary than that in the model folder, if there is one."""
     if not ((folder := tokenizer_folder(model)) / "tokenizer.json").exists():
         return
     if load_tokenizer(folder).get_vocab() != load_tokenizer(data.tokenizer_path).get_vocab():

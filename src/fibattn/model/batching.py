@@ -63,11 +63,7 @@ class _ShownModel(_Shown):
 def start_batching(
     model: PreTrainedModel, reaches: list[int | None], *args: Any, **kwargs: Any
 ) -> ContinuousBatchingManager:
-    """What `init_continuous_batching` returns, for a model whose layers look back so far (None: to the beginning).
-
-    Raises:
-        InputError: from the manager's `add_request`, for a request without tokens.
-    """
+    """What `init_continuous_batching` returns, for a model whose layers look back so far (None: to the beginning)."""
     bounded = [reach for reach in reaches if reach is not None]
     own: dict[str, Any] = {
         "layer_types": ["full_attention" if reach is None else "sliding_attention" for reach in reaches],
@@ -106,11 +102,7 @@ def start_batching(
 
 
 def check_requests(requests: Sequence[Sequence[int]]) -> None:
-    """Refuse a request without tokens.
-
-    Raises:
-        InputError: for one.
-    """
+    """Refuse a request without tokens."""
     if any(not len(one) for one in requests):
         raise InputError("a request has no tokens; a prompt has at least one, such as the model's bos_token_id")
 

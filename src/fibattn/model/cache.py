@@ -273,11 +273,7 @@ class StaticRingLayer(RingLayer, StaticLayer):
         return self.cumulative_length if self.is_initialized else 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused.
-
-        Raises:
-            InputError: always, unless nothing is to be removed.
-        """
+        """Refused, unless nothing is to be removed."""
         if tokens_to_remove:
             raise InputError(
                 "a static cache of sparse layers cannot be cropped, it has already overwritten what would be within "
@@ -290,11 +286,7 @@ for _kind in ("fibonacci_attention", "chosen_attention"):
 
 
 def only_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """The cache that was given by one of its two names.
-
-    Raises:
-        InputError: when each name has a cache of its own, one of which would be dropped.
-    """
+    """The cache that was given by one of its two names; two different ones are refused."""
     if cache is not None and past_key_values is not None and cache is not past_key_values:
         raise InputError(
             "cache and past_key_values are two different caches; give one. (peft's prefix tuning gives its prefix as "
@@ -304,16 +296,9 @@ def only_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | No
 
 
 def ring_of(cache: Cache, layer: int, owner: object, reach: int) -> RingLayer:
-    """The ring of a sparse layer in a cache, put there when the layer has not been used yet.
+    """The ring of a sparse layer in any cache of a decoder, put there when the layer has not been used yet.
 
-    Args:
-        cache: any Transformers cache of a decoder.
-        layer: the layer's index.
-        owner: what the tokens are attended by, such as the layer's patterns; compared with what wrote the cache.
-        reach: how far back the layer looks.
-
-    Raises:
-        InputError: for a cache that another model or pattern has written.
+    A cache that was written for another `owner` (what tokens are attended by, such as the layer's patterns) is refused.
     """
     found = cache.layers[layer] if layer < len(cache.layers) else None
     if isinstance(found, RingLayer) and found.reach >= 0:
@@ -342,11 +327,7 @@ def ring_of(cache: Cache, layer: int, owner: object, reach: int) -> RingLayer:
 
 
 def check_full(cache: Cache, layer: int, tokens: int) -> None:
-    """Refuse a cache that a layer with full attention cannot use.
-
-    Raises:
-        InputError: when the layer's tokens were kept for a sparse layer, or there is no room for `tokens` more.
-    """
+    """Refuse a cache for a layer with full attention that was a sparse layer's, or has no room for `tokens` more."""
     found = cache.layers[layer] if layer < len(cache.layers) else None
     if isinstance(found, CacheLayerMixin) and getattr(found, "is_sliding", False):
         raise InputError(

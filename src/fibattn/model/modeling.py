@@ -242,21 +242,13 @@ class FibAttnForCausalLM(FibAttnPreTrainedModel, GenerationMixin):
         return FibAttnModel.prepare_masks(config, inputs_embeds, attention_mask, position_ids, cache)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> ContinuousBatchingManager:
-        """As in Transformers.
-
-        Raises:
-            InputError: as `FibAttnConfig.check_engine`.
-        """
+        """As in Transformers, but for what `FibAttnConfig.check_engine` refuses."""
         self.config.check_engine("continuous batching")
         reaches = [self.config.layer_reach(layer) for layer in range(self.config.num_hidden_layers)]
         return batching.start_batching(self, reaches, *args, **kwargs)
 
     def generate_batch(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As in Transformers, which writes what is wrong with a request to its log and returns nothing.
-
-        Raises:
-            InputError: for a request without tokens.
-        """
+        """As in Transformers, but a request without tokens is refused; there it is logged, and nothing comes back."""
         batching.check_requests(inputs)
         return super().generate_batch(inputs, *args, **kwargs)
 

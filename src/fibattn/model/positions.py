@@ -186,11 +186,7 @@ def _check_mask(mask: Tensor, batch: int, past: int, tokens: int) -> None:
 
 
 def check_padding(begins: Tensor) -> None:
-    """Refuse a mask in whose rows (batch,) text begins more than once; not asked in a graph.
-
-    Raises:
-        InputError: naming the row.
-    """
+    """Refuse a mask in whose rows text `begins` (batch,) more than once; not asked in a graph."""
     if documents.has_values(begins) and bool((begins > 1).any()):
         row = int(begins.argmax())
         raise InputError(

@@ -68,14 +68,9 @@ def write_card(folder: Path, config: FibAttnConfig, parameters: int, recipe: Rec
 def write_converted_card(
     folder: Path, name: str, source: str, model: PreTrainedModel, placement: dict[str, Any] | None
 ) -> None:
-    """Write the card of a converted model's folder.
+    """Write the card of the folder of a model that was converted from `source`.
 
-    Args:
-        folder: where it goes.
-        name: what the model is called.
-        source: what it was converted from.
-        model: as `fibattn.convert` left it.
-        placement: what `fibattn.evaluation.placement.search` found, where the kept layers were measured.
+    `placement` is what `fibattn.evaluation.placement.search` found, where the kept layers were measured.
     """
     head = f"""{_FRONT}{name}
 

@@ -21,10 +21,7 @@ RECORD = "conversion.json"
 
 
 def load_source(name: str) -> PreTrainedModel:
-    """The causal language model of a folder or of the Hub, in the precision that it was saved in.
-
-    Args:
-        name: the folder, a finished run, or a name of the Hub.
+    """The causal language model of a folder, a finished run or the Hub, in the precision that it was saved in.
 
     Raises:
         InputError: for a model that cannot be loaded, or whose weights are quantised.

@@ -48,11 +48,7 @@ class HealingRecipe:
     """Of the order of the sequences."""
 
     def check(self) -> None:
-        """Refuse what cannot be.
-
-        Raises:
-            InputError: naming the field, its value and what was expected.
-        """
+        """Refuse what cannot be."""
         if bool(self.text) == (self.data is not None):
             raise InputError("which text? Give --text FILE …, or --data FOLDER, a folder made by `fibattn prepare`")
         for name in ("tokens", "sequence_length", "sequences_per_step", "micro_batch", "save_every", "lora"):

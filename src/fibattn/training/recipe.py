@@ -82,11 +82,7 @@ class ModelRecipe:
     """Keep the residual stream in 16 bits where the products are."""
 
     def check(self) -> None:
-        """Refuse what only a recipe can say wrongly; the rest is checked with the configuration.
-
-        Raises:
-            InputError: naming the field, its value and what was expected.
-        """
+        """Refuse what only a recipe can say wrongly; the rest is checked with the configuration."""
         if not (math.isfinite(self.rope_theta) and self.rope_theta > 0):
             raise InputError(f"model.rope_theta is {self.rope_theta}; it must be a finite number above 0")
         for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
@@ -145,11 +141,7 @@ class OptimizerRecipe:
         return replace(self, **rates)
 
     def check(self) -> None:
-        """Refuse values that cannot train.
-
-        Raises:
-            InputError: naming the field, its value and what was expected.
-        """
+        """Refuse values that cannot train."""
         rates = ("learning_rate", "muon_learning_rate")
         for right, expected, names in (
             (lambda x: 0 < x < math.inf, "above 0", (*rates, "epsilon", "max_grad_norm")),
@@ -265,11 +257,7 @@ class Recipe:
         return size, share // size
 
     def check(self) -> None:
-        """Refuse values that cannot train.
-
-        Raises:
-            InputError: naming the field, its value and what was expected.
-        """
+        """Refuse values that cannot train."""
         counts = ("sequence_length", "sequences_per_step", "steps", "micro_batch", "context_parallel")
         for name in (*counts, "log_every", "save_every", "keep_checkpoints", "evaluate_every", "evaluate_tokens"):
             _check_count(name, getattr(self, name), _MOST)

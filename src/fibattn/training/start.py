@@ -47,11 +47,7 @@ def configuration(start: Path, run: Path) -> FibAttnConfig:
 
 
 def check_shapes(model: FibAttnForCausalLM, start: Path) -> None:
-    """Whether `model`, which may be on the meta device, has the weights of the finished model `start`.
-
-    Raises:
-        InputError: when they differ: other sizes, another number of layers, or scales that only one of them learns.
-    """
+    """Refuse a `start` that has other weights than `model`, which may be on the meta device."""
     path = _model(start) / _WEIGHTS
     if model.config.converted_from is None and files.read_json(path.with_name("config.json")).get("converted_from"):
         raise InputError(f"{start} was converted from another model, which no recipe describes; add --keep-model")
