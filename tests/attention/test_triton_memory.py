@@ -33,7 +33,7 @@ SMALL_GPU, SHARED_MEMORY = 86, 101_376
 POINTERS = dict.fromkeys(("p_positions", "p_cache_positions", "p_table", "p_rungs"), "i32")
 POINTERS |= dict.fromkeys(("p_starts", "p_lengths", "p_first", "p_lists"), "i32")
 POINTERS |= {"p_bits": "i64"}
-POINTERS |= dict.fromkeys(("p_fractions", "p_factors", "p_grad_lse", "p_trust"), "fp32")
+POINTERS |= dict.fromkeys(("p_fractions", "p_factors", "p_grad_lse", "p_trust", "p_part"), "fp32")
 
 
 def shared_memory(kernel: Any, sizes: dict[str, Any], dtype: str, absent: set[str]) -> int:
@@ -112,12 +112,14 @@ def test_kernels_fit_a_small_gpu(dtype: torch.dtype, size: int, group: int, dens
 def test_decoding_fits_a_small_gpu(dtype: torch.dtype, size: int, group: int, learned: bool) -> None:
     q, k = (torch.empty(1, 1, heads, size, dtype=dtype, device="meta") for heads in (group, 1))
     shape = shape_of(q, k)
-    columns, stages = decode.tiles_for(shape, window=128)
-    sizes = {"GROUP": group, "SIZE": size, "BD": shape.padded_size, "ROWS": max(16, shape.padded_group)}
-    sizes |= {"BN": columns, "num_warps": 4, "num_stages": stages}
-    absent = {"p_positions"} | (set() if learned else {"p_fractions"})
-    word = "fp32" if shape.exact else "bf16"
-    assert shared_memory(decode.decode_kernel, sizes, word, absent) <= SHARED_MEMORY
+    for window in (128, 1023):
+        columns, stages = decode.tiles_for(shape, window)
+        splits = decode.splits_for(window, programs=1)
+        sizes = {"GROUP": group, "SIZE": size, "BD": shape.padded_size, "ROWS": max(16, shape.padded_group)}
+        sizes |= {"BN": columns, "SPLITS": splits, "num_warps": 4, "num_stages": stages}
+        absent = {"p_positions", *(() if learned else ("p_fractions",)), *(() if splits > 1 else ("p_part",))}
+        word = "fp32" if shape.exact else "bf16"
+        assert shared_memory(decode.decode_kernel, sizes, word, absent) <= SHARED_MEMORY
 
 
 @pytest.mark.parametrize("far", [False, True])
