@@ -9,7 +9,7 @@ from typing import Any
 
 from study.far.candidates import CANDIDATES
 from study.report.claims import percent
-from study.report.tables import NONE, Table, table, where_run
+from study.report.tables import NONE, Table, speed, table, where_run
 from study.store import over_sets
 
 _CONTROLS = ("window", "window-128")
@@ -73,7 +73,7 @@ def _row(
         "16×": f"{math.exp(over_sets(record, 'nll', record['bounded'], 16 * trained_at)):.2f}",
         "far repeats": _far_repeats(record),
         "copied": f"{record['copying'].get(str(trained_at // 4), math.nan):.2f}",
-        "tokens/s": f"{record['training']['tokens_per_second'] / 1000:.0f} k",
+        "tokens/s": speed([record]),
     }
 
 

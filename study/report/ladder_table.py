@@ -7,7 +7,7 @@ from typing import Any
 
 from study.ladder import LADDER, Step
 from study.report.claims import percent, real_minus
-from study.report.tables import NONE, Table, table, where_run
+from study.report.tables import NONE, Table, speed, table, where_run
 from study.store import over_sets
 
 Records = dict[str, dict[str, Any]]
@@ -65,7 +65,7 @@ def _measured(record: dict[str, Any], before: dict[str, Any] | None) -> dict[str
         "bits a byte": f"{bits:.4f}",
         "perplexity, change": change,
         "bits a byte, change": worse,
-        "tokens/s": f"{record['training']['tokens_per_second'] / 1000:.0f} k",
+        "tokens/s": speed([record]),
         "parameters": f"{record['model']['parameters'] / 1e6:.1f} M",
     }
 

@@ -8,7 +8,7 @@ import pandas as pd
 from fibattn.progress import quantity
 from fibattn.training.presets import DEFAULT
 from study.report.claims import Claims, Finding, Judged, percent, verdict_over
-from study.report.probe_tables import recalled
+from study.report.probe_tables import recalled, unbounded_recall
 from study.report.results import PLAIN, Frame, Group, Probes, in_words
 from study.store import LENGTHENED
 
@@ -205,7 +205,8 @@ def recalls_farther(probes: Probes) -> Finding:
     """What the recall probe says of rungs."""
     claim = "With rungs a small model recalls from farther back than with a window of as many keys"
     farther, seen = [], []
-    found = recalled(probes["recall"][-1]) if probes.get("recall") else pd.DataFrame(columns=["task"])
+    recall = unbounded_recall(probes)
+    found = pd.DataFrame(columns=["task"]) if recall is None else recalled(recall)
     for task, rows in found.groupby("task", sort=False):
         reach = {str(name): _reach(one) for name, one in rows.groupby("variant", sort=False)}
         if {"window", "stagger"} <= set(reach):

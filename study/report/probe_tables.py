@@ -49,6 +49,11 @@ def other_probes(probes: Probes) -> list[Table]:
     return [_recall(probe) if name == "recall" else _plain(name, probe) for name, probe in several]
 
 
+def unbounded_recall(probes: Probes) -> dict[str, Any] | None:
+    """The last run of the recall probe whose full layers looked back to the beginning."""
+    return next((one for one in reversed(probes.get("recall", ())) if not one.get("bound")), None)
+
+
 def recalled(probe: dict[str, Any]) -> Frame:
     """What the recall probe found: a row for every variant, task, seed and distance."""
     rows = [
@@ -67,8 +72,9 @@ def _recall(probe: dict[str, Any]) -> Table:
     frame.insert(0, "seeds", models["seed"].nunique().astype(str))
     frame = frame.reset_index()
     frame["keys"] = frame["keys"].map("{:,.0f}".format)
+    bound = probe.get("bound")
     return table(
-        _TITLES["recall"],
+        _TITLES["recall"] + (f", full layers bounded to {bound + 1:,} tokens" if bound else ""),
         f"How often the value is found, by distance in tokens: the median of so many seeds. Keys: of a query in a "
         f"sparse layer. {_about(probe)}",
         frame.rename(columns={"variant": "model"}),

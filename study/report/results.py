@@ -66,6 +66,11 @@ def in_words(way: str) -> str:
     return f"a tenth more at {tokens}" if way.startswith(LENGTHENED) else f"bounded to {tokens}"
 
 
+def trained_alone(record: dict[str, Any]) -> bool:
+    """Whether a run had its GPU for itself while it trained: else its speed may not be compared."""
+    return bool(record["training"].get("alone") or (record["hardware"].get("processes_a_gpu") or 1) == 1)
+
+
 def _run(record: dict[str, Any]) -> dict[str, Any]:
     """A record as a row of `runs`."""
     trained, hardware, model = record["training"], record["hardware"], record["model"]
@@ -78,8 +83,7 @@ def _run(record: dict[str, Any]) -> dict[str, Any]:
         "targets": max(row["targets"] for rows in record["evaluation"].values() for row in rows.values()),
         **{name: model[name] for name in ("keys", "parameters", "coverage", "learned_alphas")},
         **{name: record["flops_per_token"][name] for name in ("attention", "attention_share")},
-        # Only the speeds of runs that had a GPU for themselves while they trained may be compared.
-        "alone": bool(trained.get("alone") or (hardware.get("processes_a_gpu") or 1) == 1),
+        "alone": trained_alone(record),
         "speed": trained["tokens_per_second"],
         "memory": trained["peak_memory_gib"],
         "seconds": record["seconds"]["training"],

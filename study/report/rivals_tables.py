@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from study.report.claims import percent
-from study.report.tables import NONE, Table, table, where_run
+from study.report.tables import NONE, Table, speed, table, where_run
 from study.rivals import FACTORS, MODELS, SEEDS, name_of
 from study.store import over_sets
 
@@ -83,7 +83,7 @@ def _row(model: str, best: float, tried: list[float], seeds: Records, dense: Rec
         "16×, bounded": f"{math.exp(statistics.mean(far)):.2f}" if None not in far else NONE,  # pyright: ignore
         "copied from 256": f"{statistics.mean(one['copying']['256'] for one in seeds.values()):.2f}",
         "keys": f"{first['model']['keys']:.0f}",
-        "tokens/s": f"{statistics.median(one['training']['tokens_per_second'] for one in seeds.values()) / 1e3:.0f} k",
+        "tokens/s": speed(seeds.values()),
         "parameters": f"{first['model']['parameters'] / 1e6:.1f} M",
     }
 

@@ -1,6 +1,7 @@
 """What a table of the report is: a frame of texts, for HTML and Markdown."""
 
 import math
+import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from study.report.claims import Finding, percent, real_minus
-from study.report.results import Frame, Group
+from study.report.results import Frame, Group, trained_alone
 
 ABSENT = "not run"
 NONE = "–"
@@ -54,6 +55,12 @@ def where_run(records: Iterable[dict[str, Any]]) -> str:
     return " and ".join(
         dict.fromkeys(f"{one['hardware']['device']}, PyTorch {one['versions']['torch']}" for one in records)
     )
+
+
+def speed(records: Iterable[dict[str, Any]]) -> str:
+    """Training tokens a second, the median of the runs that trained alone."""
+    known = [one["training"]["tokens_per_second"] for one in records if trained_alone(one)]
+    return f"{statistics.median(known) / 1e3:.0f} k" if known else NONE
 
 
 def findings_table(title: str, findings: list[Finding], note: str) -> Table:

@@ -23,7 +23,7 @@ from study.report.own_tables import asked_tables, beyond_tables, cost_table, fai
 from study.report.page import inline_svg, write_page
 from study.report.paper_claims import PAPERS
 from study.report.paper_tables import papers_tables
-from study.report.probe_tables import other_probes, retrieval_table
+from study.report.probe_tables import other_probes, retrieval_table, unbounded_recall
 from study.report.provenance import provenance
 from study.report.results import Group, Results
 from study.report.rivals_tables import rivals_tables
@@ -127,7 +127,7 @@ def _figures(results: Results, out: Path) -> dict[str, dict[str, Any]]:
     group, as_long = results.groups[0], _same_length(results)
     tuned = tuned_headline(results.tuned["rivals"])
     untuned = paper_headline(as_long[0]) if _budgets(results) else None
-    recall = results.probes.get("recall", [])[-1:]
+    recall = unbounded_recall(results.probes)
     over_length = {"extrapolation": group}
     if as_long[0].tokens > group.tokens:
         over_length = {"extrapolation-longest": as_long[0]} | over_length
@@ -139,7 +139,7 @@ def _figures(results: Results, out: Path) -> dict[str, dict[str, Any]]:
         "alphas": partial(charts.alphas, group),
         "coverage": charts.coverage,
         "frontier": partial(charts.frontier, group),
-        "recall": lambda path: charts.recall(recall[0], path) if recall else None,
+        "recall": lambda path: charts.recall(recall, path) if recall else None,
     }
     captions = _CAPTIONS | {name: _over_length(one) for name, one in over_length.items()}
     captions |= {"headline": tuned and _told(tuned, "in the tuned recipe")}
