@@ -4,16 +4,16 @@ Every candidate is the default recipe with other sparse layers: 16 of them (alon
 15. Nothing looks farther back than a training sequence is long.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from itertools import pairwise
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from fibattn.errors import InputError, suggestion
 from fibattn.pattern import LayerType, hybrid_layers
 from fibattn.training.presets import DEFAULT, PRESETS
 from fibattn.training.recipe import ModelRecipe
+
+if TYPE_CHECKING:
+    from fibattn.model import FibAttnForCausalLM
 
 BESIDE = (7, 15)
 """The full layers of the default recipe."""
@@ -105,6 +105,12 @@ class Candidate:
             return near + self.blocks * self.block + length / self.block * (1 if self.summaries else 0.5)
         return near
 
+    def use(self, model: "FibAttnForCausalLM", reach: int) -> None:
+        """Let the sparse layers of a fresh model of this recipe read as this says, `reach` back at most."""
+        from study.far.layer import use
+
+        use(self, model, reach)
+
 
 def fibonacci(above: int, below: int) -> tuple[int, ...]:
     """The Fibonacci numbers between two numbers."""
@@ -183,19 +189,3 @@ def _table() -> tuple[Candidate, ...]:
 
 
 CANDIDATES = _table()
-
-
-def chosen(patterns: Iterable[str]) -> tuple[Candidate, ...]:
-    """The candidates whose names match one of the shell-style `patterns`, in the order of the patterns.
-
-    Raises:
-        InputError: for a pattern that matches none.
-    """
-    found: dict[str, Candidate] = {}
-    for pattern in patterns:
-        matches = [one for one in CANDIDATES if fnmatch(one.name, pattern)]
-        if not matches:
-            known = [one.name for one in CANDIDATES]
-            raise InputError(f"no candidate is named {pattern!r}: {suggestion(pattern, known, 'candidates')}")
-        found |= {one.name: one for one in matches}
-    return tuple(found.values())

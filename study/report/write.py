@@ -23,6 +23,7 @@ from study.report.own_tables import asked_tables, beyond_tables, cost_table, fai
 from study.report.page import inline_svg, write_page
 from study.report.paper_claims import PAPERS
 from study.report.paper_tables import papers_tables
+from study.report.parts_table import parts_table
 from study.report.probe_tables import other_probes, retrieval_table, unbounded_recall
 from study.report.provenance import provenance
 from study.report.results import Group, Results
@@ -62,6 +63,7 @@ def write_report(folder: Path) -> Path:
         *rivals_tables(results.tuned["rivals"]),
         *long_tables(results.tuned["long"]),
     ]
+    tuned += parts_table(folder, results.tuned["rivals"])
     tuned += far_table(far_records(folder), results.tuned["rivals"])
     met = [one for one in _at_every_budget(OWN, tuned_groups(results.tuned["rivals"])) if one.verdict != "not run"]
     tuned += [findings_table("Past the paper, in the tuned recipe", met, "")] if met else []

@@ -13,17 +13,22 @@ from fibattn.cli.flags import parse
 from fibattn.lock import locked
 from fibattn.pattern import ChosenPattern, hybrid_layers
 from fibattn.training.recipe import ModelRecipe, OptimizerRecipe, Recipe
-from study.commands.far import Arguments, as_flags
-from study.far.candidates import CANDIDATES, Candidate, chosen, spans
+from study.commands import trials as verbs
+from study.commands.trials import Arguments, as_flags
+from study.far.candidates import CANDIDATES, Candidate, spans
 from study.far.layer import use
 from study.far.reading import Bands, Choice, at_distances, best_blocks, merged, near, span_means
-from study.far.trial import Trials, run_trials
 from study.report.far_table import far_table
 from study.report.write import write_report
+from study.trial import Trials, run_trials
 
 HEADS, KV, SIZE, SCALE = 4, 2, 8, 0.3
 Columns = list[tuple[Tensor, Tensor, float]]
 """Of one query and head: key, value, and what is added to the score."""
+
+
+def chosen(names: list[str]) -> tuple[Candidate, ...]:
+    return verbs.chosen(CANDIDATES, names)
 
 
 def made(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,7 +238,7 @@ def test_trials_write_a_file_each_and_skip_what_is_there(prepared: Path, tmp_pat
     )  # fmt: skip
     small = [replace(one, window=8, block=4) for one in chosen(["best", "rungs-conv", "dense"])]
     small += [replace(small[0], name="beside", full=(1,))]
-    trials = Trials(tuple(small), prepared, tmp_path / "out", tmp_path / "work", base, tokens=1024, eval_tokens=2048)
+    trials = Trials("far", tuple(small), prepared, tmp_path / "out", tmp_path / "work", base, 1024, 2048)
     with locked(trials.work / "dense"):
         assert run_trials(trials) == ()
     assert not (tmp_path / "out" / "far" / "dense.json").exists()  # another process has it
@@ -303,7 +308,7 @@ def test_the_table_holds_each_candidate_against_the_window_that_reads_as_much() 
 
 def test_a_process_is_told_what_the_first_was_told() -> None:
     given = Arguments(Path("a b"), ("best", "window*"), tokens="4M", seeds=(1, 2), work=Path("w"))
-    assert parse(Arguments, as_flags(given)[1:], "far") == given
+    assert parse(Arguments, as_flags("far", given)[1:], "far") == given
 
 
 def test_the_report_has_the_table_where_there_are_results(tmp_path: Path) -> None:

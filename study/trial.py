@@ -1,4 +1,8 @@
-"""Trains and measures candidates, one result file a run, as the ladder's runs: same recipe, text, order and sets."""
+"""Trains and measures models in trial form, as the ladder's runs: same recipe, text, order and sets, a file a run.
+
+What is tried stands in a table of its own, `far/candidates.py` or `parts/table.py`; a model of the default recipe is
+changed in place, so that nothing of a trial is in the library.
+"""
 
 import json
 import shutil
@@ -7,7 +11,7 @@ import traceback
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,12 +23,10 @@ from fibattn.evaluation.sweep import shared_targets, sweep
 from fibattn.lock import locked
 from fibattn.model import FibAttnForCausalLM
 from fibattn.training.presets import DEFAULT, PRESETS
-from fibattn.training.recipe import Recipe
+from fibattn.training.recipe import ModelRecipe, Recipe
 from fibattn.training.run import claim, model_config, sequences_of
 from fibattn.training.trainer import FibTrainer
 from study import measure
-from study.far.candidates import Candidate
-from study.far.layer import use
 from study.probes.copying import copying, distances
 from study.runner import forget, say
 from study.store import recipe_of
@@ -34,14 +36,46 @@ FACTOR = 16
 """The longest sequences of the evaluation, in training lengths."""
 
 
+class Candidate(Protocol):
+    """What is tried: a frozen dataclass, whose fields are kept with the result."""
+
+    @property
+    def name(self) -> str:
+        """Of its result file, too."""
+        ...
+
+    @property
+    def about(self) -> str:
+        """In words."""
+        ...
+
+    @property
+    def full(self) -> tuple[int, ...]:
+        """The layers with full attention."""
+        ...
+
+    def like(self, model: ModelRecipe, reach: int) -> ModelRecipe:
+        """The recipe of its model, which looks back so far."""
+        ...
+
+    def keys(self, length: int) -> float:
+        """What a sparse layer reads for a token `length` tokens into the text, in keys with their values."""
+        ...
+
+    def use(self, model: FibAttnForCausalLM, reach: int) -> None:
+        """Make a fresh model of that recipe what is tried."""
+        ...
+
+
 @dataclass(frozen=True)
 class Trials:
     """What is to be run, and where."""
 
+    verb: str
+    """Of `python -m study`, and the folder of the results in `out`."""
     candidates: tuple[Candidate, ...]
     data: Path
     out: Path
-    """Result files go into its folder `far`."""
     work: Path
     base: Recipe = PRESETS[DEFAULT]
     """All but the attention."""
@@ -63,7 +97,7 @@ def run_trials(trials: Trials) -> tuple[str, ...]:
     for seed in trials.seeds:
         for candidate in trials.candidates:
             name = candidate.name if seed == 42 else f"{candidate.name}-seed{seed}"
-            result, recipe = trials.out / "far" / f"{name}.json", _recipe(trials, candidate, seed, name)
+            result, recipe = trials.out / trials.verb / f"{name}.json", _recipe(trials, candidate, seed, name)
             with locked(recipe.out.parent) as mine:
                 if not mine or result.exists():
                     continue
@@ -124,9 +158,9 @@ def _measured(
     a_key = 4 * (shape.num_key_value_heads or 1) * shape.hidden_size // shape.num_attention_heads
     found = {
         "about": candidate.about,
-        "settings": asdict(candidate),
-        "command": f"python -m study far --data DATA --tokens {trials.tokens} --eval-tokens {trials.eval_tokens} "
-        f"--only {candidate.name} --seeds {recipe.init_seed}",
+        "settings": asdict(candidate),  # pyright: ignore[reportArgumentType]
+        "command": f"python -m study {trials.verb} --data DATA --tokens {trials.tokens} "
+        f"--eval-tokens {trials.eval_tokens} --only {candidate.name} --seeds {recipe.init_seed}",
         "tokens": recipe.tokens,
         "trained_at": length,
         "recipe": recipe_of(recipe),
@@ -175,7 +209,7 @@ def _fresh(
     config.full_reach = full_reach if candidate.full else None
     torch.manual_seed(recipe.init_seed)
     model = FibAttnForCausalLM(config)
-    use(candidate, model, recipe.sequence_length - 1)
+    candidate.use(model, recipe.sequence_length - 1)
     if like is not None:
         model.load_state_dict(like.state_dict())
         model.to(next(like.parameters()).device)

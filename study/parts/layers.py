@@ -1,0 +1,111 @@
+"""The model of a part: the default recipe's, changed in place."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fibattn.model import FibAttnForCausalLM
+from fibattn.model.layers import FibAttnAttention
+from study.parts.table import Part
+
+
+class CappedHead(nn.Linear):
+    """A head whose logits stay between `cap` and its negative."""
+
+    def __init__(self, like: nn.Linear, cap: float):
+        super().__init__(like.in_features, like.out_features, bias=False, device="meta")
+        self.weight, self.cap = like.weight, cap
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(…, hidden size) to logits (…, vocabulary)."""
+        return self.cap * torch.tanh(super().forward(input).float() / self.cap)
+
+
+class Gate(nn.Module):
+    """A number for each head of a token, from 0 to 2 and 1 at first: (batch, tokens, hidden size) to (…, heads, 1)."""
+
+    def __init__(self, hidden_size: int, heads: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(heads, hidden_size, 1))  # three dimensions: no matrix for Muon
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """In the dtype of `hidden`."""
+        return 2 * torch.sigmoid(hidden @ self.weight[..., 0].T.to(hidden.dtype))[..., None]
+
+
+class GatedAttention(FibAttnAttention):
+    """A layer whose heads are gated. Without a cache: for trials."""
+
+    def __init__(self, like: FibAttnAttention):
+        super().__init__(like.config, like.layer_idx)
+        self.load_state_dict(like.state_dict())
+        self.gate = Gate(like.config.hidden_size, like.config.num_attention_heads)
+        self.gates: Tensor | None = None
+
+    def forward(self, hidden: Tensor, *given: Any, **more: Any) -> Tensor:  # pyright: ignore
+        """As the layer's."""
+        self.gates = self.gate(hidden)
+        return super().forward(hidden, *given, **more)
+
+    def attend(self, *given: Any, **more: Any) -> Tensor:
+        """As the layer's, times the gates: (batch, tokens, query heads, head size)."""
+        assert self.gates is not None
+        out = super().attend(*given, **more)
+        return out * self.gates.to(out.dtype)
+
+
+class RememberedEmbedding(nn.Embedding):
+    """The model's embedding, which keeps the ids that it was called with."""
+
+    def __init__(self, like: nn.Embedding):
+        super().__init__(like.num_embeddings, like.embedding_dim, device="meta")
+        self.weight = like.weight
+        self.ids: Tensor | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Ids (batch, tokens) to (batch, tokens, hidden size)."""
+        self.ids = input
+        return super().forward(input)
+
+
+class Values(nn.Module):
+    """A layer's projection to values, and of each token a gated embedding."""
+
+    def __init__(self, linear: nn.Linear, ids: RememberedEmbedding, table: nn.Embedding, kv_heads: int):
+        super().__init__()
+        self.linear, self.gate = linear, Gate(linear.in_features, kv_heads)
+        self.shared = (ids, table)  # in a tuple, so that they are not this module's: in a layer, Muon would take them
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(batch, tokens, hidden size) to (batch, tokens, KV heads · head size)."""
+        projected, (remembered, table), gates = self.linear(hidden), self.shared, self.gate(hidden)
+        own = table(remembered.ids).to(projected.dtype).unflatten(-1, (gates.shape[-2], -1))
+        return projected + (gates.to(projected.dtype) * own).flatten(-2)
+
+
+def use(part: Part, model: FibAttnForCausalLM) -> None:
+    """Give a fresh model the part."""
+    if part.untied:
+        model.config.tie_word_embeddings = False
+        model.lm_head = nn.Linear(model.lm_head.in_features, model.lm_head.out_features, bias=False)
+        nn.init.zeros_(model.lm_head.weight)
+    if part.cap is not None:
+        model.lm_head = CappedHead(model.lm_head, part.cap)
+    if part.gate:
+        for layer in model.model.layers:
+            layer.self_attn = GatedAttention(layer.self_attn)  # pyright: ignore
+    if part.values:
+        _add_values(model)
+
+
+def _add_values(model: FibAttnForCausalLM) -> None:
+    body = model.model
+    body.embed_tokens = ids = RememberedEmbedding(body.embed_tokens)
+    body.value_tables = nn.ModuleList()
+    for layer in body.layers[1::2]:
+        attention: Any = layer.self_attn
+        table = nn.Embedding(ids.num_embeddings, attention.v_proj.out_features)
+        nn.init.normal_(table.weight, std=model.config.hidden_size**-0.5)
+        body.value_tables.append(table)
+        attention.v_proj = Values(attention.v_proj, ids, table, model.config.num_key_value_heads or 1)

@@ -1,0 +1,53 @@
+"""Parts of a model that the default recipe lacks: a table. No torch here."""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from fibattn.training.recipe import ModelRecipe
+
+if TYPE_CHECKING:
+    from fibattn.model import FibAttnForCausalLM
+
+
+@dataclass(frozen=True)
+class Part:
+    """The default recipe's model with a part more."""
+
+    name: str
+    about: str
+    cap: float | None = None
+    """Logits are bent to stay between this and its negative: cap · tanh(logit / cap)."""
+    gate: bool = False
+    """Each head's output times 2 · sigmoid of a product of the layer's input (arXiv 2505.06708, by head)."""
+    values: bool = False
+    """Every second layer adds an embedding of the token to its value, times such a gate of each KV head."""
+    untied: bool = False
+    """The head has a matrix of its own, which begins at zero."""
+
+    @property
+    def full(self) -> tuple[int, ...]:
+        """The full layers of the default recipe."""
+        return (7, 15)
+
+    def like(self, model: ModelRecipe, reach: int) -> ModelRecipe:
+        """The default recipe's model, before it is bounded."""
+        return replace(model, full_reach=None)
+
+    def keys(self, length: int) -> float:
+        """As the default recipe's: a window of 65 keys and some six rungs."""
+        return 71
+
+    def use(self, model: "FibAttnForCausalLM", reach: int) -> None:
+        """Give a fresh model the part."""
+        from study.parts.layers import use
+
+        use(self, model)
+
+
+PARTS = (
+    Part("cap", "logits capped softly at 30", cap=30.0),
+    Part("gate", "a gate for the output of each head", gate=True),
+    Part("values", "embeddings of the values in every second layer, gated", values=True),
+    Part("untied", "a head of its own", untied=True),
+    Part("values-untied", "embeddings of the values, and a head of its own", values=True, untied=True),
+)

@@ -1,0 +1,139 @@
+"""Parts in trial form: what each computes, that all of it learns, and one run of each kind."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from fibattn import FibAttnConfig, FibAttnForCausalLM, files
+from fibattn.data.prepared import PreparedData
+from fibattn.evaluation.sweep import sweep
+from fibattn.pattern import hybrid_layers
+from fibattn.training.optimizers import MuonAndAdamW, build_optimizer
+from fibattn.training.recipe import ModelRecipe, OptimizerRecipe, Recipe
+from study.parts.table import PARTS, Part
+from study.report.parts_table import parts_table
+from study.trial import Trials, run_trials
+
+IDS = torch.randint(64, (2, 50), generator=torch.Generator().manual_seed(1))
+
+
+def model_of(part: Part) -> FibAttnForCausalLM:
+    config = FibAttnConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, window=8, max_position_embeddings=64,
+        layer_types=["fibonacci_attention"] * 3 + ["full_attention"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = FibAttnForCausalLM(config)
+    part.use(model, 63)
+    return model.double()
+
+
+def logits(model: FibAttnForCausalLM) -> torch.Tensor:
+    return model.eval()(input_ids=IDS, use_cache=False).logits
+
+
+PLAIN = Part("plain", "")
+
+
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
+def test_no_token_sees_what_comes_after_it_and_all_weights_learn(part: Part) -> None:
+    model = model_of(part).train()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "gate" in name or name == "lm_head.weight":
+                weight += 0.1 * torch.randn_like(weight)
+    other = IDS.clone()
+    other[:, 30:] = (other[:, 30:] + 1) % 64
+    first, second = (model(input_ids=one, use_cache=False).logits for one in (IDS, other))
+    torch.testing.assert_close(first[:, :30], second[:, :30])
+    assert not torch.equal(first[:, 30:], second[:, 30:])
+    model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    assert [name for name, one in model.named_parameters() if one.grad is None or not one.grad.any()] == []
+
+
+def test_a_cap_bends_the_logits_in_training_too() -> None:
+    plain, capped = model_of(PLAIN), model_of(Part("", "", cap=0.01))
+    right = 0.01 * torch.tanh(logits(plain) / 0.01)
+    torch.testing.assert_close(logits(capped), right.float().to(right.dtype), check_dtype=False, rtol=1e-5, atol=1e-7)
+    expected = functional.cross_entropy(right[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    found = capped.train()(input_ids=IDS, labels=IDS, use_cache=False).loss
+    torch.testing.assert_close(found, expected.to(found.dtype), rtol=1e-6, atol=1e-6)
+
+
+def test_gates_begin_open_and_close_a_head() -> None:
+    plain, gated = model_of(PLAIN), model_of(Part("", "", gate=True))
+    torch.testing.assert_close(logits(gated), logits(plain))
+    for mine, other in zip(plain.model.layers, gated.model.layers, strict=True):
+        mine.self_attn.o_proj.weight.data[:, :8] = 0  # pyright: ignore
+        other.self_attn.gate.register_forward_hook(lambda _, __, out: out * (torch.arange(4) > 0)[:, None])  # pyright: ignore
+    torch.testing.assert_close(logits(gated), logits(plain))
+
+
+def test_values_are_added_in_every_second_layer_and_are_no_matrices_for_muon() -> None:
+    plain, valued = model_of(PLAIN), model_of(Part("", "", values=True))
+    tables = valued.model.value_tables
+    assert len(tables) == 2  # pyright: ignore
+    own = {id(table.weight) for table in tables}  # pyright: ignore
+    optimizer = build_optimizer(valued, OptimizerRecipe(muon=True))
+    assert isinstance(optimizer, MuonAndAdamW)
+    by_muon = {id(one) for group in optimizer.param_groups if group["muon"] for one in group["params"]}
+    assert own
+    assert not own & by_muon
+    assert id(valued.model.layers[1].self_attn.v_proj.linear.weight) in by_muon  # pyright: ignore
+    seen = []
+    for model in (plain, valued):
+        model.model.layers[1].self_attn.v_proj.register_forward_hook(lambda _, __, out: seen.append(out))  # pyright: ignore
+        logits(model)
+    torch.testing.assert_close(seen[1] - seen[0], tables[0](IDS))  # pyright: ignore
+    for table in tables:  # pyright: ignore
+        table.weight.data.zero_()
+    torch.testing.assert_close(logits(valued), logits(plain))
+
+
+def test_a_head_of_its_own_begins_at_zero() -> None:
+    model = model_of(Part("", "", untied=True))
+    assert not logits(model).any()
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+
+
+def test_parts_are_trained_measured_and_told(prepared: Path, tmp_path: Path) -> None:
+    base = Recipe(
+        model=ModelRecipe(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, qk_norm=True,
+            **hybrid_layers(2, full=(1,)),
+        ),
+        optimizer=OptimizerRecipe(learning_rate=3e-3, muon=True),
+        sequence_length=64, sequences_per_step=4, micro_batch=4, log_every=1,
+    )  # fmt: skip
+    out = tmp_path / "out"
+    wanted = tuple(one for one in PARTS if one.name in ("cap", "gate", "values-untied"))
+    assert run_trials(Trials("parts", wanted, prepared, out, tmp_path / "work", base, 1024, 2048)) == ()
+    found = {path.stem: files.read_json(path) for path in (out / "parts").glob("*.json")}
+    assert set(found) == {"cap", "gate", "values-untied"}
+    assert "python -m study parts" in found["cap"]["command"]
+    assert found["values-untied"]["model"]["parameters"] > found["cap"]["model"]["parameters"] + 2 * 64 * 16
+    rival = found["cap"] | {"run": "rungs-w64-two"}
+    [table] = parts_table(out, [rival, rival | {"run": "dense", "tokens": 1}])
+    rows = [dict(zip(table.frame.columns, row, strict=True)) for row in table.rows]
+    assert [row["part"] for row in rows] == ["cap", "gate", "values-untied"]
+    assert rows[0]["against the default"] == "+0.0 %"
+    assert parts_table(tmp_path, []) == []
+
+
+def test_the_evaluation_takes_capped_logits(prepared: Path) -> None:
+    data = PreparedData.open(prepared)
+    config = FibAttnConfig(
+        vocab_size=data.vocab_size, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, window=8
+    )
+    losses = []
+    for part in (PLAIN, Part("", "", cap=1e-6)):
+        torch.manual_seed(0)
+        model = FibAttnForCausalLM(config)
+        part.use(model, 63)
+        sets = sweep(model, data, lengths=[64], sets=[], tokens=1024, quiet=True)["sets"]
+        losses.append(next(iter(sets.values()))["64"]["nll"])
+    assert losses[1] == pytest.approx(float(torch.tensor(data.vocab_size).log()), abs=1e-4)
+    assert losses[0] != pytest.approx(losses[1], abs=1e-3)
