@@ -17,13 +17,14 @@ from transformers import StaticCache
 
 from benchmarks.timing import copy_bandwidth, measure
 from fibattn import FibAttnConfig, FibAttnForCausalLM, Pattern, attend_cached, plotting
-from fibattn.pattern import hybrid_layers
+from fibattn.pattern import LayerType, hybrid_layers
 from fibattn.training.presets import DEFAULT, PRESETS
+from fibattn.training.recipe import Recipe
 from fibattn.training.run import model_config
 
-MODELS = ("stagger", "hybrid", "hybrid-unbounded", "converted", "converted-unbounded", "dense")
+MODELS = ("stagger", "hybrid", "hybrid-unbounded", "converted", "converted-wide", "converted-unbounded", "dense")
 """Of the paper's 60 M-parameter shape: its linear stagger, the default recipe, the dense one converted with four of its
-16 layers full, both before they are bounded, dense."""
+16 layers full, or so with windows of 257 keys, two before they are bounded, dense."""
 WINDOWS = (12, 128)
 """Of the operator by itself."""
 _ROOM = 256  # for the steps that are timed
@@ -130,12 +131,15 @@ def bandwidth_of(device: str) -> float:
 def configurations() -> dict[str, FibAttnConfig]:
     """The models' configurations, by name."""
     default, dense = PRESETS[DEFAULT], PRESETS["dense"]
-    kinds: Any = hybrid_layers(16, full=(9, 10, 11, 12))["layer_types"]
-    shape = replace(dense.model, layer_types=kinds, window=64)
-    converted = replace(dense, model=shape)
-    recipes = (PRESETS["paper"], default, default, converted, converted, dense)
+
+    def converted(window: int, sparse: LayerType) -> Recipe:
+        kinds: Any = hybrid_layers(16, full=(9, 10, 11, 12), sparse=sparse)["layer_types"]
+        return replace(dense, model=replace(dense.model, layer_types=kinds, window=window))
+
+    narrow, wide = converted(64, "fibonacci_attention"), converted(256, "sliding_attention")
+    recipes = (PRESETS["paper"], default, default, narrow, wide, narrow, dense)
     found = [model_config(recipe, FibAttnConfig.vocab_size, separator=0) for recipe in recipes]
-    for bounded in (1, 3):
+    for bounded in (1, 3, 4):
         found[bounded].full_reach = default.full_reach
     return dict(zip(MODELS, found, strict=True))
 

@@ -8,7 +8,7 @@ from fibattn import files
 from fibattn.cli.flags import parse
 from fibattn.errors import InputError
 
-Model = Literal["stagger", "hybrid", "hybrid-unbounded", "converted", "converted-unbounded", "dense"]
+Model = Literal["stagger", "hybrid", "hybrid-unbounded", "converted", "converted-wide", "converted-unbounded", "dense"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Arguments:
     """Sequences of a step; the figure is of the first."""
     models: tuple[Model, ...] = get_args(Model)
     """Which models, of the paper's 60 M-parameter shape: its linear stagger, the default recipe, the dense one
-    converted with four of its 16 layers full, both before they are bounded, dense."""
+    converted with four of its 16 layers full, or so with windows of 257 keys, two before they are bounded, dense."""
     prompts: tuple[int, ...] = ()
     """Tokens of a prompt whose reading is timed, too, of one sequence: until the logits of the next token."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
