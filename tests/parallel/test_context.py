@@ -34,10 +34,10 @@ def test_a_cut_row_has_the_loss_and_gradients_of_a_whole_one(forked: Server) -> 
     found = [one for one in found if "case" in one]
     assert {tuple(one["case"][2:]) for one in found} == {
         (2, ""),
+        (2, "compiled"),
         (4, ""),
         (4, "checkpointing"),
         (4, "sharded weights"),
-        (4, "compiled"),
         (4, "sharded weights, compiled layers"),
     }
     for one in found:
