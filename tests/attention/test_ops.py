@@ -29,9 +29,17 @@ def arguments(dtype: torch.dtype, packed: bool, keys: int | None = None, learns:
     return q, k, v, alpha if learns else None, positions
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("keys", [None, 33])
+@pytest.mark.parametrize(
+    ("dtype", "packed", "keys"),
+    [
+        (torch.float32, False, None),
+        (torch.float32, True, 33),
+        (torch.float64, True, None),
+        (torch.float64, False, 33),
+        (torch.bfloat16, False, None),
+        (torch.bfloat16, True, 33),
+    ],
+)
 @pytest.mark.parametrize("pattern", [FIXED, FOR_EACH_HEAD, LEARNED], ids=["fixed", "for each head", "learned"])
 def test_the_operators_keep_pytorchs_contract(
     dtype: torch.dtype, packed: bool, keys: int | None, pattern: tuple[Any, ...]

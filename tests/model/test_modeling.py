@@ -333,8 +333,10 @@ def test_compiles_as_one_graph(kind: str, backend: str) -> None:
         close(parameter.grad, expected[name], 1e-3)
 
 
-@pytest.mark.parametrize("given", ["labels", "shift_labels", "cache"])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("given", "training"),
+    [("labels", True), ("labels", False), ("shift_labels", True), ("cache", True), ("cache", False)],
+)
 def test_texts_of_any_length_share_two_graphs(given: str, training: bool) -> None:
     """One for the first length, one for all others, as of any model in PyTorch; also beside a cache that is made."""
     torch.compiler.reset()
