@@ -1,6 +1,7 @@
 """The probe `healing`: rows of conversions and what healing gives back, kept as they come."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,14 @@ from fibattn.evaluation.placement import evenly_kept
 from fibattn.training.recipe import ModelRecipe, Recipe
 from fibattn.training.run import train
 from study.__main__ import main
+from study.probes import healing
+from study.probes.copying import copying
+
+
+@pytest.fixture(autouse=True)
+def _few_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let two sequences say whether random tokens are copied, not 32; what they say is tested in `test_copying.py`."""
+    monkeypatch.setattr(healing, "copying", partial(copying, sequences=2))
 
 
 @pytest.fixture(scope="module")
