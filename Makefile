@@ -11,6 +11,10 @@ IS_GOOD := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for one in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	"$$one" -c "$(IS_GOOD)" >/dev/null 2>&1 && { command -v "$$one"; break; }; done)
 
+# In the order of their names: pytest-xdist would begin with the files that have the most tests, and end with one that has
+# a single long one, for which the other cores wait.
+SIDE_BY_SIDE := -n logical --dist loadfile --no-loadscope-reorder
+
 # A machine with a GPU often brings its own torch.
 SEES_GPU := import sys, pytest, torch; sys.exit(not torch.cuda.is_available())
 GPU_PYTHON ?= $(shell for one in $(RUN) python3; do \
@@ -49,7 +53,7 @@ demo: $(STAMP)
 	$(FAIL) 'the demonstration failed, as said above. Run make demo again: it goes on where it stopped'
 
 test: $(STAMP)
-	@$(RUN) -m pytest -n logical --dist loadfile || $(FAIL) 'tests failed, as said above. Only those again: $(RUN) -m pytest --last-failed'
+	@$(RUN) -m pytest $(SIDE_BY_SIDE) || $(FAIL) 'tests failed, as said above. Only those again: $(RUN) -m pytest --last-failed'
 
 lint: $(STAMP)
 	@$(RUN) -m ruff check || $(FAIL) 'ruff check failed. Most of it mends itself: $(RUN) -m ruff check --fix'
@@ -65,7 +69,7 @@ dist: $(STAMP)
 	.ci/prove-wheel "$(RUN)" || $(FAIL) 'there is no good distribution, as said above'
 
 oldest-test: $(OLDEST)/installed
-	@$(OLDEST)/bin/python -m pytest -n logical --dist loadfile || $(FAIL) 'tests failed, as said above'
+	@$(OLDEST)/bin/python -m pytest $(SIDE_BY_SIDE) || $(FAIL) 'tests failed, as said above'
 
 $(OLDEST)/installed: pyproject.toml .ci/oldest.py
 	@test -n "$(PYTHON)" || $(FAIL) 'no Python 3.11 or newer with venv was found; name it: make oldest-test PYTHON=/path/to/python3'
