@@ -18,12 +18,12 @@ from fibattn.attention.triton.launch import Tiles
 from fibattn.attention.triton.learned import add_rungs, column_limit, rung_mask, rung_products, rung_tile, rung_values
 from fibattn.attention.triton.rows import (
     batch_rows,
-    load_batches,
+    load_rows,
     place,
-    query_batches,
     query_limit,
+    query_rows,
     row_starts,
-    store_batches,
+    store_query_rows,
 )
 from fibattn.attention.triton.scores import NO_ROW, row_products, scaled_scores, softmax_weights
 from fibattn.attention.triton.shape import Shape, shape_of
@@ -158,7 +158,7 @@ def query_grad_kernel(
 
     o_query, o_group, m_row = batch_rows(i_block, tokens, NB, BQ, ROWS, GP, GROUP)
     b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row)
-    b_do = query_batches(p_do, o_query, o_group, stride_do[1], stride_do[2], m_row, SIZE, BD, WIDE)
+    b_do = query_rows(p_do, o_query, o_group, stride_do, m_row, SIZE, BD, WIDE)
     first_lse = (i_batch * kv_heads + i_head) * GROUP * tokens
     o_lse = row_starts(o_group, tokens, WIDE) + o_query
     p_lse += first_lse
@@ -168,7 +168,7 @@ def query_grad_kernel(
     if p_grad_lse is not None:
         b_lse_grad = tl.load(p_grad_lse + first_lse + o_lse, mask=m_row, other=0.0).to(tl.float32)
     if DELTA == FROM_OUTPUT:
-        b_out = query_batches(p_out, o_query, o_group, stride_o[1], stride_o[2], m_row, SIZE, BD, WIDE)
+        b_out = query_rows(p_out, o_query, o_group, stride_o, m_row, SIZE, BD, WIDE)
         b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 2)
         tl.store(p_delta + o_lse, b_delta, mask=m_row)
     elif DELTA == GIVEN:
@@ -183,22 +183,22 @@ def query_grad_kernel(
             *(p_q, p_k, p_v, p_do, p_positions),
             *(tl.reshape(b_lse, [BR]), tl.reshape(b_delta, [BR]), tl.reshape(b_lse_grad, [BR])),
             *(scale, tokens, keys, window, i_block, i_batch),
-            *(stride_q[1], stride_q[2], stride_k[1], stride_v[1], stride_do[1], stride_do[2], stride_positions),
+            *(stride_q, stride_k, stride_v, stride_do, stride_positions),
             *(GROUP, GP, SIZE, BD, BR, BM, BN, EXACT, WIDE),
         )
         b_dq = tl.reshape(b_near, [NB, ROWS, BD])
         b_total = tl.reshape(b_near_total, [NB, ROWS])
         b_weight = tl.reshape(b_near_weight, [NB, ROWS])
 
-    b_q = query_batches(p_q, o_query, o_group, stride_q[1], stride_q[2], m_row, SIZE, BD, WIDE)
+    b_q = query_rows(p_q, o_query, o_group, stride_q, m_row, SIZE, BD, WIDE)
     o_compact = (i_batch * kv_heads + i_head) * rungs_stored * tokens
     p_weights += o_compact * GROUP
     p_grads += o_compact * GROUP
     # Columns of a window alone are a tile or two, of which nothing is worth copying ahead.
     for first in tl.range(0, columns, C, num_stages=1 if LEARNED else None):
         b_shift, b_bits, o_key, m_key = column_keys(p_set, width, first, first_own, keys, NB, BQ, C)
-        b_k = load_batches(p_k, o_key, stride_k[1], m_key, SIZE, BD, WIDE)
-        b_v = load_batches(p_v, o_key, stride_v[1], m_key, SIZE, BD, WIDE)
+        b_k = load_rows(p_k, o_key, stride_k[1], m_key, SIZE, BD, WIDE)
+        b_v = load_rows(p_v, o_key, stride_v[1], m_key, SIZE, BD, WIDE)
         b_s = row_products(b_q, b_k, EXACT)
         b_dp = row_products(b_do, b_v, EXACT)
         m_entry = column_mask(p_positions, b_shift, b_bits, b_limit, o_key, ROWS, GP)
@@ -248,7 +248,7 @@ def query_grad_kernel(
         tl.store(p_delta + o_lse, b_total / tl.where(m_row, b_weight, 1.0), mask=m_row)
     else:
         p_dq += i_batch * stride_dq[0] + i_head * GROUP * stride_dq[2]
-        store_batches(p_dq, b_dq * scale, o_query, o_group, stride_dq[1], stride_dq[2], m_row, SIZE, BD, WIDE)
+        store_query_rows(p_dq, b_dq * scale, o_query, o_group, stride_dq, m_row, SIZE, BD, WIDE)
 
 
 @triton.jit

@@ -145,8 +145,8 @@ def chosen_query_grad_kernel(
     o_own = o_query + past
     b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row)
     b_bits = tl.load(p_bits + (i_batch * kv_heads + i_head) * tokens + o_query, mask=m_row, other=0)
-    b_do = query_rows(p_do, o_query, o_group, stride_do[1], stride_do[2], m_row, SIZE, BD, WIDE)
-    b_out = query_rows(p_out, o_query, o_group, stride_o[1], stride_o[2], m_row, SIZE, BD, WIDE)
+    b_do = query_rows(p_do, o_query, o_group, stride_do, m_row, SIZE, BD, WIDE)
+    b_out = query_rows(p_out, o_query, o_group, stride_o, m_row, SIZE, BD, WIDE)
     o_lse = (i_batch * kv_heads + i_head) * GROUP * tokens + row_starts(o_group, tokens, WIDE) + o_query
     b_lse = tl.load(p_lse + o_lse, mask=m_row, other=NO_ROW)
     b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)
@@ -154,7 +154,7 @@ def chosen_query_grad_kernel(
         b_delta -= tl.load(p_grad_lse + o_lse, mask=m_row, other=0.0).to(tl.float32)
     tl.store(p_delta + o_lse, b_delta, mask=m_row)
 
-    b_q = query_rows(p_q, o_query, o_group, stride_q[1], stride_q[2], m_row, SIZE, BD, WIDE)
+    b_q = query_rows(p_q, o_query, o_group, stride_q, m_row, SIZE, BD, WIDE)
     b_dq = tl.zeros([BR, BD], tl.float32)
     for i_near in range(window_tiles(window, tl.maximum(first_own, 0), TILE, BN)):
         o_key, m_key = window_keys(i_near, first_own, keys, TILE, BN)
@@ -169,7 +169,7 @@ def chosen_query_grad_kernel(
     first_row = i_batch * stride_dq[0] + i_head * GROUP * stride_dq[2]
     store_rows(p_dq + first_row, b_dq * scale, o_row, 1, m_row, SIZE, BD, WIDE)
 
-    b_q = query_rows(p_far_q, o_query, o_group, stride_fq[1], stride_fq[2], m_row, SIZE, BD, WIDE)
+    b_q = query_rows(p_far_q, o_query, o_group, stride_fq, m_row, SIZE, BD, WIDE)
     b_dq = tl.zeros([BR, BD], tl.float32)
     listed = tl.load(p_list) * BLOCK
     for first in range(0, listed, BN):
@@ -253,8 +253,8 @@ def chosen_key_grad_kernel(
             b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row)
             b_distance = (o_query + past)[None, :] - o_key[:, None]
             m_entry = (b_distance >= 0) & (b_distance <= window) & (b_distance <= b_limit[None, :])
-            b_q = query_rows(p_q, o_query, o_group, stride_q[1], stride_q[2], m_row, SIZE, BD, WIDE)
-            b_do = query_rows(p_do, o_query, o_group, stride_do[1], stride_do[2], m_row, SIZE, BD, WIDE)
+            b_q = query_rows(p_q, o_query, o_group, stride_q, m_row, SIZE, BD, WIDE)
+            b_do = query_rows(p_do, o_query, o_group, stride_do, m_row, SIZE, BD, WIDE)
             o_lse = row_starts(o_group, tokens, WIDE) + o_query
             b_dk, b_dv = add_rows(b_dk, b_dv, b_k, b_v, b_q, b_do, p_lse, p_delta, o_lse, m_row, m_entry, scale, EXACT)
     first_row = i_batch * stride_dk[0] + i_head * stride_dk[2]
@@ -272,8 +272,8 @@ def chosen_key_grad_kernel(
             o_entry, o_group, m_row = tile_rows(first, i_part, listed, BR, GP, GROUP)
             o_query = tl.load(p_list + 1 + o_entry, mask=m_row, other=0)
             m_entry = m_row[None, :] & ((o_query + past)[None, :] - o_key[:, None] > window)
-            b_q = query_rows(p_far_q, o_query, o_group, stride_fq[1], stride_fq[2], m_row, SIZE, BD, WIDE)
-            b_do = query_rows(p_do, o_query, o_group, stride_do[1], stride_do[2], m_row, SIZE, BD, WIDE)
+            b_q = query_rows(p_far_q, o_query, o_group, stride_fq, m_row, SIZE, BD, WIDE)
+            b_do = query_rows(p_do, o_query, o_group, stride_do, m_row, SIZE, BD, WIDE)
             o_lse = row_starts(o_group, tokens, WIDE) + o_query
             b_dk, b_dv = add_rows(b_dk, b_dv, b_k, b_v, b_q, b_do, p_lse, p_delta, o_lse, m_row, m_entry, scale, EXACT)
     store_rows(p_dfk + first_row, b_dk * scale, o_key, stride_dk[1], m_key, SIZE, BD, WIDE)

@@ -135,7 +135,7 @@ def chosen_forward_kernel(
     o_own = o_query + past
     b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row)
     b_bits = tl.load(p_bits + (i_batch * kv_heads + i_head) * tokens + o_query, mask=m_row, other=0)
-    b_q = query_rows(p_q, o_query, o_group, stride_q[1], stride_q[2], m_row, SIZE, BD, WIDE)
+    b_q = query_rows(p_q, o_query, o_group, stride_q, m_row, SIZE, BD, WIDE)
 
     b_max = tl.full([BR], -float("inf"), tl.float64 if EXACT else tl.float32)
     b_sum = tl.zeros([BR], tl.float32)
@@ -150,7 +150,7 @@ def chosen_forward_kernel(
         b_acc = b_acc * b_shrink[:, None]
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
 
-    b_q = query_rows(p_far_q, o_query, o_group, stride_fq[1], stride_fq[2], m_row, SIZE, BD, WIDE)
+    b_q = query_rows(p_far_q, o_query, o_group, stride_fq, m_row, SIZE, BD, WIDE)
     listed = tl.load(p_list) * BLOCK
     for first in range(0, listed, BN):
         o_block, o_key, m_key = listed_keys(p_list, first, listed, shift, BLOCK, BN)

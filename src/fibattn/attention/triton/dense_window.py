@@ -22,10 +22,9 @@ def dense_window(
     window,
     i_block,
     i_batch,
-    stride_qt,
-    stride_qh,
-    stride_kt,
-    stride_vt,
+    stride_q,
+    stride_k,
+    stride_v,
     stride_positions,
     GROUP: tl.constexpr,
     GP: tl.constexpr,
@@ -42,14 +41,14 @@ def dense_window(
     first_own = i_block * BM + past
     o_query, o_group, m_row = block_rows(i_block * BM, tokens, BR, GP, GROUP)
     b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row)
-    b_q = query_rows(p_q, o_query, o_group, stride_qt, stride_qh, m_row, SIZE, BD, WIDE)
+    b_q = query_rows(p_q, o_query, o_group, stride_q, m_row, SIZE, BD, WIDE)
     b_max = tl.full([BR], -float("inf"), tl.float64 if EXACT else tl.float32)
     b_sum = tl.zeros([BR], tl.float32)
     b_acc = tl.zeros([BR, BD], tl.float32)
     for i_tile in range(window_tiles(window, first_own, BM, BN)):
         o_key, m_key = window_keys(i_tile, first_own, keys, BM, BN)
-        b_k = load_rows(p_k, o_key, stride_kt, m_key, SIZE, BD, WIDE)
-        b_v = load_rows(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)
+        b_k = load_rows(p_k, o_key, stride_k[1], m_key, SIZE, BD, WIDE)
+        b_v = load_rows(p_v, o_key, stride_v[1], m_key, SIZE, BD, WIDE)
         b_s = scaled_scores(row_products(b_q, b_k, EXACT), scale, EXACT)
         b_s = tl.where(near_mask(o_query + past, b_limit, o_key, window), b_s, -float("inf"))
         b_p, b_shrink, b_max, b_sum = softmax_step(b_s, b_max, b_sum, EXACT)
@@ -74,12 +73,10 @@ def dense_window_grad(
     window,
     i_block,
     i_batch,
-    stride_qt,
-    stride_qh,
-    stride_kt,
-    stride_vt,
-    stride_gt,
-    stride_gh,
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_do,
     stride_positions,
     GROUP: tl.constexpr,
     GP: tl.constexpr,
@@ -96,15 +93,15 @@ def dense_window_grad(
     first_own = i_block * BM + past
     o_query, o_group, m_row = block_rows(i_block * BM, tokens, BR, GP, GROUP)
     b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row)
-    b_q = query_rows(p_q, o_query, o_group, stride_qt, stride_qh, m_row, SIZE, BD, WIDE)
-    b_do = query_rows(p_do, o_query, o_group, stride_gt, stride_gh, m_row, SIZE, BD, WIDE)
+    b_q = query_rows(p_q, o_query, o_group, stride_q, m_row, SIZE, BD, WIDE)
+    b_do = query_rows(p_do, o_query, o_group, stride_do, m_row, SIZE, BD, WIDE)
     b_dq = tl.zeros([BR, BD], tl.float32)
     b_total = tl.zeros([BR], tl.float32)
     b_weight = tl.zeros([BR], tl.float32)
     for i_tile in range(window_tiles(window, first_own, BM, BN)):
         o_key, m_key = window_keys(i_tile, first_own, keys, BM, BN)
-        b_k = load_rows(p_k, o_key, stride_kt, m_key, SIZE, BD, WIDE)
-        b_v = load_rows(p_v, o_key, stride_vt, m_key, SIZE, BD, WIDE)
+        b_k = load_rows(p_k, o_key, stride_k[1], m_key, SIZE, BD, WIDE)
+        b_v = load_rows(p_v, o_key, stride_v[1], m_key, SIZE, BD, WIDE)
         b_s = scaled_scores(row_products(b_q, b_k, EXACT), scale, EXACT)
         b_p = softmax_weights(b_s, b_lse[:, None], EXACT)
         b_p = tl.where(near_mask(o_query + past, b_limit, o_key, window), b_p, 0.0)

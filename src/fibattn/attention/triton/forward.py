@@ -17,12 +17,12 @@ from fibattn.attention.triton.launch import Tiles
 from fibattn.attention.triton.learned import add_rungs, column_limit, rung_mask, rung_products, rung_tile
 from fibattn.attention.triton.rows import (
     batch_rows,
-    load_batches,
+    load_rows,
     place,
-    query_batches,
     query_limit,
+    query_rows,
     row_starts,
-    store_batches,
+    store_query_rows,
 )
 from fibattn.attention.triton.scores import LN2, row_products, scaled_scores, softmax_step
 from fibattn.attention.triton.shape import Shape, shape_of
@@ -113,7 +113,7 @@ def forward_kernel(
     if DENSE:
         b_max, b_sum, b_acc = dense_window(
             *(p_q, p_k, p_v, p_positions, scale, tokens, keys, window, i_block, i_batch),
-            *(stride_q[1], stride_q[2], stride_k[1], stride_v[1], stride_positions),
+            *(stride_q, stride_k, stride_v, stride_positions),
             *(GROUP, GP, SIZE, BD, NB * ROWS, BM, BN, EXACT, WIDE),
         )
         b_max = tl.reshape(b_max, [NB, ROWS])
@@ -124,12 +124,12 @@ def forward_kernel(
         b_sum = tl.zeros([NB, ROWS], tl.float32)
         b_acc = tl.zeros([NB, ROWS, BD], tl.float32)
 
-    b_q = query_batches(p_q, o_query, o_group, stride_q[1], stride_q[2], m_row, SIZE, BD, WIDE)
+    b_q = query_rows(p_q, o_query, o_group, stride_q, m_row, SIZE, BD, WIDE)
     # Columns of a window alone are a tile or two, of which nothing is worth copying ahead.
     for first in tl.range(0, columns, C, num_stages=1 if LEARNED else None):
         b_shift, b_bits, o_key, m_key = column_keys(p_set, width, first, first_own, keys, NB, BQ, C)
-        b_k = load_batches(p_k, o_key, stride_k[1], m_key, SIZE, BD, WIDE)
-        b_v = load_batches(p_v, o_key, stride_v[1], m_key, SIZE, BD, WIDE)
+        b_k = load_rows(p_k, o_key, stride_k[1], m_key, SIZE, BD, WIDE)
+        b_v = load_rows(p_v, o_key, stride_v[1], m_key, SIZE, BD, WIDE)
         b_s = row_products(b_q, b_k, EXACT)
         m_entry = column_mask(p_positions, b_shift, b_bits, b_limit, o_key, ROWS, GP)
         b_s = tl.where(m_entry, scaled_scores(b_s, scale, EXACT), -float("inf"))
@@ -151,7 +151,7 @@ def forward_kernel(
 
     p_out += i_batch * stride_o[0] + i_head * GROUP * stride_o[2]
     b_acc *= (1.0 / b_sum)[:, :, None]
-    store_batches(p_out, b_acc, o_query, o_group, stride_o[1], stride_o[2], m_row, SIZE, BD, WIDE)
+    store_query_rows(p_out, b_acc, o_query, o_group, stride_o, m_row, SIZE, BD, WIDE)
     p_lse += (i_batch * kv_heads + i_head) * GROUP * tokens
     kept: tl.constexpr = p_lse.dtype.element_ty
     b_lse = tl.log2(b_sum.to(kept)) * LN2 + b_max.to(kept) * (1.0 if EXACT else LN2)

@@ -275,8 +275,8 @@ def window_grad_kernel(
     end = tl.minimum(i_block * BN - past + BN + tl.minimum(window, keys), tokens)
     for start in range(begin, end, BM):
         o_query, o_group, m_row = block_rows(start, tokens, BR, GP, GROUP)
-        b_q = query_rows(p_q, o_query, o_group, stride_q[1], stride_q[2], m_row, SIZE, BD, WIDE)
-        b_do = query_rows(p_do, o_query, o_group, stride_do[1], stride_do[2], m_row, SIZE, BD, WIDE)
+        b_q = query_rows(p_q, o_query, o_group, stride_q, m_row, SIZE, BD, WIDE)
+        b_do = query_rows(p_do, o_query, o_group, stride_do, m_row, SIZE, BD, WIDE)
         o_lse = row_starts(o_group, tokens, WIDE) + o_query
         b_limit = query_limit(p_positions, stride_positions, i_batch, o_query, past, m_row)
         b_distance = (o_query + past)[None, :] - o_key[:, None]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fibattn.attention.triton import launch, shape
 from fibattn.attention.triton.columns import Columns, fixed_columns, kept_on_device, offset_table, rows_of
-from fibattn.attention.triton.rows import load_batches, query_limit
+from fibattn.attention.triton.rows import load_rows, query_limit
 from fibattn.attention.triton.scores import row_products
 from fibattn.errors import InputError
 
@@ -141,10 +141,10 @@ def rung_tile(
     o_near = o_own - b_distance
     # The first key of a document has none before it: it is interpolated with itself.
     o_far = tl.where(b_distance < b_reach, o_near - 1, o_near)
-    b_k = load_batches(p_k, o_near, stride_kt, m_key, SIZE, BD, WIDE)
-    b_v = load_batches(p_v, o_near, stride_vt, m_key, SIZE, BD, WIDE)
-    b_k_far = load_batches(p_k, o_far, stride_kt, m_key, SIZE, BD, WIDE)
-    b_v_far = load_batches(p_v, o_far, stride_vt, m_key, SIZE, BD, WIDE)
+    b_k = load_rows(p_k, o_near, stride_kt, m_key, SIZE, BD, WIDE)
+    b_v = load_rows(p_v, o_near, stride_vt, m_key, SIZE, BD, WIDE)
+    b_k_far = load_rows(p_k, o_far, stride_kt, m_key, SIZE, BD, WIDE)
+    b_v_far = load_rows(p_v, o_far, stride_vt, m_key, SIZE, BD, WIDE)
     return m_key, rung_values(p_fractions, first, o_own.shape[1], BQ)[None, None, :], b_k, b_v, b_k_far, b_v_far
 
 

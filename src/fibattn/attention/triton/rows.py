@@ -56,57 +56,34 @@ def row_starts(o_row, stride, WIDE: tl.constexpr):
 
 @triton.jit
 def load_rows(p_x, o_row, stride, m_row, SIZE: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr):
-    """Rows of a (tokens, size) matrix, zeros where the mask is false. [BR, BD]"""
+    """Rows [...] of a (tokens, size) matrix, zeros where the mask is false. [..., BD]"""
     o_size = tl.arange(0, BD)
-    p_tile = p_x + (row_starts(o_row, stride, WIDE)[:, None] + o_size[None, :])
+    p_tile = p_x + (tl.expand_dims(row_starts(o_row, stride, WIDE), -1) + o_size[None, :])
     if BD == SIZE:
-        return tl.load(p_tile, mask=m_row[:, None], other=0.0)
-    return tl.load(p_tile, mask=m_row[:, None] & (o_size < SIZE)[None, :], other=0.0)
+        return tl.load(p_tile, mask=tl.expand_dims(m_row, -1), other=0.0)
+    return tl.load(p_tile, mask=tl.expand_dims(m_row, -1) & (o_size < SIZE)[None, :], other=0.0)
 
 
 @triton.jit
-def load_batches(p_x, o_row, stride, m_row, SIZE: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr):
-    """Rows of a (tokens, size) matrix for every batch of queries. [NB, C, BD]"""
-    o_size = tl.arange(0, BD)
-    p_tile = p_x + (row_starts(o_row, stride, WIDE)[:, :, None] + o_size[None, None, :])
-    if BD == SIZE:
-        return tl.load(p_tile, mask=m_row[:, :, None], other=0.0)
-    return tl.load(p_tile, mask=m_row[:, :, None] & (o_size < SIZE)[None, None, :], other=0.0)
-
-
-@triton.jit
-def query_rows(
-    p_x, o_query, o_group, stride_t, stride_h, m_row, SIZE: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr
-):
-    """Rows (query, head of the group) of one KV head's queries. [BR, BD]"""
-    o_row = row_starts(o_query, stride_t, WIDE) + row_starts(o_group, stride_h, WIDE)
+def query_rows(p_x, o_query, o_group, stride, m_row, SIZE: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr):
+    """Rows (query, head of the group) [...] of one KV head's queries. [..., BD]"""
+    o_row = row_starts(o_query, stride[1], WIDE) + row_starts(o_group, stride[2], WIDE)
     return load_rows(p_x, o_row, 1, m_row, SIZE, BD, WIDE)
 
 
 @triton.jit
-def query_batches(
-    p_x, o_query, o_group, stride_t, stride_h, m_row, SIZE: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr
-):
-    """The same for every batch. [NB, ROWS, BD]"""
-    o_row = row_starts(o_query, stride_t, WIDE) + row_starts(o_group, stride_h, WIDE)
-    return load_batches(p_x, o_row, 1, m_row, SIZE, BD, WIDE)
-
-
-@triton.jit
 def store_rows(p_x, b_x, o_row, stride, m_row, SIZE: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr):
-    """Write rows of a (tokens, size) matrix [BN, BD], cast to the tensor's dtype."""
+    """Write rows [..., BD] of a (tokens, size) matrix, cast to the tensor's dtype."""
     o_size = tl.arange(0, BD)
-    m_tile = m_row[:, None] & (o_size < SIZE)[None, :]
-    p_tile = p_x + (row_starts(o_row, stride, WIDE)[:, None] + o_size[None, :])
+    m_tile = tl.expand_dims(m_row, -1) & (o_size < SIZE)[None, :]
+    p_tile = p_x + (tl.expand_dims(row_starts(o_row, stride, WIDE), -1) + o_size[None, :])
     tl.store(p_tile, b_x.to(p_x.dtype.element_ty), mask=m_tile)
 
 
 @triton.jit
-def store_batches(
-    p_x, b_x, o_query, o_group, stride_t, stride_h, m_row, SIZE: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr
+def store_query_rows(
+    p_x, b_x, o_query, o_group, stride, m_row, SIZE: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr
 ):
-    """Write rows (query, head of the group) [NB, ROWS, BD], cast to the tensor's dtype."""
-    o_size = tl.arange(0, BD)
-    o_row = row_starts(o_query, stride_t, WIDE) + row_starts(o_group, stride_h, WIDE)
-    m_tile = m_row[:, :, None] & (o_size < SIZE)[None, None, :]
-    tl.store(p_x + (o_row[:, :, None] + o_size[None, None, :]), b_x.to(p_x.dtype.element_ty), mask=m_tile)
+    """Write rows (query, head of the group) [..., BD], cast to the tensor's dtype."""
+    o_row = row_starts(o_query, stride[1], WIDE) + row_starts(o_group, stride[2], WIDE)
+    store_rows(p_x, b_x, o_row, 1, m_row, SIZE, BD, WIDE)
