@@ -58,10 +58,14 @@ def column_tiles(shape: Shape, columns: Columns, *, learned_registers: int) -> T
     return Tiles(1, width, near=32, warps=1, stages=2, registers=registers(shape, 128, 168))
 
 
+def of_shape(shape: Shape) -> dict[str, Any]:
+    """What every kernel that attends is compiled for."""
+    return {"GROUP": shape.group, "SIZE": shape.size, "BD": shape.padded_size, **FUSED}
+
+
 def sizes(shape: Shape, wide: bool) -> dict[str, Any]:
     """What every kernel of the forward and the backward is compiled for."""
-    given = {"GROUP": shape.group, "SIZE": shape.size, "BD": shape.padded_size}
-    return {**given, "EXACT": shape.exact, "WIDE": wide, **FUSED}
+    return {**of_shape(shape), "EXACT": shape.exact, "WIDE": wide}
 
 
 def row_options(shape: Shape, tiles: Tiles, columns: Columns, wide: bool) -> dict[str, Any]:

@@ -57,9 +57,9 @@ def options_for(shape: Shape, window: int, longest: int, has_rungs: bool, has_ta
     # Triton shares the stages among loads that wait for each other, and a key waits for its page.
     stages += (stages - 1) * (has_table and not has_rungs)
     tokens = 1 if longest == 1 else max(1, (64 if window >= 64 else 16) // shape.padded_group)
-    sizes = {"GROUP": shape.group, "GP": shape.padded_group, "SIZE": shape.size, "BD": shape.padded_size}
-    sizes |= {"BQ": tokens, "ROWS": max(16, tokens * shape.padded_group), "BN": max(columns, tokens)}
-    return {**sizes, "STEPS": longest == 1, "RUNGS": has_rungs, **launch.FUSED, "num_warps": 4, "num_stages": stages}
+    sizes = {"BQ": tokens, "GP": shape.padded_group, "ROWS": max(16, tokens * shape.padded_group)}
+    sizes |= {"BN": max(columns, tokens), "STEPS": longest == 1, "RUNGS": has_rungs}
+    return {**launch.of_shape(shape), **sizes, "num_warps": 4, "num_stages": stages}
 
 
 @launch.kernel
