@@ -203,15 +203,14 @@ stacks = st.lists(st.one_of(st.none(), st.lists(patterns, min_size=1, max_size=2
 def test_composition_equals_enumerating_every_path(stack: list[list[Pattern] | None], limit: int) -> None:
     expected = fewest_layers_by_enumeration(stack, limit)
     found = compose(stack, limit)
-    assert list(found.layers_needed) == expected
-    assert found.first_gap == (expected.index(None) if None in expected else None)
+    assert list(found) == expected
 
 
 @settings(deadline=None, max_examples=40)
 @given(stack=st.lists(st.lists(patterns, min_size=1, max_size=2), max_size=3))
 def test_composition_without_a_limit_ends_at_the_farthest_distance(stack: list[list[Pattern]]) -> None:
     farthest = sum(max(pattern.distances[-1] for pattern in layer) for layer in stack)
-    needed = compose(stack).layers_needed
+    needed = compose(stack)
     assert len(needed) == farthest + 1
     assert needed[-1] is not None
     assert list(needed) == fewest_layers_by_enumeration(stack, farthest)
@@ -232,30 +231,29 @@ def test_fewest_layers_of_fibonacci_rungs_are_zeckendorfs_terms() -> None:
     assert layer.offsets == FIBONACCI
     # Every integer below the next Fibonacci number, 1597, is a sum of at most eight of the rungs.
     found = compose([[layer]] * 8, limit=1596)
-    assert list(found.layers_needed) == [zeckendorf_terms(distance) for distance in range(1597)]
-    assert found.first_gap is None
+    assert list(found) == [zeckendorf_terms(distance) for distance in range(1597)]
 
 
 def test_too_few_layers_leave_the_first_gap_where_zeckendorf_needs_more() -> None:
     layers = 3
     expected = next(d for d in range(1597) if zeckendorf_terms(d) > layers)
-    assert compose([[Pattern.fibonacci(window=0)]] * layers, limit=1596).first_gap == expected == 33
+    assert compose([[Pattern.fibonacci(window=0)]] * layers, limit=1596).index(None) == expected == 33
 
 
 def test_several_kv_heads_add_their_distances() -> None:
     apart = compose([[Pattern(0, (3,)), Pattern(0, (5,))]], limit=8)
-    assert apart.layers_needed == (0, None, None, 1, None, 1, None, None, None)
+    assert apart == (0, None, None, 1, None, 1, None, None, None)
 
 
 def test_full_attention_reaches_everything_from_where_it_stands() -> None:
     found = compose([[Pattern(0, (7,))], None], limit=20)
-    assert found.layers_needed == (0, *[1] * 20)
-    assert compose([None], limit=0).layers_needed == (0,)
+    assert found == (0, *[1] * 20)
+    assert compose([None], limit=0) == (0,)
 
 
 def test_composition_of_nothing_is_distance_zero() -> None:
-    assert compose([]).layers_needed == (0,)
-    assert compose([], limit=3).first_gap == 1
+    assert compose([]) == (0,)
+    assert compose([], limit=3) == (0, None, None, None)
 
 
 def test_composition_is_exact_for_thousands_of_distances_in_seconds() -> None:
@@ -271,7 +269,7 @@ def test_composition_is_exact_for_thousands_of_distances_in_seconds() -> None:
         for distance in pattern.distances:
             after[distance:] = np.minimum(after[distance:], fewest[: limit + 1 - distance] + 1)
         fewest = after
-    assert [99 if needed is None else needed for needed in found.layers_needed] == fewest.tolist()
+    assert [99 if needed is None else needed for needed in found] == fewest.tolist()
 
 
 # The learned schedule

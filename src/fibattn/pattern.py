@@ -308,21 +308,8 @@ def union_coverage(patterns: Sequence[Pattern], context: int) -> int:
     return len({d for pattern in patterns for d in pattern.distances if d < context})
 
 
-@dataclass(frozen=True)
-class Composition:
-    """What a stack of layers reaches: `layers_needed[d]` is the fewest layers that carry a value over
-    distance `d`, or None where no path does; it ends at the farthest distance that was asked for."""
-
-    layers_needed: tuple[int | None, ...]
-
-    @property
-    def first_gap(self) -> int | None:
-        """The first distance that no path reaches, or None when every distance asked for is reached."""
-        return next((d for d, needed in enumerate(self.layers_needed) if needed is None), None)
-
-
-def compose(layers: Sequence[Sequence[Pattern] | None], limit: int | None = None) -> Composition:
-    """The distances that some path through the stack reaches, each with the fewest layers it takes.
+def compose(layers: Sequence[Sequence[Pattern] | None], limit: int | None = None) -> tuple[int | None, ...]:
+    """What a stack of layers reaches: the fewest layers that carry a value over each distance, None where no path does.
 
     A path moves by one distance of each layer it uses and stays put (the residual stream) in the others.
     Since every integer is a sum of Fibonacci numbers (Zeckendorf), a few layers of Fibonacci rungs reach
@@ -357,7 +344,7 @@ def compose(layers: Sequence[Sequence[Pattern] | None], limit: int | None = None
             lowest = fresh & -fresh
             needed[lowest.bit_length() - 1] = used
             fresh ^= lowest
-    return Composition(tuple(needed))
+    return tuple(needed)
 
 
 def _step(start: int, layer: Sequence[Pattern] | None, everything: int) -> int:

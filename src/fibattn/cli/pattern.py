@@ -10,7 +10,7 @@ from rich.table import Table
 
 from fibattn.cli.flags import parse
 from fibattn.errors import InputError, MissingExtraError
-from fibattn.pattern import Base, Composition, Pattern, Schedule, compose, layer_alphas, layer_patterns, union_coverage
+from fibattn.pattern import Base, Pattern, Schedule, compose, layer_alphas, layer_patterns, union_coverage
 
 _FARTHEST, _DEEPEST = 200_000, 1_000  # take seconds
 
@@ -62,15 +62,15 @@ def run(arguments: list[str]) -> None:
     farthest = sum(pattern.reach for pattern in patterns) if chosen.farthest is None else chosen.farthest
     if farthest > _FARTHEST:
         raise InputError(f"distances up to {farthest:,} are too many; ask with --farthest for at most {_FARTHEST:,}")
-    composition = compose([[pattern] for pattern in patterns], farthest)
+    needed = compose([[pattern] for pattern in patterns], farthest)
     console = Console(width=None if Console().is_terminal else 150)
     console.print(_table(layer_alphas(chosen.schedule, layers=chosen.layers), patterns, chosen.context))
-    for line in _summary(patterns, composition, chosen.context):
+    for line in _summary(patterns, needed, chosen.context):
         console.print(line, soft_wrap=True, highlight=False)
     if chosen.out is not None:
         from fibattn.cli.pattern_figure import draw_patterns  # matplotlib takes a while to import
 
-        console.print(f"drawn in {draw_patterns(patterns, composition, chosen.context, chosen.out)}", soft_wrap=True)
+        console.print(f"drawn in {draw_patterns(patterns, needed, chosen.context, chosen.out)}", soft_wrap=True)
 
 
 def _table(alphas: Sequence[float], patterns: Sequence[Pattern], context: int) -> Table:
@@ -86,23 +86,22 @@ def _table(alphas: Sequence[float], patterns: Sequence[Pattern], context: int) -
     return table
 
 
-def _summary(patterns: Sequence[Pattern], composition: Composition, context: int) -> list[str]:
+def _summary(patterns: Sequence[Pattern], needed: Sequence[int | None], context: int) -> list[str]:
     union = union_coverage(patterns, context)
     window = min(max(pattern.window for pattern in patterns) + 1, context)
     keys = sum(len(pattern.distances) for pattern in patterns) / len(patterns)
-    needed = composition.layers_needed
     inside = needed[:context]
     lines = [
         f"keys a query: {keys:.1f} on average; new, union: distances below {context:,} that this layer adds, so far",
         f"union coverage: {union} of the {context:,} distances ({union - window} beyond the window of {window} keys)",
     ]
-    if composition.first_gap is None:
+    if None not in needed:
         lines.append(f"together: every distance up to {len(needed) - 1:,} is reached")
     else:
         reached = sum(n is not None for n in needed)
         lines.append(
             f"together: {reached:,} of the distances up to {len(needed) - 1:,} are reached; "
-            f"the first that no path reaches is {composition.first_gap:,}"
+            f"the first that no path reaches is {needed.index(None):,}"
         )
     if None not in inside:
         most = max(n for n in inside if n is not None)

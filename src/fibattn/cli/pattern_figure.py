@@ -8,23 +8,23 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from fibattn.pattern import Composition, Pattern
+from fibattn.pattern import Pattern
 from fibattn.plotting import COLOURS, STYLE, plain, save
 
 _NEAR, _FAR = COLOURS["window"], COLOURS["stagger"]
 _NOWHERE = "#d6d3d1"
 
 
-def draw_patterns(patterns: Sequence[Pattern], composition: Composition, context: int, path: Path) -> Path:
+def draw_patterns(patterns: Sequence[Pattern], needed: Sequence[int | None], context: int, path: Path) -> Path:
     """Draw the distances of every layer above the fewest layers that reach a distance, `context` marked in both parts.
 
     The SVG is at `path`, a PNG and a CSV are beside it.
     """
-    farthest = max(len(composition.layers_needed) - 1, 1)
+    farthest = max(len(needed) - 1, 1)
     with plt.rc_context(STYLE):
         figure, (above, below) = plt.subplots(2, figsize=(7.4, 6.4), layout="constrained")
         _attended(above, patterns)
-        _needed(below, composition)
+        _needed(below, needed)
         for axes in (above, below):
             if axes.get_xlim()[0] < context < axes.get_xlim()[1]:
                 axes.axvline(context, color="#78716c", linewidth=1, linestyle="--")
@@ -32,7 +32,7 @@ def draw_patterns(patterns: Sequence[Pattern], composition: Composition, context
                 axes.annotate(f"context {context:,}", (context, 1), **place)
         below.set_xlim(0, farthest)
     rows = [("layer that attends", d, layer) for layer, one in enumerate(patterns) for d in one.distances]
-    rows += [("fewest layers", d, "" if n is None else n) for d, n in enumerate(composition.layers_needed)]
+    rows += [("fewest layers", d, "" if n is None else n) for d, n in enumerate(needed)]
     return save(figure, path, ("what", "distance", "value"), rows)
 
 
@@ -52,8 +52,7 @@ def _attended(axes: Axes, patterns: Sequence[Pattern]) -> None:
     axes.set_ylabel("layer")
 
 
-def _needed(axes: Axes, composition: Composition) -> None:
-    needed = composition.layers_needed
+def _needed(axes: Axes, needed: Sequence[int | None]) -> None:
     reached = [(d, n) for d, n in enumerate(needed) if n is not None]
     most = max(n for _, n in reached)
     axes.plot(*zip(*reached, strict=True), ".", color=_FAR, markersize=2, rasterized=True)
@@ -64,5 +63,5 @@ def _needed(axes: Axes, composition: Composition) -> None:
     axes.set_ylim(-0.4, most + 0.6)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_formatter(plain)
-    axes.set_xlabel("distance" + ("" if composition.first_gap is None else " (grey: no path of any length reaches it)"))
+    axes.set_xlabel("distance" + ("" if None not in needed else " (grey: no path of any length reaches it)"))
     axes.set_ylabel("fewest layers that reach it")
