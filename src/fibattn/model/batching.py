@@ -17,7 +17,8 @@ from transformers.utils import logging
 
 from fibattn.attention.paged import attend_paged, packed
 from fibattn.errors import InputError
-from fibattn.pattern import LearnedPattern, Pattern
+from fibattn.model.configuration import check_engine
+from fibattn.pattern import LearnedPattern, Pattern, reach_of
 
 _log: Any = logging.get_logger(f"transformers.{__name__}")
 
@@ -61,9 +62,12 @@ class _ShownModel(_Shown):
 
 
 def start_batching(
-    model: PreTrainedModel, reaches: list[int | None], *args: Any, **kwargs: Any
+    model: PreTrainedModel, patterns: Sequence[Any], *args: Any, **kwargs: Any
 ) -> ContinuousBatchingManager:
-    """What `init_continuous_batching` returns, for a model whose layers look back so far (None: to the beginning)."""
+    """What `init_continuous_batching` returns, for a model whose layers attend by these patterns (None: to all)."""
+    for pattern in patterns:
+        check_engine("continuous batching", pattern)
+    reaches = [None if pattern is None else reach_of(pattern) for pattern in patterns]
     bounded = [reach for reach in reaches if reach is not None]
     own: dict[str, Any] = {
         "layer_types": ["full_attention" if reach is None else "sliding_attention" for reach in reaches],

@@ -16,13 +16,12 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from fibattn.errors import InputError, whole_number
 from fibattn.model.batching import start_batching
-from fibattn.model.configuration import FibAttnConfig, check_engine
+from fibattn.model.configuration import FibAttnConfig
 from fibattn.model.converted_layers import IMPLEMENTATION, before_attention, before_decoder
 from fibattn.model.converted_pattern import (
     BLOCKS,
     FIELDS,
     STORED_PATTERN,
-    ConvertedLayer,
     in_words,
     layers_of,
     with_offsets,
@@ -161,18 +160,11 @@ def apply(model: PreTrainedModel, entry: dict[str, Any], name: str | None) -> Pr
         handles.append(module.register_forward_pre_hook(before_rotation))
         handles.append(module.register_forward_hook(after_rotation, with_kwargs=True))
     if isinstance(model, GenerationMixin):
-        model.init_continuous_batching = partial(_start_batching, model, layers)
+        model.init_continuous_batching = partial(start_batching, model, [layer.bounded for layer in layers])
     decoder.fibattn = _Conversion(previous, model.name_or_path, handles)
     model.name_or_path = decoder.name_or_path = name
     setattr(decoder.config, STORED_PATTERN, stored)
     return model
-
-
-def _start_batching(model: PreTrainedModel, layers: list[ConvertedLayer], *args: Any, **kwargs: Any) -> Any:
-    for layer in layers:
-        check_engine("continuous batching", layer.pattern)
-    reaches = [None if layer.bounded is None else layer.bounded.reach for layer in layers]
-    return start_batching(model, reaches, *args, **kwargs)
 
 
 def restore(model: PreTrainedModel) -> PreTrainedModel:

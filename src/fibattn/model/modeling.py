@@ -244,8 +244,8 @@ class FibAttnForCausalLM(FibAttnPreTrainedModel, GenerationMixin):
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> ContinuousBatchingManager:
         """As in Transformers, but for what `FibAttnConfig.check_engine` refuses."""
         self.config.check_engine("continuous batching")
-        reaches = [self.config.layer_reach(layer) for layer in range(self.config.num_hidden_layers)]
-        return batching.start_batching(self, reaches, *args, **kwargs)
+        patterns = [self.config.layer_pattern(layer) for layer in range(self.config.num_hidden_layers)]
+        return batching.start_batching(self, patterns, *args, **kwargs)
 
     def generate_batch(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As in Transformers, but a request without tokens is refused; there it is logged, and nothing comes back."""
