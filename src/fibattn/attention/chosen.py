@@ -169,27 +169,28 @@ def _check_far(q: Tensor, k: Tensor, far_q: Tensor, far_k: Tensor, trust: Tensor
 
 @torch.library.impl("fibattn::choose_blocks", ("cuda", "cpu"), lib=_library)
 def _(q, means, keys, positions, shift, *pattern) -> tuple[Tensor, Tensor]:
-    room = kernels().chosen
+    room = kernels("chosen")
     return room.choose(q, means, keys, positions, shift, room.Numbers(*pattern))
 
 
 @torch.library.impl("fibattn::attend_chosen_forward", ("cuda", "cpu"), lib=_library)
 def _(q, k, v, far_q, far_k, positions, shift, bits, lists, *pattern):
-    room, choice = kernels(), (positions, shift, bits, lists)
-    return room.chosen_forward.forward((q, k, v, far_q, far_k), *choice, room.chosen.Numbers(*pattern))
+    given, numbers = (q, k, v, far_q, far_k), kernels("chosen").Numbers(*pattern)
+    return kernels("chosen_forward").forward(given, positions, shift, bits, lists, numbers)
 
 
 @torch.library.impl("fibattn::attend_chosen_backward", ("cuda", "cpu"), lib=_library)
 def _(grad_out, grad_lse, out, lse, q, k, v, far_q, far_k, positions, shift, bits, lists, *pattern):
-    room, saved, choice = kernels(), (grad_out, grad_lse, out, lse), (positions, shift, bits, lists)
-    return room.chosen_backward.backward(*saved, (q, k, v, far_q, far_k), *choice, room.chosen.Numbers(*pattern))
+    given, numbers = (q, k, v, far_q, far_k), kernels("chosen").Numbers(*pattern)
+    rest = (given, positions, shift, bits, lists, numbers)
+    return kernels("chosen_backward").backward(grad_out, grad_lse, out, lse, *rest)
 
 
 @torch.library.impl("fibattn::attend_chosen_step", ("cuda", "cpu"), lib=_library)
 def _(q, k_cache, v_cache, far_cache, k, v, far_q, far_k, trust, cache_positions, positions, *pattern) -> Tensor:
-    far, room = None if far_cache is None else (far_cache, far_q, far_k), kernels()
-    rest = (trust, cache_positions, positions, room.chosen.Numbers(*pattern))
-    return room.chosen_decode.decode(q, k_cache, v_cache, k, v, far, *rest)
+    far = None if far_cache is None else (far_cache, far_q, far_k)
+    rest = (trust, cache_positions, positions, kernels("chosen").Numbers(*pattern))
+    return kernels("chosen_decode").decode(q, k_cache, v_cache, k, v, far, *rest)
 
 
 torch.library.register_fake("fibattn::attend_chosen_step", lambda q, *_, **__: result_like(q), lib=_library)

@@ -7,6 +7,7 @@ the base rungs of a learned pattern. Kernels are imported on first use.
 """
 
 from collections.abc import Sequence
+from importlib import import_module
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -115,21 +116,19 @@ class Given(NamedTuple):
         return cpu.LearnedRungs(self.at(alpha), q.device)
 
 
-def kernels() -> Any:
-    """The GPU's kernels; Triton is imported here and nowhere before."""
-    from fibattn.attention import triton
-
-    return triton
+def kernels(room: str) -> Any:
+    """Some of the GPU's kernels; Triton is imported here and nowhere before."""
+    return import_module(f"fibattn.attention.triton.{room}")
 
 
 def _columns(q: Tensor, k: Tensor, alpha: Tensor | None, given: Given) -> Any:
-    return kernels().learned.columns_of(q, k, alpha, given.window, given.sets, given.max_offset)
+    return kernels("learned").columns_of(q, k, alpha, given.window, given.sets, given.max_offset)
 
 
 @torch.library.impl(_library, "attend_forward", "CUDA")
 def _triton_forward(q, k, v, alpha, positions, *pattern) -> tuple[Tensor, Tensor]:
     given = Given(*pattern)
-    return kernels().forward.forward(q, k, v, positions, given.scale, _columns(q, k, alpha, given))
+    return kernels("forward").forward(q, k, v, positions, given.scale, _columns(q, k, alpha, given))
 
 
 @torch.library.impl(_library, "attend_backward", "CUDA")
@@ -138,7 +137,7 @@ def _triton_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     given = Given(*pattern)
     saved, columns = (grad_out, grad_lse, out, lse), _columns(q, k, alpha, given)
-    *grads, partial = kernels().backward.backward(*saved, q, k, v, positions, given.scale, columns)
+    *grads, partial = kernels("backward").backward(*saved, q, k, v, positions, given.scale, columns)
     if alpha is None:
         return *grads, q.new_empty(0)
     return *grads, partial.sum(dtype=torch.float64).to(alpha.dtype).reshape(alpha.shape)
@@ -146,10 +145,10 @@ def _triton_backward(
 
 @torch.library.impl(_library, "attend_step", "CUDA")
 def _triton_step(q, k_cache, v_cache, k, v, cache_positions, alpha, positions, *pattern) -> Tensor:
-    room, given = kernels(), Given(*pattern)
-    rungs = room.learned.rungs_of(q, alpha, given.window, given.sets, given.max_offset)
+    given = Given(*pattern)
+    rungs = kernels("learned").rungs_of(q, alpha, given.window, given.sets, given.max_offset)
     cached = (q, k_cache, v_cache, k, v, cache_positions, positions)
-    return room.decode.decode(*cached, given.scale, given.window, *rungs)
+    return kernels("decode").decode(*cached, given.scale, given.window, *rungs)
 
 
 @torch.library.impl(_library, "attend_forward", "CPU")

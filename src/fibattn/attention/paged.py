@@ -87,10 +87,10 @@ def attend_paged(
     chosen = choose(backend, q)
     if chosen != "triton":
         return _one_by_one(q, k_pages, v_pages, patterns, batch, alpha, scale, out, chosen)
-    kernels, given = ops.kernels(), ops.Given(scale, *ops.as_integers(patterns))
+    given = ops.Given(scale, *ops.as_integers(patterns))
     places = (batch.starts, batch.lengths, batch.table, batch.first, batch.longest)
-    rungs = kernels.learned.rungs_of(q, alpha, given.window, given.sets, given.max_offset)
-    return kernels.paged.attend(q, k_pages, v_pages, *places, out, scale, given.window, *rungs)
+    rungs = ops.kernels("learned").rungs_of(q, alpha, given.window, given.sets, given.max_offset)
+    return ops.kernels("paged").attend(q, k_pages, v_pages, *places, out, scale, given.window, *rungs)
 
 
 def _one_by_one(
@@ -175,7 +175,7 @@ def store_paged(
         backend: as in `attend`.
     """
     if choose(backend, k) == "triton":
-        ops.kernels().paged.store(k, v, k_pages, v_pages, slots)
+        ops.kernels("paged").store(k, v, k_pages, v_pages, slots)
         return
     kept = slots >= 0
     at = (slots[kept] // k_pages.shape[1], slots[kept] % k_pages.shape[1])

@@ -21,27 +21,3 @@ try:
     import triton as _triton  # noqa: F401
 except ImportError as error:
     raise MissingExtraError("attention on a GPU needs Triton", "triton") from error
-
-from fibattn.attention.triton import (
-    backward,
-    chosen,
-    chosen_backward,
-    chosen_decode,
-    chosen_forward,
-    decode,
-    forward,
-    learned,
-    paged,
-)
-
-__all__ = [
-    "backward",
-    "chosen",
-    "chosen_backward",
-    "chosen_decode",
-    "chosen_forward",
-    "decode",
-    "forward",
-    "learned",
-    "paged",
-]
