@@ -34,8 +34,9 @@ def with_means(k: Tensor, means: Tensor, block: int, trust: Tensor | None) -> Te
 def choose(q: Tensor, means: Tensor, pattern: ChosenPattern, limit: Tensor, own: Tensor, scale: float) -> Tensor:
     """Which blocks each query chooses, bool (batch, KV heads, query tokens, blocks).
 
-    Those with the largest shares, which the query heads of a KV head would each give them, summed. A block can be
-    chosen that ends before the query, reaches past the window, and begins within the reach and the query's document.
+    Those with the largest shares, which the query heads of a KV head would each give them, summed; where `anchored`,
+    before these the first block of the document. A block can be chosen that ends before the query, reaches past the
+    window, and begins within the reach and the query's document.
 
     Args:
         q: (batch, query tokens, query heads, head size).

@@ -72,8 +72,7 @@ def token_losses(
         model: a Transformers causal language model; it is put in evaluation mode.
         sequences: all of them are taken, in order.
         batch_tokens: tokens of a forward pass, at least one sequence.
-        label: what the progress line is called.
-        quiet: show no progress.
+        label, quiet: of the progress, as `Meter` has them.
         sharing: how several processes share the sequences, each of which gets all losses; made for `model.base_model`.
 
     Raises:

@@ -34,9 +34,7 @@ def by_position(
 
     Args:
         model: its vocabulary must be that of `data`.
-        data: the prepared folder with the held-out sets.
         length: of how many tokens from a document's beginning the next one is asked.
-        sets: names of held-out sets.
         tokens: targets of each set at most; documents are taken in order.
         how: batch_tokens, quiet and sharing, as in `token_losses`.
 

@@ -31,7 +31,6 @@ def sweep(
 
     Args:
         model: its vocabulary must be that of `data`.
-        data: the prepared folder with the held-out sets.
         lengths: sequence lengths; the set is cut to whole sequences of each, so that all see the same targets.
         sets: names of held-out sets, all of them when empty.
         tokens: targets of each set at most.

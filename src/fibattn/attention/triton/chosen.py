@@ -50,10 +50,9 @@ def warps_for(shape: Shape) -> int:
 def choose(
     q: Tensor, means: Tensor, keys: int, positions: Tensor | None, shift: Tensor | None, numbers: Numbers
 ) -> tuple[Tensor, Tensor]:
-    """What the queries (batch, tokens, query heads, size), the last of `keys`, choose.
+    """What the queries (batch, tokens, query heads, size), the last of `keys`, choose, as `blocks.choose` says it.
 
-    By the mean keys of the blocks, (batch, blocks, KV heads, size): those with the largest shares, which the query
-    heads of a KV head would each give them, summed; where `anchored`, before these the first block of the document.
+    `means` are the mean keys of the blocks, (batch, blocks, KV heads, size).
 
     Returns:
         The bits, (batch, KV heads, query tokens), int64; and how many blocks the queries of a tile chose, and which,
