@@ -100,6 +100,12 @@ def test_windows(pattern):
     agree(lambda q, k, v, **how: attend(q, k, v, pattern, **how), tensors(1, 38, 38, 4, 2, 16))
 
 
+def test_a_dense_window_ends_within_the_text():
+    """Too wide for columns: its edge is a mask of its own."""
+    pattern = Pattern(66, (69,))
+    agree(lambda q, k, v, **how: attend(q, k, v, pattern, **how), tensors(1, 71, 71, 2, 1, 16))
+
+
 def test_a_pattern_for_each_head():
     patterns = [Pattern(3, (7, 13, 21, 34)), Pattern(3, (4, 30))]
     agree(lambda q, k, v, **how: attend(q, k, v, patterns, **how), tensors(1, 39, 39, 4, 2, 16))
