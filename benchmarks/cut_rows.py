@@ -34,8 +34,10 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def model_of(chosen: Any, layers: int | None = None, reach: int | None = None, dense: bool = False) -> Any:
-    """A fresh model on this process's device, the same weights in all."""
+def model_of(
+    chosen: Any, layers: int | None = None, reach: int | None = None, dense: bool = False, chooses: bool = False
+) -> Any:
+    """A fresh model on this process's device, the same weights in all; with `chooses` all layers choose blocks."""
     recipe = PRESETS["hybrid"]
     shape = recipe.model
     if chosen.size == "1b":
@@ -43,6 +45,9 @@ def model_of(chosen: Any, layers: int | None = None, reach: int | None = None, d
         shape = replace(shape, **sizes, **hybrid_layers(24, full=(7, 15, 23)), num_hidden_layers=24)
     if dense:
         shape, reach = replace(shape, layer_types=("full_attention",), no_rope_layers=(1,)), None
+    if chooses:
+        blocks: Any = {"layer_types": ("chosen_attention",), "no_rope_layers": (1,), "window": 31, "kv_convolution": 4}
+        shape, reach = replace(shape, **blocks), None
     if layers is not None:
         shape = replace(shape, num_hidden_layers=layers)
     config = model_config(replace(recipe, model=shape), VOCABULARY, 0)
@@ -124,8 +129,10 @@ def check(chosen: Any) -> list[dict[str, Any]]:
         ("full", None, True, False, False),
         ("bounded, packed, compiled", chosen.full_reach, True, chosen.compile, False),
         ("bounded, packed, compiled, weights sharded", chosen.full_reach, True, chosen.compile, True),
+        ("chosen blocks, packed", None, True, False, False),
     ):
-        model, given = model_of(chosen, 8, reach), row(chosen.check_tokens, packed)
+        model = model_of(chosen, 8, reach, chooses="chosen" in name)
+        given = row(chosen.check_tokens, packed)
         right_loss, right = gradients(model, given, bf16=False)
         whole_loss, whole = gradients(model, given)
         cutter = ContextParallel(model, everyone())

@@ -97,6 +97,23 @@ def test_pieces_are_the_whole(padding: int, anchored: bool) -> None:
     torch.testing.assert_close(torch.cat(found, dim=1)[:, padding:], right[:, padding:])
 
 
+@pytest.mark.parametrize("anchored", [False, True])
+@pytest.mark.parametrize("begins", [(0,), (0, 20, 143), (0, 100, 193)])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_part_has_the_blocks_of_the_whole_row(backend: str, begins: tuple[int, ...], anchored: bool) -> None:
+    pattern, (q, k, v, far_q, far_k, trust) = ChosenPattern(20, 1, 16, 64, anchored), inputs(240, 240)
+    place = torch.arange(240)[None]
+    positions = place - torch.stack([torch.where(place >= begin, begin, 0) for begin in begins]).amax(dim=0)
+    first = (positions.argmax() - positions.max())[None, None]  # of the longest document
+    given: dict = {"trust": trust, "backend": backend}
+    right = attend_chosen(q, k, v, pattern, far=(far_q, far_k), positions=positions, **given)
+    for begin, end in itertools.pairwise((0, 5, 112, 160, 240)):  # the reach before 112 is a block's first key
+        mine, seen = slice(begin, end), slice(max(begin - 65, 0), end)
+        how = {"far": (far_q[:, mine], far_k[:, seen]), "positions": positions[:, mine], **given}
+        part = attend_chosen(q[:, mine], k[:, seen], v[:, seen], pattern, blocks_from=first - seen.start, **how)
+        torch.testing.assert_close(part, (right[0][:, mine], right[1][..., mine]))
+
+
 def test_what_is_wrong_is_said() -> None:
     q, k, v, far_q, far_k, trust = inputs(9, 9)
     with pytest.raises(InputError, match=r"pattern is Pattern\(.*expected a fibattn.ChosenPattern, or call attend"):

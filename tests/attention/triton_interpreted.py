@@ -370,6 +370,19 @@ def test_chosen_blocks(tokens, keys, heads, kv_heads, size, pattern, starts):
     agree(function, inputs)
 
 
+def test_a_part_has_the_blocks_of_the_whole_row():
+    pattern, place = ChosenPattern(5, blocks=1, reach=48), torch.arange(120)[None]
+    q, k, v = tensors(2, 120, 120, 4, 2, 16)
+    positions = torch.where(place < 50, place, place - 50)
+    right = attend_chosen(q, k, v, pattern, positions=positions, backend="cpu")
+    for mine, seen in ((slice(0, 40), slice(0, 40)), (slice(97, 120), slice(48, 120))):
+        first = torch.tensor([[50 - seen.start]])
+        how = {"positions": positions[:, mine], "blocks_from": first, "backend": "triton"}
+        part = attend_chosen(q[:, mine], k[:, seen], v[:, seen], pattern, **how)
+        torch.testing.assert_close(part[0], right[0][:, mine], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(part[1], right[1][..., mine], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("pattern", "size", "kv_heads", "has_far", "padding"),
     [

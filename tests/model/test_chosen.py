@@ -23,17 +23,8 @@ def test_what_cannot_choose_says_so() -> None:
     with pytest.raises(InputError, match=f"continuous batching does not do {choice}"):
         made.init_continuous_batching()
     for which, what in ((made, choice), (model(kv_convolution=2), taps)):
-        with pytest.raises(InputError, match=f"context parallelism does not do {what}"):
-            which(tokens(1, 8), shard=_Nothing())
         with pytest.raises(InputError, match=f"the model for vLLM does not do {what}"):
             which.config.check_engine("the model for vLLM")
-
-
-class _Nothing:
-    """A shard that is asked for positions alone."""
-
-    def positions(self, *_: object) -> None:
-        return None
 
 
 @pytest.mark.parametrize(

@@ -162,8 +162,6 @@ def test_other_engines_refuse_it(tmp_path: Path) -> None:
     made = converted("gemma")
     with pytest.raises(InputError, match=r"continuous batching does not do blocks that queries choose yet; without it"):
         made.init_continuous_batching()
-    with pytest.raises(InputError, match=r"context parallelism does not do blocks that queries choose yet; without it"):
-        made(tokens(1, 8), shard=_Nothing())
     headed = fibattn.convert(model("llama", AutoModelForSequenceClassification), **CHOICE)
     assert not [name for name, _ in headed.named_parameters() if "trust" in name]
     headed.save_pretrained(tmp_path)
@@ -181,10 +179,3 @@ def test_the_card_says_what_is_chosen(tmp_path: Path) -> None:
             "2 blocks of 16 keys among the last 128, the first of the text always"
             in (tmp_path / kind / "README.md").read_text()
         )
-
-
-class _Nothing:
-    """A shard that is asked for positions alone."""
-
-    def positions(self, *_: object) -> None:
-        return None

@@ -33,10 +33,14 @@ MODELS: dict[str, Callable[[], Any]] = {
     "rungs by head": partial(tiny_models.model, "linear", stagger_heads=True),
     "ten layers": partial(tiny_models.model, "linear", num_hidden_layers=10),
     "reach beyond the row": partial(tiny_models.model, "linear", rungs=14),
+    "chosen": partial(tiny_models.model, "chosen"),
+    "chosen, rotated": partial(tiny_models.model, "chosen, rotated"),
+    "chosen near": partial(tiny_models.model, "chosen", window=3, block_reach=22, block_anchor=True),
     **{
         f"converted {kind}": lambda kind=kind: convert(foreign_decoders.model(kind), window=3, rungs=7, keep_layers=[1])
         for kind in ("llama", "gemma3_text")
     },
+    "converted to blocks": lambda: convert(foreign_decoders.model("llama"), window=3, blocks=1, keep_layers=[1]),
 }
 WAYS = ("checkpointing", "sharded weights")
 ROWS = ("plain", "packed", "padded", "padded and packed")
@@ -62,7 +66,7 @@ def row(kind: str) -> dict[str, Tensor]:
             given["attention_mask"][some], labels[some] = 0, -100
         labels[0, 13] = -100  # nothing predicts the first token
     if "packed" in kind:
-        lengths = (7, 24, TOKENS - 31)
+        lengths = (4, 23, TOKENS - 27)
         given["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None].repeat(2, 1)
     return {**given, "shift_labels": functional.pad(labels[:, 1:], (0, 1), value=-100)}
 
@@ -148,16 +152,17 @@ def main() -> None:
     pairs = [dist.new_group([first, first + 1]) for first in (0, 2)]
     half = dist.get_rank() // 2
     # The two pairs share the work.
-    every_row = ("learned mixture", "bounded mixture")
+    every_row = ("learned mixture", "bounded mixture", "chosen near")
     rows = [(name, kind) for name in MODELS for kind in (ROWS if name in every_row else ROWS[1:2])]
     cases = [(*one, pairs[half], "") for one in rows[half::2]]
     if half == 0:  # seconds in each process, so in two of them
         cases.append(("mixture", "packed", pairs[half], "compiled"))
     everyone = dist.group.WORLD
-    several = ("learned mixture", "bounded mixture", "rungs by head", "reach beyond the row", "converted llama")
+    several = (*every_row, "rungs by head", "reach beyond the row", "converted llama")
     cases += [(name, "padded and packed", everyone, "") for name in several]
     cases += [(name, "short", everyone, "") for name in ("mixture", "bounded mixture")]
     cases += [("mixture", "packed", everyone, way) for way in WAYS]
+    cases += [("chosen near", "packed", everyone, "compiled")]
     cases += [("ten layers", "packed", everyone, "sharded weights, compiled layers")]
     lines = []
     for name, kind, group, way in cases:
@@ -174,6 +179,8 @@ def main() -> None:
     others = (ids + rank, ids[:, : 47 + (rank > 0)], ids[: 1 + rank % 2])  # in content, in whether it divides, in rows
     wrong: dict[str, list[Callable[[], Any]]] = {
         "unread": [lambda: prefill(tiny_models.model("mixture"), ids)],
+        "unread blocks": [lambda: prefill(tiny_models.model("chosen", full_reach=9), ids)],
+        "unread convolution": [lambda: prefill(tiny_models.model("sliding", kv_convolution=3), ids)],
         "undivided": [lambda: enter(ids[:, :46])],
         "unlike": [lambda rows=rows: enter(rows) for rows in others],
         "unlike texts": [lambda rows=rows: prefill(tiny_models.model("linear"), rows) for rows in others],

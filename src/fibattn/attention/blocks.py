@@ -63,26 +63,32 @@ def attend(
     pattern: ChosenPattern,
     scale: float,
     positions: Tensor | None,
+    first: Tensor | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
     """Output like q and log-sum-exp (batch, query heads, query tokens), in plain PyTorch, differentiable."""
-    at, own = needed(torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=q.device)[None], positions, pattern)
+    places = torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=q.device)[None]
+    at, own = needed(places, positions, pattern, first)
     rows, limit = at.clamp(0, k.shape[1] - 1), document_limit(q, k, positions)
     k, v, far_k = (rows_at(x, rows) for x in (k, v, far_k))
     return attend_from(q, k, v, far_q, far_k, trust, pattern, scale, own, limit, chunk)
 
 
-def needed(places: Tensor, positions: Tensor | None, pattern: ChosenPattern) -> tuple[Tensor, Tensor]:
+def needed(
+    places: Tensor, positions: Tensor | None, pattern: ChosenPattern, first: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Which keys queries may need, from where the first of these blocks begins, and which of them is each query's own.
 
     Args:
         places: which key of the sequence is each query's own, (batch or 1, tokens), rising by one.
         positions: where in its document it is, likewise; `places` when None.
+        first: from which key blocks are counted, (batch or 1, 1); the longest document's first when None.
 
     Returns:
         (batch or 1, reach + block + tokens), where those before the first key are below 0, and (batch or 1, tokens).
     """
-    first = 0 if positions is None else first_key(places, positions)
+    if first is None:
+        first = torch.zeros_like(places[:, :1]) if positions is None else first_key(places, positions)
     begin = (places[:, :1] - first - pattern.reach).div(pattern.block, rounding_mode="floor") * pattern.block + first
     length = pattern.reach + pattern.block + places.shape[1]
     return begin + torch.arange(length, device=places.device), places - begin

@@ -40,6 +40,7 @@ def attend_chosen(
     scale: float | None = None,
     positions: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    blocks_from: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of q, k, v (batch, tokens, heads, head size) to a window and the blocks that `pattern` chooses.
@@ -56,6 +57,8 @@ def attend_chosen(
         far: queries and keys for what lies beyond the window, shaped like q and k: without rotary positions, say.
             q and k when None.
         trust: (KV heads,), floating-point, on the device of `q`; it has a gradient. 1 when None.
+        blocks_from: the key from which blocks are counted instead, int64 (batch or 1, 1); below 0 where it is before
+            those that are given. A part of a row has the blocks of the whole row so.
 
     Returns:
         The output, (batch, query tokens, query heads, head size) in the dtype of `q`, and the natural log-sum-exp,
@@ -74,11 +77,11 @@ def attend_chosen(
     chosen = choose(backend, q)
     if chosen == "reference":
         near, far = (q.double(), k.double(), v.double()), (far_q.double(), far_k.double())
-        out, lse = blocks.attend(*near, *far, trust, pattern, scale, positions, chunk=q.shape[1])
+        out, lse = blocks.attend(*near, *far, trust, pattern, scale, positions, blocks_from, chunk=q.shape[1])
         return out.to(q.dtype), lse.to(wide(q))
     if chosen == "cpu":
-        return blocks.attend(q, k, v, far_q, far_k, trust, pattern, scale, positions)
-    shift, means, far_k = _blocks_of(far_k, q.shape[1], positions, pattern.block, trust)
+        return blocks.attend(q, k, v, far_q, far_k, trust, pattern, scale, positions, blocks_from)
+    shift, means, far_k = _blocks_of(far_k, q.shape[1], positions, blocks_from, pattern.block, trust)
     numbers = numbers_of(pattern, scale)
     seen = (far_q.detach(), means.detach(), k.shape[1], positions, shift)
     choice = torch.ops.fibattn.choose_blocks(*seen, *numbers)
@@ -140,15 +143,17 @@ def numbers_of(pattern: ChosenPattern, scale: float) -> tuple[float, int, int, i
 
 
 def _blocks_of(
-    k: Tensor, tokens: int, positions: Tensor | None, block: int, trust: Tensor | None
+    k: Tensor, tokens: int, positions: Tensor | None, first: Tensor | None, block: int, trust: Tensor | None
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """How many keys before its first a row's first block begins (batch or 1,), their means, and keys with these."""
-    if positions is None:
+    if positions is None and first is None:
         means = blocks.block_means(k, block)
         return None, means, blocks.with_means(k, means, block, trust)
     keys = k.shape[1]
-    places = torch.arange(keys - tokens, keys, device=k.device)[None]
-    shift = (-blocks.first_key(places, positions)[:, 0] % block).to(torch.int32)
+    if first is None:
+        assert positions is not None
+        first = blocks.first_key(torch.arange(keys - tokens, keys, device=k.device)[None], positions)
+    shift = (-first[:, 0] % block).to(torch.int32)
     at = torch.arange(-(-keys // block) * block, device=k.device) - shift[:, None]
     means = blocks.block_means(blocks.rows_at(k, at.clamp(0, keys - 1)), block)
     added = blocks.with_means(torch.zeros_like(k[:, :1]).expand(-1, at.shape[1], -1, -1), means, block, trust)

@@ -367,7 +367,12 @@ class FibAttnConfig(SavesShim, PreTrainedConfig):
 
 def check_engine(engine: str, pattern: Any, *, convolves: bool = False) -> None:
     """Refuse a layer that attends by `pattern`, where no engine but `generate()` does it yet."""
-    chooses = isinstance(pattern, ChosenPattern)
-    if chooses or convolves:
-        what = "blocks that queries choose" if chooses else "a convolution over keys and values"
-        raise InputError(f"{engine} does not do {what} yet; without it the model trains, and generate() writes")
+    if isinstance(pattern, ChosenPattern):
+        raise not_yet(engine, "blocks that queries choose")
+    if convolves:
+        raise not_yet(engine, "a convolution over keys and values")
+
+
+def not_yet(engine: str, what: str) -> InputError:
+    """What is said where an engine lacks something."""
+    return InputError(f"{engine} does not do {what} yet; without it the model trains, and generate() writes")

@@ -20,8 +20,7 @@ from fibattn.errors import InputError
 from fibattn.model import batching
 from fibattn.model.attention import attend_with_ring
 from fibattn.model.cache import RingLayer, check_full, ring_of
-from fibattn.model.configuration import check_engine
-from fibattn.model.converted_pattern import ConvertedLayer
+from fibattn.model.converted_pattern import STORED_PATTERN, ConvertedLayer
 from fibattn.model.positions import Shard, document_positions, packed_positions, says_nothing
 from fibattn.pattern import ChosenPattern
 
@@ -31,7 +30,9 @@ IMPLEMENTATION = "fibattn"
 _FORWARD_ARGUMENTS = ("input_ids", "attention_mask", "position_ids")
 
 
-def before_decoder(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+def before_decoder(
+    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[()], dict[str, Any]]:
     """A decoder's forward pre-hook: put the positions inside documents in the place of the mask.
 
     Raises:
@@ -59,7 +60,10 @@ def before_decoder(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             documents = None  # `generate` gives both; with a cache, only padding tells rows apart
         shard: Shard | None = given.get("shard")
         if shard is not None:
-            given["attention_mask"] = _as_mask(shard.positions(mask, documents))
+            positions = shard.positions(mask, documents)
+            given["attention_mask"] = _as_mask(positions)
+            if "blocks" in getattr(decoder.config, STORED_PATTERN):
+                given["shard"] = shard.with_blocks(positions)
             return (), given
         positions = document_positions(tokens, mask, documents, past)
         if mask is not None and documents is None and tokens.shape[1] > 1 and says_nothing(mask):
@@ -126,16 +130,15 @@ def attention(
     # Norms and rotations in float32 leave queries and keys wider than values under autocast.
     q, k, v = (x.transpose(1, 2).to(value.dtype) for x in (query, key, value))
     positions = None if attention_mask is None else attention_mask[:, 0, :, 0]
-    if shard is not None:
-        check_engine("context parallelism", own.pattern)
-        return shard.attend(q, k, v, own.bounded, scale=scaling, positions=positions), None  # pyright: ignore
     how: dict[str, Any] = {"positions": positions, "scale": scaling}
+    if isinstance(own.pattern, ChosenPattern):
+        how["trust"] = module.trust if hasattr(module, "trust") else k.new_zeros(k.shape[2])
+    if shard is not None:
+        return shard.attend(q, k, v, own.bounded, **how), None
     assert own.pattern is not None
     at: Any = None
     if fibattn_ring is not None:
         at = torch.arange(k.shape[1], device=k.device)[None] + fibattn_ring.get_seq_length()
-    if isinstance(own.pattern, ChosenPattern):
-        how["trust"] = module.trust if hasattr(module, "trust") else k.new_zeros(k.shape[2])
     return attend_with_ring(q, k, v, own.pattern, fibattn_ring, at, **how), None
 
 

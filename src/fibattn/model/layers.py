@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from fibattn.model import batching
 from fibattn.model.attention import attend_with_ring
 from fibattn.model.cache import RingLayer, check_full, ring_of
-from fibattn.model.configuration import FibAttnConfig, check_engine
+from fibattn.model.configuration import FibAttnConfig
 from fibattn.model.convolution import convolved
 from fibattn.model.feed_forward import gains_from_padding, padded_gated
 from fibattn.model.layer import LearnedScale, new_theta
@@ -72,14 +72,12 @@ class FibAttnAttention(LearnedScale):
         """
         shape = (*hidden.shape[:2], -1, self.head_dim)
         q, k, v = (project(hidden).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
-        if shard is not None:
-            check_engine("context parallelism", self.pattern, convolves=self.kv_convolution is not None)
         ring = None
         if isinstance(cache, Cache) and self.pattern is not None:
             ring = ring_of(cache, self.layer_idx, self.pattern, self.reach or 0)
         raw = () if self.kv_convolution is None else (k, v)
         if self.kv_convolution is not None:
-            k, v = convolved((k, v), self.kv_convolution, ring, positions, cache_positions)
+            k, v = convolved((k, v), self.kv_convolution, ring, positions, cache_positions, shard)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         far = None if self.block_rope else (q, k)
@@ -109,16 +107,16 @@ class FibAttnAttention(LearnedScale):
         which the `ring` of the cache keeps, too.
         """
         how: dict[str, Any] = {"scale": self.scaling, "positions": positions}
+        chooses = isinstance(self.pattern, ChosenPattern)
+        how |= {"far": far, "trust": self.trust} if chooses else {"alpha": self.alpha}
         if shard is not None:
-            return shard.attend(q, k, v, self.pattern, alpha=self.alpha, **how)
+            return shard.attend(q, k, v, self.pattern, **how)
         if self.pattern is None:
             return self._attend_fully(q, k, v, attention_mask, cache, **kwargs)
         if isinstance(cache, PagedAttentionCache):
             k, v = batching.update(cache, k.transpose(1, 2), v.transpose(1, 2), self.layer_idx, kwargs)
             pattern: Any = self.pattern  # one that chooses did not come this far
             return batching.attend_batch(q, k, v, pattern, kwargs, alpha=self.alpha, scale=self.scaling)
-        chooses = isinstance(self.pattern, ChosenPattern)
-        how |= {"far": far, "trust": self.trust} if chooses else {"alpha": self.alpha}
         return attend_with_ring(q, k, v, self.pattern, ring, cache_positions, raw, **how)
 
     def _attend_fully(

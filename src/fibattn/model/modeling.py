@@ -148,6 +148,8 @@ class FibAttnModel(FibAttnPreTrainedModel):
         shard: Shard | None = kwargs.get("shard")
         if shard is not None:
             masks = {"positions": shard.positions(attention_mask, position_ids)}
+            if "chosen_attention" in (self.config.layer_types or []):
+                kwargs["shard"] = shard.with_blocks(masks["positions"])
         elif kwargs.get("cu_seq_lens_q") is not None and not paged:
             documents = packed_positions(hidden, kwargs["cu_seq_lens_q"], attention_mask, cache)
         if not isinstance(masks, dict):

@@ -20,8 +20,16 @@ class Shard(Protocol):
         """`fibattn.attend` for the queries of this part; to everything before them where the pattern is None."""
         ...
 
+    def before(self, x: Tensor, count: int) -> Tensor:
+        """Of x (batch, tokens, ...) the last `count` tokens before this part, fewer where the row has fewer."""
+        ...
+
     def positions(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
         """`document_positions` of this part."""
+        ...
+
+    def with_blocks(self, positions: Tensor | None) -> "Shard":
+        """The same, of a row whose queries choose blocks, which are counted as in the whole row."""
         ...
 
 

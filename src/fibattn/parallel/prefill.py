@@ -1,7 +1,7 @@
 """A long text read by several processes, a part each; its cache is then in all, as if each had read it alone."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -11,8 +11,11 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from fibattn.errors import InputError
 from fibattn.model.cache import CACHE_NAME, DynamicRingLayer
+from fibattn.model.configuration import not_yet
 from fibattn.parallel.exchange import check_same, exchange
 from fibattn.parallel.shard import Shard
+
+_ENGINE = "prefill over several processes"
 
 
 @torch.no_grad()
@@ -29,7 +32,7 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, group: dist.ProcessGroup 
 
     Raises:
         InputError: for texts that differ, or have no more tokens than there are processes, and layers that attend to
-            everything, whose cache would be the whole text's in each process.
+            everything, whose cache would be the whole text's in each process, choose blocks or have a convolution.
     """
     shard = Shard.of(group or dist.group.WORLD)  # pyright: ignore
     check_same(input_ids, shard.ranks, shard.group)
@@ -55,6 +58,14 @@ class _Reading(Shard):
 
     reaches: list[int]
     newest: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def before(self, x: Tensor, count: int) -> NoReturn:
+        """Refused: who asks convolves, and has more in a ring than is left here."""
+        raise not_yet(_ENGINE, "a convolution over keys and values")
+
+    def with_blocks(self, positions: Tensor | None) -> NoReturn:
+        """Refused: layers that choose have more in a ring, too."""
+        raise not_yet(_ENGINE, "blocks that queries choose")
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, pattern: Any, **how: Any) -> Tensor:
         """As in `Shard`."""

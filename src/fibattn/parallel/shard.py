@@ -1,7 +1,7 @@
 """One process's part of a row that is cut into equal parts, in order: what the layers of a model ask it for."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from fibattn.attention import attend
+from fibattn.attention import attend, attend_chosen
 from fibattn.model.positions import check_padding
 from fibattn.parallel.exchange import exchange, gathered, halo, summed
-from fibattn.pattern import LearnedPattern, Pattern, reach_of
+from fibattn.pattern import ChosenPattern, LearnedPattern, Pattern, reach_of
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Shard:
     rank: int
     ranks: int
     group: str
+    blocks_from: Tensor | None = field(default=None, kw_only=True)
+    """The token of the whole row from which chosen blocks are counted, int64 (batch or 1, 1); the first when None."""
 
     @classmethod
     def of(cls, group: dist.ProcessGroup) -> "Shard":
@@ -33,12 +35,12 @@ class Shard:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        pattern: Pattern | Sequence[Pattern] | LearnedPattern | None,
+        pattern: Pattern | Sequence[Pattern] | LearnedPattern | ChosenPattern | None,
         *,
         positions: Tensor | None = None,
         **how: Any,
     ) -> Tensor:
-        """`fibattn.attend` for the queries of this part: to its own keys, and those before it within reach.
+        """`attend`, or `attend_chosen`, for the queries of this part: to its own keys, and those before within reach.
 
         Keys and values come in one message, of the size of the reach. Nothing is computed meanwhile: to split the
         queries by whether they need it would copy more than the message takes.
@@ -47,18 +49,42 @@ class Shard:
             q: (batch, tokens, query heads, head size), of this part; k, v: (batch, tokens, KV heads, head size).
             pattern: as in `attend`; None for everything before a query, in time quadratic in the row's length.
             positions: as in `attend`, those of this part, in their documents.
-            how: alpha and scale, as in `attend`.
+            how: what else either takes.
         """
         tokens = q.shape[1]
+        if isinstance(pattern, ChosenPattern):
+            return self._attend_chosen(q, k, v, pattern, positions=positions, **how)
         if pattern is None and tokens % 2 == 0:
             return self._attend_to_all(q, k, v, positions, **how)
         pattern = Pattern(self.ranks * tokens - 1) if pattern is None else pattern
-        reach = reach_of(pattern)
-        first = tokens - min(reach, tokens)
-        both = self._halo(torch.cat((k[:, first:], v[:, first:]), dim=-1), tokens, reach)
-        earlier = both.split((k.shape[-1], v.shape[-1]), dim=-1)
-        k, v = (torch.cat(pair, dim=1) for pair in zip(earlier, (k, v), strict=True))
+        k, v = self._with_earlier((k, v), reach_of(pattern))
         return attend(q, k, v, pattern, positions=positions, **how)
+
+    def _attend_chosen(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pattern: ChosenPattern,
+        *,
+        far: tuple[Tensor, Tensor] | None = None,
+        **how: Any,
+    ) -> Tensor:
+        own = (k, v) if far is None else (k, v, far[1])
+        # One more than the reach: a first key within it would pass for the first of the text.
+        k, v, *far_k = self._with_earlier(own, pattern.reach + 1)
+        if far is not None:
+            how["far"] = far[0], *far_k
+        first = self.blocks_from if self.blocks_from is not None else q.new_zeros(1, 1, dtype=torch.int64)
+        first = first - self.rank * q.shape[1] + k.shape[1] - q.shape[1]
+        return attend_chosen(q, k, v, pattern, blocks_from=first, **how)[0]
+
+    def _with_earlier(self, parts: Sequence[Tensor], reach: int) -> list[Tensor]:
+        """Tensors (batch, tokens, KV heads, head size), each behind those of the tokens before this part."""
+        tokens, size = parts[0].shape[1], parts[0].shape[-1]
+        last = torch.cat([x[:, tokens - min(reach, tokens) :] for x in parts], dim=-1)
+        earlier = self._halo(last, tokens, reach).split(size, dim=-1)
+        return [torch.cat(pair, dim=1) for pair in zip(earlier, parts, strict=True)]
 
     def _attend_to_all(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, **how: Any) -> Tensor:
         """`attend` to everything before a query, as much work for each process.
@@ -118,6 +144,27 @@ class Shard:
         if self.rank:
             newest = torch.maximum(newest, earlier.amax(dim=0)[:, None])
         return index - newest
+
+    def before(self, x: Tensor, count: int) -> Tensor:
+        """Of x (batch, tokens, ...) the last `count` tokens before this part, fewer where the row has fewer."""
+        return self._halo(x[:, x.shape[1] - min(count, x.shape[1]) :], x.shape[1], count)
+
+    def with_blocks(self, positions: Tensor | None) -> "Shard":
+        """The same, of a row whose queries choose blocks, which are counted as in the whole row.
+
+        That is from the first token of its longest document, as in `attend_chosen`. What is exchanged is two numbers
+        for each row.
+
+        Args:
+            positions: what `positions` gave.
+        """
+        if positions is None:
+            return self
+        longest = positions.max(dim=1, keepdim=True)
+        begin = self.rank * positions.shape[1] + longest.indices - longest.values
+        every = gathered(torch.cat((longest.values.long(), begin), dim=1), self.ranks, self.group)
+        of_longest = every[..., 0].argmax(dim=0, keepdim=True)
+        return Shard(self.rank, self.ranks, self.group, blocks_from=every[..., 1].gather(0, of_longest).T)
 
     def _differences(self, x: Tensor) -> Tensor:
         """x (rows, tokens) less the token before, which is 0 before the row."""
