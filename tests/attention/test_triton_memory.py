@@ -85,7 +85,6 @@ def shared_memory(kernel: Any, sizes: dict[str, Any], dtype: str, absent: set[st
         (torch.bfloat16, 64, 4, True, False),
         (torch.bfloat16, 128, 4, True, False),
         (torch.bfloat16, 128, 32, True, False),
-        (torch.bfloat16, 128, 1, True, False),
         (torch.bfloat16, 128, 1, True, True),
         (torch.bfloat16, 256, 1, True, False),
         (torch.bfloat16, 256, 4, True, False),
