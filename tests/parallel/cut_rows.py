@@ -155,14 +155,13 @@ def main() -> None:
     every_row = ("learned mixture", "bounded mixture", "chosen near")
     rows = [(name, kind) for name in MODELS for kind in (ROWS if name in every_row else ROWS[1:2])]
     cases = [(*one, pairs[half], "") for one in rows[half::2]]
-    if half == 0:  # seconds in each process, so in two of them
-        cases.append(("mixture", "packed", pairs[half], "compiled"))
+    cases.append((("mixture", "chosen near")[half], "packed", pairs[half], "compiled"))  # seconds in each process
     everyone = dist.group.WORLD
     several = (*every_row, "rungs by head", "reach beyond the row", "converted llama")
     cases += [(name, "padded and packed", everyone, "") for name in several]
     cases += [(name, "short", everyone, "") for name in ("mixture", "bounded mixture")]
     cases += [("mixture", "packed", everyone, way) for way in WAYS]
-    cases += [("chosen near", "packed", everyone, "compiled")]
+    cases += [("chosen near", "packed", everyone, "")]
     cases += [("ten layers", "packed", everyone, "sharded weights, compiled layers")]
     lines = []
     for name, kind, group, way in cases:
