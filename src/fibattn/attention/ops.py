@@ -109,6 +109,14 @@ class Given(NamedTuple):
         rungs = self.at(alpha)
         return (tuple(rung.near for rung in rungs),), [rung.fraction for rung in rungs]
 
+    def by_kernels(self, q: Tensor) -> bool:
+        """Whether the GPU's kernels are to run, if only in the interpreter."""
+        return self.interpret or q.is_cuda
+
+    def columns(self, q: Tensor, k: Tensor, alpha: Tensor | None) -> Any:
+        """What they read."""
+        return kernels("learned").columns_of(q, k, alpha, self.window, self.sets, self.max_offset)
+
     def rungs(self, q: Tensor, alpha: Tensor | None) -> cpu.Rungs:
         """What lies beyond the window, for the CPU."""
         if alpha is None:
@@ -121,50 +129,24 @@ def kernels(room: str) -> Any:
     return import_module(f"fibattn.attention.triton.{room}")
 
 
-def _columns(q: Tensor, k: Tensor, alpha: Tensor | None, given: Given) -> Any:
-    return kernels("learned").columns_of(q, k, alpha, given.window, given.sets, given.max_offset)
-
-
-@torch.library.impl(_library, "attend_forward", "CUDA")
-def _triton_forward(q, k, v, alpha, positions, *pattern) -> tuple[Tensor, Tensor]:
-    given = Given(*pattern)
-    return kernels("forward").forward(q, k, v, positions, given.scale, _columns(q, k, alpha, given))
-
-
-@torch.library.impl(_library, "attend_backward", "CUDA")
-def _triton_backward(
-    grad_out, grad_lse, out, lse, q, k, v, alpha, positions, *pattern
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    given = Given(*pattern)
-    saved, columns = (grad_out, grad_lse, out, lse), _columns(q, k, alpha, given)
-    *grads, partial = kernels("backward").backward(*saved, q, k, v, positions, given.scale, columns)
-    if alpha is None:
-        return *grads, q.new_empty(0)
-    return *grads, partial.sum(dtype=torch.float64).to(alpha.dtype).reshape(alpha.shape)
-
-
-@torch.library.impl(_library, "attend_step", "CUDA")
-def _triton_step(q, k_cache, v_cache, k, v, cache_positions, alpha, positions, *pattern) -> Tensor:
-    given = Given(*pattern)
-    rungs = kernels("learned").rungs_of(q, alpha, given.window, given.sets, given.max_offset)
-    cached = (q, k_cache, v_cache, k, v, cache_positions, positions)
-    return kernels("decode").decode(*cached, given.scale, given.window, *rungs)
-
-
-@torch.library.impl(_library, "attend_forward", "CPU")
+@torch.library.impl("fibattn::attend_forward", ("cuda", "cpu"), lib=_library)
 def _(q, k, v, alpha, positions, *pattern):
     given = Given(*pattern)
-    if given.interpret:
-        return _triton_forward(q, k, v, alpha, positions, *pattern)
+    if given.by_kernels(q):
+        return kernels("forward").forward(q, k, v, positions, given.scale, given.columns(q, k, alpha))
     out, lse = cpu.forward(q, k, v, given.window, given.rungs(q, alpha), given.scale, positions)
     return out, lse.to(kept_dtype(q.dtype))
 
 
-@torch.library.impl(_library, "attend_backward", "CPU")
+@torch.library.impl("fibattn::attend_backward", ("cuda", "cpu"), lib=_library)
 def _(grad_out, grad_lse, out, lse, q, k, v, alpha, positions, *pattern):
     given = Given(*pattern)
-    if given.interpret:
-        return _triton_backward(grad_out, grad_lse, out, lse, q, k, v, alpha, positions, *pattern)
+    if given.by_kernels(q):
+        saved, rest = (grad_out, grad_lse, out, lse), (positions, given.scale, given.columns(q, k, alpha))
+        *grads, partial = kernels("backward").backward(*saved, q, k, v, *rest)
+        if alpha is None:
+            return *grads, q.new_empty(0)
+        return *grads, partial.sum(dtype=torch.float64).to(alpha.dtype).reshape(alpha.shape)
     rungs = given.rungs(q, alpha)
     grads = cpu.backward(grad_out, grad_lse, q, k, v, out, lse, given.window, rungs, given.scale, positions)
     if not isinstance(rungs, cpu.LearnedRungs):
@@ -174,13 +156,14 @@ def _(grad_out, grad_lse, out, lse, q, k, v, alpha, positions, *pattern):
     return *grads, torch.full_like(alpha, total)
 
 
-@torch.library.impl(_library, "attend_step", "CPU")
+@torch.library.impl("fibattn::attend_step", ("cuda", "cpu"), lib=_library)
 def _(q, k_cache, v_cache, k, v, cache_positions, alpha, positions, *pattern):
     given = Given(*pattern)
-    cached = (q, k_cache, v_cache, k, v, cache_positions)
-    if given.interpret:
-        return _triton_step(*cached, alpha, positions, *pattern)
-    return ring.step(*cached, positions, given.scale, given.window, *given.beyond(alpha))
+    cached = (q, k_cache, v_cache, k, v, cache_positions, positions, given.scale, given.window)
+    if given.by_kernels(q):
+        rungs = kernels("learned").rungs_of(q, alpha, given.window, given.sets, given.max_offset)
+        return kernels("decode").decode(*cached, *rungs)
+    return ring.step(*cached, *given.beyond(alpha))
 
 
 def result_like(x: Tensor) -> Tensor:
