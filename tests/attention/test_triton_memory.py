@@ -48,12 +48,12 @@ def _no_machine_code(*given: Any) -> tuple[str, str] | None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _compiled_as_far_as_needed(pytestconfig: pytest.Config) -> Iterator[None]:
+def _compiled_as_far_as_needed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """In a cache of its own, where no program looks for kernels that it would run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton.knobs.runtime, "add_stages_inspection_hook", _no_machine_code)
         patch.setenv("DISABLE_LLVM_OPT", "1")
-        patch.setattr(triton.knobs.cache, "dir", str(pytestconfig.cache.mkdir("triton")))
+        patch.setattr(triton.knobs.cache, "dir", str(tmp_path_factory.mktemp("triton")))
         yield
 
 
