@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import HYBRID
 from torch import Tensor
 
 from fibattn import FibAttnConfig, FibAttnForCausalLM, files
 from fibattn.attention import attend_chosen
 from fibattn.cli.flags import parse
 from fibattn.lock import locked
-from fibattn.pattern import ChosenPattern, hybrid_layers
-from fibattn.training.recipe import ModelRecipe, OptimizerRecipe, Recipe
+from fibattn.pattern import ChosenPattern
+from fibattn.training.recipe import ModelRecipe
 from study.commands import trials as verbs
 from study.commands.trials import Arguments, as_flags
 from study.far.candidates import CANDIDATES, Candidate, spans
@@ -228,17 +229,9 @@ def test_the_best_blocks_read_the_bytes_of_128_keys() -> None:
 
 
 def test_trials_write_a_file_each_and_skip_what_is_there(prepared: Path, tmp_path: Path) -> None:
-    base = Recipe(
-        model=ModelRecipe(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, qk_norm=True,
-            **hybrid_layers(2, full=(1,)),
-        ),
-        optimizer=OptimizerRecipe(learning_rate=3e-3, muon=True),
-        sequence_length=64, sequences_per_step=4, micro_batch=4, log_every=1,
-    )  # fmt: skip
     small = [replace(one, window=8, block=4) for one in chosen(["best", "rungs-conv", "dense"])]
     small += [replace(small[0], name="beside", full=(1,))]
-    trials = Trials("far", tuple(small), prepared, tmp_path / "out", tmp_path / "work", base, 1024, 2048)
+    trials = Trials("far", tuple(small), prepared, tmp_path / "out", tmp_path / "work", HYBRID, 1024, 2048)
     with locked(trials.work / "dense"):
         assert run_trials(trials) == ()
     assert not (tmp_path / "out" / "far" / "dense.json").exists()  # another process has it

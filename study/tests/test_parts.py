@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import HYBRID
 from torch.nn import functional
 
 from fibattn import FibAttnConfig, FibAttnForCausalLM, files
 from fibattn.data.prepared import PreparedData
 from fibattn.evaluation.sweep import sweep
-from fibattn.pattern import hybrid_layers
 from fibattn.training.optimizers import MuonAndAdamW, build_optimizer
-from fibattn.training.recipe import ModelRecipe, OptimizerRecipe, Recipe
+from fibattn.training.recipe import OptimizerRecipe
 from study.parts.table import PARTS, Part
 from study.report.parts_table import parts_table
 from study.trial import Trials, run_trials
@@ -100,17 +100,9 @@ def test_a_head_of_its_own_begins_at_zero() -> None:
 
 
 def test_parts_are_trained_measured_and_told(prepared: Path, tmp_path: Path) -> None:
-    base = Recipe(
-        model=ModelRecipe(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, qk_norm=True,
-            **hybrid_layers(2, full=(1,)),
-        ),
-        optimizer=OptimizerRecipe(learning_rate=3e-3, muon=True),
-        sequence_length=64, sequences_per_step=4, micro_batch=4, log_every=1,
-    )  # fmt: skip
     out = tmp_path / "out"
     wanted = tuple(one for one in PARTS if one.name in ("cap", "gate", "values-untied"))
-    assert run_trials(Trials("parts", wanted, prepared, out, tmp_path / "work", base, 1024, 2048)) == ()
+    assert run_trials(Trials("parts", wanted, prepared, out, tmp_path / "work", HYBRID, 1024, 2048)) == ()
     found = {path.stem: files.read_json(path) for path in (out / "parts").glob("*.json")}
     assert set(found) == {"cap", "gate", "values-untied"}
     assert "python -m study parts" in found["cap"]["command"]

@@ -15,7 +15,7 @@ from torch import Tensor
 from fibattn.attention.triton import launch
 from fibattn.attention.triton.columns import row_stride
 from fibattn.attention.triton.rows import load_rows, store_rows
-from fibattn.attention.triton.scores import LOG2E, softmax_step
+from fibattn.attention.triton.scores import LOG2E, NO_SCORE, softmax_step
 from fibattn.attention.triton.shape import Shape, shape_of
 
 _WIDE, _PART, _MOST_PARTS, _MOST_PROGRAMS = 256, 128, 64, 128
@@ -37,8 +37,9 @@ def splits_for(window: int, programs: int) -> int:
     """
     if window < _WIDE:
         return 1
-    parts = triton.next_power_of_2(triton.cdiv(window + 1, _PART))
-    return max(1, min(parts, _MOST_PARTS, _MOST_PROGRAMS // triton.next_power_of_2(programs)))
+    # Not by Triton's own functions, which take the host ten times as long: every token of every layer asks.
+    parts, programs = (1 << (count - 1).bit_length() for count in (launch.blocks(window + 1, _PART), programs))
+    return max(1, min(parts, _MOST_PARTS, _MOST_PROGRAMS // programs))
 
 
 def decode(
@@ -79,10 +80,6 @@ def decode(
             sizes = {"SIZE": shape.size, "BD": shape.padded_size, "SPLITS": splits}
             join_kernel[(batch * q.shape[2],)](part, out, **sizes, num_warps=4)
     return out
-
-
-NO_SCORE = tl.constexpr(-1e30)
-"""The greatest of no scores: finite, for a part of the columns may have none."""
 
 
 @launch.kernel

@@ -17,7 +17,7 @@ from fibattn.attention.triton import launch
 from fibattn.attention.triton.columns import row_stride
 from fibattn.attention.triton.decode import tiles_for
 from fibattn.attention.triton.rows import load_rows
-from fibattn.attention.triton.scores import LOG2E, softmax_step
+from fibattn.attention.triton.scores import LOG2E, NO_SCORE, softmax_step
 from fibattn.attention.triton.shape import Shape, shape_of
 
 
@@ -125,8 +125,7 @@ def paged_kernel(
 
     o_query = (start + before + o_token).to(tl.int64) * stride_q[0] + o_head * stride_q[1]
     b_q = load_rows(p_q, o_query, 1, m_row, SIZE, BD, True)
-    # A row may have no key among the first columns, so its maximum begins as a number.
-    b_max = tl.full([ROWS], -1e30, tl.float32)
+    b_max = tl.full([ROWS], NO_SCORE, tl.float32)
     b_sum = tl.zeros([ROWS], tl.float32)
     b_acc = tl.zeros([ROWS, BD], tl.float32)
     near = tl.minimum(window, position) + BQ

@@ -13,6 +13,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 NO_ROW = tl.constexpr(1e30)
 """The log-sum-exp of a row that does not exist: its weights are 0."""
 
+NO_SCORE = tl.constexpr(-1e30)
+"""The greatest of no scores: finite, for a row may have no key among the first columns, nor in a part of them."""
+
 
 @triton.jit
 def row_products(b_x, b_y, EXACT: tl.constexpr):
