@@ -125,5 +125,8 @@ def test_what_is_wrong_is_said() -> None:
     for wrong in (trust.repeat(2), trust.to("meta")):
         with pytest.raises(InputError, match=r"trust is .*64 on (cpu|meta); expected 2 floating-point numbers on cpu"):
             attend_chosen(q, k, v, ChosenPattern(), far=(far_q, far_k), trust=wrong)
+    for wrong in (torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64)):
+        with pytest.raises(InputError, match=r"blocks_from is .*; expected \(batch or 1, 1\) torch.int64"):
+            attend_chosen(q, k, v, ChosenPattern(), blocks_from=wrong)
     with pytest.raises(InputError, match=r"block is 24; blocks have 16, 32, 64 or 128 keys"):
         ChosenPattern(block=24)

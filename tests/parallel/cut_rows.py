@@ -179,6 +179,7 @@ def main() -> None:
     wrong: dict[str, list[Callable[[], Any]]] = {
         "unread": [lambda: prefill(tiny_models.model("mixture"), ids)],
         "unread blocks": [lambda: prefill(tiny_models.model("chosen", full_reach=9), ids)],
+        "unread converted": [lambda: prefill(convert(foreign_decoders.model("llama"), window=3, blocks=1), ids)],
         "unread convolution": [lambda: prefill(tiny_models.model("sliding", kv_convolution=3), ids)],
         "undivided": [lambda: enter(ids[:, :46])],
         "unlike": [lambda rows=rows: enter(rows) for rows in others],

@@ -24,6 +24,7 @@ def test_a_cut_row_has_the_loss_and_gradients_of_a_whole_one(forked: Server) -> 
     assert sum("46 tokens do not divide over cp_size 4" in one.get("undivided", "") for one in found) == 4
     assert sum("layers 1 attend to everything" in one.get("unread", "") for one in found) == 4
     assert sum("does not do blocks that queries choose" in one.get("unread blocks", "") for one in found) == 4
+    assert sum("does not do blocks that queries choose" in one.get("unread converted", "") for one in found) == 4
     assert sum("does not do a convolution" in one.get("unread convolution", "") for one in found) == 4
     assert [one["page"] for one in found if "page" in one] == [True] * 4
     read = [one for one in found if "read" in one]

@@ -74,6 +74,9 @@ def attend_chosen(
     if not isinstance(pattern, ChosenPattern):
         raise InputError(f"pattern is {pattern!r}; expected a fibattn.ChosenPattern, or call attend")
     positions = check_positions(q, k, positions, cu_seqlens)
+    if blocks_from is not None and (blocks_from.dtype, *blocks_from.shape[1:]) != (torch.int64, 1):
+        found = f"{tuple(blocks_from.shape)} {blocks_from.dtype}"
+        raise InputError(f"blocks_from is {found}; expected (batch or 1, 1) torch.int64")
     chosen = choose(backend, q)
     if chosen == "reference":
         near, far = (q.double(), k.double(), v.double()), (far_q.double(), far_k.double())

@@ -34,7 +34,7 @@ def convolved(
         earlier = [one[..., -size:] for one in ring.before(cache_positions, taps - 1)]
         limit = torch.minimum(limit, cache_positions)
     elif shard is not None:
-        earlier = shard.before(torch.cat(raw, dim=-1), taps - 1).split(size, dim=-1)
+        earlier = shard.before(raw, taps - 1)
         limit = torch.full_like(cache_positions, taps) if positions is None else positions
     found = []
     for x, mine, before in zip(raw, weight.to(raw[0].dtype), earlier, strict=True):

@@ -1,5 +1,6 @@
 """Where each token stands in its document, from what Transformers' callers give: masks or position ids."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -20,8 +21,8 @@ class Shard(Protocol):
         """`fibattn.attend` for the queries of this part; to everything before them where the pattern is None."""
         ...
 
-    def before(self, x: Tensor, count: int) -> Tensor:
-        """Of x (batch, tokens, ...) the last `count` tokens before this part, fewer where the row has fewer."""
+    def before(self, parts: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:
+        """Of tensors (batch, tokens, ..., size) the `count` tokens before this part, fewer where the row has fewer."""
         ...
 
     def positions(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from fibattn.errors import InputError
 from fibattn.model.cache import CACHE_NAME, DynamicRingLayer
-from fibattn.model.configuration import not_yet
+from fibattn.model.configuration import FibAttnConfig, not_yet
 from fibattn.parallel.exchange import check_same, exchange
 from fibattn.parallel.shard import Shard
 
@@ -34,6 +34,8 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, group: dist.ProcessGroup 
         InputError: for texts that differ, or have no more tokens than there are processes, and layers that attend to
             everything, whose cache would be the whole text's in each process, choose blocks or have a convolution.
     """
+    if isinstance(model.config, FibAttnConfig):
+        model.config.check_engine(_ENGINE)
     shard = Shard.of(group or dist.group.WORLD)  # pyright: ignore
     check_same(input_ids, shard.ranks, shard.group)
     part = (input_ids.shape[1] - 1) // shard.ranks
@@ -59,12 +61,8 @@ class _Reading(Shard):
     reaches: list[int]
     newest: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def before(self, x: Tensor, count: int) -> NoReturn:
-        """Refused: who asks convolves, and has more in a ring than is left here."""
-        raise not_yet(_ENGINE, "a convolution over keys and values")
-
     def with_blocks(self, positions: Tensor | None) -> NoReturn:
-        """Refused: layers that choose have more in a ring, too."""
+        """Refused: converted layers ask, when they choose."""
         raise not_yet(_ENGINE, "blocks that queries choose")
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, pattern: Any, **how: Any) -> Tensor:

@@ -81,10 +81,7 @@ class Shard:
 
     def _with_earlier(self, parts: Sequence[Tensor], reach: int) -> list[Tensor]:
         """Tensors (batch, tokens, KV heads, head size), each behind those of the tokens before this part."""
-        tokens, size = parts[0].shape[1], parts[0].shape[-1]
-        last = torch.cat([x[:, tokens - min(reach, tokens) :] for x in parts], dim=-1)
-        earlier = self._halo(last, tokens, reach).split(size, dim=-1)
-        return [torch.cat(pair, dim=1) for pair in zip(earlier, parts, strict=True)]
+        return [torch.cat(pair, dim=1) for pair in zip(self.before(parts, reach), parts, strict=True)]
 
     def _attend_to_all(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, **how: Any) -> Tensor:
         """`attend` to everything before a query, as much work for each process.
@@ -145,9 +142,11 @@ class Shard:
             newest = torch.maximum(newest, earlier.amax(dim=0)[:, None])
         return index - newest
 
-    def before(self, x: Tensor, count: int) -> Tensor:
-        """Of x (batch, tokens, ...) the last `count` tokens before this part, fewer where the row has fewer."""
-        return self._halo(x[:, x.shape[1] - min(count, x.shape[1]) :], x.shape[1], count)
+    def before(self, parts: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:
+        """Of tensors (batch, tokens, ..., size) the `count` tokens before this part, fewer where the row has fewer."""
+        tokens, size = parts[0].shape[1], parts[0].shape[-1]
+        last = torch.cat([x[:, tokens - min(count, tokens) :] for x in parts], dim=-1)
+        return self._halo(last, tokens, count).split(size, dim=-1)
 
     def with_blocks(self, positions: Tensor | None) -> "Shard":
         """The same, of a row whose queries choose blocks, which are counted as in the whole row.
