@@ -44,7 +44,7 @@ def flops(config: FibAttnConfig, length: int) -> Flops:
     size, heads = config.head_dim or 0, config.num_attention_heads
     kv_heads, hidden = config.num_key_value_heads or 0, config.hidden_size
     feed_forward = (3 if config.gated_mlp else 2) * hidden * config.intermediate_size
-    layer = hidden * size * (2 * heads + 2 * kv_heads) + feed_forward
+    layer = hidden * (size * (2 * heads + 2 * kv_heads) + heads * config.head_gates) + feed_forward
     return Flops(
         projections=2.0 * layer * config.num_hidden_layers,
         attention=sum(4.0 * heads * size * keys for keys in mean_keys(config, length)),

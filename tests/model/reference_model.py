@@ -130,6 +130,8 @@ def logits(model: FibAttnForCausalLM, ids: Tensor) -> Tensor:
                 window = length if config.full_reach is None else config.full_reach
             distances = (*range(window + 1), *(patterns[0].offsets if patterns else ()))
             out = weights_over_keys(distances, q @ k.transpose(1, 2) * scale) @ v
+        if config.head_gates:
+            out = out * 2 * (h @ weights[f"model.{at}.self_attn.head_gate.weight"].T).sigmoid().T[..., None]
         x = x + out.transpose(0, 1).reshape(length, -1) @ weights[f"model.{at}.self_attn.o_proj.weight"].T
         h = norm(x, f"{at}.post_attention_layernorm")
         up, down = (weights[f"model.{at}.mlp.{name}_proj.weight"] for name in ("up", "down"))

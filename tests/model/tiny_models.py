@@ -66,6 +66,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "gated_mlp": False,
         "qk_norm": True,
         "embedding_skip": True,
+        "head_gates": True,
     },
 }
 
@@ -95,6 +96,8 @@ def model(kind: str = "linear", **changes: Any) -> FibAttnForCausalLM:
         for name, parameter in made.named_parameters():
             if name.endswith("theta"):
                 parameter.fill_(-0.37 + 0.2 * made.config.num_hidden_layers)
+            if name.endswith("gate.weight"):
+                parameter.uniform_(-0.4, 0.4)
             if "norm" in name or name.endswith(("skip", "trust", "kv_convolution")):
                 parameter.uniform_(0.5, 1.5)
     return made

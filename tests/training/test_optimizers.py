@@ -35,10 +35,11 @@ def test_weight_decay_is_for_matrices_alone(schedule: Any) -> None:
 
 
 def test_muon_is_for_the_matrices_of_the_layers_alone() -> None:
-    made = model(qk_norm=True, embedding_skip=True)
+    made = model(qk_norm=True, embedding_skip=True, head_gates=True)
     decayed, plain, matrices = build_optimizer(made, OptimizerRecipe(muon=True)).param_groups
     names = {id(parameter): name for name, parameter in made.named_parameters()}
-    assert [names[id(one)] for one in decayed["params"]] == ["model.embed_tokens.weight"]
+    gates = [f"model.layers.{layer}.self_attn.head_gate.weight" for layer in (0, 1)]
+    assert [names[id(one)] for one in decayed["params"]] == ["model.embed_tokens.weight", *gates]
     assert all(names[id(one)].endswith(("norm.weight", "skip")) for one in plain["params"])
     assert all(".layers." in names[id(one)] and one.dim() == 2 for one in matrices["params"])
     assert sum(len(group["params"]) for group in (decayed, plain, matrices)) == len(names)

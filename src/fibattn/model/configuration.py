@@ -81,6 +81,7 @@ class FibAttnConfig(SavesShim, PreTrainedConfig):
         gated_mlp: the feed-forward has a gate (`gate_proj`), as in Llama; without one it is `down(act(up(x)))`.
         embedding_skip: the embedding is normalised, and every layer begins with a learned mix of the residual stream
             and that embedding.
+        head_gates: the output of each head goes through a gate that the layer's input decides.
         zero_init_outputs: what writes to the residual stream begins at zero; otherwise small (paper, section 4).
         autocast_residual: under autocast the residual stream has the autocast dtype; otherwise the embedding's.
         base: `fibonacci` or `power_of_two`.
@@ -141,6 +142,7 @@ class FibAttnConfig(SavesShim, PreTrainedConfig):
     mlp_bias: bool = False
     gated_mlp: bool = True
     embedding_skip: bool = False
+    head_gates: bool = False
     zero_init_outputs: bool = False
     autocast_residual: bool = False
     pad_token_id: int | None = None

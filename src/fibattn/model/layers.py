@@ -18,6 +18,7 @@ from fibattn.model.cache import RingLayer, check_full, ring_of
 from fibattn.model.configuration import FibAttnConfig
 from fibattn.model.convolution import convolved
 from fibattn.model.feed_forward import gains_from_padding, padded_gated
+from fibattn.model.gate import FibAttnGate
 from fibattn.model.layer import LearnedScale, new_theta
 from fibattn.model.norm import FibAttnRMSNorm
 from fibattn.model.positions import Shard
@@ -40,6 +41,7 @@ class FibAttnAttention(LearnedScale):
         self.trust = nn.Parameter(torch.ones(kv_heads)) if config.chooses(layer) else None
         self.kv_convolution = nn.Parameter(torch.zeros(2, taps, kv_heads * size)) if taps else None
         bias = config.attention_bias or config.qkv_bias
+        self.head_gate = FibAttnGate(config.hidden_size, heads) if config.head_gates else None
         self.q_proj = nn.Linear(config.hidden_size, heads * size, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_heads * size, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * size, bias=bias)
@@ -84,6 +86,8 @@ class FibAttnAttention(LearnedScale):
         if self.rotated:
             q, k = rotate(q, rotation), rotate(k, rotation)
         out = self.attend(q, k, v, far, raw, ring, attention_mask, positions, cache, cache_positions, shard, **kwargs)
+        if self.head_gate is not None:
+            out = self.head_gate(hidden, out)
         return self.o_proj(out.reshape(*hidden.shape[:2], -1))
 
     def attend(

@@ -18,6 +18,7 @@ from fibattn.model import batching
 from fibattn.model.cache import CACHE_NAME, only_cache
 from fibattn.model.configuration import FibAttnConfig, FoundByShim
 from fibattn.model.feed_forward import is_plain
+from fibattn.model.gate import FibAttnGate
 from fibattn.model.layers import FibAttnAttention, FibAttnDecoderLayer
 from fibattn.model.loss import IGNORED, linear_cross_entropy
 from fibattn.model.norm import FibAttnRMSNorm
@@ -73,6 +74,8 @@ class FibAttnPreTrainedModel(FoundByShim, PreTrainedModel):
             ):
                 if weight is not None:
                     fill(weight)
+        elif isinstance(module, FibAttnGate):
+            initialization.zeros_(module.weight)
         elif isinstance(module, FibAttnDecoderLayer) and module.skip is not None:
             initialization.copy_(module.skip, module.skip.new_tensor([1.0, 0.0]))
         elif isinstance(module, FibAttnRotaryEmbedding):

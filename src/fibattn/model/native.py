@@ -31,7 +31,10 @@ _FAMILIES: dict[str, tuple[tuple[str, ...], dict[str, bool]]] = {
     "qwen3": (("attention_bias",), {"qk_norm": True}),
     "smollm3": (_BIASES, {}),
     FibAttnConfig.model_type: (
-        (*_BIASES, "qkv_bias", "qk_norm", "gated_mlp", "embedding_skip", "autocast_residual", "no_rope_layers"),
+        (
+            *(*_BIASES, "qkv_bias", "qk_norm", "gated_mlp", "embedding_skip", "head_gates", "autocast_residual"),
+            "no_rope_layers",
+        ),
         {},
     ),
 }

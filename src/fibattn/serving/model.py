@@ -50,6 +50,8 @@ class FibAttnAttention(nn.Module):
         self.qkv_proj = QKVParallelLinear(config.hidden_size, size, heads, kv_heads, quant_config=quantised, **of_qkv)
         self.o_proj = RowParallelLinear(heads * size, config.hidden_size, quant_config=quantised, **of_out)
         self.q_norm, self.k_norm = (RMSNorm(size, eps=config.rms_norm_eps) if config.qk_norm else None for _ in "qk")
+        of_gate = {"bias": False, "prefix": f"{prefix}.head_gate"}
+        self.head_gate = ColumnParallelLinear(config.hidden_size, heads, **of_gate) if config.head_gates else None
         self.theta = nn.Parameter(torch.zeros(1, dtype=torch.float32)) if config.learns_alpha(index) else None
         window, how = planned(vllm_config)[index], {}
         if window is not None:
@@ -75,8 +77,11 @@ class FibAttnAttention(nn.Module):
             q, k = self.q_norm(q.contiguous()), self.k_norm(k.contiguous())
         if self.rotated:
             q, k = (rotate(x[None], positions[self.scales_rope])[0] for x in (q, k))
-        out, _ = self.o_proj(self.attn(q.flatten(-2), k.flatten(-2), v.flatten(-2)))
-        return out
+        out = self.attn(q.flatten(-2), k.flatten(-2), v.flatten(-2))
+        if self.head_gate is not None:
+            gates = 2 * torch.sigmoid(self.head_gate(hidden_states)[0])
+            out = (out.unflatten(-1, (self.heads, self.head_dim)) * gates[..., None]).flatten(-2)
+        return self.o_proj(out)[0]
 
 
 class _Gated(nn.Module):

@@ -25,7 +25,7 @@ _ITERATIONS = 5
 def build_optimizer(model: nn.Module, chosen: OptimizerRecipe) -> torch.optim.Optimizer:
     """The optimizer of a recipe; weight decay on parameters of two dimensions or more, none on the rest."""
     trained = [(name, one) for name, one in model.named_parameters() if one.requires_grad]
-    is_matrix = {name: chosen.muon and one.dim() == 2 and ".layers." in f".{name}" for name, one in trained}
+    is_matrix = {name: chosen.muon and one.dim() == 2 and _is_of_a_layer(name) for name, one in trained}
     adamw = {"lr": chosen.learning_rate, "betas": (chosen.beta1, chosen.beta2), "eps": chosen.epsilon, "fused": True}
     decayed = [one for name, one in trained if one.dim() >= 2 and not is_matrix[name]]
     groups = [
@@ -37,6 +37,11 @@ def build_optimizer(model: nn.Module, chosen: OptimizerRecipe) -> torch.optim.Op
     muon = {"lr": chosen.muon_learning_rate, "momentum": chosen.muon_momentum, "weight_decay": chosen.weight_decay}
     matrices = [one for name, one in trained if is_matrix[name]]
     return MuonAndAdamW(groups, [{**muon, "params": matrices}])
+
+
+def _is_of_a_layer(name: str) -> bool:
+    """Whether Muon is for that matrix: of a layer, and no gate's, which is a vector for each head."""
+    return ".layers." in f".{name}" and ".head_gate." not in name
 
 
 class MuonAndAdamW(torch.optim.Optimizer):

@@ -76,6 +76,8 @@ class ModelRecipe:
     """Normalise queries and keys."""
     embedding_skip: bool = False
     """Normalise the embedding, and mix it into the input of every layer."""
+    head_gates: bool = False
+    """Let each layer's input decide how much of every head's output goes on."""
     zero_init_outputs: bool = False
     """Begin with layers that add nothing."""
     autocast_residual: bool = False
