@@ -41,6 +41,7 @@ def _step(
 _TURNS: dict[str, tuple[str, dict[str, Any]]] = {
     "epochs": ("whole passes over the text, not sequences drawn with replacement", {"order": "epochs"}),
     "embedding-6": ("AdamW at 6e-3, for the embedding and the norms", {"learning_rate": 6e-3}),
+    "embedding-12": ("AdamW at 1.2e-2", {"learning_rate": 1.2e-2}),
     "muon-12": ("Muon at 1.2e-2", {"muon_learning_rate": 1.2e-2}),
     "weight-decay-2": ("weight decay of 0.2", {"weight_decay": 0.2}),
     "weight-decay-05": ("weight decay of 0.05", {"weight_decay": 0.05}),
@@ -81,6 +82,7 @@ def _climb() -> tuple[Step, ...]:
     _reshape(steps)
     for name, (change, field) in _TURNS.items():
         _step(steps, name, change, "muon8", False, **field)
+    _gate(steps, full)
     return tuple(steps)
 
 
@@ -94,6 +96,18 @@ def _shape(layers: int, heads: int, groups: int, inner: int, full: tuple[int, ..
         "intermediate_size": inner,
         **hybrid_layers(layers, full=full),
     }
+
+
+def _gate(steps: list[Step], full: dict[str, Any]) -> None:
+    """Add steps whose heads have gates, beside plain windows."""
+    window = {"window": 127, **hybrid_layers(8, full=(7,), sparse="sliding_attention")}
+    change = "gates for the heads, and plain windows of 128 keys in place of rungs"
+    _step(steps, "gates-window-6", change, "embedding-6", False, head_gates=True, **window)
+    change = "full attention in every layer"
+    _step(steps, "gates-dense-6", change, "gates-window-6", False, **full, window=ModelRecipe.window)
+    window |= hybrid_layers(10, (4, 9), sparse="sliding_attention")
+    change = "gates for the heads, plain windows of 128 keys, AdamW at 8e-3"
+    _step(steps, "gates-wide-64", change, "wide-64", False, head_gates=True, learning_rate=8e-3, **window)
 
 
 def _reshape(steps: list[Step]) -> None:

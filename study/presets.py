@@ -15,9 +15,9 @@ from fibattn.errors import InputError, suggestion
 from fibattn.pattern import Base, Pattern, Schedule, hybrid_layers, layer_patterns
 from fibattn.training.presets import DEFAULT, PRESETS
 from fibattn.training.recipe import ModelRecipe, OptimizerRecipe, Recipe
-from study import rivals
 from study.ladder import LADDER, MINUTES, Step
 from study.lengthening import Lengthening, warmup
+from study.rivals import FACTORS, FINALISTS, RIVALS, SEEDS, Rivals, bounds, name_of
 
 RopeScaling = Literal["linear", "yarn"]
 
@@ -176,6 +176,23 @@ def _of_step(step: Step) -> Run:
     return Run(step.name, step.recipe.model, recipe=step.recipe, vocabulary=step.vocabulary)
 
 
+def _rivals(of: Rivals, about: str) -> Study:
+    tries = [(1.0, SEEDS[0]), *((one, SEEDS[0]) for one in FACTORS if one != 1), *((1.0, seed) for seed in SEEDS[1:])]
+    runs = tuple(
+        Run(
+            name_of(name, factor, seed),
+            model,
+            seed=seed,
+            rope_scaling=("yarn", "linear") if name == "dense" else (),
+            bounds=bounds(model),
+            recipe=of.at_rate(factor),
+        )
+        for factor, seed in tries
+        for name, model in of.models.items()
+    )
+    return Study(about, of.at_rate(1.0), runs, eval_tokens=524_288, items=0)
+
+
 def _smoke(run: Run, **changes: object) -> Run:
     own = {name: getattr(run.model, name) for name in ("layer_types", "base", "schedule", "max_offset")}
     return replace(run, model=replace(_small, **{**own, **changes}))  # pyright: ignore
@@ -260,36 +277,15 @@ STUDIES: dict[str, Study] = {
         eval_tokens=524_288,
         items=0,
     ),
-    "rivals": Study(
-        "dense, hybrids and windows at the tuned recipe: rates, then seeds",
-        rivals.at_rate(1.0),
-        tuple(
-            Run(
-                rivals.name_of(name, factor, seed),
-                model,
-                seed=seed,
-                rope_scaling=("yarn", "linear") if name == "dense" else (),
-                bounds=rivals.bounds(model),
-                recipe=rivals.at_rate(factor),
-            )
-            for factor, seed in [
-                (1.0, SEED),
-                *((one, SEED) for one in rivals.FACTORS if one != 1),
-                (1.0, 43),
-                (1.0, 44),
-            ]
-            for name, model in rivals.MODELS.items()
-        ),
-        eval_tokens=524_288,
-        items=0,
-    ),
+    RIVALS.study: _rivals(RIVALS, "dense, hybrids and windows in the default recipe: rates, then seeds"),
+    FINALISTS.study: _rivals(FINALISTS, "the same with twice the rate for the embedding, the ladder's best"),
     "long": Study(
-        "dense, the default recipe, chosen blocks, a window: a fifth of the tokens more in sequences of 8,192",
-        rivals.at_rate(1.0),
+        "dense, the finalist, chosen blocks, a window: a fifth of the tokens more in sequences of 8,192",
+        FINALISTS.at_rate(1.0),
         tuple(
-            Run(name, model, bounds=rivals.bounds(model), lengthening=Lengthening(8, share=0.2, sequences=16))
-            for name, model in rivals.MODELS.items()
-            if name in ("dense", "rungs-w64-two", "blocks-w31-none", "window-w127-none")
+            Run(name, model, bounds=bounds(model), lengthening=Lengthening(8, share=0.2, sequences=16))
+            for name, model in FINALISTS.models.items()
+            if name in ("dense", FINALISTS.ours, "blocks-w31-none", "window-w127-none")
         ),
         factors=(1, 8, 16, 32),
         eval_tokens=524_288,
@@ -297,7 +293,7 @@ STUDIES: dict[str, Study] = {
     ),
 }
 
-TUNED = ("ladder", "rivals", "five-minutes", "long")
+TUNED = ("ladder", RIVALS.study, FINALISTS.study, "five-minutes", "long")
 """Studies at tuned rates; each has tables of its own, and is compared with no other."""
 
 

@@ -22,12 +22,12 @@ from fibattn.evaluation.repeats import frequent_pairs
 from fibattn.evaluation.sweep import shared_targets, sweep
 from fibattn.lock import locked
 from fibattn.model import FibAttnForCausalLM
-from fibattn.training.presets import DEFAULT, PRESETS
 from fibattn.training.recipe import ModelRecipe, Recipe
 from fibattn.training.run import claim, model_config, sequences_of
 from fibattn.training.trainer import FibTrainer
 from study import measure
 from study.probes.copying import copying, distances
+from study.rivals import RIVALS
 from study.runner import forget, say
 from study.store import recipe_of
 from study.turns import turn
@@ -77,7 +77,7 @@ class Trials:
     data: Path
     out: Path
     work: Path
-    base: Recipe = PRESETS[DEFAULT]
+    base: Recipe = RIVALS.recipe
     """All but the attention."""
     tokens: int = 106_000_000
     eval_tokens: int = 524_288

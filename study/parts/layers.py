@@ -72,15 +72,15 @@ class RememberedEmbedding(nn.Embedding):
 class Values(nn.Module):
     """A layer's projection to values, and of each token a gated embedding."""
 
-    def __init__(self, linear: nn.Linear, ids: RememberedEmbedding, table: nn.Embedding, kv_heads: int):
+    def __init__(self, linear: nn.Linear, ids: RememberedEmbedding, table: nn.Embedding, kv_heads: int, pace: float):
         super().__init__()
-        self.linear, self.gate = linear, Gate(linear.in_features, kv_heads)
+        self.linear, self.gate, self.pace = linear, Gate(linear.in_features, kv_heads), pace
         self.shared = (ids, table)  # in a tuple, so that they are not this module's: in a layer, Muon would take them
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(batch, tokens, hidden size) to (batch, tokens, KV heads · head size)."""
         projected, (remembered, table), gates = self.linear(hidden), self.shared, self.gate(hidden)
-        own = table(remembered.ids).to(projected.dtype).unflatten(-1, (gates.shape[-2], -1))
+        own = (self.pace * table(remembered.ids)).to(projected.dtype).unflatten(-1, (gates.shape[-2], -1))
         return projected + (gates.to(projected.dtype) * own).flatten(-2)
 
 
@@ -96,16 +96,16 @@ def use(part: Part, model: FibAttnForCausalLM) -> None:
         for layer in model.model.layers:
             layer.self_attn = GatedAttention(layer.self_attn)  # pyright: ignore
     if part.values:
-        _add_values(model)
+        _add_values(model, part.pace)
 
 
-def _add_values(model: FibAttnForCausalLM) -> None:
+def _add_values(model: FibAttnForCausalLM, pace: float) -> None:
     body = model.model
     body.embed_tokens = ids = RememberedEmbedding(body.embed_tokens)
     body.value_tables = nn.ModuleList()
     for layer in body.layers[1::2]:
         attention: Any = layer.self_attn
         table = nn.Embedding(ids.num_embeddings, attention.v_proj.out_features)
-        nn.init.normal_(table.weight, std=model.config.hidden_size**-0.5)
+        nn.init.normal_(table.weight, std=model.config.hidden_size**-0.5 / pace)
         body.value_tables.append(table)
-        attention.v_proj = Values(attention.v_proj, ids, table, model.config.num_key_value_heads or 1)
+        attention.v_proj = Values(attention.v_proj, ids, table, model.config.num_key_value_heads or 1, pace)

@@ -21,6 +21,8 @@ class Part:
     """Each head's output times 2 · sigmoid of a product of the layer's input (arXiv 2505.06708, by head)."""
     values: bool = False
     """Every second layer adds an embedding of the token to its value, times such a gate of each KV head."""
+    pace: float = 1.0
+    """The tables count so many times what is stored of them, so that AdamW changes them so many times as fast."""
     untied: bool = False
     """The head has a matrix of its own, which begins at zero."""
 
@@ -48,6 +50,8 @@ PARTS = (
     Part("cap", "logits capped softly at 30", cap=30.0),
     Part("gate", "a gate for the output of each head", gate=True),
     Part("values", "embeddings of the values in every second layer, gated", values=True),
+    Part("values-10", "the same, ten times the rate for the tables", values=True, pace=10.0),
+    Part("values-100", "the same, a hundred times the rate", values=True, pace=100.0),
     Part("untied", "a head of its own", untied=True),
     Part("values-untied", "embeddings of the values, and a head of its own", values=True, untied=True),
 )

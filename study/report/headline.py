@@ -11,7 +11,7 @@ from fibattn.progress import quantity
 from fibattn.training.presets import DEFAULT
 from study.report.results import PLAIN, Group
 from study.report.rivals_tables import Records, best_rate, by_budget, seeds_of
-from study.report.tuned import RIVAL
+from study.rivals import Rivals
 from study.store import over_sets, ways
 
 
@@ -53,13 +53,13 @@ class Headline:
         return "one seed" if self.seeds == 1 else f"the mean of {self.seeds} seeds"
 
 
-def tuned_headline(records: Iterable[dict[str, Any]]) -> Headline | None:
-    """Of finished runs of the study `rivals`: at the largest budget at which both were looked at past their length.
+def tuned_headline(rivals: Rivals, records: Iterable[dict[str, Any]]) -> Headline | None:
+    """Of finished runs of them: at the largest budget at which both were looked at past their length.
 
     Without such a budget at the largest that has both, or dense alone; None without dense. Means over the seeds that
     both have, dense at the best rate that was tried.
     """
-    both = {tokens: _both(found) for tokens, found in by_budget(records).items()}
+    both = {tokens: _both(found, rivals.ours) for tokens, found in by_budget(records).items()}
     both = {tokens: pair for tokens, pair in both.items() if pair[0]}
     if not both:
         return None
@@ -77,17 +77,19 @@ def tuned_headline(records: Iterable[dict[str, Any]]) -> Headline | None:
     )
 
 
-def _both(found: dict[str, dict[str, Any]]) -> tuple[Records, Records]:
-    """Dense and the default recipe with the seeds that both have, those that were looked at far out if there are any.
+def _both(found: dict[str, dict[str, Any]], ours: str) -> tuple[Records, Records]:
+    """Dense and what stands for the project, a run of this name, with the seeds that both have.
+
+    Those that were looked at far out if there are any.
 
     All of dense and nothing where they have none in common.
     """
-    dense, ours = seeds_of(found, "dense", best_rate(found, "dense")), seeds_of(found, RIVAL, 1.0)
-    common = [seed for seed in dense if seed in ours]
-    common = [seed for seed in common if _far({seed: ours[seed]}) and _far({seed: dense[seed]})] or common
+    dense, own = seeds_of(found, "dense", best_rate(found, "dense")), seeds_of(found, ours, 1.0)
+    common = [seed for seed in dense if seed in own]
+    common = [seed for seed in common if _far({seed: own[seed]}) and _far({seed: dense[seed]})] or common
     if not common:
         return dense, {}
-    return {seed: dense[seed] for seed in common}, {seed: ours[seed] for seed in common}
+    return {seed: dense[seed] for seed in common}, {seed: own[seed] for seed in common}
 
 
 def _far(records: Records) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from study.parts.table import PARTS
 from study.report.claims import percent
 from study.report.tables import NONE, Table, speed, table, where_run
-from study.report.tuned import RIVAL
+from study.rivals import RIVALS
 from study.store import over_sets
 
 
@@ -21,7 +21,7 @@ def parts_table(folder: Path, rivals: Iterable[dict[str, Any]]) -> list[Table]:
     order = {one.name: number for number, one in enumerate(PARTS)}
     records = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("parts/*.json")]
     records = [one for one in records if one["candidate"] in order]
-    default = {(one["seed"], one["tokens"]): one for one in rivals if one["run"].split("-seed")[0] == RIVAL}
+    default = {(one["seed"], one["tokens"]): one for one in rivals if one["run"].split("-seed")[0] == RIVALS.ours}
     rows = [
         _row(one, default.get((one["seed"], one["tokens"])))
         for one in sorted(records, key=lambda one: (order[one["candidate"]], one["seed"], one["tokens"]))

@@ -8,16 +8,17 @@ from typing import Any
 
 from study.report.claims import percent
 from study.report.tables import NONE, Table, speed, table, where_run
-from study.rivals import FACTORS, MODELS, SEEDS, name_of
+from study.rivals import FACTORS, SEEDS, Rivals, name_of
 from study.store import over_sets
 
 Records = dict[int, dict[str, Any]]
 """By seed."""
 
 
-def rivals_tables(records: Iterable[dict[str, Any]]) -> list[Table]:
-    """A table of models for each budget, the largest first; `records` are finished runs of the study `rivals`."""
-    return [_of_budget(tokens, found) for tokens, found in sorted(by_budget(records).items(), reverse=True)]
+def rivals_tables(rivals: Rivals, records: Iterable[dict[str, Any]], recipe: str) -> list[Table]:
+    """A table of models for each budget, the largest first, of finished runs of them; `recipe` in words."""
+    by_tokens = sorted(by_budget(records).items(), reverse=True)
+    return [_of_budget(rivals, recipe, tokens, found) for tokens, found in by_tokens]
 
 
 def by_budget(records: Iterable[dict[str, Any]]) -> dict[int, dict[str, dict[str, Any]]]:
@@ -28,9 +29,9 @@ def by_budget(records: Iterable[dict[str, Any]]) -> dict[int, dict[str, dict[str
     return found
 
 
-def _of_budget(tokens: int, found: dict[str, dict[str, Any]]) -> Table:
+def _of_budget(rivals: Rivals, recipe: str, tokens: int, found: dict[str, dict[str, Any]]) -> Table:
     rows = []
-    for model in MODELS:
+    for model in rivals.models:
         tried = {factor: seeds_of(found, model, factor) for factor in FACTORS}
         tried = {factor: seeds for factor, seeds in tried.items() if seeds}
         if not tried:
@@ -39,16 +40,16 @@ def _of_budget(tokens: int, found: dict[str, dict[str, Any]]) -> Table:
         rows.append(_row(model, best, sorted(tried), tried[best], seeds_of(found, "dense", best_rate(found, "dense"))))
     one = next(iter(found.values()))
     note = (
-        f"{tokens / 1e6:.0f} M tokens, the default recipe but for the attention, {where_run(found.values())}; "
+        f"{tokens / 1e6:.0f} M tokens, {recipe} but for the attention, {where_run(found.values())}; "
         f"the geometric mean of the four sets' perplexities over "
         f"{over_sets(one, 'targets'):,} tokens of each, the mean of the seeds and their standard deviation; against "
         "dense over the seeds that both have. "
         "Names: rungs or a plain window of so many distances, beside so many full layers of 16; 16 times the length "
-        "with full layers bounded to the training length. Rates are in those of the default recipe: those tried at "
-        "seed 42, and the best, which the row is of. Make one again with `python -m study run rivals --data DATA "
-        f"--tokens {round(tokens / 1e6)}M --only RUN`."
+        "with full layers bounded to the training length. Rates are in those of the recipe: those tried at "
+        "seed 42, and the best, which the row is of. Make one again with "
+        f"`python -m study run {rivals.study} --data DATA --tokens {round(tokens / 1e6)}M --only RUN`."
     )
-    return table(f"Rivals at tuned rates, {tokens / 1e6:.0f} M tokens", note, rows)
+    return table(f"Rivals in {recipe}, {tokens / 1e6:.0f} M tokens", note, rows)
 
 
 def seeds_of(found: dict[str, dict[str, Any]], model: str, factor: float) -> Records:

@@ -1,4 +1,4 @@
-"""The study of rivals as groups: so that what the project set out to do is judged in the tuned recipe, too."""
+"""The rivals as groups: so that what the project set out to do is judged in a tuned recipe, too."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -6,18 +6,16 @@ from typing import Any
 from fibattn.training.presets import DEFAULT
 from study.presets import STUDIES
 from study.report.results import Group, grouped
-
-RIVAL = "rungs-w64-two"
-"""The default recipe by its name in the study `rivals`."""
+from study.rivals import Rivals
 
 
-def tuned_groups(records: Iterable[dict[str, Any]]) -> list[Group]:
-    """The finished runs of that study by budget, most training first, without those not looked at far out.
+def tuned_groups(rivals: Rivals, records: Iterable[dict[str, Any]]) -> list[Group]:
+    """Finished runs of them by budget, most training first, without those not looked at far out.
 
-    The default recipe has its own name in them.
+    The one that stands for the project has the default recipe's name in them.
     """
-    rivals = STUDIES["rivals"]
-    wanted = {str(factor * rivals.recipe.sequence_length) for factor in rivals.factors}
+    study = STUDIES[rivals.study]
+    wanted = {str(factor * study.recipe.sequence_length) for factor in study.factors}
     whole = (one for one in records if all(wanted <= set(rows) for rows in one["evaluation"].values()))
-    groups = grouped({**one, "run": one["run"].replace(RIVAL, DEFAULT)} for one in whole)
+    groups = grouped({**one, "run": one["run"].replace(rivals.ours, DEFAULT)} for one in whole)
     return sorted(groups, key=lambda group: -group.tokens)

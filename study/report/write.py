@@ -30,6 +30,7 @@ from study.report.results import Group, Results
 from study.report.rivals_tables import rivals_tables
 from study.report.tables import findings_table
 from study.report.tuned import tuned_groups
+from study.rivals import FINALISTS, RIVALS, Rivals
 
 _TOY = 10_000_000
 """Trained on fewer tokens than this, a model bears no claim."""
@@ -60,12 +61,15 @@ def write_report(folder: Path) -> Path:
     tuned = [
         *five_minutes_table(results.tuned["five-minutes"], results.outside),
         *ladder_table(results.tuned["ladder"]),
-        *rivals_tables(results.tuned["rivals"]),
+        *rivals_tables(RIVALS, results.tuned[RIVALS.study], "the default recipe"),
+        *rivals_tables(FINALISTS, results.tuned[FINALISTS.study], "the default recipe at twice the embedding's rate"),
         *long_tables(results.tuned["long"]),
     ]
-    tuned += parts_table(folder, results.tuned["rivals"])
-    tuned += far_table(far_records(folder), results.tuned["rivals"])
-    met = [one for one in _at_every_budget(OWN, tuned_groups(results.tuned["rivals"])) if one.verdict != "not run"]
+    tuned += parts_table(folder, results.tuned[RIVALS.study])
+    tuned += far_table(far_records(folder), results.tuned[RIVALS.study])
+    leading = _leading(results)
+    groups = tuned_groups(leading, results.tuned[leading.study])
+    met = [one for one in _at_every_budget(OWN, groups) if one.verdict != "not run"]
     tuned += [findings_table("Past the paper, in the tuned recipe", met, "")] if met else []
     if not results.groups:
         tables = folder / "report" / "tables.md"
@@ -120,14 +124,20 @@ def write_report(folder: Path) -> Path:
     )
 
 
+def _leading(results: Results) -> Rivals:
+    """The finalists, once the one of the project was looked at far out beside dense; until then the rivals."""
+    shown = tuned_headline(FINALISTS, results.tuned[FINALISTS.study])
+    return FINALISTS if shown is not None and len(shown.curves[-1].perplexities) > 1 else RIVALS
+
+
 def _figures(results: Results, out: Path) -> dict[str, dict[str, Any]]:
     """The figures that the results allow, by name, each with its picture and caption.
 
     Tuned models lead. Where other models were trained for longer than the main group's, theirs over evaluation length
     comes before.
     """
-    group, as_long = results.groups[0], _same_length(results)
-    tuned = tuned_headline(results.tuned["rivals"])
+    group, as_long, leading = results.groups[0], _same_length(results), _leading(results)
+    tuned = tuned_headline(leading, results.tuned[leading.study])
     untuned = paper_headline(as_long[0]) if _budgets(results) else None
     recall = unbounded_recall(results.probes)
     over_length = {"extrapolation": group}
@@ -209,7 +219,8 @@ def _trained(results: Results) -> str:
 
 def _headline(results: Results, budgets: Sequence[Group]) -> str:
     """What the numbers say of the default recipe, tuned ones before those of the largest budget at another rate."""
-    if tuned := tuned_headline(results.tuned["rivals"]):
+    leading = _leading(results)
+    if tuned := tuned_headline(leading, results.tuned[leading.study]):
         return tuned.words
     if not budgets:
         return f"{len(results.groups[0].models)} toy models: does everything run?"

@@ -17,8 +17,8 @@ from study.report.own_tables import beyond_tables, other_budget
 from study.report.paper_claims import PAPERS
 from study.report.paper_tables import papers_tables
 from study.report.results import paper
-from study.report.tuned import RIVAL
 from study.report.write import write_report
+from study.rivals import RIVALS
 from study.store import key_of, recipe_of
 
 Models = dict[str, list[dict[str, Any]]]
@@ -367,17 +367,17 @@ def test_claims_are_judged_in_the_tuned_recipe_once_the_default_was_looked_at_fa
     records = [json.loads(line) for line in published.read_text().splitlines()]
     dense = max(records, key=lambda one: one["tokens"])
     rivals = STUDIES["rivals"]
-    (run,) = rivals.chosen([RIVAL])
+    (run,) = rivals.chosen([RIVALS.ours])
     recipe = rivals.resolved(run, data=Path("d"), out=Path("o"), tokens=dense["tokens"], compiled=True)
     key = key_of(recipe, dense["inputs"]["data_fingerprint"])
-    ours = json.loads(json.dumps(dense)) | {"run": RIVAL, "key": key, "recipe": recipe_of(recipe)}
+    ours = json.loads(json.dumps(dense)) | {"run": RIVALS.ours, "key": key, "recipe": recipe_of(recipe)}
     for rows in (one for way in (ours["evaluation"], *ours["bounded"].values()) for one in way.values()):
         for row in rows.values():
             row["nll"] -= 0.03
     (tmp_path / "rivals").mkdir()
     (tmp_path / "rivals" / "dense.jsonl").write_text(json.dumps(dense) + "\n")
     assert "Past the paper, in the tuned recipe" not in write_report(tmp_path).read_text()
-    (tmp_path / "rivals" / f"{RIVAL}.jsonl").write_text(json.dumps(ours) + "\n")
+    (tmp_path / "rivals" / f"{RIVALS.ours}.jsonl").write_text(json.dumps(ours) + "\n")
     told = write_report(tmp_path).read_text()
     (table,) = [part for part in told.split("### ") if part.startswith("Past the paper, in the tuned recipe")]
     verdicts = {row.split(" | ")[0].strip("| "): row.split(" | ")[1] for row in table.splitlines()[4:]}

@@ -11,10 +11,9 @@ from study.ladder import LADDER
 from study.presets import STUDIES
 from study.report import charts
 from study.report.headline import tuned_headline
-from study.report.tuned import RIVAL
-from study.rivals import MODELS, at_rate
+from study.rivals import FINALISTS, RIVALS, Rivals
 
-NEAR, FAR = "1024", "16384"
+RIVAL = RIVALS.ours
 
 
 def record(run: str, near: float, tokens: int = 106, seed: int = 42, far: bool = True, yarn: bool = False) -> Any:
@@ -33,7 +32,7 @@ def record(run: str, near: float, tokens: int = 106, seed: int = 42, far: bool =
 
 
 def shown(*records: dict[str, Any]) -> dict[str, dict[int, float]]:
-    found = tuned_headline(records)
+    found = tuned_headline(RIVALS, records)
     assert found is not None
     return {one.name: {length: math.log(value) for length, value in one.perplexities.items()} for one in found.curves}
 
@@ -59,7 +58,7 @@ def test_where_nothing_is_known_far_out_the_default_recipe_is_a_point_and_alone_
     only_near = record(RIVAL, 2.9, far=False)
     assert shown(record("dense", 3.0), only_near)["default recipe"] == pytest.approx({1024: 2.9})
     assert set(shown(record("dense", 3.0))) == {"dense", "dense, bounded"}
-    assert tuned_headline([record(RIVAL, 2.9)]) is None
+    assert tuned_headline(RIVALS, [record(RIVAL, 2.9)]) is None
 
 
 def test_means_are_over_the_seeds_that_both_have_and_were_looked_at_far_out() -> None:
@@ -67,21 +66,28 @@ def test_means_are_over_the_seeds_that_both_have_and_were_looked_at_far_out() ->
     ours = [record(RIVAL, 9.0, far=False), record(f"{RIVAL}-seed43", 2.9, seed=43)]
     found = shown(*dense, *ours)
     assert (found["dense"][1024], found["default recipe"][1024]) == pytest.approx((3.2, 2.9))
-    found = tuned_headline([*dense[:2], record(RIVAL, 2.7), ours[1]])
+    found = tuned_headline(RIVALS, [*dense[:2], record(RIVAL, 2.7), ours[1]])
     assert found is not None
     assert found.seeds == 2
     assert f"perplexity {math.exp(2.8):.2f} with the default's" in found.words
     assert f"{math.exp(3.1):.2f} with dense (the mean of 2 seeds)" in found.words
 
 
-def test_the_rival_of_that_name_is_the_default_recipe() -> None:
+@pytest.mark.parametrize(("rivals", "step"), [(RIVALS, "muon8"), (FINALISTS, "embedding-6")])
+def test_rivals_are_trained_as_a_step_of_the_ladder_and_one_is_its_model(rivals: Rivals, step: str) -> None:
+    recipe = next(one.recipe for one in LADDER if one.name == step)
+    assert rivals.at_rate(1.0).optimizer == recipe.optimizer
+    assert rivals.models["rungs-w64-two"] == recipe.model
+    assert any(run.name == rivals.ours for run in STUDIES[rivals.study].runs)
+
+
+def test_the_rival_that_is_ours_is_the_default_recipe() -> None:
     kept = [step for step in LADDER if step.kept][-1].recipe
-    assert (MODELS[RIVAL], at_rate(1.0).optimizer) == (kept.model, kept.optimizer)
-    assert any(run.name == RIVAL for run in STUDIES["rivals"].runs)
+    assert (RIVALS.models[RIVALS.ours], RIVALS.recipe.optimizer) == (kept.model, kept.optimizer)
 
 
 def test_the_figure_keeps_its_numbers_and_what_is_not_known_is_empty(tmp_path: Path) -> None:
-    found = tuned_headline([record("dense", 3.0), record(RIVAL, 2.9, far=False)])
+    found = tuned_headline(RIVALS, [record("dense", 3.0), record(RIVAL, 2.9, far=False)])
     assert found is not None
     kept = pd.read_csv(charts.headline(found, tmp_path / "headline.svg").with_suffix(".csv"), index_col="length")
     assert kept.loc[1024, "default recipe"] == pytest.approx(math.exp(2.9))

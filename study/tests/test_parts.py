@@ -93,6 +93,18 @@ def test_values_are_added_in_every_second_layer_and_are_no_matrices_for_muon() -
     torch.testing.assert_close(logits(valued), logits(plain))
 
 
+def test_tables_of_a_faster_pace_begin_as_others_and_one_step_of_adamw_goes_farther() -> None:
+    slow, fast = (model_of(Part("", "", values=True, pace=pace)) for pace in (1.0, 10.0))
+    torch.testing.assert_close(logits(slow), logits(fast))
+    moved = []
+    for model in (slow, fast):
+        before, _ = logits(model), model(input_ids=IDS, labels=IDS).loss.backward()
+        tables = list(model.model.value_tables.parameters())
+        torch.optim.AdamW(tables, lr=1e-3, weight_decay=0.0).step()
+        moved.append((logits(model) - before).norm())
+    assert 5 < moved[1] / moved[0] < 20
+
+
 def test_a_head_of_its_own_begins_at_zero() -> None:
     model = model_of(Part("", "", untied=True))
     assert not logits(model).any()

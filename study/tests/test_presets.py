@@ -106,7 +106,7 @@ def test_lengthening_is_a_tenth_of_the_tokens_in_the_longest_sequences() -> None
     assert replace(longer, out=recipe.out, model=recipe.model, optimizer=recipe.optimizer, **same) == recipe
 
 
-@pytest.mark.parametrize(("name", "turned"), [("dense", True), ("rungs-w64-two", False)])
+@pytest.mark.parametrize(("name", "turned"), [("dense", True), ("window-w127-two", False)])
 def test_the_long_stage_is_a_fifth_of_the_tokens_in_steps_of_16_sequences(name: str, turned: bool) -> None:
     run = named("long", name)
     recipe = resolved(STUDIES["long"], run, 426_000_000)

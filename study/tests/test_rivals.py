@@ -1,18 +1,19 @@
 """The rivals: models of one size, each at its own best rate, against dense over the seeds that both have."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fibattn.model.modeling import FibAttnForCausalLM
 from fibattn.training.presets import DEFAULT, PRESETS
+from fibattn.training.recipe import Recipe
 from fibattn.training.run import model_config
-from study.presets import STUDIES
 from study.report.rivals_tables import rivals_tables
+from study.rivals import FINALISTS, RIVALS, Rivals
 
-RIVALS = STUDIES["rivals"]
+SETS = (RIVALS, FINALISTS)
 
 
 def record(run: str, nll: float, far: float, *, seed: int = 42, copied: float = 0.5) -> dict[str, Any]:
@@ -32,22 +33,20 @@ def record(run: str, nll: float, far: float, *, seed: int = 42, copied: float = 
     }
 
 
-@pytest.mark.parametrize("run", [run for run in RIVALS.runs if run.seed == 42], ids=lambda run: run.name)
-def test_rivals_have_one_size(run) -> None:
-    import torch
-
+@pytest.mark.parametrize("name", RIVALS.models)
+@pytest.mark.parametrize("rivals", SETS, ids=lambda rivals: rivals.study)
+def test_rivals_have_one_size(rivals: Rivals, name: str) -> None:
     sizes = []
-    for model in (run.model, PRESETS[DEFAULT].model):
-        recipe = RIVALS.resolved(run, data=Path("d"), out=Path("o"), tokens=106_000_000, compiled=False)
+    for model in (rivals.models[name], PRESETS[DEFAULT].model):
         with torch.device("meta"):
-            made = FibAttnForCausalLM(model_config(type(recipe)(model=model), 1024, 0))
+            made = FibAttnForCausalLM(model_config(Recipe(model=model), 1024, 0))
         sizes.append(sum(parameter.numel() for parameter in made.parameters()))
     # A convolution has a few weights that are nobody's else.
-    assert sizes[0] == pytest.approx(sizes[1], rel=0.001 if run.model.kv_convolution else 0)
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.001 if rivals.models[name].kv_convolution else 0)
 
 
 def test_the_default_recipe_is_among_them() -> None:
-    models = [run.model for run in RIVALS.runs if run.recipe is not None]
+    models = RIVALS.models.values()
     assert any(
         (model.layer_types, model.window, model.no_rope_layers)
         == (PRESETS[DEFAULT].model.layer_types, PRESETS[DEFAULT].model.window, PRESETS[DEFAULT].model.no_rope_layers)
@@ -57,6 +56,7 @@ def test_the_default_recipe_is_among_them() -> None:
 
 def test_a_row_is_of_the_best_rate_and_compares_common_seeds() -> None:
     [table] = rivals_tables(
+        RIVALS,
         [
             record("dense", 3.00, 2.9),
             record("dense-seed43", 3.10, 2.9, seed=43),
@@ -64,7 +64,8 @@ def test_a_row_is_of_the_best_rate_and_compares_common_seeds() -> None:
             record("rungs-w64-two-rate2", 2.98, 2.8),
             record("rungs-w64-two-rate2-seed43", 3.00, 2.6, seed=43),
             record("rungs-w64-two-rate2-seed44", 3.20, 2.7, seed=44),
-        ]
+        ],
+        "the recipe",
     )
     dense, rungs = (dict(zip(table.frame.columns, row, strict=True)) for row in table.rows)
     assert (
