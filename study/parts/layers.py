@@ -1,9 +1,11 @@
 """The model of a part: the default recipe's, changed in place."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fibattn.model import FibAttnForCausalLM
 from fibattn.model.layers import FibAttnAttention
@@ -84,6 +86,34 @@ class Values(nn.Module):
         return projected + (gates.to(projected.dtype) * own).flatten(-2)
 
 
+class OneProduct(nn.Module):
+    """A layer's projection to queries; keys and values come out of the same product, for `Rest` to hand on."""
+
+    def __init__(self, projections: Sequence[nn.Linear]):
+        super().__init__()
+        self.projections = nn.ModuleList(projections)
+        self.rest: tuple[Tensor, ...] = ()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(batch, tokens, hidden size) to (batch, tokens, query heads · head size)."""
+        weights: list[Any] = [one.weight for one in self.projections]
+        queries, *rest = functional.linear(hidden, torch.cat(weights)).split([len(one) for one in weights], dim=-1)
+        self.rest = tuple(rest)
+        return queries
+
+
+class Rest(nn.Module):
+    """The keys or values that the product before has made."""
+
+    def __init__(self, product: OneProduct, index: int):
+        super().__init__()
+        self.product, self.index = (product,), index  # in a tuple, so that its weights are not this module's
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Of the `hidden` that the product had: (batch, tokens, KV heads · head size)."""
+        return self.product[0].rest[self.index]
+
+
 def use(part: Part, model: FibAttnForCausalLM) -> None:
     """Give a fresh model the part."""
     if part.untied:
@@ -95,6 +125,11 @@ def use(part: Part, model: FibAttnForCausalLM) -> None:
     if part.gate:
         for layer in model.model.layers:
             layer.self_attn = GatedAttention(layer.self_attn)  # pyright: ignore
+    if part.joined:
+        for layer in model.model.layers:
+            attention: Any = layer.self_attn
+            product = OneProduct((attention.q_proj, attention.k_proj, attention.v_proj))
+            attention.q_proj, attention.k_proj, attention.v_proj = product, Rest(product, 0), Rest(product, 1)
     if part.values:
         _add_values(model, part.pace)
 

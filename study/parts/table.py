@@ -23,6 +23,8 @@ class Part:
     """Every second layer adds an embedding of the token to its value, times such a gate of each KV head."""
     pace: float = 1.0
     """The tables count so many times what is stored of them, so that AdamW changes them so many times as fast."""
+    joined: bool = False
+    """One product makes the queries, keys and values of a layer: the same numbers, perhaps sooner."""
     untied: bool = False
     """The head has a matrix of its own, which begins at zero."""
 
@@ -52,6 +54,7 @@ PARTS = (
     Part("values", "embeddings of the values in every second layer, gated", values=True),
     Part("values-10", "the same, ten times the rate for the tables", values=True, pace=10.0),
     Part("values-100", "the same, a hundred times the rate", values=True, pace=100.0),
+    Part("joined", "queries, keys and values from one product", joined=True),
     Part("untied", "a head of its own", untied=True),
     Part("values-untied", "embeddings of the values, and a head of its own", values=True, untied=True),
 )

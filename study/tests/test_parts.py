@@ -105,6 +105,17 @@ def test_tables_of_a_faster_pace_begin_as_others_and_one_step_of_adamw_goes_fart
     assert 5 < moved[1] / moved[0] < 20
 
 
+def test_one_product_makes_what_three_make_and_muon_has_its_matrices_one_by_one() -> None:
+    three, one = model_of(PLAIN), model_of(Part("", "", joined=True))
+    torch.testing.assert_close(logits(one), logits(three))
+    for model in (three, one):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer = build_optimizer(model, OptimizerRecipe(muon=True))
+        assert sum(len(group["params"]) for group in optimizer.param_groups if group.get("muon")) == 4 * 7
+    mine, theirs = one.model.layers[1].self_attn.q_proj.projections[2], three.model.layers[1].self_attn.v_proj  # pyright: ignore
+    torch.testing.assert_close(mine.weight.grad, theirs.weight.grad)
+
+
 def test_a_head_of_its_own_begins_at_zero() -> None:
     model = model_of(Part("", "", untied=True))
     assert not logits(model).any()
