@@ -14,6 +14,9 @@ from study.report.rivals_tables import Records, best_rate, by_budget, seeds_of
 from study.rivals import Rivals
 from study.store import over_sets, ways
 
+OURS = "default recipe"
+"""The name of its curve."""
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -37,10 +40,15 @@ class Headline:
     curves: tuple[Curve, ...]
 
     @property
+    def shows_ours_far_out(self) -> bool:
+        """Whether there is more of the default recipe than a point."""
+        return any(len(one.perplexities) > 1 for one in self.curves if one.name == OURS)
+
+    @property
     def words(self) -> str:
         """The same at the training length, in a sentence."""
         ends = {one.name: one.perplexities[self.trained_at] for one in self.curves}
-        if (ours := ends.get("default recipe")) is None:
+        if (ours := ends.get(OURS)) is None:
             return f"After {quantity(self.tokens)} tokens in the tuned recipe dense attention has {ends['dense']:.2f}"
         return (
             f"After {quantity(self.tokens)} tokens in the tuned recipe: perplexity {ours:.2f} with the default's "
@@ -70,7 +78,7 @@ def tuned_headline(rivals: Rivals, records: Iterable[dict[str, Any]]) -> Headlin
         Curve("dense", "dense", "-", _means(dense, PLAIN)),
         Curve("dense, YaRN", "dense", "--", _means(dense, "yarn")),
         Curve("dense, bounded", "dense", ":", _means(dense, str(trained_at))),
-        *([Curve("default recipe", "hybrid", "-", _means(ours, str(trained_at)))] if ours else []),
+        *([Curve(OURS, "hybrid", "-", _means(ours, str(trained_at)))] if ours else []),
     ]
     return Headline(
         tokens, trained_at, len(dense), tuple(one for one in curves if one.style == "-" or len(one.perplexities) > 1)
@@ -125,7 +133,7 @@ def paper_headline(group: Group) -> Headline | None:
     shown = {
         "dense": ("dense", PLAIN, "-"),
         "dense, YaRN": ("dense", "yarn", "--"),
-        "default recipe": (DEFAULT, str(group.trained_at), "-"),
+        OURS: (DEFAULT, str(group.trained_at), "-"),
     }
     curves = (
         Curve(

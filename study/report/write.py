@@ -127,7 +127,7 @@ def write_report(folder: Path) -> Path:
 def _leading(results: Results) -> Rivals:
     """The finalists, once the one of the project was looked at far out beside dense; until then the rivals."""
     shown = tuned_headline(FINALISTS, results.tuned[FINALISTS.study])
-    return FINALISTS if shown is not None and len(shown.curves[-1].perplexities) > 1 else RIVALS
+    return FINALISTS if shown is not None and shown.shows_ours_far_out else RIVALS
 
 
 def _figures(results: Results, out: Path) -> dict[str, dict[str, Any]]:

@@ -61,6 +61,17 @@ def test_where_nothing_is_known_far_out_the_default_recipe_is_a_point_and_alone_
     assert tuned_headline(RIVALS, [record(RIVAL, 2.9)]) is None
 
 
+def test_ours_is_shown_far_out_where_it_is_more_than_a_point() -> None:
+    def far(*records: dict[str, Any]) -> bool:
+        found = tuned_headline(RIVALS, records)
+        return found is not None and found.shows_ours_far_out
+
+    dense = record("dense", 3.0)
+    assert far(dense, record(RIVAL, 2.9))
+    assert not far(dense, record(RIVAL, 2.9, far=False))
+    assert not far(dense)
+
+
 def test_means_are_over_the_seeds_that_both_have_and_were_looked_at_far_out() -> None:
     dense = [record("dense", 3.0), record("dense-seed43", 3.2, seed=43), record("dense-seed44", 9.0, seed=44)]
     ours = [record(RIVAL, 9.0, far=False), record(f"{RIVAL}-seed43", 2.9, seed=43)]

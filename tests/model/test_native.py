@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 import fibattn
 from fibattn import FibAttnConfig, FibAttnForCausalLM, FibAttnModel, InputError
 from fibattn.files import sha256
+from fibattn.model import native
 from fibattn.model.streaming import growing_layers
 
 SCALED: dict[str, dict[str, Any]] = {
@@ -60,7 +61,7 @@ SOURCES |= {
     "own": ("fibattn", {**DENSE, "qk_norm": True, "gated_mlp": False, "hidden_act": "relu2"}),
     "own, with more": (
         "fibattn",
-        {**DENSE, "embedding_skip": True, "attention_bias": True, "no_rope_layers": [1, 0, 1, 1]},
+        {**DENSE, "embedding_skip": True, "head_gates": True, "attention_bias": True, "no_rope_layers": [1, 0, 1, 1]},
     ),
     "own, yarn RoPE": ("fibattn", {**DENSE, **SOURCES["llama, yarn RoPE"][1]}),
 }
@@ -259,3 +260,11 @@ def test_the_library_knows_as_much_of_each_source() -> None:
     for architecture in ("llama", "mistral", "qwen2", "qwen3", "smollm3"):
         theirs = set(type(foreign_decoders.configuration(architecture)).__annotations__)
         assert theirs <= set(FibAttnConfig.__annotations__) | left_out | of_any, architecture
+
+
+def test_every_field_of_our_own_goes_along_or_is_one_that_a_conversion_decides() -> None:
+    given = {*native._SAME, *native._FAMILIES[FibAttnConfig.model_type][0], *native._PATTERN}
+    decided = {"block_rope", "converted_from", "layer_limits", "layer_offsets", "layer_types", "rope_scales_all"}
+    sparse_alone = {"kv_convolution", "stagger_heads"}
+    of_beginnings = {"zero_init_outputs"}
+    assert set(FibAttnConfig.__annotations__) == given | decided | sparse_alone | of_beginnings
