@@ -39,20 +39,24 @@ def _step(
 
 
 _TURNS: dict[str, tuple[str, dict[str, Any]]] = {
-    "epochs": ("whole passes over the text, not sequences drawn with replacement", {"order": "epochs"}),
-    "embedding-6": ("AdamW at 6e-3, for the embedding and the norms", {"learning_rate": 6e-3}),
-    "embedding-12": ("AdamW at 1.2e-2", {"learning_rate": 1.2e-2}),
-    "muon-12": ("Muon at 1.2e-2", {"muon_learning_rate": 1.2e-2}),
-    "weight-decay-2": ("weight decay of 0.2", {"weight_decay": 0.2}),
-    "weight-decay-05": ("weight decay of 0.05", {"weight_decay": 0.05}),
+    "warmup-30": ("30 steps of warm-up for 300", {"warmup_steps": 30}),
+    "decay-5": ("weight decay of 0.5 for 0.1", {"weight_decay": 0.5}),
+    "decay-10": ("weight decay of 1", {"weight_decay": 1.0}),
+    "beta1-8": ("AdamW's mean over 5 steps for 10 (beta1 0.8)", {"beta1": 0.8}),
     "beta2-98": ("AdamW's second mean over 50 steps for 20 (beta2 0.98)", {"beta2": 0.98}),
-    "warmup-100": ("100 steps of warm-up for 300", {"warmup_steps": 100}),
-    "warmup-600": ("600 steps of warm-up", {"warmup_steps": 600}),
-    "hold": ("the highest rate for a third of the steps, then the fall", {"decay_fraction": 2 / 3}),
+    "muon-16": ("Muon at 1.6e-2", {"muon_learning_rate": 1.6e-2}),
+    "hold": ("the highest rate for a quarter of the steps, then the fall", {"decay_fraction": 0.75}),
     "final-5": ("down to a twentieth of the highest rate, not to 0", {"final_fraction": 0.05}),
     "theta-200k": ("rotary positions with a base of 200,000", {"rope_theta": 200_000.0}),
+    "skip": ("the embedding mixed into every layer's input", {"embedding_skip": True}),
+    "groups-10": (
+        "a KV head for each query head, a narrower feed-forward",
+        {"num_key_value_heads": 10, "intermediate_size": 1792},
+    ),
+    "gates": ("gates for the heads", {"head_gates": True}),
+    "epochs": ("whole passes over the text, not sequences drawn with replacement", {"order": "epochs"}),
 }
-"""Steps that change one number of the recipe: what is new, and the field."""
+"""Steps that change one thing of the recipe of five minutes: what is new, and the fields."""
 
 
 def _climb() -> tuple[Step, ...]:
@@ -80,10 +84,37 @@ def _climb() -> tuple[Step, ...]:
     _step(steps, "skip", "the embedding mixed into every layer's input", "zero", False, embedding_skip=True)
     _step(steps, "dense", "full attention in every layer", "skip", False, **full)
     _reshape(steps)
-    for name, (change, field) in _TURNS.items():
-        _step(steps, name, change, "muon8", False, **field)
-    _gate(steps, full)
+    change = "AdamW at 6e-3, for the embedding and the norms"
+    _step(steps, "embedding-6", change, "muon8", False, learning_rate=6e-3)
+    _step(steps, "embedding-12", "AdamW at 1.2e-2", "muon8", False, learning_rate=1.2e-2)
+    _widen(steps, full)
     return tuple(steps)
+
+
+def _shape(layers: int, heads: int, groups: int, inner: int, full: tuple[int, ...]) -> dict[str, Any]:
+    """A model of so many layers and heads of 64, whose feed-forward has the width `inner`."""
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": 64 * heads,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "intermediate_size": inner,
+        **hybrid_layers(layers, full=full),
+    }
+
+
+def _widen(steps: list[Step], full: dict[str, Any]) -> None:
+    """Add steps whose windows are plain and wider, and what was tried on top of them."""
+    window = {"window": 127, **hybrid_layers(8, full=(7,), sparse="sliding_attention")}
+    change = "gates for the heads, and plain windows of 128 keys in place of rungs"
+    _step(steps, "gates-window-6", change, "embedding-6", False, head_gates=True, **window)
+    change = "full attention in every layer"
+    _step(steps, "gates-dense-6", change, "gates-window-6", False, **full, window=ModelRecipe.window)
+    window |= hybrid_layers(10, (4, 9), sparse="sliding_attention")
+    change = "plain windows of 128 keys, AdamW at 8e-3"
+    _step(steps, "window-wide-64", change, "wide-64", False, learning_rate=8e-3, **window)
+    for name, (change, fields) in _TURNS.items():
+        _step(steps, f"{name}-wide-64", change, "window-wide-64", False, **fields)
 
 
 def _shape(layers: int, heads: int, groups: int, inner: int, full: tuple[int, ...]) -> dict[str, Any]:
@@ -133,10 +164,6 @@ def _reshape(steps: list[Step]) -> None:
     _step(steps, "long", change, "muon8", False, **longer | {"sequences_per_step": 16, "micro_batch": 16})
     _step(steps, "long-64", "sequences of 2,048, 32 a step", "batch", False, **longer)
     _step(steps, "few-wide-long-64", "sequences of 2,048, 32 a step", "few-wide-64", False, **few, **longer)
-    whole: dict[str, Any] = {"order": "epochs"}
-    _step(steps, "epochs-64", "whole passes over the text", "batch", False, **whole)
-    change = "whole passes over the text"
-    _step(steps, "few-wide-long-epochs-64", change, "few-wide-long-64", False, **few, **whole)
 
 
 LADDER = _climb()

@@ -8,7 +8,7 @@ from study.ladder import MINUTES
 from study.report.tables import Table, table, where_run
 
 OUTSIDE = "karpathy/autoresearch"
-_NAMES = {step.name: f"{step.name} ({step.change})" for step in MINUTES}
+_STEPS = {step.name: step for step in MINUTES}
 
 
 def five_minutes_table(records: Iterable[dict[str, Any]], outside: Iterable[dict[str, Any]]) -> list[Table]:
@@ -18,7 +18,7 @@ def five_minutes_table(records: Iterable[dict[str, Any]], outside: Iterable[dict
         seconds = one["tokens"] / one["training"]["tokens_per_second"]
         for length in sorted(map(int, next(iter(one["evaluation"].values())))):
             bits = {name: lengths[str(length)]["bits_per_byte"] for name, lengths in one["evaluation"].items()}
-            name = f"{_NAMES.get(one['run'], one['run'])}, in sequences of {length:,}"
+            name = f"{_told(one['run'])}, in sequences of {length:,}"
             rows.append(_row(name, bits, one["tokens"], seconds, one["model"]["parameters"]))
     if not rows:
         return []
@@ -36,6 +36,16 @@ def five_minutes_table(records: Iterable[dict[str, Any]], outside: Iterable[dict
         "and `python -m study outside CHECKOUT --data DATA-8192 --like DATA`."
     )
     return [table("Five minutes of one GPU", note, rows)]
+
+
+def _told(name: str) -> str:
+    """A run's name; of a step, too, what is new in it and in the large steps before it."""
+    changes: list[str] = []
+    step = _STEPS.get(name)
+    while step is not None:
+        changes.append(step.change)
+        step = _STEPS.get(step.since or "")
+    return f"{name} ({'; '.join(reversed(changes))})" if changes else name
 
 
 def _row(name: str, bits: dict[str, float], tokens: int, seconds: float, parameters: int) -> dict[str, str]:
