@@ -117,30 +117,6 @@ def _widen(steps: list[Step], full: dict[str, Any]) -> None:
         _step(steps, f"{name}-wide-64", change, "window-wide-64", False, **fields)
 
 
-def _shape(layers: int, heads: int, groups: int, inner: int, full: tuple[int, ...]) -> dict[str, Any]:
-    """A model of so many layers and heads of 64, whose feed-forward has the width `inner`."""
-    return {
-        "num_hidden_layers": layers,
-        "hidden_size": 64 * heads,
-        "num_attention_heads": heads,
-        "num_key_value_heads": groups,
-        "intermediate_size": inner,
-        **hybrid_layers(layers, full=full),
-    }
-
-
-def _gate(steps: list[Step], full: dict[str, Any]) -> None:
-    """Add steps whose heads have gates, beside plain windows."""
-    window = {"window": 127, **hybrid_layers(8, full=(7,), sparse="sliding_attention")}
-    change = "gates for the heads, and plain windows of 128 keys in place of rungs"
-    _step(steps, "gates-window-6", change, "embedding-6", False, head_gates=True, **window)
-    change = "full attention in every layer"
-    _step(steps, "gates-dense-6", change, "gates-window-6", False, **full, window=ModelRecipe.window)
-    window |= hybrid_layers(10, (4, 9), sparse="sliding_attention")
-    change = "gates for the heads, plain windows of 128 keys, AdamW at 8e-3"
-    _step(steps, "gates-wide-64", change, "wide-64", False, head_gates=True, learning_rate=8e-3, **window)
-
-
 def _reshape(steps: list[Step]) -> None:
     """Add steps to other shapes, each as large as the others within 1 % unless it says otherwise."""
     wide, few = _shape(10, 10, 2, 2304, (4, 9)), {"vocabulary": 8192}
