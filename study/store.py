@@ -73,7 +73,12 @@ def _telling(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]
 
 def key_of(recipe: Recipe, data_fingerprint: str) -> str:
     """The digest by which a run of `recipe` on these data is known."""
-    text = json.dumps([recipe_of(recipe), data_fingerprint], sort_keys=True)
+    return digest(recipe_of(recipe), data_fingerprint)
+
+
+def digest(recipe: dict[str, Any], data_fingerprint: str) -> str:
+    """The same of what `recipe_of` gave."""
+    text = json.dumps([recipe, data_fingerprint], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

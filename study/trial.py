@@ -49,17 +49,12 @@ class Candidate(Protocol):
         """In words."""
         ...
 
-    @property
-    def full(self) -> tuple[int, ...]:
-        """The layers with full attention."""
-        ...
-
     def like(self, model: ModelRecipe, reach: int) -> ModelRecipe:
         """The recipe of its model, which looks back so far."""
         ...
 
-    def keys(self, length: int) -> float:
-        """What a sparse layer reads for a token `length` tokens into the text, in keys with their values."""
+    def keys(self, length: int, model: ModelRecipe) -> float:
+        """What a sparse layer of `model` reads for a token `length` tokens into the text, in keys with their values."""
         ...
 
     def use(self, model: FibAttnForCausalLM, reach: int) -> None:
@@ -78,10 +73,12 @@ class Trials:
     out: Path
     work: Path
     base: Recipe = RIVALS.recipe
-    """All but the attention."""
+    """All but what is tried."""
     tokens: int = 106_000_000
     eval_tokens: int = 524_288
     seeds: tuple[int, ...] = (42,)
+    step: str | None = None
+    """Of the ladder, where `base` is its recipe and not the rivals'."""
 
 
 def run_trials(trials: Trials) -> tuple[str, ...]:
@@ -96,14 +93,14 @@ def run_trials(trials: Trials) -> tuple[str, ...]:
     frequent = _frequent(trials, data, targets)
     for seed in trials.seeds:
         for candidate in trials.candidates:
-            name = candidate.name if seed == 42 else f"{candidate.name}-seed{seed}"
+            name = candidate.name + (f"-seed{seed}" if seed != 42 else "") + (f"@{trials.step}" if trials.step else "")
             result, recipe = trials.out / trials.verb / f"{name}.json", _recipe(trials, candidate, seed, name)
             with locked(recipe.out.parent) as mine:
                 if not mine or result.exists():
                     continue
                 try:
                     found = _measured(trials, candidate, recipe, data, frequent)
-                    files.write_json(result, {"candidate": candidate.name, "seed": seed, **found})
+                    files.write_json(result, {"candidate": candidate.name, "seed": seed, "step": trials.step, **found})
                     shutil.rmtree(recipe.out)
                 except Exception:
                     traceback.print_exc()
@@ -148,19 +145,21 @@ def _measured(
         forget()
         how: dict[str, Any] = {"sets": [], "tokens": trials.eval_tokens, "quiet": True}
         trained_model = _fresh(candidate, recipe, data, None, like=model)
-        evaluation = sweep(trained_model, data, lengths=[length], frequent=frequent, **how)["sets"]
+        evaluation = sweep(trained_model, data, lengths=[length, 2 * length], frequent=frequent, **how)["sets"]
         copied = copying(trained_model, distances(length))
         bounded = _fresh(candidate, recipe, data, length - 1, like=model)
         longer = sweep(bounded, data, lengths=[FACTOR * length], **how)["sets"]
     ended = time.monotonic()
-    read, full = candidate.keys(length), len(candidate.full)
-    layers, shape = recipe.model.num_hidden_layers, recipe.model
-    a_key = 4 * (shape.num_key_value_heads or 1) * shape.hidden_size // shape.num_attention_heads
+    shape = recipe.resolved().model
+    read, layers = candidate.keys(length, shape), len(shape.layer_types)
+    full = shape.layer_types.count("full_attention")
+    a_key = 4 * shape.num_key_value_heads * (shape.head_dim or shape.hidden_size // shape.num_attention_heads)
     found = {
         "about": candidate.about,
         "settings": asdict(candidate),  # pyright: ignore[reportArgumentType]
         "command": f"python -m study {trials.verb} --data DATA --tokens {trials.tokens} "
-        f"--eval-tokens {trials.eval_tokens} --only {candidate.name} --seeds {recipe.init_seed}",
+        f"--eval-tokens {trials.eval_tokens} --only {candidate.name} --seeds {recipe.init_seed}"
+        + (f" --recipe {trials.step}" if trials.step else ""),
         "tokens": recipe.tokens,
         "trained_at": length,
         "recipe": recipe_of(recipe),
@@ -206,7 +205,7 @@ def _fresh(
 ) -> FibAttnForCausalLM:
     """A model of the candidate, with the weights of one that was trained where `like` is given, on its device."""
     config = model_config(recipe, data.vocab_size, data.separator)
-    config.full_reach = full_reach if candidate.full else None
+    config.full_reach = full_reach if "full_attention" in (config.layer_types or []) else None
     torch.manual_seed(recipe.init_seed)
     model = FibAttnForCausalLM(config)
     candidate.use(model, recipe.sequence_length - 1)

@@ -12,6 +12,7 @@ from fibattn.cli.prepare import count
 from fibattn.errors import InputError, suggestion
 
 if TYPE_CHECKING:
+    from fibattn.training.recipe import Recipe
     from study.trial import Candidate
 
 AnyCandidate = TypeVar("AnyCandidate", bound="Candidate")
@@ -33,6 +34,8 @@ class Arguments:
     """Training tokens of each run."""
     eval_tokens: str = "524288"
     """Targets of each held-out set."""
+    recipe: str | None = None
+    """A step of the ladder, whose recipe the models are trained in; the rivals' when left out."""
     seeds: tuple[int, ...] = (42,)
     """Each seeds the weights and the order of the text of one run."""
     processes: int = 1
@@ -45,7 +48,7 @@ def run_verb(verb: str, about: str, table: Sequence[AnyCandidate], shown: str, a
     `about` and the names that are `shown` are the help.
     """
     given = parse(Arguments, arguments, f"python -m study {verb}", description=cleandoc(about) + shown)
-    candidates = chosen(table, given.only)
+    candidates, base = chosen(table, given.only), _base(given.recipe)
     if given.processes > 1:
         from study.processes import side_by_side
 
@@ -61,6 +64,8 @@ def run_verb(verb: str, about: str, table: Sequence[AnyCandidate], shown: str, a
             data=given.data,
             out=given.out,
             work=given.work or given.out / "work",
+            base=base,
+            step=given.recipe,
             tokens=count(given.tokens),
             eval_tokens=count(given.eval_tokens),
             seeds=given.seeds,
@@ -68,6 +73,16 @@ def run_verb(verb: str, about: str, table: Sequence[AnyCandidate], shown: str, a
     )
     if failed:
         raise SystemExit(1)
+
+
+def _base(step: str | None) -> "Recipe":
+    from study.ladder import LADDER
+    from study.rivals import RIVALS
+
+    recipes = {one.name: one.recipe for one in LADDER}
+    if step is not None and step not in recipes:
+        raise InputError(f"no step of the ladder is named {step!r}: {suggestion(step, recipes, 'steps')}")
+    return RIVALS.recipe if step is None else recipes[step]
 
 
 def chosen(table: Sequence[AnyCandidate], patterns: Iterable[str]) -> tuple[AnyCandidate, ...]:
@@ -90,5 +105,6 @@ def as_flags(verb: str, given: Arguments) -> list[str]:
     """The command line that gives these arguments."""
     words = [verb, "--data", str(given.data), "--only", *given.only, "--out", str(given.out)]
     words += ["--work", str(given.work)] if given.work else []
+    words += ["--recipe", given.recipe] if given.recipe else []
     words += ["--tokens", given.tokens, "--eval-tokens", given.eval_tokens]
     return [*words, "--seeds", *map(str, given.seeds), "--processes", str(given.processes)]

@@ -90,7 +90,7 @@ class Candidate:
             model = replace(model, kv_convolution=TAPS if self.carry == "convolution" else 0, **blocks)
         return replace(model, window=self.window, **hybrid_layers(layers, full, sparse=sparse))
 
-    def keys(self, length: int) -> float:
+    def keys(self, length: int, model: ModelRecipe) -> float:
         """What a sparse layer reads for a token `length` tokens into the text, in keys with their values.
 
         A summary that is only scored counts half, for it has no value; a mean of a span four, for its two prefix sums

@@ -28,18 +28,13 @@ class Part:
     untied: bool = False
     """The head has a matrix of its own, which begins at zero."""
 
-    @property
-    def full(self) -> tuple[int, ...]:
-        """The full layers of the default recipe."""
-        return (7, 15)
-
     def like(self, model: ModelRecipe, reach: int) -> ModelRecipe:
         """The default recipe's model, before it is bounded."""
         return replace(model, full_reach=None)
 
-    def keys(self, length: int) -> float:
-        """As the default recipe's: a window of 65 keys and some six rungs."""
-        return 71
+    def keys(self, length: int, model: ModelRecipe) -> float:
+        """As without the part: a window, and at 1,024 tokens some six rungs where there are any."""
+        return model.window + 1 + 6 * ("fibonacci_attention" in model.layer_types)
 
     def use(self, model: "FibAttnForCausalLM", reach: int) -> None:
         """Give a fresh model the part."""

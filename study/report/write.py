@@ -65,7 +65,7 @@ def write_report(folder: Path) -> Path:
         *rivals_tables(FINALISTS, results.tuned[FINALISTS.study], "the default recipe at twice the embedding's rate"),
         *long_tables(results.tuned["long"]),
     ]
-    tuned += parts_table(folder, results.tuned[RIVALS.study])
+    tuned += parts_table(folder)
     tuned += far_table(far_records(folder), results.tuned[RIVALS.study])
     leading = _leading(results)
     groups = tuned_groups(leading, results.tuned[leading.study])

@@ -225,7 +225,7 @@ def test_spans_cover_what_is_past_the_window() -> None:
 
 def test_the_best_blocks_read_the_bytes_of_128_keys() -> None:
     names = ["best", "best-means", "best-spans", "best-beside", "window-128"]
-    assert {one.keys(1024) for one in chosen(names)} == {128}
+    assert {one.keys(1024, ModelRecipe()) for one in chosen(names)} == {128}
 
 
 def test_trials_write_a_file_each_and_skip_what_is_there(prepared: Path, tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_trials_write_a_file_each_and_skip_what_is_there(prepared: Path, tmp_pat
     found = files.read_json(results[0])
     assert found["candidate"] == "beside"
     assert found["model"]["full_layers"] == 1
-    assert set(next(iter(found["evaluation"].values()))) == {"64"}
+    assert set(next(iter(found["evaluation"].values()))) == {"64", "128"}
     assert set(next(iter(found["bounded"].values()))) == {"1024"}
     assert set(found["copying"]) >= {"16", "256"}
     assert run_trials(trials) == ()

@@ -1,5 +1,7 @@
 """Parts in trial form: what each computes, that all of it learns, and one run of each kind."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,13 +9,15 @@ import torch
 from tiny_runs import HYBRID
 from torch.nn import functional
 
-from fibattn import FibAttnConfig, FibAttnForCausalLM, files
+from fibattn import FibAttnConfig, FibAttnForCausalLM, InputError, files
 from fibattn.data.prepared import PreparedData
 from fibattn.evaluation.sweep import sweep
 from fibattn.training.optimizers import MuonAndAdamW, build_optimizer
 from fibattn.training.recipe import OptimizerRecipe
+from study.commands.parts import run
 from study.parts.table import PARTS, Part
 from study.report.parts_table import parts_table
+from study.store import digest
 from study.trial import Trials, run_trials
 
 IDS = torch.randint(64, (2, 50), generator=torch.Generator().manual_seed(1))
@@ -130,12 +134,37 @@ def test_parts_are_trained_measured_and_told(prepared: Path, tmp_path: Path) -> 
     assert set(found) == {"cap", "gate", "values-untied"}
     assert "python -m study parts" in found["cap"]["command"]
     assert found["values-untied"]["model"]["parameters"] > found["cap"]["model"]["parameters"] + 2 * 64 * 16
-    rival = found["cap"] | {"run": "rungs-w64-two"}
-    [table] = parts_table(out, [rival, rival | {"run": "dense", "tokens": 1}])
+    of_store = {"kind": "run", "key": digest(found["cap"]["recipe"], found["cap"]["inputs"]["data_fingerprint"])}
+    of_store |= {
+        "time": "2026",
+        "study": "ladder",
+        "run": "muon8",
+        "flops_per_token": {},
+        "rope_scaling": {},
+        "convention": "",
+    }
+    files.write_text(out / "ladder" / "muon8.jsonl", json.dumps(found["cap"] | of_store) + "\n")
+    [table] = parts_table(out)
     rows = [dict(zip(table.frame.columns, row, strict=True)) for row in table.rows]
     assert [row["part"] for row in rows] == ["cap", "gate", "values-untied"]
-    assert rows[0]["against the default"] == "+0.0 %"
-    assert parts_table(tmp_path, []) == []
+    assert rows[0]["against the recipe"] == "+0.0 %"
+    assert rows[1]["against the recipe"] not in ("+0.0 %", "–")
+    assert parts_table(tmp_path) == []
+
+
+def test_a_part_is_put_into_the_recipe_of_a_step(prepared: Path, tmp_path: Path) -> None:
+    out, base = tmp_path / "out", replace(HYBRID, steps=1)
+    assert (
+        run_trials(Trials("parts", PARTS[:1], prepared, out, tmp_path / "work", base, 1024, 2048, step="batch")) == ()
+    )
+    found = files.read_json(out / "parts" / "cap@batch.json")
+    assert found["command"].endswith("--recipe batch")
+    assert found["model"]["full_layers"] == HYBRID.resolved().model.layer_types.count("full_attention")
+    [table] = parts_table(out)
+    row = dict(zip(table.frame.columns, table.rows[0], strict=True))
+    assert (row["part"], row["recipe"], row["against the recipe"]) == ("cap", "batch", "–")
+    with pytest.raises(InputError, match=r"no step of the ladder is named 'bach'.*'batch'"):
+        run(["--data", str(prepared), "--only", "cap", "--recipe", "bach"])
 
 
 def test_the_evaluation_takes_capped_logits(prepared: Path) -> None:
