@@ -112,9 +112,9 @@ def _widen(steps: list[Step], full: dict[str, Any]) -> None:
     _step(steps, "gates-dense-6", change, "gates-window-6", False, **full, window=ModelRecipe.window)
     window |= hybrid_layers(10, (4, 9), sparse="sliding_attention")
     change = "plain windows of 128 keys, AdamW at 8e-3"
-    _step(steps, "window-wide-64", change, "wide-64", False, learning_rate=8e-3, **window)
+    _step(steps, "wide-window-64", change, "wide-64", False, learning_rate=8e-3, **window)
     for name, (change, fields) in _TURNS.items():
-        _step(steps, f"{name}-wide-64", change, "window-wide-64", False, **fields)
+        _step(steps, f"wide-{name}-64", change, "wide-window-64", False, **fields)
 
 
 def _reshape(steps: list[Step]) -> None:

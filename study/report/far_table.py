@@ -65,7 +65,7 @@ def _row(
         "what it is": record["about"],
         "tokens": f"{record['tokens'] / 1e6:.0f} M",
         "full layers": str(record["model"]["full_layers"]),
-        "keys": f"{record['model']['keys']:.0f}",
+        "keys": "all" if record["candidate"].startswith("dense") else f"{record['model']['keys']:.0f}",
         "kB": f"{record['model']['bytes'] / 1000:.0f}",
         "perplexity": f"{math.exp(nll):.2f}",
         "against": NONE if control is None or control is record else _change(record, control),
