@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, TypeVar
 from fibattn.cli.flags import parse
 from fibattn.cli.prepare import count
 from fibattn.errors import InputError, suggestion
+from fibattn.training.recipe import Recipe
+from study.ladder import LADDER
+from study.rivals import RIVALS
 
 if TYPE_CHECKING:
-    from fibattn.training.recipe import Recipe
     from study.trial import Candidate
 
 AnyCandidate = TypeVar("AnyCandidate", bound="Candidate")
@@ -75,10 +77,7 @@ def run_verb(verb: str, about: str, table: Sequence[AnyCandidate], shown: str, a
         raise SystemExit(1)
 
 
-def _base(step: str | None) -> "Recipe":
-    from study.ladder import LADDER
-    from study.rivals import RIVALS
-
+def _base(step: str | None) -> Recipe:
     recipes = {one.name: one.recipe for one in LADDER}
     if step is not None and step not in recipes:
         raise InputError(f"no step of the ladder is named {step!r}: {suggestion(step, recipes, 'steps')}")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fibattn.model import FibAttnForCausalLM
-from fibattn.model.layers import FibAttnAttention
+from fibattn.model.gate import FibAttnGate
 from study.parts.table import Part
 
 
@@ -22,39 +22,6 @@ class CappedHead(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(…, hidden size) to logits (…, vocabulary)."""
         return self.cap * torch.tanh(super().forward(input).float() / self.cap)
-
-
-class Gate(nn.Module):
-    """A number for each head of a token, from 0 to 2 and 1 at first: (batch, tokens, hidden size) to (…, heads, 1)."""
-
-    def __init__(self, hidden_size: int, heads: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(heads, hidden_size, 1))  # three dimensions: no matrix for Muon
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """In the dtype of `hidden`."""
-        return 2 * torch.sigmoid(hidden @ self.weight[..., 0].T.to(hidden.dtype))[..., None]
-
-
-class GatedAttention(FibAttnAttention):
-    """A layer whose heads are gated. Without a cache: for trials."""
-
-    def __init__(self, like: FibAttnAttention):
-        super().__init__(like.config, like.layer_idx)
-        self.load_state_dict(like.state_dict())
-        self.gate = Gate(like.config.hidden_size, like.config.num_attention_heads)
-        self.gates: Tensor | None = None
-
-    def forward(self, hidden: Tensor, *given: Any, **more: Any) -> Tensor:  # pyright: ignore
-        """As the layer's."""
-        self.gates = self.gate(hidden)
-        return super().forward(hidden, *given, **more)
-
-    def attend(self, *given: Any, **more: Any) -> Tensor:
-        """As the layer's, times the gates: (batch, tokens, query heads, head size)."""
-        assert self.gates is not None
-        out = super().attend(*given, **more)
-        return out * self.gates.to(out.dtype)
 
 
 class RememberedEmbedding(nn.Embedding):
@@ -76,14 +43,14 @@ class Values(nn.Module):
 
     def __init__(self, linear: nn.Linear, ids: RememberedEmbedding, table: nn.Embedding, kv_heads: int, pace: float):
         super().__init__()
-        self.linear, self.gate, self.pace = linear, Gate(linear.in_features, kv_heads), pace
+        self.linear, self.head_gate, self.pace = linear, FibAttnGate(linear.in_features, kv_heads), pace
         self.shared = (ids, table)  # in a tuple, so that they are not this module's: in a layer, Muon would take them
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(batch, tokens, hidden size) to (batch, tokens, KV heads · head size)."""
-        projected, (remembered, table), gates = self.linear(hidden), self.shared, self.gate(hidden)
-        own = (self.pace * table(remembered.ids)).to(projected.dtype).unflatten(-1, (gates.shape[-2], -1))
-        return projected + (gates.to(projected.dtype) * own).flatten(-2)
+        projected, (remembered, table) = self.linear(hidden), self.shared
+        own = (self.pace * table(remembered.ids)).to(projected.dtype)
+        return projected + self.head_gate(hidden, own.unflatten(-1, (len(self.head_gate.weight), -1))).flatten(-2)
 
 
 class OneProduct(nn.Module):
@@ -124,7 +91,7 @@ def use(part: Part, model: FibAttnForCausalLM) -> None:
         model.lm_head = CappedHead(model.lm_head, part.cap)
     if part.gate:
         for layer in model.model.layers:
-            layer.self_attn = GatedAttention(layer.self_attn)  # pyright: ignore
+            layer.self_attn.head_gate = FibAttnGate(model.config.hidden_size, model.config.num_attention_heads)  # pyright: ignore
     if part.joined:
         for layer in model.model.layers:
             attention: Any = layer.self_attn

@@ -72,7 +72,7 @@ def test_gates_begin_open_and_close_a_head() -> None:
     torch.testing.assert_close(logits(gated), logits(plain))
     for mine, other in zip(plain.model.layers, gated.model.layers, strict=True):
         mine.self_attn.o_proj.weight.data[:, :8] = 0  # pyright: ignore
-        other.self_attn.gate.register_forward_hook(lambda _, __, out: out * (torch.arange(4) > 0)[:, None])  # pyright: ignore
+        other.self_attn.head_gate.register_forward_hook(lambda _, __, out: out * (torch.arange(4) > 0)[:, None])  # pyright: ignore
     torch.testing.assert_close(logits(gated), logits(plain))
 
 
