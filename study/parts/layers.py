@@ -24,33 +24,40 @@ class CappedHead(nn.Linear):
         return self.cap * torch.tanh(super().forward(input).float() / self.cap)
 
 
-class RememberedEmbedding(nn.Embedding):
-    """The model's embedding, which keeps the ids that it was called with."""
+class Table(nn.Embedding):
+    """An embedding that counts `pace` times what is stored of it, and keeps the ids that it was called with.
 
-    def __init__(self, like: nn.Embedding):
+    AdamW changes what is stored by as much, whatever the gradients' size, so that the embedding learns so much faster.
+    """
+
+    def __init__(self, like: nn.Embedding, pace: float):
         super().__init__(like.num_embeddings, like.embedding_dim, device="meta")
-        self.weight = like.weight
+        self.weight, self.pace = like.weight, pace
+        self.weight.data /= pace
         self.ids: Tensor | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        """Ids (batch, tokens) to (batch, tokens, hidden size)."""
+        """Ids (batch, tokens) to (batch, tokens, dimension)."""
         self.ids = input
-        return super().forward(input)
+        return self.pace * super().forward(input)
 
 
 class Values(nn.Module):
     """A layer's projection to values, and of each token a gated embedding."""
 
-    def __init__(self, linear: nn.Linear, ids: RememberedEmbedding, table: nn.Embedding, kv_heads: int, pace: float):
+    def __init__(self, linear: nn.Linear, tokens: Table, table: Table, kv_heads: int):
         super().__init__()
-        self.linear, self.head_gate, self.pace = linear, FibAttnGate(linear.in_features, kv_heads), pace
-        self.shared = (ids, table)  # in a tuple, so that they are not this module's: in a layer, Muon would take them
+        self.linear, self.head_gate = linear, FibAttnGate(linear.in_features, kv_heads)
+        self.shared = (
+            tokens,
+            table,
+        )  # in a tuple, so that they are not this module's: in a layer, Muon would take them
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(batch, tokens, hidden size) to (batch, tokens, KV heads · head size)."""
-        projected, (remembered, table) = self.linear(hidden), self.shared
-        own = (self.pace * table(remembered.ids)).to(projected.dtype)
-        return projected + self.head_gate(hidden, own.unflatten(-1, (len(self.head_gate.weight), -1))).flatten(-2)
+        projected, (tokens, table) = self.linear(hidden), self.shared
+        own = table(tokens.ids).to(projected.dtype).unflatten(-1, (len(self.head_gate.weight), -1))
+        return projected + self.head_gate(hidden, own).flatten(-2)
 
 
 class OneProduct(nn.Module):
@@ -97,17 +104,18 @@ def use(part: Part, model: FibAttnForCausalLM) -> None:
             attention: Any = layer.self_attn
             product = OneProduct((attention.q_proj, attention.k_proj, attention.v_proj))
             attention.q_proj, attention.k_proj, attention.v_proj = product, Rest(product, 0), Rest(product, 1)
+    if part.untied or part.values:
+        model.model.embed_tokens = Table(model.model.embed_tokens, part.pace if part.untied else 1.0)
     if part.values:
         _add_values(model, part.pace)
 
 
 def _add_values(model: FibAttnForCausalLM, pace: float) -> None:
-    body = model.model
-    body.embed_tokens = ids = RememberedEmbedding(body.embed_tokens)
+    body, tokens = model.model, model.model.embed_tokens
     body.value_tables = nn.ModuleList()
     for layer in body.layers[1::2]:
         attention: Any = layer.self_attn
-        table = nn.Embedding(ids.num_embeddings, attention.v_proj.out_features)
-        nn.init.normal_(table.weight, std=model.config.hidden_size**-0.5 / pace)
-        body.value_tables.append(table)
-        attention.v_proj = Values(attention.v_proj, ids, table, model.config.num_key_value_heads or 1, pace)
+        table = nn.Embedding(tokens.num_embeddings, attention.v_proj.out_features)
+        nn.init.normal_(table.weight, std=model.config.hidden_size**-0.5)
+        body.value_tables.append(paced := Table(table, pace))
+        attention.v_proj = Values(attention.v_proj, tokens, paced, model.config.num_key_value_heads or 1)  # pyright: ignore

@@ -22,7 +22,7 @@ class Part:
     values: bool = False
     """Every second layer adds an embedding of the token to its value, times such a gate of each KV head."""
     pace: float = 1.0
-    """The tables count so many times what is stored of them, so that AdamW changes them so many times as fast."""
+    """How many times as fast embeddings of the values learn, and with a head of its own that of the tokens."""
     joined: bool = False
     """One product makes the queries, keys and values of a layer: the same numbers, perhaps sooner."""
     untied: bool = False
@@ -51,5 +51,7 @@ PARTS = (
     Part("values-100", "the same, a hundred times the rate", values=True, pace=100.0),
     Part("joined", "queries, keys and values from one product", joined=True),
     Part("untied", "a head of its own", untied=True),
+    Part("untied-10", "the same, ten times the rate for the embedding", untied=True, pace=10.0),
     Part("values-untied", "embeddings of the values, and a head of its own", values=True, untied=True),
+    Part("values-untied-30", "the same, both at thirty times the rate", values=True, untied=True, pace=30.0),
 )

@@ -109,6 +109,13 @@ def test_tables_of_a_faster_pace_begin_as_others_and_one_step_of_adamw_goes_fart
     assert 5 < moved[1] / moved[0] < 20
 
 
+def test_a_faster_embedding_begins_as_the_slow_one() -> None:
+    slow, fast = (model_of(Part("", "", untied=True, pace=pace)) for pace in (1.0, 10.0))
+    embedded = [model.model.embed_tokens(IDS) for model in (slow, fast)]
+    torch.testing.assert_close(*embedded)
+    torch.testing.assert_close(10 * fast.model.embed_tokens.weight, slow.model.embed_tokens.weight)
+
+
 def test_one_product_makes_what_three_make_and_muon_has_its_matrices_one_by_one() -> None:
     three, one = model_of(PLAIN), model_of(Part("", "", joined=True))
     torch.testing.assert_close(logits(one), logits(three))
