@@ -118,6 +118,10 @@ class OptimizerRecipe:
     """Muon's highest rate; scaled so that AdamW's rates suit it."""
     muon_momentum: float = 0.95
     """How slowly Muon's mean of the gradients follows."""
+    muon_weight_decay: float | None = None
+    """On the matrices that Muon trains; None: weight_decay."""
+    cautious_decay: bool = False
+    """Let it act only on those of their weights that the step brings nearer to 0 anyway (arXiv 2510.12402)."""
     decay: Literal["cosine", "linear"] = "cosine"
     """How the rate falls."""
     decay_fraction: float = 1.0
@@ -148,12 +152,12 @@ class OptimizerRecipe:
         for right, expected, names in (
             (lambda x: 0 < x < math.inf, "above 0", (*rates, "epsilon", "max_grad_norm")),
             (lambda x: 0 < x <= 1, "above 0, at most 1", ("decay_fraction",)),
-            (lambda x: 0 <= x <= 1, "from 0 to 1", ("final_fraction", "weight_decay")),
+            (lambda x: 0 <= x <= 1, "from 0 to 1", ("final_fraction", "weight_decay", "muon_weight_decay")),
             (lambda x: 0 <= x < 1, "from 0 to below 1", ("beta1", "beta2", "muon_momentum")),
             (lambda x: 0 <= x <= _MOST, f"from 0 to {_MOST:,}", ("warmup_steps",)),
         ):
             for name in names:
-                if not right(value := getattr(self, name)):
+                if (value := getattr(self, name)) is not None and not right(value):
                     raise InputError(f"optimizer.{name} is {value}; it must be {expected}")
 
 
