@@ -23,7 +23,7 @@ from fibattn.evaluation.sweep import change, sweep
 from fibattn.model.loading import load_model
 from fibattn.pattern import Pattern, hybrid_layers
 from fibattn.progress import quantity
-from fibattn.training.presets import DEFAULT, PRESETS
+from fibattn.training.presets import ON_CPU, PRESETS
 from fibattn.training.recipe import ModelRecipe, Recipe
 from fibattn.training.run import train
 from study.report.page import inline_svg, write_page
@@ -45,7 +45,7 @@ DENSE = Recipe(
         qk_norm=True,
         zero_init_outputs=True,
     ),
-    optimizer=replace(PRESETS[DEFAULT].optimizer, warmup_steps=90),
+    optimizer=replace(PRESETS[ON_CPU].optimizer, warmup_steps=90),
     sequence_length=128,
     sequences_per_step=8,
     micro_batch=8,
@@ -54,7 +54,7 @@ DENSE = Recipe(
     evaluate_every=300,
     evaluate_tokens=8192,
 )
-"""The rival of the default recipe, at a size for which two cores take a minute or two."""
+"""The rival of the default recipe, at a size for which two cores take a minute or two, and a rate tuned there."""
 
 HYBRID = replace(DENSE, model=replace(DENSE.model, window=24, full_reach="sequence", **hybrid_layers(2, full=(1,))))
 """The default recipe at that size: window and rungs, every second layer full, bounded once trained."""
