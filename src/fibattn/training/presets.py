@@ -85,8 +85,7 @@ PRESETS = {name: replace(recipe, out=Path("runs") / name) for name, recipe in _r
 """`paper` is the paper's linear stagger at its rate, `hybrid` the project's own, tuned (the study's ladder): a wider
 window and two layers of full attention without rotary positions, bounded once they are trained. `dense` is its rival:
 full attention, all else as in `hybrid`. `five-minutes` is `hybrid` for five minutes of an H200, in larger steps. Those
-with a size are larger, for days of a GPU. `small` is `hybrid` for a laptop, every third layer full, at a rate
-for the embedding that was tuned there."""
+with a size are larger, for days of a GPU. `small` is for a laptop, every third layer full, the embedding faster."""
 
 DEFAULT, ON_CPU = "hybrid", "small"
 """The recipe of who names none, with a GPU and without."""
