@@ -13,7 +13,7 @@ from browser import Browser
 from examples.demo.demo import DENSE, FACTORS, HYBRID, run_demo
 from fibattn import InputError, files
 from fibattn.data.prepared import PreparedData
-from fibattn.training.presets import DEFAULT, PRESETS
+from fibattn.training.presets import DEFAULT, ON_CPU, PRESETS
 
 
 @dataclass
@@ -75,12 +75,13 @@ def test_both_models_differ_in_attention_alone(demo: Demo) -> None:
 
 
 def test_it_shows_the_default_recipe() -> None:
-    default = PRESETS[DEFAULT]
+    default, small = PRESETS[DEFAULT], PRESETS[ON_CPU].optimizer
     same = ("layer_types", "full_reach", "rungs", "schedule", "base", "hidden_act", "gated_mlp", "qk_norm")
     shown = {name: getattr(HYBRID.model, name) for name in same[1:]}
     assert shown == {name: getattr(default.model, name) for name in same[1:]}
     assert set(HYBRID.model.layer_types) == set(default.model.layer_types)
-    assert replace(HYBRID.optimizer, warmup_steps=default.optimizer.warmup_steps) == default.optimizer
+    assert replace(HYBRID.optimizer, warmup_steps=small.warmup_steps) == small
+    assert replace(small, learning_rate=default.optimizer.learning_rate, warmup_steps=300) == default.optimizer
 
 
 def test_run_again_trains_nothing_and_writes_the_same_page(demo: Demo) -> None:
