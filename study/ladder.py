@@ -50,6 +50,10 @@ _TURNS: dict[str, tuple[str, dict[str, Any]]] = {
     "final-5": ("down to a twentieth of the highest rate, not to 0", {"final_fraction": 0.05}),
     "theta-200k": ("rotary positions with a base of 200,000", {"rope_theta": 200_000.0}),
     "skip": ("the embedding mixed into every layer's input", {"embedding_skip": True}),
+    "stack": (
+        "30 steps of warm-up, beta1 0.8, a weight decay of 0.7 with Muon, the embedding mixed in: all at once",
+        {"warmup_steps": 30, "beta1": 0.8, "muon_weight_decay": 0.7, "embedding_skip": True},
+    ),
     "groups-10": (
         "a KV head for each query head, a narrower feed-forward",
         {"num_key_value_heads": 10, "intermediate_size": 1792},
