@@ -45,7 +45,7 @@ DENSE = Recipe(
         qk_norm=True,
         zero_init_outputs=True,
     ),
-    optimizer=replace(PRESETS[ON_CPU].optimizer, warmup_steps=90),
+    optimizer=PRESETS[ON_CPU].optimizer,
     sequence_length=128,
     sequences_per_step=8,
     micro_batch=8,
@@ -54,7 +54,7 @@ DENSE = Recipe(
     evaluate_every=300,
     evaluate_tokens=8192,
 )
-"""The rival of the default recipe, at a size for which two cores take a minute or two, and a rate tuned there."""
+"""The rival of the default recipe, at a size for which two cores take a minute or two, tuned there."""
 
 HYBRID = replace(DENSE, model=replace(DENSE.model, window=24, full_reach="sequence", **hybrid_layers(2, full=(1,))))
 """The default recipe at that size: window and rungs, every second layer full, bounded once trained."""

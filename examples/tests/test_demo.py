@@ -4,7 +4,7 @@ import contextlib
 import csv
 import io
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -75,13 +75,12 @@ def test_both_models_differ_in_attention_alone(demo: Demo) -> None:
 
 
 def test_it_shows_the_default_recipe() -> None:
-    default, small = PRESETS[DEFAULT], PRESETS[ON_CPU].optimizer
+    default = PRESETS[DEFAULT]
     same = ("layer_types", "full_reach", "rungs", "schedule", "base", "hidden_act", "gated_mlp", "qk_norm")
     shown = {name: getattr(HYBRID.model, name) for name in same[1:]}
     assert shown == {name: getattr(default.model, name) for name in same[1:]}
     assert set(HYBRID.model.layer_types) == set(default.model.layer_types)
-    assert replace(HYBRID.optimizer, warmup_steps=small.warmup_steps) == small
-    assert replace(small, learning_rate=default.optimizer.learning_rate, warmup_steps=300) == default.optimizer
+    assert HYBRID.optimizer == PRESETS[ON_CPU].optimizer
 
 
 def test_run_again_trains_nothing_and_writes_the_same_page(demo: Demo) -> None:

@@ -71,7 +71,7 @@ _recipes = {
     "hybrid-1b": _larger(24, 16, head_size=128, sequences=256, micro_batch=16, steps=43_000),
     "small": Recipe(
         model=_small,
-        optimizer=replace(_tuned.optimizer, learning_rate=2.4e-2, warmup_steps=50),
+        optimizer=replace(_tuned.optimizer, learning_rate=2.4e-2, muon_weight_decay=0.7, beta1=0.8, warmup_steps=10),
         sequence_length=256,
         sequences_per_step=16,
         steps=600,
@@ -85,7 +85,7 @@ PRESETS = {name: replace(recipe, out=Path("runs") / name) for name, recipe in _r
 """`paper` is the paper's linear stagger at its rate, `hybrid` the project's own, tuned (the study's ladder): a wider
 window and two layers of full attention without rotary positions, bounded once they are trained. `dense` is its rival:
 full attention, all else as in `hybrid`. `five-minutes` is `hybrid` for five minutes of an H200, in larger steps. Those
-with a size are larger, for days of a GPU. `small` is for a laptop, every third layer full, the embedding faster."""
+with a size are larger, for days of a GPU. `small` is for a laptop, every third layer full, and tuned there."""
 
 DEFAULT, ON_CPU = "hybrid", "small"
 """The recipe of who names none, with a GPU and without."""
