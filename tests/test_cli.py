@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fibattn import FibAttnConfig, files
 from fibattn.cli.main import main
-from fibattn.training.presets import PRESETS
+from fibattn.training.presets import DEFAULT, ON_CPU, PRESETS
 from fibattn.training.recipe_file import to_json
 
 TINY = [
@@ -155,7 +155,8 @@ def test_without_a_gpu_the_default_recipe_is_small(
     assert "no GPU here: the recipe is small, a toy; for the full size name it: fibattn train hybrid" in (
         capsys.readouterr().out
     )
-    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["optimizer"]["warmup_steps"] == 50
+    found = json.loads((tmp_path / "run" / "recipe.json").read_text())["optimizer"]
+    assert found["learning_rate"] == PRESETS[ON_CPU].optimizer.learning_rate != PRESETS[DEFAULT].optimizer.learning_rate
 
 
 def test_altered_shard_is_named(
@@ -265,7 +266,8 @@ def test_compiling_in_a_path_with_a_blank_is_refused_in_a_line(
     assert f"{refused}/venv/" in done.stderr
     assert not (tmp_path / "run").exists()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "my place"))
-    assert f"{refused}'" in says(capsys, "sample", trained, "--compile")
+    if " " not in sys.prefix:  # which would be refused before
+        assert f"{refused}'" in says(capsys, "sample", trained, "--compile")
 
 
 def test_a_tokenizer_with_gaps_between_its_ids_goes_all_the_way(
