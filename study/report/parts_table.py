@@ -2,21 +2,22 @@
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from study.parts.table import PARTS
 from study.report.claims import percent
 from study.report.tables import NONE, Table, speed, table, where_run
-from study.store import Store, digest, over_sets
+from study.store import digest, over_sets
 
 
-def parts_table(folder: Path) -> list[Table]:
-    """The table of a folder's results, or none; a change is left out where the recipe was not run without the part."""
+def parts_table(folder: Path, runs: Iterable[dict[str, Any]]) -> list[Table]:
+    """The table of a folder's results, or none; changes are against the same recipe among the finished `runs`."""
     order = {one.name: number for number, one in enumerate(PARTS)}
     records = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("parts/*.json")]
     records = [one for one in records if one["candidate"] in order]
-    known = Store(folder).finished()
+    known = {one["key"]: one for one in runs}
     rows = [
         _row(one, known.get(digest(one["recipe"], one["inputs"]["data_fingerprint"])))
         for one in sorted(records, key=lambda one: (one["tokens"], order[one["candidate"]], one["seed"]))

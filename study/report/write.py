@@ -65,9 +65,9 @@ def write_report(folder: Path) -> Path:
         *rivals_tables(FINALISTS, results.tuned[FINALISTS.study], "the default recipe at twice the embedding's rate"),
         *long_tables(results.tuned["long"]),
     ]
-    tuned += parts_table(folder)
+    tuned += parts_table(folder, (one for records in results.tuned.values() for one in records))
     tuned += far_table(far_records(folder), results.tuned[RIVALS.study])
-    leading = _leading(results)
+    leading, shown = _leading(results)
     groups = tuned_groups(leading, results.tuned[leading.study])
     met = [one for one in _at_every_budget(OWN, groups) if one.verdict != "not run"]
     tuned += [findings_table("Past the paper, in the tuned recipe", met, "")] if met else []
@@ -96,7 +96,7 @@ def write_report(folder: Path) -> Path:
     return write_page(
         out / "index.html",
         "report.html.j2",
-        headline=_headline(results, budgets),
+        headline=_headline(results, shown, budgets),
         toys=not budgets,
         group=group,
         trained=_trained(results),
@@ -110,7 +110,7 @@ def write_report(folder: Path) -> Path:
             **({"others": "Other budgets"} if other else {}),
             "source": "Where this comes from",
         },
-        figures=_figures(results, out),
+        figures=_figures(results, shown, out),
         findings=findings,
         goals=goals,
         tuned=tuned,
@@ -124,20 +124,21 @@ def write_report(folder: Path) -> Path:
     )
 
 
-def _leading(results: Results) -> Rivals:
+def _leading(results: Results) -> tuple[Rivals, Headline | None]:
     """The finalists, once the one of the project was looked at far out beside dense; until then the rivals."""
     shown = tuned_headline(FINALISTS, results.tuned[FINALISTS.study])
-    return FINALISTS if shown is not None and shown.shows_ours_far_out else RIVALS
+    if shown is not None and shown.shows_ours_far_out:
+        return FINALISTS, shown
+    return RIVALS, tuned_headline(RIVALS, results.tuned[RIVALS.study])
 
 
-def _figures(results: Results, out: Path) -> dict[str, dict[str, Any]]:
+def _figures(results: Results, tuned: Headline | None, out: Path) -> dict[str, dict[str, Any]]:
     """The figures that the results allow, by name, each with its picture and caption.
 
     Tuned models lead. Where other models were trained for longer than the main group's, theirs over evaluation length
     comes before.
     """
-    group, as_long, leading = results.groups[0], _same_length(results), _leading(results)
-    tuned = tuned_headline(leading, results.tuned[leading.study])
+    group, as_long = results.groups[0], _same_length(results)
     untuned = paper_headline(as_long[0]) if _budgets(results) else None
     recall = unbounded_recall(results.probes)
     over_length = {"extrapolation": group}
@@ -217,10 +218,9 @@ def _trained(results: Results) -> str:
     return f"{quantity(main.tokens)} training tokens" + (f" (and {', '.join(also)})" if also else "") + f" {rate}"
 
 
-def _headline(results: Results, budgets: Sequence[Group]) -> str:
+def _headline(results: Results, tuned: Headline | None, budgets: Sequence[Group]) -> str:
     """What the numbers say of the default recipe, tuned ones before those of the largest budget at another rate."""
-    leading = _leading(results)
-    if tuned := tuned_headline(leading, results.tuned[leading.study]):
+    if tuned is not None:
         return tuned.words
     if not budgets:
         return f"{len(results.groups[0].models)} toy models: does everything run?"

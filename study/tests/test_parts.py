@@ -1,6 +1,5 @@
 """Parts in trial form: what each computes, that all of it learns, and one run of each kind."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,22 +140,13 @@ def test_parts_are_trained_measured_and_told(prepared: Path, tmp_path: Path) -> 
     assert set(found) == {"cap", "gate", "values-untied"}
     assert "python -m study parts" in found["cap"]["command"]
     assert found["values-untied"]["model"]["parameters"] > found["cap"]["model"]["parameters"] + 2 * 64 * 16
-    of_store = {"kind": "run", "key": digest(found["cap"]["recipe"], found["cap"]["inputs"]["data_fingerprint"])}
-    of_store |= {
-        "time": "2026",
-        "study": "ladder",
-        "run": "muon8",
-        "flops_per_token": {},
-        "rope_scaling": {},
-        "convention": "",
-    }
-    files.write_text(out / "ladder" / "muon8.jsonl", json.dumps(found["cap"] | of_store) + "\n")
-    [table] = parts_table(out)
+    rival = found["cap"] | {"key": digest(found["cap"]["recipe"], found["cap"]["inputs"]["data_fingerprint"])}
+    [table] = parts_table(out, [rival, rival | {"key": "another"}])
     rows = [dict(zip(table.frame.columns, row, strict=True)) for row in table.rows]
     assert [row["part"] for row in rows] == ["cap", "gate", "values-untied"]
     assert rows[0]["against the recipe"] == "+0.0 %"
     assert rows[1]["against the recipe"] not in ("+0.0 %", "–")
-    assert parts_table(tmp_path) == []
+    assert parts_table(tmp_path, [rival]) == []
 
 
 def test_a_part_is_put_into_the_recipe_of_a_step(prepared: Path, tmp_path: Path) -> None:
@@ -167,7 +157,7 @@ def test_a_part_is_put_into_the_recipe_of_a_step(prepared: Path, tmp_path: Path)
     found = files.read_json(out / "parts" / "cap@batch.json")
     assert found["command"].endswith("--recipe batch")
     assert found["model"]["full_layers"] == HYBRID.resolved().model.layer_types.count("full_attention")
-    [table] = parts_table(out)
+    [table] = parts_table(out, [])
     row = dict(zip(table.frame.columns, table.rows[0], strict=True))
     assert (row["part"], row["recipe"], row["against the recipe"]) == ("cap", "batch", "–")
     with pytest.raises(InputError, match=r"no step of the ladder is named 'bach'.*'batch'"):
