@@ -94,11 +94,10 @@ class MuonAndAdamW(torch.optim.Optimizer):
             updates = _orthogonalized(ahead, matrices[0])
             rate = 0.2 * math.sqrt(max(shape)) * group["lr"]
             decay = group["lr"] * group["weight_decay"]
+            kept: Any = 1 - decay
             if group.get("cautious"):  # groups of checkpoints from before have no such key
-                for weight, update in zip(weights, updates, strict=True):
-                    weight.mul_(1 - decay * (update * weight > 0))
-            else:
-                torch._foreach_mul_(weights, 1 - decay)  # pyright: ignore
+                kept = [1 - decay * (update * one > 0) for one, update in zip(weights, updates, strict=True)]
+            torch._foreach_mul_(weights, kept)  # pyright: ignore
             for weight, update in zip(weights, updates, strict=True):
                 weight.add_(update, alpha=-rate)
 
