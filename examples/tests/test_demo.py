@@ -4,7 +4,7 @@ import contextlib
 import csv
 import io
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -80,7 +80,8 @@ def test_it_shows_the_default_recipe() -> None:
     shown = {name: getattr(HYBRID.model, name) for name in same[1:]}
     assert shown == {name: getattr(default.model, name) for name in same[1:]}
     assert set(HYBRID.model.layer_types) == set(default.model.layer_types)
-    assert HYBRID.optimizer == PRESETS[ON_CPU].optimizer
+    tuned = {"learning_rate": 2.4e-2, "muon_weight_decay": 0.7, "beta1": 0.8, "warmup_steps": 10}
+    assert HYBRID.optimizer == replace(default.optimizer, **tuned) == PRESETS[ON_CPU].optimizer
 
 
 def test_run_again_trains_nothing_and_writes_the_same_page(demo: Demo) -> None:
