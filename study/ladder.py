@@ -59,6 +59,10 @@ _TURNS: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_key_value_heads": 10, "intermediate_size": 1792},
     ),
     "gates": ("gates for the heads", {"head_gates": True}),
+    "eight": (
+        "eight layers for ten, a fifth smaller: for more text in the same time",
+        {"num_hidden_layers": 8, **hybrid_layers(8, (3, 7), sparse="sliding_attention")},
+    ),
     "epochs": ("whole passes over the text, not sequences drawn with replacement", {"order": "epochs"}),
 }
 """Steps that change one thing of the recipe of five minutes: what is new, and the fields."""
