@@ -109,18 +109,22 @@ def _sweeps(model: PreTrainedModel, data: PreparedData, targets: dict[str, int],
 
 
 def training_summary(run: Path) -> dict[str, Any]:
-    """The loss over training and its speed, from a run's `metrics.jsonl`.
+    """The loss over training and its speed, from a run's `metrics.jsonl`, and looks at held-out text while it trained.
 
-    `alone`: with the GPU for itself, at least for its turn. Results of earlier versions lack it; where processes shared
-    a GPU, those were disturbed by evaluations.
+    `held_out`: for each look the tokens of training, the loss there, and by how much that on training text is lower.
+    `alone`: with the GPU for itself, at least for its turn. Results of earlier versions lack both; where processes
+    shared a GPU, those were disturbed by evaluations.
     """
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     last = lines[-max(len(lines) // 20, 1) :]
     step = max(len(lines) // _CURVE_POINTS, 1)
+    looks = run / "held-out.jsonl"
+    looked = [json.loads(line) for line in looks.read_text(encoding="utf-8").splitlines()] if looks.exists() else []
     speeds = [line["tokens_per_second"] for line in lines[1:]] or [lines[0]["tokens_per_second"]]
     return {
         "final_loss": statistics.mean(line["loss"] for line in last),
         "curve": [[line["tokens"], round(line["loss"], 4)] for line in lines[step - 1 :: step]],
+        "held_out": [[line["tokens"], round(line["loss"], 4), round(line["gap"], 4)] for line in looked],
         "tokens_per_second": statistics.median(speeds),
         "alone": True,
         "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,

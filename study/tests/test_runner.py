@@ -42,7 +42,7 @@ from study.presets import STUDIES
 from study.runner import Job, run_study
 smoke = STUDIES["smoke"]
 recipe = replace(smoke.recipe, steps={steps}, sequence_length=32, sequences_per_step=4, micro_batch=4)
-recipe = replace(recipe, save_every=2, log_every=1)
+recipe = replace(recipe, save_every=2, log_every=1, evaluate_every=10, evaluate_tokens=256)
 study = replace(smoke, recipe=recipe, runs=tuple(map(tiny, smoke.runs)), factors=(1,), eval_tokens=512)
 out = Path({out!r})
 run_study(Job("smoke", study, Path({data!r}), out=out, work=out / "work", only={only!r}))
@@ -218,7 +218,7 @@ def test_a_killed_run_goes_on_and_ends_alike(
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     only = ("linear-w12",)
-    brief = replace(study, recipe=replace(study.recipe, steps=30), factors=(1,))
+    brief = replace(study, recipe=replace(study.recipe, steps=30, evaluate_every=10, evaluate_tokens=256), factors=(1,))
     run_study(Job("smoke", brief, prepared, out=whole, work=whole / "work", only=only))
     process = child(cut, steps=30, only=only)
     while process.poll() is None:
@@ -233,6 +233,10 @@ def test_a_killed_run_goes_on_and_ends_alike(
     assert (one["resumed"], other["resumed"]) == (False, True)
     assert one["evaluation"] == other["evaluation"]
     assert one["training"]["curve"] == other["training"]["curve"]
+    looks = one["training"]["held_out"]
+    assert [tokens for tokens, _, _ in looks] == [10 * 128, 20 * 128, 30 * 128]
+    assert all(2 < loss < 8 and abs(gap) < 1 for _, loss, gap in looks)
+    assert looks == other["training"]["held_out"]
 
 
 def test_two_processes_share_the_runs(child: Callable[..., Forked], tmp_path: Path) -> None:
