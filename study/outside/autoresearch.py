@@ -53,5 +53,6 @@ def run_outside(code: Path, data: Path, like: Path, *, seconds: float, targets: 
         "training_seconds": left["total_training_time"],
         "seconds": time.monotonic() - began,
         "targets": targets,
+        "order": "epochs",
         "bits_per_byte": dict(prepare.FOUND),
     }

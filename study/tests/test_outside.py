@@ -1,5 +1,6 @@
 """The baseline from outside: what its program is given, and how it is measured."""
 
+import itertools
 import json
 import math
 import sys
@@ -44,15 +45,20 @@ def test_a_program_that_knows_nothing_needs_the_logarithm_of_the_vocabulary_for_
         assert result["bits_per_byte"][name] == pytest.approx(math.log2(data.vocab_size) * targets / size)
 
 
-def test_batches_are_stretches_of_the_text(prepared: Path) -> None:
+def test_batches_are_disjoint_stretches_of_the_text_in_whole_passes(prepared: Path) -> None:
     data = PreparedData.open(prepared)
-    inputs, targets, epoch = next(make_dataloader(Tokenizer(data), 3, 16, "train", "cpu"))
-    assert (inputs.shape, epoch) == ((3, 16), 1)
-    assert torch.equal(inputs[:, 1:], targets[:, :-1])
     text = data.train.sequence(0, len(data.train))
-    places = np.lib.stride_tricks.sliding_window_view(text, 16)
-    for row in inputs.numpy():
-        assert (places == row).all(axis=1).any()
+    whole = (len(text) - 1) // 64 // 3
+    batches = list(itertools.islice(make_dataloader(Tokenizer(data), 3, 64, "train", "cpu"), 2 * whole + 1))
+    assert [epoch for _, _, epoch in batches] == [1] * whole + [2] * whole + [3]
+    stretches = {text[start : start + 65].tobytes() for start in range(0, len(text) - 64, 64)}
+    rows = [np.concatenate([a, b[-1:]]) for x, y, _ in batches for a, b in zip(x.numpy(), y.numpy(), strict=True)]
+    seen = [row.astype(text.dtype).tobytes() for row in rows]
+    for first in (0, 3 * whole):
+        passed = seen[first : first + 3 * whole]
+        assert len(set(passed)) == len(passed)
+        assert set(passed) <= stretches
+    assert seen[: 3 * whole] != seen[3 * whole : 6 * whole]
 
 
 def test_attention_sees_the_window_and_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,11 @@
 """In place of autoresearch's module of this name: the study's prepared text, and bits per byte of its held-out sets.
 
 The interface is theirs: two constants, a tokenizer, batches, an evaluation. What differs is what is trained on, and
-that sequences begin anywhere in the text, as the study's do: packed from whole documents, most of every book would be
-thrown away, since theirs drops what does not fit a sequence.
+that sequences are cut from one long text, in whole passes over it, as the study's are: packed from whole documents,
+most of every book would be thrown away, since theirs drops what does not fit a sequence.
 """
 
+import itertools
 import math
 import os
 from collections.abc import Iterator
@@ -51,18 +52,19 @@ def make_dataloader(
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
     """Inputs and targets (rows, length) for ever, and which pass over the text this is, counted from 1.
 
-    All tokens lie on the device, so that nothing waits for them.
+    Each pass has the text's disjoint sequences in an order of its own, as the study's order "epochs"; a last batch that
+    would not be full is left out. All tokens lie on the device, so that nothing waits for them.
     """
     assert split == "train"
     stream = tokenizer.data.train
     tokens = torch.from_numpy(stream.sequence(0, len(stream)).astype(np.int32)).to(device)
-    generator, seen = torch.Generator(device).manual_seed(42), 0
+    generator, distinct = torch.Generator(device).manual_seed(42), (len(tokens) - 1) // length
     steps = torch.arange(length + 1, device=device)
-    while True:
-        starts = torch.randint(len(tokens) - length, (rows, 1), generator=generator, device=device)
-        taken = tokens[starts + steps].long()
-        yield taken[:, :-1].contiguous(), taken[:, 1:].contiguous(), 1 + seen // len(tokens)
-        seen += rows * length
+    for epoch in itertools.count(1):
+        order = torch.randperm(distinct, generator=generator, device=device)
+        for chosen in order[: distinct // rows * rows].split(rows):
+            taken = tokens[chosen[:, None] * length + steps].long()
+            yield taken[:, :-1].contiguous(), taken[:, 1:].contiguous(), epoch
 
 
 @torch.no_grad()
