@@ -14,7 +14,7 @@ from fibattn.errors import InputError
 class Arguments:
     """Check and time attention to chosen blocks on an NVIDIA GPU: window of 32, four blocks of 16 within 1,024.
 
-    8 query heads and 2 KV heads of 64, bfloat16; beside it the default recipe's distances (W = 64) and dense attention.
+    8 query heads and 2 KV heads of 64, bfloat16; beside it the hybrid's distances (W = 64) and dense attention.
     Choices are those of random queries, of which each differs from its neighbour's, and of queries that change slowly.
     """
 

@@ -9,8 +9,8 @@ PROGRAM = Program(
     about="one paper's matrix of models, trained, probed and reported on",
     verbs={
         "run": "train and evaluate a matrix of models, and report on them beside the paper's",
-        "far": "try forms of far reading, each trained as the default recipe",
-        "parts": "try parts of the model that the default recipe lacks",
+        "far": "try forms of far reading, each trained as a step of the ladder",
+        "parts": "try parts of the model that the library lacks",
         "probe": "retrieval, recall, variable tracking, public tasks, latency, operations",
         "outside": "another project's program on the same text, as a baseline",
         "report": "write the page and the tables from the results",

@@ -60,12 +60,14 @@ _TURNS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gates": ("gates for the heads", {"head_gates": True}),
     "eight": (
-        "eight layers for ten, a fifth smaller: for more text in the same time",
+        "eight layers for ten, a fifth fewer parameters: for more text in the same time",
         {"num_hidden_layers": 8, **hybrid_layers(8, (3, 7), sparse="sliding_attention")},
     ),
     "epochs": ("whole passes over the text, not sequences drawn with replacement", {"order": "epochs"}),
 }
-"""Steps that change one thing of the recipe of five minutes: what is new, and the fields."""
+"""Steps that change one thing in large steps: what is new, and the fields."""
+_TAKEN = ("beta1-8", "skip", "eight", "epochs")
+"""Those that are in the recipe of five minutes, all at once."""
 
 
 def _climb() -> tuple[Step, ...]:
@@ -81,21 +83,29 @@ def _climb() -> tuple[Step, ...]:
     _step(steps, "muon", "Muon at 4e-3 for the layers' matrices, linear to 0", "passes", True, **muon)
     _step(steps, "qk", "queries and keys normalised", "muon", True, qk_norm=True)
     _step(steps, "zero", "outputs of the layers begin at zero", "qk", True, zero_init_outputs=True)
-    _step(steps, "muon8", "Muon at 8e-3: the default recipe", "zero", True, muon_learning_rate=8e-3)
+    _step(steps, "muon8", "Muon at 8e-3", "zero", True, muon_learning_rate=8e-3)
     swiglu = {"hidden_act": "silu", "gated_mlp": True, "intermediate_size": 1366}
     full = {"layer_types": ("full_attention",), "no_rope_layers": (1,)}
-    change = "full attention in every layer of the default recipe"
+    change = "full attention in every layer"
     _step(steps, "dense8", change, "muon8", False, **full, window=ModelRecipe.window)
     batch = {"sequences_per_step": 64, "micro_batch": 64, "learning_rate": 4e-3, "muon_learning_rate": 1.1e-2}
-    change = "64 sequences a step for 32, rates higher by a third: the recipe of the five minutes"
-    _step(steps, "batch", change, "muon8", False, **batch)
+    change = "64 sequences a step for 32, rates higher by a third"
+    _step(steps, "batch", change, "muon8", True, **batch)
     _step(steps, "swiglu", "SwiGLU again", "zero", False, **swiglu)
     _step(steps, "skip", "the embedding mixed into every layer's input", "zero", False, embedding_skip=True)
     _step(steps, "dense", "full attention in every layer", "skip", False, **full)
     _reshape(steps)
     change = "AdamW at 6e-3, for the embedding and the norms"
-    _step(steps, "embedding-6", change, "muon8", False, learning_rate=6e-3)
+    _step(steps, "embedding-6", change, "muon8", True, learning_rate=6e-3)
     _step(steps, "embedding-12", "AdamW at 1.2e-2", "muon8", False, learning_rate=1.2e-2)
+    change = "the embedding mixed into every layer's input, with that rate"
+    _step(steps, "skip-6", change, "embedding-6", True, embedding_skip=True)
+    window = {"window": 127, **hybrid_layers(8, full=(7,), sparse="sliding_attention")}
+    _step(steps, "window-6", "plain windows of 128 keys for rungs", "skip-6", True, **window)
+    change = "whole passes over the text, not sequences drawn with replacement: the default recipe"
+    _step(steps, "epochs-6", change, "window-6", True, order="epochs")
+    change = "full attention in every layer of the default recipe"
+    _step(steps, "dense-6", change, "epochs-6", False, **full, window=ModelRecipe.window)
     _widen(steps, full)
     return tuple(steps)
 
@@ -121,9 +131,12 @@ def _widen(steps: list[Step], full: dict[str, Any]) -> None:
     _step(steps, "gates-dense-6", change, "gates-window-6", False, **full, window=ModelRecipe.window)
     window |= hybrid_layers(10, (4, 9), sparse="sliding_attention")
     change = "plain windows of 128 keys, AdamW at 8e-3"
-    _step(steps, "wide-window-64", change, "wide-64", False, learning_rate=8e-3, **window)
+    _step(steps, "wide-window-64", change, "wide-64", True, learning_rate=8e-3, **window)
     for name, (change, fields) in _TURNS.items():
-        _step(steps, f"wide-{name}-64", change, "wide-window-64", False, **fields)
+        _step(steps, f"wide-{name}-64", change, "wide-window-64", name in _TAKEN, **fields)
+    change = "the embedding mixed into every layer's input, AdamW's beta1 0.8, whole passes over the text"
+    fields = {"embedding_skip": True, "beta1": 0.8, "order": "epochs"}
+    _step(steps, "wide-eight-skip-64", change, "wide-eight-64", True, **fields)
 
 
 def _reshape(steps: list[Step]) -> None:
@@ -131,7 +144,7 @@ def _reshape(steps: list[Step]) -> None:
     wide, few = _shape(10, 10, 2, 2304, (4, 9)), {"vocabulary": 8192}
     change = "10 layers of 640, 10 heads in 2 groups"
     _step(steps, "wide", change, "muon8", False, **wide)
-    _step(steps, "wide-64", change, "batch", False, **wide)
+    _step(steps, "wide-64", change, "batch", True, **wide)
     narrow = _shape(10, 8, 2, 2432, (4, 9)) | {"hidden_size": 640, "head_dim": 64}
     change = "10 layers of 640, but 8 heads of 64 in 2 groups"
     _step(steps, "wide-8", change, "muon8", False, **narrow)
@@ -152,5 +165,5 @@ def _reshape(steps: list[Step]) -> None:
 
 
 LADDER = _climb()
-MINUTES = tuple(step for step in LADDER if step.name.endswith("-64"))
-"""Those that change the recipe of the five minutes."""
+MINUTES = tuple(step for step in LADDER if step.recipe.sequences_per_step * step.recipe.sequence_length == 65_536)
+"""Those in large steps, for a budget of time; the last to be kept is the recipe of five minutes."""

@@ -13,11 +13,11 @@ from typing import Literal
 
 from fibattn.errors import InputError, suggestion
 from fibattn.pattern import Base, Pattern, Schedule, hybrid_layers, layer_patterns
-from fibattn.training.presets import DEFAULT, PRESETS
+from fibattn.training.presets import PRESETS
 from fibattn.training.recipe import ModelRecipe, OptimizerRecipe, Recipe
 from study.ladder import LADDER, MINUTES, Step
 from study.lengthening import Lengthening, warmup
-from study.rivals import FACTORS, FINALISTS, RIVALS, SEEDS, Rivals, bounds, name_of
+from study.rivals import FACTORS, FINALISTS, OURS, RIVALS, SEEDS, Rivals, bounds, name_of
 
 RopeScaling = Literal["linear", "yarn"]
 
@@ -147,9 +147,8 @@ DENSE = Run(
 )
 """The baseline, with all that helps it past its training length."""
 
-HYBRID = Run(DEFAULT, ModelRecipe(window=64, **hybrid_layers(8, full=(7,))), bounds=(1,))
-"""What the project's default recipe attends to, trained as the paper's models are: linear stagger, W = 64, two
-full-attention layers without RoPE.
+HYBRID = Run(OURS, ModelRecipe(window=64, **hybrid_layers(8, full=(7,))), bounds=(1,))
+"""The project's hybrid as the paper's models are trained: linear stagger, W = 64, two full layers without RoPE.
 
 It is trained the same with and without its bound, so a run without one is evaluated both ways.
 """
@@ -221,12 +220,12 @@ STUDIES: dict[str, Study] = {
         items=6,
     ),
     "paper": Study(
-        "the paper's 21 sparse models and its dense baseline, and the default recipe beside them",
+        "the paper's 21 sparse models and its dense baseline, and the hybrid beside them",
         _full,
         (DENSE, _W12[0], HYBRID, *_W12[1:], _paper("fixed", 8, "power_of_two"), *_narrower),
     ),
     "seeds": Study(
-        "two more seeds of dense, the five models with W = 12, the default recipe and its rivals",
+        "two more seeds of dense, the five models with W = 12, the hybrid and its rivals",
         _full,
         tuple(run.repeated(seed) for seed in (SEED + 1, SEED + 2) for run in (DENSE, HYBRID, *_widths[:2], *_W12)),
     ),
@@ -267,18 +266,15 @@ STUDIES: dict[str, Study] = {
         items=0,
     ),
     "five-minutes": Study(
-        "the preset of that name, as far as five minutes of an H200 take it, and steps of the ladder from it",
+        "steps of the ladder in large steps, as far as five minutes of an H200 take them",
         PRESETS["five-minutes"],
-        (
-            Run("five-minutes", replace(PRESETS["five-minutes"].model, full_reach=None), bounds=(1,)),
-            *(replace(_of_step(step), bounds=(1,)) for step in MINUTES),
-        ),
+        tuple(replace(_of_step(step), bounds=(1,)) for step in MINUTES),
         factors=(1, 2),
         eval_tokens=524_288,
         items=0,
     ),
-    RIVALS.study: _rivals(RIVALS, "dense, hybrids and windows in the default recipe: rates, then seeds"),
-    FINALISTS.study: _rivals(FINALISTS, "the same with twice the rate for the embedding, the ladder's best"),
+    RIVALS.study: _rivals(RIVALS, "dense, hybrids and windows in the recipe of the step muon8: rates, then seeds"),
+    FINALISTS.study: _rivals(FINALISTS, "the same in the default recipe"),
     "long": Study(
         "dense, the finalist, chosen blocks, a window: a fifth of the tokens more in sequences of 8,192",
         FINALISTS.at_rate(1.0),

@@ -12,6 +12,9 @@ FACTORS = (0.5, 1.0, 2.0)
 
 SEEDS = (42, 43, 44)
 
+OURS = "hybrid"
+"""The name in the report of what stands for the project: windows, with rungs or without, beside two full layers."""
+
 
 @dataclass(frozen=True)
 class Rivals:
@@ -70,7 +73,7 @@ def _of_step(name: str) -> Recipe:
 
 
 RIVALS = Rivals("rivals", _of_step("muon8"), "rungs-w64-two")
-"""In the default recipe, which is that one. Far reading and parts of a model are tried in it, too."""
+"""In what was the default recipe until 2026-11-30. Far reading and parts of a model were tried in it, too."""
 
-FINALISTS = Rivals("finalists", _of_step("embedding-6"), "window-w127-two")
-"""At the ladder's best rate for the embedding: what the next default recipe is chosen from."""
+FINALISTS = Rivals("finalists", _of_step("skip-6"), "window-w127-two")
+"""In the default recipe, but that sequences are drawn with replacement: what its attention was chosen from."""

@@ -1,6 +1,6 @@
 """Trains and measures models in trial form, as the ladder's runs: same recipe, text, order and sets, a file a run.
 
-What is tried stands in a table of its own, `far/candidates.py` or `parts/table.py`; a model of the default recipe is
+What is tried stands in a table of its own, `far/candidates.py` or `parts/table.py`; a model of a recipe is
 changed in place, so that nothing of a trial is in the library.
 """
 

@@ -3,7 +3,7 @@
 from study.commands.trials import run_verb
 from study.far.candidates import CANDIDATES
 
-_ABOUT = """Train the default recipe with other sparse layers, and write a file for each run into OUT/far.
+_ABOUT = """Train the recipe of the step muon8 with other sparse layers, and write a file for each run into OUT/far.
 
 What is finished is skipped. With several processes a GPU they take turns. The candidates; all but dense also with
 "-beside", beside two full layers:

@@ -1,9 +1,9 @@
-"""`python -m study parts`: parts of the model that the default recipe lacks, trained and measured."""
+"""`python -m study parts`: parts of the model that the library lacks, trained and measured."""
 
 from study.commands.trials import run_verb
 from study.parts.table import PARTS
 
-_ABOUT = """Train the default recipe's model with a part more, and write a file for each run into OUT/parts.
+_ABOUT = """Train the model of a step of the ladder with a part more, and write a file for each run into OUT/parts.
 
 What is finished is skipped. With several processes a GPU they take turns. The parts:
 """

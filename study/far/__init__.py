@@ -1,1 +1,1 @@
-"""Trials of far reading: forms in plain PyTorch at the cost of dense attention, each trained as the default recipe."""
+"""Trials of far reading: forms in plain PyTorch at the cost of dense attention, in the recipe of a step."""

@@ -1,7 +1,7 @@
 """What is tried in place of single far keys: a table. No torch here.
 
-Every candidate is the default recipe with other sparse layers: 16 of them (alone), or 14 beside the full layers 7 and
-15. Nothing looks farther back than a training sequence is long.
+Every candidate is the recipe of the ladder's step muon8 with other sparse layers: 16 of them (alone), or 14 beside the
+full layers 7 and 15. Nothing looks farther back than a training sequence is long.
 """
 
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fibattn.model import FibAttnForCausalLM
 
 BESIDE = (7, 15)
-"""The full layers of the default recipe."""
+"""The full layers of a hybrid."""
 TAPS = 4
 """Tokens that a convolution sums over, each one's own among them."""
 _LAYERS = PRESETS[DEFAULT].model.num_hidden_layers
@@ -31,7 +31,7 @@ class Candidate:
     window: int = 70
     """Distances 0 … window are read."""
     far: Literal["nothing", "rungs", "means", "best"] = "nothing"
-    """Single keys at the default's distances; the means of the spans between Fibonacci distances; the keys of the
+    """Single keys at the hybrid's distances; the means of the spans between Fibonacci distances; the keys of the
     blocks whose mean key suits a query best."""
     full: tuple[int, ...] = ()
     """Layers with full attention, without rotary positions unless they are all."""
@@ -147,7 +147,7 @@ def _table() -> tuple[Candidate, ...]:
         carry="convolution",
         rotated=False,
     )
-    window, rungs = Candidate("window", "plain window"), Candidate("rungs", "default rungs", window=64, far="rungs")
+    window, rungs = Candidate("window", "plain window"), Candidate("rungs", "staggered rungs", window=64, far="rungs")
     wide = Candidate("window-128", "plain window of 128 keys", window=127)
     conv = replace(wide, name="window-conv", about="window of 128, convolution", carry="convolution")
     means = Candidate("means", "means of Fibonacci spans", window=64, far="means")

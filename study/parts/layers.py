@@ -1,4 +1,4 @@
-"""The model of a part: the default recipe's, changed in place."""
+"""The model of a part: a recipe's, changed in place."""
 
 from collections.abc import Sequence
 from typing import Any

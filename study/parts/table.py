@@ -1,4 +1,4 @@
-"""Parts of a model that the default recipe lacks: a table. No torch here."""
+"""Parts of a model that the library lacks: a table. No torch here."""
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """The default recipe's model with a part more."""
+    """A recipe's model with a part more."""
 
     name: str
     about: str
@@ -29,7 +29,7 @@ class Part:
     """The head has a matrix of its own, which begins at zero."""
 
     def like(self, model: ModelRecipe, reach: int) -> ModelRecipe:
-        """The default recipe's model, before it is bounded."""
+        """The recipe's model, before it is bounded."""
         return replace(model, full_reach=None)
 
     def keys(self, length: int, model: ModelRecipe) -> float:

@@ -29,7 +29,7 @@ def models(**shape: Any) -> dict[str, FibAttnConfig]:
     """
     default = PRESETS[DEFAULT]
     layers = shape.get("num_hidden_layers", FibAttnConfig.num_hidden_layers)
-    hybrid = hybrid_layers(layers, full=(layers // 2 - 1, layers - 1))
+    hybrid = hybrid_layers(layers, (layers // 2 - 1, layers - 1), sparse=default.model.layer_types[0])
     return {
         "static": FibAttnConfig(schedule="linear", **shape),
         "learned": FibAttnConfig(schedule="learned", **shape),

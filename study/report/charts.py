@@ -13,13 +13,13 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from fibattn.pattern import Schedule, layer_alphas, layer_patterns, union_coverage
 from fibattn.plotting import QUIET
-from fibattn.training.presets import DEFAULT
 from study.labels import label_ends
 from study.report.drawing import LOOKS, legend, panels, plain_ticks, saved
 from study.report.headline import Headline
 from study.report.probe_tables import recalled
 from study.report.recipes import keys_at
 from study.report.results import PLAIN, Frame, Group, in_words, papers_gain
+from study.rivals import OURS
 from study.store import LENGTHENED
 
 _THIN = {"linewidth": 1, "marker": "", "alpha": 0.7}
@@ -94,13 +94,13 @@ def _over_lengths(axes: Axes, lengths: list[int], trained_at: int) -> None:
 def _curves(group: Group) -> list[_Curve]:
     """The first run of each leading model, also in its other ways, and thin every other whose seed dense has.
 
-    Its own way is the plain one, that of the default recipe the one in which it is saved.
+    Its own way is the plain one, that of the hybrid the one in which it is saved.
     """
     reference = group.loss(group.trained_at)[_reference(group)].dropna()
     curves = []
     for model, short in _leading(group).items():
         look = LOOKS[group.models.at[model, "kind"]] | {"linewidth": 2, "markersize": 5}
-        as_saved = model == DEFAULT and group.bounded
+        as_saved = model == OURS and group.bounded
         own = str(group.trained_at) if as_saved else PLAIN
         ways = sorted((PLAIN, *group.ways(model)), key=lambda way: way != own)
         for way, style in zip(ways, itertools.cycle(_STYLES), strict=False):
@@ -130,7 +130,7 @@ def _reference(group: Group) -> str:
 def _leading(group: Group) -> dict[str, str]:
     """The models to draw where there is no room for all, each in a word."""
     words = {"dense": "dense", "linear-w12": "linear", "fixed-w12": "fixed", group.plain_window: "window"}
-    words[DEFAULT] = "hybrid"
+    words[OURS] = "hybrid"
     found = {str(name): word for name, word in words.items() if name in group.models.index}
     return found or {name: group.label(name) for name in group.models.index[:5]}
 
@@ -198,13 +198,13 @@ def coverage(path: Path, *, layers: int = 16, window: int = 8, context: int = 10
 def frontier(group: Group, path: Path) -> Path:
     """Quality against cost: perplexity at the training length over the keys that a query reads, there and at the end.
 
-    The line joins the models that no other beats in both; dense, the default recipe and the best are named.
+    The line joins the models that no other beats in both; dense, the hybrid and the best are named.
     """
     losses = group.first(group.trained_at)
     points = group.models.assign(ratio=(losses - losses[_reference(group)]).map(math.exp))
     up = f"perplexity ÷ {group.label(_reference(group))}, at {group.trained_at:,}"
     figure, axes = panels(2, 3.2, "keys that a query reads (mean)", up)
-    names = {"dense": "dense", DEFAULT: "   default", points["ratio"].idxmin(): "best   "}
+    names = {"dense": "dense", OURS: "   default", points["ratio"].idxmin(): "best   "}
     columns = {"model": points["label"]}
     for one, n in zip(axes, (group.trained_at, group.longest), strict=True):
         points["x"] = [keys_at(shape, group.trained_at, n) for shape in points["shape"]]
@@ -215,7 +215,7 @@ def frontier(group: Group, path: Path) -> Path:
         for kind, own in points.groupby("kind", sort=False):
             one.plot(own["x"], own["ratio"], **LOOKS[str(kind)], linestyle="", fillstyle="none", label=kind)
         for name, words in ((name, words) for name, words in names.items() if name in points.index):
-            row, places = points.loc[name], {"dense": ("center", "top"), DEFAULT: ("left", "center")}
+            row, places = points.loc[name], {"dense": ("center", "top"), OURS: ("left", "center")}
             across, up = places.get(name, ("right", "top"))
             one.annotate(words, (row["x"], row["ratio"] - 0.012 * (name == "dense")), ha=across, va=up)
         plain_ticks(one)

@@ -39,7 +39,7 @@ def far_table(records: Iterable[dict[str, Any]], rivals: Iterable[dict[str, Any]
     one = next(iter(found.values()))
     sets = len(one["evaluation"])
     note = (
-        f"The default recipe with other sparse layers, sequences of {one['trained_at']:,}, "
+        f"The recipe of the step muon8 with other sparse layers, sequences of {one['trained_at']:,}, "
         f"{where_run(found.values())}; geometric means over {sets} held-out sets. "
         "Keys: what a sparse layer reads for a token far into the text, with its values, and a summary that is only "
         f"scored as half a key; kB: over all layers, the last {one['trained_at']:,} tokens in full ones. Against: a "

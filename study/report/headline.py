@@ -1,4 +1,4 @@
-"""What a reader should see first: dense attention and the default recipe over evaluation length, both tuned."""
+"""What a reader should see first: dense attention and the hybrid over evaluation length, both tuned."""
 
 import math
 import statistics
@@ -8,14 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from fibattn.progress import quantity
-from fibattn.training.presets import DEFAULT
 from study.report.results import PLAIN, Group
 from study.report.rivals_tables import Records, best_rate, by_budget, seeds_of
-from study.rivals import Rivals
+from study.rivals import OURS, Rivals
 from study.store import over_sets, ways
-
-OURS = "default recipe"
-"""The name of its curve."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,7 @@ class Headline:
 
     @property
     def shows_ours_far_out(self) -> bool:
-        """Whether there is more of the default recipe than a point."""
+        """Whether there is more of the hybrid than a point."""
         return any(len(one.perplexities) > 1 for one in self.curves if one.name == OURS)
 
     @property
@@ -51,8 +47,8 @@ class Headline:
         if (ours := ends.get(OURS)) is None:
             return f"After {quantity(self.tokens)} tokens in the tuned recipe dense attention has {ends['dense']:.2f}"
         return (
-            f"After {quantity(self.tokens)} tokens in the tuned recipe: perplexity {ours:.2f} with the default's "
-            f"attention, {ends['dense']:.2f} with dense ({self.of_seeds})"
+            f"After {quantity(self.tokens)} tokens in the tuned recipe: perplexity {ours:.2f} for the hybrid, "
+            f"{ends['dense']:.2f} for dense attention ({self.of_seeds})"
         )
 
     @property
@@ -127,13 +123,13 @@ def _means(records: Records, way: str) -> dict[int, float]:
 
 
 def paper_headline(group: Group) -> Headline | None:
-    """Of a group at one rate, such as the paper's, first seeds; None without dense, YaRN and a bounded default."""
-    if not {"dense", DEFAULT} <= set(group.models.index) or "yarn" not in group.ways("dense") or not group.bounded:
+    """Of a group at one rate, such as the paper's, first seeds; None without dense, YaRN and a bounded hybrid."""
+    if not {"dense", OURS} <= set(group.models.index) or "yarn" not in group.ways("dense") or not group.bounded:
         return None
     shown = {
         "dense": ("dense", PLAIN, "-"),
         "dense, YaRN": ("dense", "yarn", "--"),
-        OURS: (DEFAULT, str(group.trained_at), "-"),
+        OURS: (OURS, str(group.trained_at), "-"),
     }
     curves = (
         Curve(

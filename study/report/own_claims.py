@@ -1,4 +1,4 @@
-"""What the project set out to do, each claim held against the results: does the default recipe do it?"""
+"""What the project set out to do, each claim held against the results: does the hybrid do it?"""
 
 import math
 from collections.abc import Iterable
@@ -6,10 +6,10 @@ from collections.abc import Iterable
 import pandas as pd
 
 from fibattn.progress import quantity
-from fibattn.training.presets import DEFAULT
 from study.report.claims import Claims, Finding, Judged, percent, verdict_over
 from study.report.probe_tables import recalled, unbounded_recall
 from study.report.results import PLAIN, Frame, Group, Probes, in_words
+from study.rivals import OURS
 from study.store import LENGTHENED
 
 OWN = Claims()
@@ -18,10 +18,10 @@ _FOUND = 0.9
 
 
 def _pairs(group: Group) -> list[int]:
-    """The seeds that both dense and the default recipe have."""
-    if not {"dense", DEFAULT} <= set(group.models.index):
+    """The seeds that both dense and the hybrid have."""
+    if not {"dense", OURS} <= set(group.models.index):
         return []
-    return list(group.loss(group.trained_at)[["dense", DEFAULT]].dropna().index)
+    return list(group.loss(group.trained_at)[["dense", OURS]].dropna().index)
 
 
 def _of_sets(group: Group, model: str, length: int, way: str = PLAIN) -> Frame:
@@ -37,12 +37,12 @@ def _by_seed(evidence: dict[int, str]) -> str:
     return words if len(evidence) > 1 else f"{words} (one seed)"
 
 
-@OWN.say("The default recipe is better than dense at the training length on every domain", f"dense, {DEFAULT}")
+@OWN.say("The hybrid is better than dense at the training length on every domain", f"dense, {OURS}")
 def _better_everywhere(group: Group) -> Judged:
     seeds = _pairs(group)
     if not seeds:
         return None
-    gaps = (_of_sets(group, DEFAULT, group.trained_at) - _of_sets(group, "dense", group.trained_at)).loc[seeds]
+    gaps = (_of_sets(group, OURS, group.trained_at) - _of_sets(group, "dense", group.trained_at)).loc[seeds]
     gaps["together"] = gaps.mean(axis=1)
     words = _by_seed(
         {seed: ", ".join(f"{name} {percent(gap)}" for name, gap in row.items()) for seed, row in gaps.iterrows()}
@@ -52,14 +52,14 @@ def _better_everywhere(group: Group) -> Judged:
     return verdict_over((gaps[group.sets] < 0).to_numpy().flat), words
 
 
-@OWN.say("The default recipe gets no worse at {factor} times the training length", DEFAULT)
+@OWN.say("The hybrid gets no worse at {factor} times the training length", OURS)
 def _no_worse_when_long(group: Group) -> Judged:
-    if DEFAULT not in group.models.index:
+    if OURS not in group.models.index:
         return None
     mean = pd.DataFrame({length: group.saved(length) for length in group.lengths})
-    plain = _of_sets(group, DEFAULT, group.longest)
-    far = _of_sets(group, DEFAULT, group.longest, str(group.trained_at)) if group.bounded else plain.iloc[:0]
-    changes = far.combine_first(plain)[group.sets] - _of_sets(group, DEFAULT, group.trained_at)
+    plain = _of_sets(group, OURS, group.longest)
+    far = _of_sets(group, OURS, group.longest, str(group.trained_at)) if group.bounded else plain.iloc[:0]
+    changes = far.combine_first(plain)[group.sets] - _of_sets(group, OURS, group.trained_at)
     evidence = {}
     for seed, row in changes.iterrows():
         best, longest = mean.loc[seed].idxmin(), group.longest
@@ -73,8 +73,8 @@ def _no_worse_when_long(group: Group) -> Judged:
 
 
 @OWN.say(
-    "The default recipe is ahead of dense past the training length, however dense is helped there",
-    f"dense with another way to look past its length, {DEFAULT}",
+    "The hybrid is ahead of dense past the training length, however dense is helped there",
+    f"dense with another way to look past its length, {OURS}",
 )
 def _helped_dense(group: Group) -> Judged:
     helps, seeds = group.ways("dense"), _pairs(group)
@@ -106,16 +106,16 @@ def _helped_dense(group: Group) -> Judged:
 
 
 def _bounds(group: Group) -> Frame:
-    """What each bound changes in the loss of the default recipe at the longest length: a row a seed."""
+    """What each bound changes in the loss of the hybrid at the longest length: a row a seed."""
     plain = group.loss(group.longest)
-    bounds = [way for way in group.ways(DEFAULT) if way.isdigit()]
-    gaps = {int(way): group.loss(group.longest, way)[DEFAULT] - plain[DEFAULT] for way in bounds}
+    bounds = [way for way in group.ways(OURS) if way.isdigit()]
+    gaps = {int(way): group.loss(group.longest, way)[OURS] - plain[OURS] for way in bounds}
     return pd.DataFrame(gaps).dropna(how="all")
 
 
 @OWN.say(
-    "In the longest sequences the default recipe is no worse for its bound, which makes its cost constant",
-    f"a run of {DEFAULT} that was evaluated with a bound",
+    "In the longest sequences the hybrid is no worse for its bound, which makes its cost constant",
+    f"a run of {OURS} that was evaluated with a bound",
 )
 def _bounded(group: Group) -> Judged:
     gaps = _bounds(group)
@@ -130,12 +130,12 @@ def _bounded(group: Group) -> Judged:
 
 
 @OWN.say(
-    "The default recipe trains at least as fast as dense at the training length",
+    "The hybrid trains at least as fast as dense at the training length",
     "a run of both that had the same kind of GPU for itself",
 )
 def _trains_as_fast(group: Group) -> Judged:
     alone = group.runs[group.runs["alone"]]
-    ours, dense = (alone[alone["model"] == name] for name in (DEFAULT, "dense"))
+    ours, dense = (alone[alone["model"] == name] for name in (OURS, "dense"))
     pairs = ours.merge(dense, on="hardware", suffixes=("", "_dense"))
     if pairs.empty:
         return None
@@ -176,17 +176,17 @@ def _control_pairs(group: Group) -> list[tuple[str, str]]:
 
 
 @OWN.say(
-    "From text alone the default recipe learns to copy from where a plain window of as many keys does not",
-    f"{DEFAULT} and a plain window, asked to copy",
+    "From text alone the hybrid learns to copy from where a plain window of as many keys does not",
+    f"{OURS} and a plain window, asked to copy",
 )
 def _copies_farther(group: Group) -> Judged:
     window = group.plain_window
-    asked = {name: _copied(group, name) for name in (DEFAULT, window, "dense") if name}
-    if window is None or asked[DEFAULT].empty or asked[window].empty:
+    asked = {name: _copied(group, name) for name in (OURS, window, "dense") if name}
+    if window is None or asked[OURS].empty or asked[window].empty:
         return None
-    near = group.models.at[DEFAULT, "window"]
-    far = [n for n in asked[DEFAULT] if near < n <= group.trained_at // 2]
-    good = [asked[DEFAULT][n].min() - asked[window][n].max() >= 0.01 for n in far if n in asked[window]]
+    near = group.models.at[OURS, "window"]
+    far = [n for n in asked[OURS] if near < n <= group.trained_at // 2]
+    good = [asked[OURS][n].min() - asked[window][n].max() >= 0.01 for n in far if n in asked[window]]
     evidence = [
         f"{name} " + ", ".join(f"{_range(100 * found[n], '.0f')} % at {n:,}" for n in found if n in far)
         for name, found in asked.items()

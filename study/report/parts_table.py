@@ -1,4 +1,4 @@
-"""The table of parts: each in the default recipe's model, against that model as it is."""
+"""The table of parts: each in the model of the step muon8 or of another, against that model as it is."""
 
 import json
 import math
@@ -25,12 +25,12 @@ def parts_table(folder: Path, runs: Iterable[dict[str, Any]]) -> list[Table]:
     if not rows:
         return []
     note = (
-        "The default recipe with a part more, or that of a step of the ladder, in trial form, sequences of "
+        "The recipe of the step muon8 or of another of the ladder with a part more, in trial form, sequences of "
         f"{records[0]['trained_at']:,}, {where_run(records)}; geometric means over the held-out sets. 16×: full layers "
         "bounded. Copied: random tokens named from 256 back. Make a row with `python -m study parts --data DATA "
-        "--tokens 106M --only PART`, with `--recipe STEP` in that of a step."
+        "--tokens 106M --only PART`, with `--recipe STEP` in that of another step."
     )
-    return [table("Parts that the default recipe lacks", note, rows, words=2)]
+    return [table("Parts that the library lacks", note, rows, words=2)]
 
 
 def _row(record: dict[str, Any], default: dict[str, Any] | None) -> dict[str, str]:
@@ -38,7 +38,7 @@ def _row(record: dict[str, Any], default: dict[str, Any] | None) -> dict[str, st
     return {
         "part": record["candidate"] + ("" if record["seed"] == 42 else f", seed {record['seed']}"),
         "what it is": record["about"],
-        "recipe": record.get("step") or "default",
+        "recipe": record.get("step") or "muon8",
         "tokens": f"{record['tokens'] / 1e6:.0f} M",
         "perplexity": f"{math.exp(nll):.2f}",
         "bits a byte": _bits(record),

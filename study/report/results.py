@@ -18,9 +18,9 @@ import pandas as pd
 
 from fibattn import files
 from fibattn.errors import InputError
-from fibattn.training.presets import DEFAULT
 from study.presets import STUDIES, TUNED
 from study.report.recipes import described, paper_name
+from study.rivals import OURS
 from study.store import LENGTHENED, Store, key_of, ways
 
 PLAIN = "plain"
@@ -186,18 +186,18 @@ class Group:
         return self.label(model, way) + ("" if seed == self.models.at[model, "seed"] else f", seed {seed}")
 
     def saved(self, length: int) -> Frame:
-        """The loss of each seed of the default recipe as it is saved: it looks no farther back than it was trained to.
+        """The loss of each seed of the hybrid as it is saved: it looks no farther back than it was trained to.
 
         Plain where a run was not evaluated so.
         """
         bound = str(self.trained_at)
-        plain = self.loss(length)[DEFAULT].dropna()
-        return self.loss(length, bound)[DEFAULT].dropna().combine_first(plain) if self.bounded else plain
+        plain = self.loss(length)[OURS].dropna()
+        return self.loss(length, bound)[OURS].dropna().combine_first(plain) if self.bounded else plain
 
     @property
     def bounded(self) -> bool:
-        """Whether some run of the default recipe was evaluated as it is saved."""
-        return str(self.trained_at) in self.ways(DEFAULT)
+        """Whether some run of the hybrid was evaluated as it is saved."""
+        return str(self.trained_at) in self.ways(OURS)
 
     def gap(self, model: str, other: str) -> float:
         """By how much the loss of a model is above another's at the training length; nan where there is none.
@@ -242,9 +242,9 @@ class Group:
 
     @cached_property
     def plain_window(self) -> str | None:
-        """The plain window that reads nearest to as many keys as the default recipe; without that one, the widest."""
+        """The plain window that reads nearest to as many keys as the hybrid; without that one, the widest."""
         keys = self.current.loc[self.current["kind"] == "window", "keys"]
-        wanted = self.models["keys"].get(DEFAULT, keys.max())
+        wanted = self.models["keys"].get(OURS, keys.max())
         return None if keys.empty else str((keys - wanted).abs().idxmin())
 
 

@@ -61,8 +61,8 @@ def write_report(folder: Path) -> Path:
     tuned = [
         *five_minutes_table(results.tuned["five-minutes"], results.outside),
         *ladder_table(results.tuned["ladder"]),
-        *rivals_tables(RIVALS, results.tuned[RIVALS.study], "the default recipe"),
-        *rivals_tables(FINALISTS, results.tuned[FINALISTS.study], "the default recipe at twice the embedding's rate"),
+        *rivals_tables(RIVALS, results.tuned[RIVALS.study], "the recipe of the step muon8"),
+        *rivals_tables(FINALISTS, results.tuned[FINALISTS.study], "the default recipe"),
         *long_tables(results.tuned["long"]),
     ]
     tuned += parts_table(folder, (one for records in results.tuned.values() for one in records))
@@ -171,7 +171,7 @@ def _told(shown: Headline, how: str) -> str:
     return (
         f"Perplexity in longer and longer sequences of the same text, after {quantity(shown.tokens)} training tokens "
         f"{how}, {shown.of_seeds}: dense, dense with its rotary positions stretched by YaRN or bounded to the training "
-        "length, and the default recipe as it is saved, its full layers bounded likewise, as far as each was looked at."
+        "length, and the hybrid as it is saved, its full layers bounded likewise, as far as each was looked at."
         " Lower is better."
     )
 
@@ -219,7 +219,7 @@ def _trained(results: Results) -> str:
 
 
 def _headline(results: Results, tuned: Headline | None, budgets: Sequence[Group]) -> str:
-    """What the numbers say of the default recipe, tuned ones before those of the largest budget at another rate."""
+    """What the numbers say of the hybrid, tuned ones before those of the largest budget at another rate."""
     if tuned is not None:
         return tuned.words
     if not budgets:
@@ -231,7 +231,7 @@ def _headline(results: Results, tuned: Headline | None, budgets: Sequence[Group]
             there = {"holds": "no higher", "partly": "no higher on some"}
             return (
                 f"After {quantity(group.tokens)} tokens at a learning rate of {group.runs['rate'].iloc[0]:g} "
-                "the default recipe's perplexity is "
+                "the hybrid's perplexity is "
                 f"{here.get(better.verdict, 'above that of dense')}, and "
                 f"{there.get(longer.verdict, 'higher')} at {group.factor} times the training length"
             )

@@ -138,7 +138,7 @@ def test_the_default_recipe_must_win_with_every_seed() -> None:
             record("hybrid", published_run("dense", factor)["evaluation"], first + n)
             for n, factor in enumerate(factors)
         ]
-        return own({"dense": seeds[:dense], "hybrid": ours}, "The default recipe is better")
+        return own({"dense": seeds[:dense], "hybrid": ours}, "The hybrid is better")
 
     ahead = 0.99
     assert goal(ahead).verdict == goal(ahead, ahead).verdict == "holds"
@@ -214,7 +214,7 @@ def helped_dense(bounded: float, plain: float = 9.0, ours: float | None = None, 
     dense = record("dense", sets({**near, 2048: 9.0, 4096: plain}), **more)
     saved = {} if ours is None else {"bounded": {"1024": far(ours, ours)}}
     hybrid = record("hybrid", sets({**near, 2048: 3.0, 4096: 3.0}), **saved)
-    return own({"dense": [dense], "hybrid": [hybrid]}, "The default recipe is ahead of dense past")
+    return own({"dense": [dense], "hybrid": [hybrid]}, "The hybrid is ahead of dense past")
 
 
 def test_dense_is_judged_at_its_best_at_every_length() -> None:
@@ -226,7 +226,7 @@ def test_dense_is_judged_at_its_best_at_every_length() -> None:
         f"against the best of {ways}: seed 42: plainly, 2×: −63.2 % (bounded to 1,024), 4×: −63.2 % (YaRN) (one seed)"
     )
     saved = helped_dense(4.5, ours=4.25, **longer)
-    assert saved.verdict == "does not hold", "the default recipe is judged as it is saved, with its bound"
+    assert saved.verdict == "does not hold", "the hybrid is judged as it is saved, with its bound"
     assert "seed 42: bounded to 1,024, 2×: +28.4 % (bounded to 1,024), 4×: +28.4 % (YaRN)" in saved.evidence
     assert helped_dense(2.5, **longer).verdict == "partly"
     assert "4×: +64.9 % (bounded to 1,024)" in helped_dense(2.5, **longer).evidence
@@ -246,7 +246,7 @@ def test_a_bound_is_judged_and_shown_beside_a_plain_window(gain: float, verdict:
     goal = own(models, "In the longest sequences")
     assert goal.verdict == verdict
     assert f"1,024 tokens: {'−3.0' if gain > 0 else '+1.0'} %" in goal.evidence
-    long = own(models, "The default recipe gets no worse")
+    long = own(models, "The hybrid gets no worse")
     change = "−1.0" if gain > 0 else "+3.0"
     words = f"fineweb_edu {change} %, wikipedia {change} %, best at "
     assert (long.verdict, long.evidence[:9]) == (verdict, "seed 42: ")
@@ -381,7 +381,7 @@ def test_claims_are_judged_in_the_tuned_recipe_once_the_default_was_looked_at_fa
     told = write_report(tmp_path).read_text()
     (table,) = [part for part in told.split("### ") if part.startswith("Past the paper, in the tuned recipe")]
     verdicts = {row.split(" | ")[0].strip("| "): row.split(" | ")[1] for row in table.splitlines()[4:]}
-    start = "The default recipe "
+    start = "The hybrid "
     assert verdicts[f"{start}is better than dense at the training length on every domain"] == "holds"
     assert verdicts[f"{start}gets no worse at 16 times the training length"] == "holds"
     assert verdicts[f"{start}is ahead of dense past the training length, however dense is helped there"] == "partly"

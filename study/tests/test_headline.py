@@ -1,12 +1,14 @@
-"""The first figure: dense attention and the default recipe, tuned, at the budget where most is known of both."""
+"""The first figure: dense attention and the hybrid, tuned, at the budget where most is known of both."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
+from fibattn.training.presets import DEFAULT, PRESETS
 from study.ladder import LADDER
 from study.presets import STUDIES
 from study.report import charts
@@ -42,7 +44,7 @@ def test_every_way_of_dense_and_the_default_recipe_as_it_is_saved_are_curves() -
         "dense": pytest.approx({1024: 3.0, 16384: 4.0}),
         "dense, YaRN": pytest.approx({1024: 3.0, 16384: 3.2}),
         "dense, bounded": pytest.approx({1024: 3.0, 16384: 2.9}),
-        "default recipe": pytest.approx({1024: 2.9, 16384: 2.8}),
+        "hybrid": pytest.approx({1024: 2.9, 16384: 2.8}),
     }
 
 
@@ -56,7 +58,7 @@ def test_the_largest_budget_is_taken_at_which_both_were_looked_at_far_out() -> N
 
 def test_where_nothing_is_known_far_out_the_default_recipe_is_a_point_and_alone_dense_is_all() -> None:
     only_near = record(RIVAL, 2.9, far=False)
-    assert shown(record("dense", 3.0), only_near)["default recipe"] == pytest.approx({1024: 2.9})
+    assert shown(record("dense", 3.0), only_near)["hybrid"] == pytest.approx({1024: 2.9})
     assert set(shown(record("dense", 3.0))) == {"dense", "dense, bounded"}
     assert tuned_headline(RIVALS, [record(RIVAL, 2.9)]) is None
 
@@ -76,15 +78,15 @@ def test_means_are_over_the_seeds_that_both_have_and_were_looked_at_far_out() ->
     dense = [record("dense", 3.0), record("dense-seed43", 3.2, seed=43), record("dense-seed44", 9.0, seed=44)]
     ours = [record(RIVAL, 9.0, far=False), record(f"{RIVAL}-seed43", 2.9, seed=43)]
     found = shown(*dense, *ours)
-    assert (found["dense"][1024], found["default recipe"][1024]) == pytest.approx((3.2, 2.9))
+    assert (found["dense"][1024], found["hybrid"][1024]) == pytest.approx((3.2, 2.9))
     found = tuned_headline(RIVALS, [*dense[:2], record(RIVAL, 2.7), ours[1]])
     assert found is not None
     assert found.seeds == 2
-    assert f"perplexity {math.exp(2.8):.2f} with the default's" in found.words
-    assert f"{math.exp(3.1):.2f} with dense (the mean of 2 seeds)" in found.words
+    assert f"perplexity {math.exp(2.8):.2f} for the hybrid" in found.words
+    assert f"{math.exp(3.1):.2f} for dense attention (the mean of 2 seeds)" in found.words
 
 
-@pytest.mark.parametrize(("rivals", "step"), [(RIVALS, "muon8"), (FINALISTS, "embedding-6")])
+@pytest.mark.parametrize(("rivals", "step"), [(RIVALS, "muon8"), (FINALISTS, "skip-6")])
 def test_rivals_are_trained_as_a_step_of_the_ladder_and_one_is_its_model(rivals: Rivals, step: str) -> None:
     recipe = next(one.recipe for one in LADDER if one.name == step)
     assert rivals.at_rate(1.0).optimizer == recipe.optimizer
@@ -92,15 +94,16 @@ def test_rivals_are_trained_as_a_step_of_the_ladder_and_one_is_its_model(rivals:
     assert any(run.name == rivals.ours for run in STUDIES[rivals.study].runs)
 
 
-def test_the_rival_that_is_ours_is_the_default_recipe() -> None:
-    kept = [step for step in LADDER if step.kept][-1].recipe
-    assert (RIVALS.models[RIVALS.ours], RIVALS.recipe.optimizer) == (kept.model, kept.optimizer)
+def test_the_finalist_that_is_ours_is_the_default_recipe_but_for_the_order_of_the_text() -> None:
+    default, ours = PRESETS[DEFAULT], FINALISTS.recipe
+    assert FINALISTS.models[FINALISTS.ours] == replace(default.model, full_reach=None)
+    assert (ours.optimizer, ours.order, default.order) == (default.optimizer, "random", "epochs")
 
 
 def test_the_figure_keeps_its_numbers_and_what_is_not_known_is_empty(tmp_path: Path) -> None:
     found = tuned_headline(RIVALS, [record("dense", 3.0), record(RIVAL, 2.9, far=False)])
     assert found is not None
     kept = pd.read_csv(charts.headline(found, tmp_path / "headline.svg").with_suffix(".csv"), index_col="length")
-    assert kept.loc[1024, "default recipe"] == pytest.approx(math.exp(2.9))
-    assert pd.isna(kept.loc[16384, "default recipe"])
-    assert "default recipe 18 at 1,024" in (tmp_path / "headline.svg").read_text()
+    assert kept.loc[1024, "hybrid"] == pytest.approx(math.exp(2.9))
+    assert pd.isna(kept.loc[16384, "hybrid"])
+    assert "hybrid 18 at 1,024" in (tmp_path / "headline.svg").read_text()

@@ -12,7 +12,7 @@ import torch
 from fibattn.model.modeling import FibAttnForCausalLM
 from fibattn.training.presets import DEFAULT, PRESETS
 from fibattn.training.run import model_config
-from study.ladder import LADDER, Step
+from study.ladder import LADDER, MINUTES, Step
 from study.presets import STUDIES
 from study.report.ladder_table import ladder_table
 from study.report.results import Results
@@ -25,7 +25,7 @@ STUDY = STUDIES["ladder"]
 
 @pytest.fixture(scope="module")
 def records() -> dict[str, dict]:
-    """Of the budget that all steps have."""
+    """Of the budget that nearly all steps have: a quarter of the whole one, or a little more."""
     return {one["run"]: one for one in Results.load(RESULTS).tuned["ladder"] if one["tokens"] < 200_000_000}
 
 
@@ -35,7 +35,7 @@ RUN = [run for run in STUDY.runs if (RESULTS / "ladder" / f"{run.name}.jsonl").e
 @pytest.mark.parametrize("run", RUN, ids=lambda run: run.name)
 def test_a_step_was_run_with_the_recipe_that_it_has(run, records) -> None:
     record = records[run.name]
-    recipe = STUDY.resolved(run, data=Path("data"), out=Path("out"), tokens=106_000_000, compiled=True)
+    recipe = STUDY.resolved(run, data=Path("data"), out=Path("out"), tokens=record["tokens"], compiled=True)
     assert key_of(recipe, record["inputs"]["data_fingerprint"]) == record["key"]
 
 
@@ -55,7 +55,7 @@ def test_steps_of_one_length_saw_the_same_text_in_the_same_order(records) -> Non
     alike = [one for one in records.values() if one["recipe"]["order"] == "random" and one["trained_at"] == 1024]
     orders = defaultdict(set)
     for one in alike:
-        orders[one["inputs"]["data_fingerprint"]].add(one["inputs"]["order_sha256"])
+        orders[one["inputs"]["data_fingerprint"], one["tokens"]].add(one["inputs"]["order_sha256"])
     assert len(alike) > 9
     assert all(len(found) == 1 for found in orders.values())
 
@@ -73,16 +73,28 @@ def test_models_have_one_size_unless_they_say_otherwise(step: Step) -> None:
     with torch.device("meta"):
         model = FibAttnForCausalLM(model_config(step.recipe, step.vocabulary or 32_768, 0))
     alike = abs(model.num_parameters() / 60_836_352 - 1) < 0.01
-    assert alike != ("fewer parameters" in step.change)
+    assert alike != any("fewer parameters" in one.change for one in changed_by(step))
     step.recipe.check()
 
 
-def test_the_default_recipe_is_the_last_step_that_was_kept() -> None:
-    last = [step for step in LADDER if step.kept][-1].recipe
-    chosen = PRESETS[DEFAULT]
-    assert chosen.optimizer == last.optimizer
-    assert replace(chosen.model, full_reach=None) == last.model
-    assert (chosen.sequence_length, chosen.sequences_per_step) == (last.sequence_length, last.sequences_per_step)
+def changed_by(step: Step) -> list[Step]:
+    """The step and all that it builds on."""
+    before = [one for one in LADDER if one.name == step.since]
+    return [step, *(changed_by(before[0]) if before else [])]
+
+
+@pytest.mark.parametrize(("preset", "large"), [(DEFAULT, False), ("five-minutes", True)])
+def test_a_preset_is_the_last_step_of_its_kind_that_was_kept(preset: str, large: bool) -> None:
+    last = [step for step in LADDER if step.kept and (step in MINUTES) == large][-1].recipe
+    chosen = PRESETS[preset].resolved()
+    unbounded = replace(chosen, model=replace(chosen.model, full_reach=None))
+    alike = ("model", "optimizer", "order", "sequence_length", "sequences_per_step", "micro_batch")
+    assert [getattr(unbounded, name) for name in alike] == [getattr(last.resolved(), name) for name in alike]
+
+
+def test_every_step_of_the_presets_way_was_kept() -> None:
+    ends = [[step for step in LADDER if step.kept and (step in MINUTES) == large][-1] for large in (False, True)]
+    assert all(step.kept for end in ends for step in changed_by(end))
 
 
 def test_the_rival_differs_in_its_attention_alone() -> None:
@@ -93,7 +105,7 @@ def test_the_rival_differs_in_its_attention_alone() -> None:
 
 
 def test_the_table_shows_the_means_of_the_records(records) -> None:
-    [table] = ladder_table(records.values())
+    table = ladder_table(records.values())[0]
     row = next(row for row in table.rows if row[0] == "muon8")
     losses = [rows["1024"] for rows in records["muon8"]["evaluation"].values()]
     assert row[3] == f"{math.prod(one['perplexity'] for one in losses) ** 0.25:.2f}"
@@ -108,7 +120,7 @@ def test_a_step_in_another_vocabulary_is_known_by_it_and_compared_by_bits_a_byte
     path = RESULTS / "ladder" / "batch.jsonl"
     record = json.loads(path.read_text())
     (run,) = STUDY.chosen(["few-small-64"])
-    recipe = STUDY.resolved(run, data=Path("data"), out=Path("out"), tokens=106_000_000, compiled=True)
+    recipe = STUDY.resolved(run, data=Path("data"), out=Path("out"), tokens=record["tokens"], compiled=True)
     for rows in record["evaluation"].values():
         rows["1024"]["bits_per_byte"] *= 0.99
     inputs = record["inputs"] | {"data_fingerprint": "other"}

@@ -155,7 +155,7 @@ def test_the_longest_training_windows_lead_and_the_largest_budget_has_the_headli
                 row["nll"] = 1.0 if name == "hybrid" else 2.0
         Store(tmp_path).append(record)
     text = write_report(tmp_path).read_text()
-    headline = "After 1G tokens at a learning rate of 0.005 the default recipe's perplexity is lower than dense's"
+    headline = "After 1G tokens at a learning rate of 0.005 the hybrid's perplexity is lower than dense's"
     assert f"{headline} on every domain, and no higher at" in text.replace("&#39;", "'")
     figures = re.findall(r'<figure id="([a-z-]*)">', text)
     assert figures[:2] == ["extrapolation-longest", "extrapolation"]

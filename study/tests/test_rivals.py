@@ -37,7 +37,7 @@ def record(run: str, nll: float, far: float, *, seed: int = 42, copied: float = 
 @pytest.mark.parametrize("rivals", SETS, ids=lambda rivals: rivals.study)
 def test_rivals_have_one_size(rivals: Rivals, name: str) -> None:
     sizes = []
-    for model in (rivals.models[name], PRESETS[DEFAULT].model):
+    for model in (rivals.models[name], rivals.recipe.model):
         with torch.device("meta"):
             made = FibAttnForCausalLM(model_config(Recipe(model=model), 1024, 0))
         sizes.append(sum(parameter.numel() for parameter in made.parameters()))
@@ -46,7 +46,7 @@ def test_rivals_have_one_size(rivals: Rivals, name: str) -> None:
 
 
 def test_the_default_recipe_is_among_them() -> None:
-    models = RIVALS.models.values()
+    models = FINALISTS.models.values()
     assert any(
         (model.layer_types, model.window, model.no_rope_layers)
         == (PRESETS[DEFAULT].model.layer_types, PRESETS[DEFAULT].model.window, PRESETS[DEFAULT].model.no_rope_layers)

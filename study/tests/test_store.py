@@ -84,7 +84,8 @@ def test_key_is_of_what_moves_the_result() -> None:
 
 def test_one_recipe_in_other_words_has_one_key() -> None:
     short = replace(PRESETS["hybrid"].model, max_offset="sequence", full_reach="sequence")
-    long = replace(short, **hybrid_layers(16, full=(7, 15)), max_offset=1023, full_reach=1023)
+    layers = hybrid_layers(16, full=(7, 15), sparse="sliding_attention")
+    long = replace(short, **layers, max_offset=1023, full_reach=1023)
     assert short != long
     one, other = (key_of(Recipe(model=shape), "data") for shape in (short, long))
     assert one == other

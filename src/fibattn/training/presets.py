@@ -9,8 +9,9 @@ from fibattn.training.recipe import ModelRecipe, OptimizerRecipe, Recipe
 
 _tuned = Recipe(
     optimizer=OptimizerRecipe(
-        learning_rate=3e-3, muon=True, muon_learning_rate=8e-3, decay="linear", final_fraction=0.0
+        learning_rate=6e-3, muon=True, muon_learning_rate=8e-3, decay="linear", final_fraction=0.0
     ),
+    order="epochs",
     compile=True,
 )
 _dense = ModelRecipe(
@@ -18,11 +19,21 @@ _dense = ModelRecipe(
     hidden_act="relu2",
     gated_mlp=False,
     qk_norm=True,
+    embedding_skip=True,
     zero_init_outputs=True,
     autocast_residual=True,
     layer_types=("full_attention",),
 )
-_hybrid = replace(_dense, window=64, full_reach="sequence", **hybrid_layers(8, full=(7,)))
+_hybrid = replace(_dense, window=127, full_reach="sequence", **hybrid_layers(8, full=(7,), sparse="sliding_attention"))
+_minutes = replace(
+    _hybrid,
+    hidden_size=640,
+    intermediate_size=2304,
+    num_hidden_layers=8,
+    num_attention_heads=10,
+    num_key_value_heads=2,
+    **hybrid_layers(4, full=(3,), sparse="sliding_attention"),
+)
 
 
 def _larger(layers: int, heads: int, *, head_size: int, sequences: int, micro_batch: int, steps: int) -> Recipe:
@@ -51,7 +62,7 @@ _small = replace(
     num_hidden_layers=6,
     num_attention_heads=6,
     window=32,
-    **hybrid_layers(3, full=(2,)),
+    **hybrid_layers(3, full=(2,), sparse="sliding_attention"),
 )
 
 _recipes = {
@@ -60,17 +71,18 @@ _recipes = {
     "hybrid": replace(_tuned, model=_hybrid),
     "five-minutes": replace(
         _tuned,
-        model=_hybrid,
-        optimizer=replace(_tuned.optimizer, learning_rate=4e-3, muon_learning_rate=1.1e-2),
+        model=_minutes,
+        optimizer=replace(_tuned.optimizer, learning_rate=8e-3, muon_learning_rate=1.1e-2, beta1=0.8),
         sequences_per_step=64,
         micro_batch=64,
-        steps=4177,
+        steps=5065,
     ),
     "hybrid-125m": _larger(16, 12, head_size=64, sequences=64, micro_batch=32, steps=19_000),
     "hybrid-300m": _larger(24, 16, head_size=64, sequences=128, micro_batch=16, steps=23_000),
     "hybrid-1b": _larger(24, 16, head_size=128, sequences=256, micro_batch=16, steps=43_000),
     "small": Recipe(
         model=_small,
+        order="epochs",
         optimizer=replace(_tuned.optimizer, learning_rate=2.4e-2, muon_weight_decay=0.7, beta1=0.8, warmup_steps=10),
         sequence_length=256,
         sequences_per_step=16,
@@ -82,10 +94,11 @@ _recipes = {
     ),
 }
 PRESETS = {name: replace(recipe, out=Path("runs") / name) for name, recipe in _recipes.items()}
-"""`paper` is the paper's linear stagger at its rate, `hybrid` the project's own, tuned (the study's ladder): a wider
-window and two layers of full attention without rotary positions, bounded once they are trained. `dense` is its rival:
-full attention, all else as in `hybrid`. `five-minutes` is `hybrid` for five minutes of an H200, in larger steps. Those
-with a size are larger, for days of a GPU. `small` is for a laptop, every third layer full, and tuned there."""
+"""`paper` is the paper's linear stagger at its rate, `hybrid` the project's own, tuned (the study's ladder): windows of
+128 keys, and two layers of full attention without rotary positions, bounded once they are trained. `dense` is its
+rival: full attention, all else as in `hybrid`. `five-minutes` is half as deep and wider, the best of what was
+tried for five minutes of an H200. Those with a size are larger, for days of a GPU. `small` is for a laptop, every third
+layer full, and tuned there."""
 
 DEFAULT, ON_CPU = "hybrid", "small"
 """The recipe of who names none, with a GPU and without."""
