@@ -42,7 +42,9 @@ def model_of(
     shape = recipe.model
     if chosen.size == "1b":
         sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 4}
-        shape = replace(shape, **sizes, **hybrid_layers(24, full=(7, 15, 23)), num_hidden_layers=24)
+        shape = replace(
+            shape, **sizes, **hybrid_layers(24, full=(7, 15, 23), sparse="sliding_attention"), num_hidden_layers=24
+        )
     if dense:
         shape, reach = replace(shape, layer_types=("full_attention",), no_rope_layers=(1,)), None
     if chooses:

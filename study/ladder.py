@@ -60,7 +60,7 @@ _TURNS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gates": ("gates for the heads", {"head_gates": True}),
     "eight": (
-        "eight layers for ten, a fifth fewer parameters: for more text in the same time",
+        "eight layers for ten, a seventh fewer parameters: for more text in the same time",
         {"num_hidden_layers": 8, **hybrid_layers(8, (3, 7), sparse="sliding_attention")},
     ),
     "epochs": ("whole passes over the text, not sequences drawn with replacement", {"order": "epochs"}),
@@ -98,7 +98,7 @@ def _climb() -> tuple[Step, ...]:
     change = "AdamW at 6e-3, for the embedding and the norms"
     _step(steps, "embedding-6", change, "muon8", True, learning_rate=6e-3)
     _step(steps, "embedding-12", "AdamW at 1.2e-2", "muon8", False, learning_rate=1.2e-2)
-    change = "the embedding mixed into every layer's input, with that rate"
+    change = "the embedding mixed into every layer's input, AdamW at 6e-3"
     _step(steps, "skip-6", change, "embedding-6", True, embedding_skip=True)
     window = {"window": 127, **hybrid_layers(8, full=(7,), sparse="sliding_attention")}
     _step(steps, "window-6", "plain windows of 128 keys for rungs", "skip-6", True, **window)

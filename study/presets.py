@@ -274,7 +274,9 @@ STUDIES: dict[str, Study] = {
         items=0,
     ),
     RIVALS.study: _rivals(RIVALS, "dense, hybrids and windows in the recipe of the step muon8: rates, then seeds"),
-    FINALISTS.study: _rivals(FINALISTS, "the same in the default recipe"),
+    FINALISTS.study: _rivals(
+        FINALISTS, "the same in the default recipe, but that sequences are drawn with replacement"
+    ),
     "long": Study(
         "dense, the finalist, chosen blocks, a window: a fifth of the tokens more in sequences of 8,192",
         FINALISTS.at_rate(1.0),

@@ -204,7 +204,7 @@ def frontier(group: Group, path: Path) -> Path:
     points = group.models.assign(ratio=(losses - losses[_reference(group)]).map(math.exp))
     up = f"perplexity ÷ {group.label(_reference(group))}, at {group.trained_at:,}"
     figure, axes = panels(2, 3.2, "keys that a query reads (mean)", up)
-    names = {"dense": "dense", OURS: "   default", points["ratio"].idxmin(): "best   "}
+    names = {"dense": "dense", OURS: "   hybrid", points["ratio"].idxmin(): "best   "}
     columns = {"model": points["label"]}
     for one, n in zip(axes, (group.trained_at, group.longest), strict=True):
         points["x"] = [keys_at(shape, group.trained_at, n) for shape in points["shape"]]

@@ -24,9 +24,9 @@ def five_minutes_table(records: Iterable[dict[str, Any]], outside: Iterable[dict
         order = "whole passes" if other.get("order") == "epochs" else "drawn with replacement"
         rows.append(_row(f"{OUTSIDE}, {order}", 2048, other["bits_per_byte"], other["tokens"], seconds, size))
     note = (
-        f"{where_run(records)}; steps of the ladder, whose table says what is new in each; seconds of training, "
-        "without compiling and evaluating. Bits per byte of the same bytes of each held-out set, every position of "
-        "disjoint sequences. The "
+        f"{where_run(records)}; steps of the ladder, of which `wide-eight-skip-64` is the preset `five-minutes`; "
+        "seconds of training, without compiling and evaluating. Bits per byte of the same bytes of each held-out set, "
+        "every position of disjoint sequences. The "
         f"program from outside is {OUTSIDE}, branch exp/H100/mar8, its train.py as it is, with a vocabulary of 8,192 "
         "of its own. FlashAttention 3, which comes from a hub, is replaced by PyTorch's Flex attention for windows and "
         "cuDNN's for full layers; its authors had 460 to 500 M tokens in five minutes of an "

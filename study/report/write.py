@@ -62,7 +62,7 @@ def write_report(folder: Path) -> Path:
         *five_minutes_table(results.tuned["five-minutes"], results.outside),
         *ladder_table(results.tuned["ladder"]),
         *rivals_tables(RIVALS, results.tuned[RIVALS.study], "the recipe of the step muon8"),
-        *rivals_tables(FINALISTS, results.tuned[FINALISTS.study], "the default recipe"),
+        *rivals_tables(FINALISTS, results.tuned[FINALISTS.study], "the default recipe drawn with replacement"),
         *long_tables(results.tuned["long"]),
     ]
     tuned += parts_table(folder, (one for records in results.tuned.values() for one in records))
