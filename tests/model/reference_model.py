@@ -106,6 +106,10 @@ def logits(model: FibAttnForCausalLM, ids: Tensor) -> Tensor:
             (h @ weights[f"model.{at}.self_attn.{name}_proj.weight"].T).view(length, -1, size).transpose(0, 1)
             for name in "qkv"
         )
+        if config.value_embeddings and number % 2 != config.num_hidden_layers % 2:
+            gate = 2 * (h @ weights[f"model.{at}.self_attn.value_gate.weight"].T).sigmoid()
+            own = weights[f"model.{at}.self_attn.value_embedding.weight"][ids].view(length, -1, size)
+            v = v + (gate[..., None] * own).transpose(0, 1)
         if config.kv_convolution and kind != "full_attention":
             of_keys, of_values = weights[f"model.{at}.self_attn.kv_convolution"]
             k, v = convolved(k, of_keys), convolved(v, of_values)

@@ -61,7 +61,11 @@ SOURCES |= {
     "own": ("fibattn", {**DENSE, "qk_norm": True, "gated_mlp": False, "hidden_act": "relu2"}),
     "own, with more": (
         "fibattn",
-        {**DENSE, "embedding_skip": True, "head_gates": True, "attention_bias": True, "no_rope_layers": [1, 0, 1, 1]},
+        {
+            **DENSE,
+            **dict.fromkeys(("embedding_skip", "head_gates", "value_embeddings", "attention_bias"), True),
+            "no_rope_layers": [1, 0, 1, 1],
+        },
     ),
     "own, yarn RoPE": ("fibattn", {**DENSE, **SOURCES["llama, yarn RoPE"][1]}),
 }

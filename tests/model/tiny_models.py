@@ -49,6 +49,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "blocks": 1,
         "block_reach": 45,
         "kv_convolution": 3,
+        "value_embeddings": True,
     },
     "chosen, rotated": {
         "layer_types": ["chosen_attention", "full_attention", "chosen_attention", "sliding_attention"],
@@ -67,6 +68,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "qk_norm": True,
         "embedding_skip": True,
         "head_gates": True,
+        "value_embeddings": True,
     },
 }
 

@@ -82,6 +82,8 @@ class FibAttnConfig(SavesShim, PreTrainedConfig):
         embedding_skip: the embedding is normalised, and every layer begins with a learned mix of the residual stream
             and that embedding.
         head_gates: the output of each head goes through a gate that the layer's input decides.
+        value_embeddings: every second layer, the last among them, has an embedding of its own that adds to each token's
+            values, times a gate for each KV head that the layer's input decides. So the model needs `input_ids`.
         zero_init_outputs: what writes to the residual stream begins at zero; otherwise small (paper, section 4).
         autocast_residual: under autocast the residual stream has the autocast dtype; otherwise the embedding's.
         base: `fibonacci` or `power_of_two`.
@@ -143,6 +145,7 @@ class FibAttnConfig(SavesShim, PreTrainedConfig):
     gated_mlp: bool = True
     embedding_skip: bool = False
     head_gates: bool = False
+    value_embeddings: bool = False
     zero_init_outputs: bool = False
     autocast_residual: bool = False
     pad_token_id: int | None = None
@@ -281,6 +284,10 @@ class FibAttnConfig(SavesShim, PreTrainedConfig):
     def learns_alpha(self, layer: int) -> bool:
         """Whether the layer has a scale that is trained."""
         return self.schedule == "learned" and (self.layer_types or [])[layer] == "fibonacci_attention"
+
+    def embeds_values(self, layer: int) -> bool:
+        """Whether the layer has a value embedding."""
+        return self.value_embeddings and (self.num_hidden_layers - 1 - layer) % 2 == 0
 
     def _check_shapes(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

@@ -1,4 +1,4 @@
-"""Gates of the heads: how much of what each has read goes on."""
+"""Gates of the heads: how much of what each has read goes on, or of what a token's embedding adds to its values."""
 
 import torch
 from torch import Tensor, nn

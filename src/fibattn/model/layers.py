@@ -42,6 +42,9 @@ class FibAttnAttention(LearnedScale):
         self.kv_convolution = nn.Parameter(torch.zeros(2, taps, kv_heads * size)) if taps else None
         bias = config.attention_bias or config.qkv_bias
         self.head_gate = FibAttnGate(config.hidden_size, heads) if config.head_gates else None
+        embeds = config.embeds_values(layer)
+        self.value_gate = FibAttnGate(config.hidden_size, kv_heads) if embeds else None
+        self.value_embedding = nn.Embedding(config.vocab_size, kv_heads * size) if embeds else None
         self.q_proj = nn.Linear(config.hidden_size, heads * size, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_heads * size, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * size, bias=bias)
@@ -65,15 +68,19 @@ class FibAttnAttention(LearnedScale):
         cache: Cache | PagedAttentionCache | None,
         cache_positions: Tensor,
         shard: Shard | None = None,
+        token_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """`hidden` (batch, tokens, hidden size) in and out; `positions` as in `attend`, for sparse layers.
 
         `cache_positions` (1, tokens) count the tokens that went into `cache` before each of these. With a `shard` they
-        are a part of each row, and full layers take positions, too.
+        are a part of each row, and full layers take positions, too. `token_ids`, int64 (batch, tokens), are what value
+        embeddings need.
         """
         shape = (*hidden.shape[:2], -1, self.head_dim)
         q, k, v = (project(hidden).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
+        if self.value_embedding is not None and self.value_gate is not None:
+            v = v + self.value_gate(hidden, self.value_embedding(token_ids).view(shape).to(v.dtype))
         ring = None
         if isinstance(cache, Cache) and self.pattern is not None:
             ring = ring_of(cache, self.layer_idx, self.pattern, self.reach or 0)

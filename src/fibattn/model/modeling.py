@@ -82,6 +82,14 @@ class FibAttnPreTrainedModel(FoundByShim, PreTrainedModel):
             initialization.copy_(module.inv_freq, module.frequencies())
             initialization.copy_(module.original_inv_freq, module.frequencies())
 
+    def _resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As Transformers', and the value embeddings with it."""
+        decoder: Any = self.base_model
+        for layer in decoder.layers:
+            if layer.self_attn.value_embedding is not None:
+                self._get_resized_embeddings(layer.self_attn.value_embedding, *args, **kwargs)
+        return super()._resize_token_embeddings(*args, **kwargs)
+
 
 class FibAttnModel(FibAttnPreTrainedModel):
     """The decoder without its head."""
@@ -121,15 +129,21 @@ class FibAttnModel(FibAttnPreTrainedModel):
         `past_key_values` is the older name of `cache`.
 
         Raises:
-            InputError: for input_ids of another shape, a mask with holes or more than two dimensions, which the sparse
-                layers cannot apply, packed documents with a cache where there are full layers, `cu_seq_lens_q` that do
-                not fit the row or come with a mask or a cache, a cache under gradient checkpointing, which would run
-                its updates twice, or a `full_reach` that was changed after loading.
+            InputError: for input_ids of another shape, inputs_embeds where there are value embeddings, a mask with
+                holes or more than two dimensions, which the sparse layers cannot apply, packed documents with a cache
+                where there are full layers, `cu_seq_lens_q` that do not fit the row or come with a mask or a cache, a
+                cache under gradient checkpointing, which would run its updates twice, or a `full_reach` that was
+                changed after loading.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("give exactly one of input_ids and inputs_embeds")
         if input_ids is not None and input_ids.dim() != 2:
             raise InputError(f"input_ids have shape {tuple(input_ids.shape)}; expected (batch, tokens)")
+        if input_ids is None and self.config.value_embeddings:
+            raise InputError(
+                "inputs_embeds are given, but this model has value_embeddings, and the ids of the tokens decide its values; "
+                "give input_ids"
+            )
         if self.config.full_reach != self.full_reach:
             raise InputError(
                 f"full_reach was {self.full_reach} when the model was made and is {self.config.full_reach} now; load "
@@ -180,6 +194,7 @@ class FibAttnModel(FibAttnPreTrainedModel):
                 cache=cache,
                 cache_positions=cache_positions,
                 position_ids=position_ids,
+                token_ids=input_ids,
                 **kwargs,
             )
         kept: dict[str, Any] = {CACHE_NAME: cache}

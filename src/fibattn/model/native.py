@@ -32,8 +32,8 @@ _FAMILIES: dict[str, tuple[tuple[str, ...], dict[str, bool]]] = {
     "smollm3": (_BIASES, {}),
     FibAttnConfig.model_type: (
         (
-            *(*_BIASES, "qkv_bias", "qk_norm", "gated_mlp", "embedding_skip", "head_gates", "autocast_residual"),
-            "no_rope_layers",
+            *(*_BIASES, "qkv_bias", "qk_norm", "gated_mlp", "embedding_skip", "head_gates", "value_embeddings"),
+            *("autocast_residual", "no_rope_layers"),
         ),
         {},
     ),
