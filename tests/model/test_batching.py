@@ -36,7 +36,9 @@ def alone(model: PreTrainedModel, prompt: list[int], new: int = 8) -> list[int]:
     return found[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("kind", ["linear", "learned", "full", "mixture", "learned mixture", "bounded mixture"])
+@pytest.mark.parametrize(
+    "kind", ["linear", "learned", "full", "mixture", "learned mixture", "bounded mixture", "modern"]
+)
 def test_batched_requests_have_the_tokens_of_generate(kind: str) -> None:
     made = tiny_models.model(kind)
     assert batched(made, PROMPTS) == [alone(made, one) for one in PROMPTS]

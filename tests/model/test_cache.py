@@ -153,7 +153,7 @@ def test_going_on_from_a_kept_cache():
     assert torch.equal(answer(m, turn, past_key_values=kept), answer(m, turn, use_cache=False))
 
 
-@pytest.mark.parametrize("kind", ["linear", "mixture", "bounded mixture", "learned"])
+@pytest.mark.parametrize("kind", ["linear", "mixture", "bounded mixture", "learned", "modern"])
 def test_assisted_decoding(kind):
     m, ids = model(kind), tokens(1, 20)
     right = answer(m, ids, use_cache=False, max_new_tokens=40)
@@ -176,7 +176,7 @@ def test_streaming_text(capsys):
 # ---- compiled decoding
 
 
-@pytest.mark.parametrize("kind", ["linear", "learned", "mixture"])
+@pytest.mark.parametrize("kind", ["linear", "learned", "mixture", "modern"])
 def test_a_compiled_step_serves_all_tokens(kind):
     graphs = []
 

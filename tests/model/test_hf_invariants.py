@@ -18,7 +18,7 @@ def answer(made: PreTrainedModel, ids: Tensor, **how: Any) -> Tensor:
     return made.generate(ids, attention_mask=mask, **how)  # pyright: ignore[reportCallIssue]
 
 
-@pytest.mark.parametrize("kind", ["linear", "untied"])
+@pytest.mark.parametrize("kind", ["linear", "untied", "modern"])
 def test_the_vocabulary_can_grow_and_shrink(kind: str) -> None:
     made, ids = model(kind), tokens()
     expected = made(ids).logits
@@ -26,10 +26,11 @@ def test_the_vocabulary_can_grow_and_shrink(kind: str) -> None:
         made.resize_token_embeddings(size)
         assert made.config.vocab_size == made.vocab_size == size
         assert made.lm_head.weight.shape[0] == made.get_input_embeddings().num_embeddings == size
-        assert (made.lm_head.weight is made.get_input_embeddings().weight) == (kind == "linear")
+        assert (made.lm_head.weight is made.get_input_embeddings().weight) == (kind != "untied")
         found = made(ids).logits
         assert found.shape[-1] == size
         torch.testing.assert_close(found[..., :VOCABULARY], expected)
+        made(torch.tensor([[size - 1]]))
     made(ids, labels=ids).loss.backward()
 
 

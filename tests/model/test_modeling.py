@@ -142,6 +142,11 @@ def test_embeddings_in_place_of_tokens() -> None:
     for wrong in ({}, {"input_ids": ids, "inputs_embeds": embedded}):
         with pytest.raises(InputError, match="exactly one of input_ids and inputs_embeds"):
             made(**wrong)
+    valued = model("modern")
+    with pytest.raises(
+        InputError, match=r"inputs_embeds are given, but this model has value_embeddings.*Give input_ids"
+    ):
+        valued(inputs_embeds=valued.get_input_embeddings()(ids))
 
 
 def test_logits_of_the_last_tokens_alone() -> None:
@@ -171,11 +176,12 @@ def test_the_papers_parameter_counts() -> None:
 
 def test_the_papers_initial_weights() -> None:
     torch.manual_seed(0)
-    made = FibAttnForCausalLM(config(hidden_size=256, intermediate_size=300, vocab_size=300, schedule="learned"))
+    sizes = {"hidden_size": 256, "intermediate_size": 300, "vocab_size": 300}
+    made = FibAttnForCausalLM(config(**sizes, schedule="learned", value_embeddings=True))
     for name, parameter in made.named_parameters():
         if name.endswith("norm.weight"):
             assert bool((parameter == 1).all()), name
-        elif name.endswith("theta"):
+        elif name.endswith(("theta", "value_gate.weight")):
             assert not parameter.any(), name
         else:
             scale = 8**-0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
@@ -297,7 +303,7 @@ def checkpoint_activations(made: FibAttnForCausalLM) -> None:
     getattr(made, "activation_checkpointing_enable", made.gradient_checkpointing_enable)()
 
 
-@pytest.mark.parametrize("kind", ["linear", "mixture", "learned"])
+@pytest.mark.parametrize("kind", ["linear", "mixture", "learned", "modern"])
 def test_gradient_checkpointing_has_the_same_gradients(kind: str) -> None:
     made, ids = model(kind).train(), tokens()
     expected = gradients(made, ids)
@@ -315,7 +321,9 @@ def test_a_cache_under_gradient_checkpointing_is_refused() -> None:
         made(ids, past_key_values=out.get("cache", out.get("past_key_values")))
 
 
-@pytest.mark.parametrize(("kind", "backend"), [("mixture", "inductor"), ("learned", "aot_eager")])
+@pytest.mark.parametrize(
+    ("kind", "backend"), [("mixture", "inductor"), ("learned", "aot_eager"), ("modern", "aot_eager")]
+)
 def test_compiles_as_one_graph(kind: str, backend: str) -> None:
     """Loss and gradients of a training step, without a break."""
     if backend == "inductor" and " " in sys.prefix:

@@ -82,7 +82,7 @@ class FibAttnPreTrainedModel(FoundByShim, PreTrainedModel):
             initialization.copy_(module.inv_freq, module.frequencies())
             initialization.copy_(module.original_inv_freq, module.frequencies())
 
-    def _resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+    def _resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         """As Transformers', and the value embeddings with it."""
         decoder: Any = self.base_model
         for layer in decoder.layers:
@@ -141,8 +141,8 @@ class FibAttnModel(FibAttnPreTrainedModel):
             raise InputError(f"input_ids have shape {tuple(input_ids.shape)}; expected (batch, tokens)")
         if input_ids is None and self.config.value_embeddings:
             raise InputError(
-                "inputs_embeds are given, but this model has value_embeddings, and the ids of the tokens decide its values; "
-                "give input_ids"
+                "inputs_embeds are given, but this model has value_embeddings: the ids of tokens decide its values. "
+                "Give input_ids"
             )
         if self.config.full_reach != self.full_reach:
             raise InputError(
