@@ -60,6 +60,7 @@ def test_runs_over_several_processes_are_those_of_one(
     prepared: Path, forked: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shape = ModelRecipe(hidden_size=32, intermediate_size=46, num_hidden_layers=3, num_attention_heads=4, window=4)
+    shape = replace(shape, value_embeddings=True)
     rate = OptimizerRecipe(learning_rate=3e-3, warmup_steps=4)
     sizes = {"sequence_length": 32, "sequences_per_step": 4, "micro_batch": 2, "evaluate_tokens": 160}
     often = {"steps": 4, "log_every": 1, "save_every": 4, "evaluate_every": 2}

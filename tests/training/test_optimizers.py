@@ -45,6 +45,22 @@ def test_muon_is_for_the_matrices_of_the_layers_alone() -> None:
     assert sum(len(group["params"]) for group in (decayed, plain, matrices)) == len(names)
 
 
+@pytest.mark.parametrize("muon", [False, True])
+def test_value_embeddings_learn_faster_by_adamw_and_decay_as_the_rest(muon: bool) -> None:
+    made = model(value_embeddings=True)
+    chosen = OptimizerRecipe(muon=muon, learning_rate=0.002, weight_decay=0.2, value_embedding_pace=4.0)
+    optimizer = build_optimizer(made, chosen)
+    decayed, plain, tables = optimizer.param_groups[:3]
+    names = {id(parameter): name for name, parameter in made.named_parameters()}
+    layer = "model.layers.1.self_attn"
+    assert [names[id(one)] for one in tables["params"]] == [f"{layer}.value_embedding.weight"]
+    assert f"{layer}.value_gate.weight" in [names[id(one)] for one in decayed["params"]]
+    assert (tables["lr"], tables["weight_decay"]) == (0.008, 0.05)
+    assert (decayed["lr"], plain["lr"], decayed["weight_decay"]) == (0.002, 0.002, 0.2)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
+    assert len(build_optimizer(model(), chosen).param_groups) == 2 + muon, "as in checkpoints from before"
+
+
 def test_the_updates_are_those_of_pytorchs_muon_and_adamw() -> None:
     torch.manual_seed(0)
     ours = model()

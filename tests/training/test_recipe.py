@@ -142,6 +142,10 @@ def test_flags_override_one_field_and_leave_the_rest() -> None:
             {"optimizer": OptimizerRecipe(learning_rate=float("nan"))},
             "optimizer.learning_rate is nan; it must be above 0",
         ),
+        (
+            {"optimizer": OptimizerRecipe(value_embedding_pace=float("inf"))},
+            "optimizer.value_embedding_pace is inf; it must be above 0",
+        ),
         ({"optimizer": OptimizerRecipe(beta2=1.5)}, "optimizer.beta2 is 1.5; it must be from 0 to below 1"),
         ({"optimizer": OptimizerRecipe(warmup_steps=-1)}, "optimizer.warmup_steps is -1; it must be from 0 to"),
         ({"model": ModelRecipe(layer_types=("full_attention",) * 17)}, "layer_types has 17 entries for 16 layers"),

@@ -97,17 +97,20 @@ def by_hand(recipe: Recipe) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
                     (second / (1 - chosen.beta2**step)).sqrt() + chosen.epsilon
                 )
                 decay = chosen.weight_decay if parameter.dim() >= 2 else 0.0
-                parameter.copy_(parameter.double() * (1 - rate * decay) - rate * towards)
+                pace = chosen.value_embedding_pace if ".value_embedding." in name else 1.0
+                parameter.copy_(parameter.double() * (1 - rate * decay) - pace * rate * towards)
         log.append({"step": step, "loss": float(loss.detach()), "grad_norm": norm, "learning_rate": rate})
     return log, {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("schedule", ["coprime", "learned"])
-def test_a_run_is_the_papers_algorithm(recipe: Recipe, schedule: Any) -> None:
+@pytest.mark.parametrize(
+    "changes", [{"schedule": "coprime"}, {"schedule": "learned"}, {"value_embeddings": True}], ids=str
+)
+def test_a_run_is_the_papers_algorithm(recipe: Recipe, changes: dict[str, Any]) -> None:
     """Clipping bites (the norms are above it), micro-batches are averaged, all targets of a sequence count."""
     run = replace(
         recipe,
-        model=replace(recipe.model, schedule=schedule),
+        model=replace(recipe.model, **changes),
         optimizer=replace(recipe.optimizer, max_grad_norm=0.5, weight_decay=0.3),
         steps=7,
     )

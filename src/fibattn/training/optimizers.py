@@ -20,11 +20,18 @@ from fibattn.training.recipe import OptimizerRecipe
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic x ↦ ax + bx³ + cx⁵, from the page above; `torch.optim.Muon` has the same."""
 _ITERATIONS = 5
+_TABLE = ".value_embedding."
+"""In the name of each value embedding."""
 
 
 def build_optimizer(model: nn.Module, chosen: OptimizerRecipe) -> torch.optim.Optimizer:
-    """The optimizer of a recipe; weight decay on parameters of two dimensions or more, none on the rest."""
-    trained = [(name, one) for name, one in model.named_parameters() if one.requires_grad]
+    """The optimizer of a recipe; weight decay on parameters of two dimensions or more, none on the rest.
+
+    Value embeddings, where a model has them, are a group of AdamW's of their own, with their own rate.
+    """
+    every = [(name, one) for name, one in model.named_parameters() if one.requires_grad]
+    trained = [(name, one) for name, one in every if _TABLE not in name]
+    tables = [one for name, one in every if _TABLE in name]
     is_matrix = {name: chosen.muon and one.dim() == 2 and _is_of_a_layer(name) for name, one in trained}
     adamw = {"lr": chosen.learning_rate, "betas": (chosen.beta1, chosen.beta2), "eps": chosen.epsilon, "fused": True}
     decayed = [one for name, one in trained if one.dim() >= 2 and not is_matrix[name]]
@@ -32,6 +39,10 @@ def build_optimizer(model: nn.Module, chosen: OptimizerRecipe) -> torch.optim.Op
         {**adamw, "params": decayed, "weight_decay": chosen.weight_decay},
         {**adamw, "params": [one for _, one in trained if one.dim() < 2], "weight_decay": 0.0},
     ]
+    if tables:
+        pace = chosen.value_embedding_pace
+        paced = {"lr": chosen.learning_rate * pace, "weight_decay": chosen.weight_decay / pace}
+        groups.append({**adamw, "params": tables, **paced})  # AdamW's decay is the product of the two
     if not chosen.muon:
         return torch.optim.AdamW(groups)
     decay = chosen.weight_decay if chosen.muon_weight_decay is None else chosen.muon_weight_decay
@@ -43,7 +54,7 @@ def build_optimizer(model: nn.Module, chosen: OptimizerRecipe) -> torch.optim.Op
 
 def _is_of_a_layer(name: str) -> bool:
     """Whether Muon is for that matrix: of a layer, and no gate's, which is a vector for each head."""
-    return ".layers." in f".{name}" and ".head_gate." not in name
+    return ".layers." in f".{name}" and not name.endswith("_gate.weight")
 
 
 class MuonAndAdamW(torch.optim.Optimizer):

@@ -78,6 +78,8 @@ class ModelRecipe:
     """Normalise the embedding, and mix it into the input of every layer."""
     head_gates: bool = False
     """Let each layer's input decide how much of every head's output goes on."""
+    value_embeddings: bool = False
+    """Give every second layer an embedding of its own, which adds to the values of each token."""
     zero_init_outputs: bool = False
     """Begin with layers that add nothing."""
     autocast_residual: bool = False
@@ -138,6 +140,8 @@ class OptimizerRecipe:
     """Added to the root of the squares, against division by 0."""
     weight_decay: float = 0.1
     """On parameters of two dimensions or more."""
+    value_embedding_pace: float = 10.0
+    """How many times as fast as learning_rate value embeddings learn; weight decay takes from them as from the rest."""
     max_grad_norm: float = 1.0
     """Gradients with a larger norm are scaled down to it."""
 
@@ -150,7 +154,7 @@ class OptimizerRecipe:
         """Refuse values that cannot train."""
         rates = ("learning_rate", "muon_learning_rate")
         for right, expected, names in (
-            (lambda x: 0 < x < math.inf, "above 0", (*rates, "epsilon", "max_grad_norm")),
+            (lambda x: 0 < x < math.inf, "above 0", (*rates, "epsilon", "max_grad_norm", "value_embedding_pace")),
             (lambda x: 0 < x <= 1, "above 0, at most 1", ("decay_fraction",)),
             (lambda x: 0 <= x <= 1, "from 0 to 1", ("final_fraction", "weight_decay", "muon_weight_decay")),
             (lambda x: 0 <= x < 1, "from 0 to below 1", ("beta1", "beta2", "muon_momentum")),
