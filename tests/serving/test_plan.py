@@ -20,7 +20,7 @@ FIELDS = frozenset(
         *("rope_scales_all", "use_cache", "tie_word_embeddings", "hidden_act", "qk_norm", "attention_bias", "qkv_bias"),
         *("mlp_bias", "pad_token_id", "bos_token_id", "eos_token_id", "base", "schedule", "stagger_heads", "window"),
         *("rungs", "rung_reach", "max_offset", "layer_types", "no_rope_layers", "full_reach", "layer_limits"),
-        *("converted_from", "layer_offsets", "gated_mlp", "head_gates", "embedding_skip"),
+        *("converted_from", "layer_offsets", "gated_mlp", "head_gates", "value_embeddings", "embedding_skip"),
         *("zero_init_outputs", "autocast_residual"),
         *("blocks", "block_size", "block_reach", "block_rope", "block_anchor", "kv_convolution"),
     )

@@ -124,7 +124,7 @@ def test_long_texts_hold_their_reach_and_a_chunk(tmp_path: Path) -> None:
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    made = tiny_models.model("coprime", stagger_heads=True, **SIZES)
+    made = tiny_models.model("coprime", stagger_heads=True, value_embeddings=True, **SIZES)
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     found = ask(saved(made, tmp_path / "model"), [PROMPTS], NEW, environment, tensor_parallel_size=2)
     assert found["tokens"] == [expected(made)]
@@ -189,6 +189,12 @@ def test_half_precision_runs(tmp_path: Path) -> None:
     made: FibAttnForCausalLM = tiny_models.model("learned", **SIZES)
     found = ask(saved(made, tmp_path / "model"), [PROMPTS], NEW, dtype="bfloat16")
     assert [len(one) for one in found["tokens"][0]] == [NEW] * len(PROMPTS)
+
+
+def test_embeddings_for_prompts_are_refused_where_ids_decide_values(tmp_path: Path) -> None:
+    folder = saved(tiny_models.model("modern", **SIZES), tmp_path / "model")
+    with pytest.raises(AssertionError, match="enable_prompt_embeds is True, but this model has value_embeddings"):
+        ask(folder, [PROMPTS[:1]], 1, enable_prompt_embeds=True)
 
 
 def test_a_quantised_cache_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,13 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP, LlamaModel
 from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index
 from vllm.sequence import IntermediateTensors
@@ -52,13 +58,19 @@ class FibAttnAttention(nn.Module):
         self.q_norm, self.k_norm = (RMSNorm(size, eps=config.rms_norm_eps) if config.qk_norm else None for _ in "qk")
         of_gate = {"bias": False, "prefix": f"{prefix}.head_gate"}
         self.head_gate = ColumnParallelLinear(config.hidden_size, heads, **of_gate) if config.head_gates else None
+        self.value_gate = self.value_embedding = None
+        if config.embeds_values(index):
+            of_value_gate = {"bias": False, "prefix": f"{prefix}.value_gate"}
+            self.value_gate = ReplicatedLinear(config.hidden_size, kv_heads, **of_value_gate)
+            self.value_embedding = VocabParallelEmbedding(config.vocab_size, kv_heads * size)
         self.theta = nn.Parameter(torch.zeros(1, dtype=torch.float32)) if config.learns_alpha(index) else None
+        first = get_tensor_model_parallel_rank() * kv_heads // ranks
+        self.own_kv_heads = slice(first, first + self.kv_heads)
         window, how = planned(vllm_config)[index], {}
         if window is not None:
             pattern = config.learned_pattern if config.learns_alpha(index) else config.layer_patterns(index)
             if config.stagger_heads and len(pattern) > 1:
-                first = get_tensor_model_parallel_rank() * kv_heads // ranks
-                pattern = pattern[first : first + self.kv_heads]
+                pattern = pattern[self.own_kv_heads]
             how = {"per_layer_sliding_window": window, "attn_backend": FibAttnBackend}
             how.update(pattern=pattern, theta=self.theta)
         self.attn = Attention(
@@ -69,10 +81,17 @@ class FibAttnAttention(nn.Module):
             **how,
         )
 
-    def forward(self, positions: tuple[Rotation, Rotation, Tensor | None], hidden_states: Tensor) -> Tensor:
+    def forward(
+        self, positions: tuple[Rotation, Rotation, Tensor | None, Tensor | None], hidden_states: Tensor
+    ) -> Tensor:
         """`hidden_states` (tokens, hidden size) in and out; `positions` as in a layer."""
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split([self.heads, self.kv_heads, self.kv_heads], dim=-2)
+        if self.value_gate is not None and self.value_embedding is not None:
+            # Every rank is given all KV heads' of both, which are few.
+            gates = 2 * torch.sigmoid(self.value_gate(hidden_states)[0])
+            embedded = self.value_embedding(positions[3]).unflatten(-1, (-1, self.head_dim)) * gates[..., None]
+            v = v + embedded[:, self.own_kv_heads]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q.contiguous()), self.k_norm(k.contiguous())
         if self.rotated:
@@ -126,7 +145,7 @@ class FibAttnDecoderLayer(LlamaDecoderLayer):
         self.skip = nn.Parameter(torch.tensor([1.0, 0.0])) if config.embedding_skip else None
 
     def forward(self, positions: Any, hidden_states: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """As Llama's; for positions both rotations of the tokens, and their embedding."""
+        """As Llama's; for positions both rotations of the tokens, their embedding, and their ids."""
         if self.skip is not None:
             stream = hidden_states if residual is None else hidden_states + residual
             hidden_states, residual = self.skip[0] * stream + self.skip[1] * positions[2], None
@@ -163,7 +182,8 @@ class FibAttnModel(LlamaModel):
         scaled = plain if self.scaled_rotary_emb is None else self.scaled_rotary_emb(self.like, positions[None])
         if self.embed_norm is not None:
             inputs_embeds = self.embed_norm(self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds)
-        return super().forward(input_ids, (plain, scaled, inputs_embeds), intermediate_tensors, inputs_embeds)
+        given = (plain, scaled, inputs_embeds, input_ids)
+        return super().forward(input_ids, given, intermediate_tensors, inputs_embeds)
 
 
 class FibAttnForCausalLM(LlamaForCausalLM):
@@ -174,6 +194,13 @@ class FibAttnForCausalLM(LlamaForCausalLM):
         config.check_engine("the model for vLLM")
         if config.embedding_skip and vllm_config.parallel_config.pipeline_parallel_size > 1:
             raise InputError("embedding_skip is True, and the embedding is on the first pipeline rank alone: use one")
+        if config.value_embeddings and vllm_config.parallel_config.pipeline_parallel_size > 1:
+            raise InputError("value_embeddings is True, which was not tried on several pipeline ranks: use one")
+        if config.value_embeddings and vllm_config.model_config.enable_prompt_embeds:
+            raise InputError(
+                "enable_prompt_embeds is True, but this model has value_embeddings: the ids of tokens decide its "
+                "values; leave it out"
+            )
         if not config.gated_mlp:
             self.packed_modules_mapping = {"qkv_proj": self.packed_modules_mapping["qkv_proj"]}
         chunk, longest = vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.model_config.max_model_len
