@@ -45,8 +45,9 @@ def flops(config: FibAttnConfig, length: int) -> Flops:
     kv_heads, hidden = config.num_key_value_heads or 0, config.hidden_size
     feed_forward = (3 if config.gated_mlp else 2) * hidden * config.intermediate_size
     layer = hidden * (size * (2 * heads + 2 * kv_heads) + heads * config.head_gates) + feed_forward
+    embedding_layers = sum(config.embeds_values(layer) for layer in range(config.num_hidden_layers))
     return Flops(
-        projections=2.0 * layer * config.num_hidden_layers,
+        projections=2.0 * (layer * config.num_hidden_layers + hidden * kv_heads * embedding_layers),
         attention=sum(4.0 * heads * size * keys for keys in mean_keys(config, length)),
         head=2.0 * hidden * config.vocab_size,
     )

@@ -22,7 +22,7 @@ SHAPE = {
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_dense_model_runs_the_operations_that_were_counted(gated: bool) -> None:
-    config = FibAttnConfig(**SHAPE, layer_types=["full_attention"] * 3, gated_mlp=gated)
+    config = FibAttnConfig(**SHAPE, layer_types=["full_attention"] * 3, gated_mlp=gated, value_embeddings=gated)
     config._attn_implementation = "eager"
     model = FibAttnForCausalLM(config)
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,11 +23,11 @@ from study.trial import Trials, run_trials
 IDS = torch.randint(64, (2, 50), generator=torch.Generator().manual_seed(1))
 
 
-def model_of(part: Part) -> FibAttnForCausalLM:
+def model_of(part: Part, **changes: Any) -> FibAttnForCausalLM:
     config = FibAttnConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, window=8, max_position_embeddings=64,
-        layer_types=["fibonacci_attention"] * 3 + ["full_attention"],
+        layer_types=["fibonacci_attention"] * 3 + ["full_attention"], **changes,
     )  # fmt: skip
     torch.manual_seed(0)
     model = FibAttnForCausalLM(config)
@@ -106,6 +107,30 @@ def test_tables_of_a_faster_pace_begin_as_others_and_one_step_of_adamw_goes_fart
         torch.optim.AdamW(tables, lr=1e-3, weight_decay=0.0).step()
         moved.append((logits(model) - before).norm())
     assert 5 < moved[1] / moved[0] < 20
+
+
+def test_the_librarys_value_embeddings_learn_as_the_trials() -> None:
+    trial, library = model_of(Part("", "", values=True, pace=10.0)), model_of(PLAIN, value_embeddings=True)
+    names = {"v_proj.linear.": "v_proj.", "v_proj.head_gate.": "value_gate."}
+    names |= {f"value_tables.{i}.": f"layers.{2 * i + 1}.self_attn.value_embedding." for i in (0, 1)}
+    weights = {}
+    for name, weight in trial.state_dict().items():
+        there = name
+        for old, new in names.items():
+            there = there.replace(old, new)
+        weights[there] = weight * (10.0 if "value_tables" in name else 1.0)
+    library.load_state_dict(weights)
+    before = logits(trial)
+    torch.testing.assert_close(logits(library), before)
+    chosen = OptimizerRecipe(muon=True, learning_rate=1e-2, weight_decay=1.0, epsilon=1e-14, value_embedding_pace=10.0)
+    for model in (trial, library):
+        optimizer = build_optimizer(model.train(), chosen)
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+            optimizer.step()
+    torch.testing.assert_close(logits(library), logits(trial), rtol=1e-3, atol=1e-4)
+    assert (logits(library) - before).abs().mean() > 0.1
 
 
 def test_a_faster_embedding_begins_as_the_slow_one() -> None:
