@@ -29,7 +29,7 @@ from study import measure
 from study.probes.copying import copying, distances
 from study.rivals import RIVALS
 from study.runner import forget, say
-from study.store import recipe_of
+from study.store import key_of, recipe_of
 from study.turns import turn
 
 FACTOR = 16
@@ -49,8 +49,8 @@ class Candidate(Protocol):
         """In words."""
         ...
 
-    def like(self, model: ModelRecipe, reach: int) -> ModelRecipe:
-        """The recipe of its model, which looks back so far."""
+    def like(self, recipe: Recipe, reach: int) -> Recipe:
+        """`recipe` with what a configuration and an optimizer can say of it; sparse layers look back so far."""
         ...
 
     def keys(self, length: int, model: ModelRecipe) -> float:
@@ -94,13 +94,16 @@ def run_trials(trials: Trials) -> tuple[str, ...]:
     for seed in trials.seeds:
         for candidate in trials.candidates:
             name = candidate.name + (f"-seed{seed}" if seed != 42 else "") + (f"@{trials.step}" if trials.step else "")
-            result, recipe = trials.out / trials.verb / f"{name}.json", _recipe(trials, candidate, seed, name)
+            result, base = trials.out / trials.verb / f"{name}.json", _base(trials, seed, name)
+            recipe = candidate.like(base, base.sequence_length - 1)
             with locked(recipe.out.parent) as mine:
                 if not mine or result.exists():
                     continue
                 try:
                     found = _measured(trials, candidate, recipe, data, frequent)
-                    files.write_json(result, {"candidate": candidate.name, "seed": seed, "step": trials.step, **found})
+                    about = {"candidate": candidate.name, "seed": seed, "step": trials.step}
+                    about["base"] = key_of(base, data.fingerprint)
+                    files.write_json(result, about | found)
                     shutil.rmtree(recipe.out)
                 except Exception:
                     traceback.print_exc()
@@ -111,7 +114,8 @@ def run_trials(trials: Trials) -> tuple[str, ...]:
     return tuple(failed)
 
 
-def _recipe(trials: Trials, candidate: Candidate, seed: int, name: str) -> Recipe:
+def _base(trials: Trials, seed: int, name: str) -> Recipe:
+    """The recipe without what is tried."""
     base = trials.base
     steps = trials.tokens // (base.sequences_per_step * base.sequence_length)
     warmup = min(base.optimizer.warmup_steps, max(steps // 10, 1))
@@ -119,7 +123,7 @@ def _recipe(trials: Trials, candidate: Candidate, seed: int, name: str) -> Recip
         base,
         data=trials.data,
         out=trials.work / name / "run",
-        model=candidate.like(base.model, base.sequence_length - 1),
+        model=replace(base.model, full_reach=None),
         optimizer=replace(base.optimizer, warmup_steps=warmup),
         steps=steps,
         init_seed=seed,

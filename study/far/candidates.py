@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fibattn.pattern import LayerType, hybrid_layers
 from fibattn.training.presets import DEFAULT, PRESETS
-from fibattn.training.recipe import ModelRecipe
+from fibattn.training.recipe import ModelRecipe, Recipe
 
 if TYPE_CHECKING:
     from fibattn.model import FibAttnForCausalLM
@@ -77,9 +77,12 @@ class Candidate:
         chosen = self.far == "best" and self.trust and not (self.spans or self.summaries)
         return chosen and self.block >= 16 and self.carry_in != "far" and not self.random_window
 
-    def like(self, model: ModelRecipe, reach: int) -> ModelRecipe:
-        """`model` with as many full layers; sparse ones have the window, and what else its configuration can say."""
-        model, layers = replace(model, full_reach=None), model.num_hidden_layers
+    def like(self, recipe: Recipe, reach: int) -> Recipe:
+        """`recipe` with as many full layers; sparse ones have the window, and what else a configuration can say."""
+        return replace(recipe, model=self._model(recipe.model, reach))
+
+    def _model(self, model: ModelRecipe, reach: int) -> ModelRecipe:
+        layers = model.num_hidden_layers
         full = [layer for layer in self.full if layer < layers]
         if len(full) == layers:
             return replace(model, layer_types=("full_attention",), no_rope_layers=(1,), window=ModelRecipe.window)

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fibattn.model import FibAttnForCausalLM
-from fibattn.model.gate import FibAttnGate
 from study.parts.table import Part
 
 
@@ -24,8 +23,8 @@ class CappedHead(nn.Linear):
         return self.cap * torch.tanh(super().forward(input).float() / self.cap)
 
 
-class Table(nn.Embedding):
-    """An embedding that counts `pace` times what is stored of it, and keeps the ids that it was called with.
+class Paced(nn.Embedding):
+    """An embedding that counts `pace` times what is stored of it.
 
     AdamW changes what is stored by as much, whatever the gradients' size, so that the embedding learns so much faster.
     """
@@ -34,30 +33,10 @@ class Table(nn.Embedding):
         super().__init__(like.num_embeddings, like.embedding_dim, device="meta")
         self.weight, self.pace = like.weight, pace
         self.weight.data /= pace
-        self.ids: Tensor | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """Ids (batch, tokens) to (batch, tokens, dimension)."""
-        self.ids = input
         return self.pace * super().forward(input)
-
-
-class Values(nn.Module):
-    """A layer's projection to values, and of each token a gated embedding."""
-
-    def __init__(self, linear: nn.Linear, tokens: Table, table: Table, kv_heads: int):
-        super().__init__()
-        self.linear, self.head_gate = linear, FibAttnGate(linear.in_features, kv_heads)
-        self.shared = (
-            tokens,
-            table,
-        )  # in a tuple, so that they are not this module's: in a layer, Muon would take them
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(batch, tokens, hidden size) to (batch, tokens, KV heads · head size)."""
-        projected, (tokens, table) = self.linear(hidden), self.shared
-        own = table(tokens.ids).to(projected.dtype).unflatten(-1, (len(self.head_gate.weight), -1))
-        return projected + self.head_gate(hidden, own).flatten(-2)
 
 
 class OneProduct(nn.Module):
@@ -94,28 +73,11 @@ def use(part: Part, model: FibAttnForCausalLM) -> None:
         model.config.tie_word_embeddings = False
         model.lm_head = nn.Linear(model.lm_head.in_features, model.lm_head.out_features, bias=False)
         nn.init.zeros_(model.lm_head.weight)
+        model.model.embed_tokens = Paced(model.model.embed_tokens, part.pace)
     if part.cap is not None:
         model.lm_head = CappedHead(model.lm_head, part.cap)
-    if part.gate:
-        for layer in model.model.layers:
-            layer.self_attn.head_gate = FibAttnGate(model.config.hidden_size, model.config.num_attention_heads)  # pyright: ignore
     if part.joined:
         for layer in model.model.layers:
             attention: Any = layer.self_attn
             product = OneProduct((attention.q_proj, attention.k_proj, attention.v_proj))
             attention.q_proj, attention.k_proj, attention.v_proj = product, Rest(product, 0), Rest(product, 1)
-    if part.untied or part.values:
-        model.model.embed_tokens = Table(model.model.embed_tokens, part.pace if part.untied else 1.0)
-    if part.values:
-        _add_values(model, part.pace)
-
-
-def _add_values(model: FibAttnForCausalLM, pace: float) -> None:
-    body, tokens = model.model, model.model.embed_tokens
-    body.value_tables = nn.ModuleList()
-    for layer in body.layers[1::2]:
-        attention: Any = layer.self_attn
-        table = nn.Embedding(tokens.num_embeddings, attention.v_proj.out_features)
-        nn.init.normal_(table.weight, std=model.config.hidden_size**-0.5)
-        body.value_tables.append(paced := Table(table, pace))
-        attention.v_proj = Values(attention.v_proj, tokens, paced, model.config.num_key_value_heads or 1)  # pyright: ignore

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from fibattn.training.recipe import ModelRecipe
+from fibattn.training.recipe import ModelRecipe, Recipe
 
 if TYPE_CHECKING:
     from fibattn.model import FibAttnForCausalLM
@@ -28,9 +28,15 @@ class Part:
     untied: bool = False
     """The head has a matrix of its own, which begins at zero."""
 
-    def like(self, model: ModelRecipe, reach: int) -> ModelRecipe:
-        """The recipe's model, before it is bounded."""
-        return replace(model, full_reach=None)
+    def like(self, recipe: Recipe, reach: int) -> Recipe:
+        """`recipe` with gates and value embeddings, which the library has."""
+        model = recipe.model
+        if self.gate:
+            model = replace(model, head_gates=True)
+        if not self.values:
+            return replace(recipe, model=model)
+        optimizer = replace(recipe.optimizer, value_embedding_pace=self.pace)
+        return replace(recipe, model=replace(model, value_embeddings=True), optimizer=optimizer)
 
     def keys(self, length: int, model: ModelRecipe) -> float:
         """As without the part: a window, and at 1,024 tokens some six rungs where there are any."""

@@ -19,7 +19,7 @@ def parts_table(folder: Path, runs: Iterable[dict[str, Any]]) -> list[Table]:
     records = [one for one in records if one["candidate"] in order]
     known = {one["key"]: one for one in runs}
     rows = [
-        _row(one, known.get(digest(one["recipe"], one["inputs"]["data_fingerprint"])))
+        _row(one, known.get(one.get("base") or digest(one["recipe"], one["inputs"]["data_fingerprint"])))
         for one in sorted(records, key=lambda one: (one["tokens"], order[one["candidate"]], one["seed"]))
     ]
     if not rows:

@@ -13,7 +13,7 @@ from fibattn.attention import attend_chosen
 from fibattn.cli.flags import parse
 from fibattn.lock import locked
 from fibattn.pattern import ChosenPattern
-from fibattn.training.recipe import ModelRecipe
+from fibattn.training.recipe import ModelRecipe, Recipe
 from study.commands import trials as verbs
 from study.commands.trials import Arguments, as_flags
 from study.far.candidates import CANDIDATES, Candidate, spans
@@ -164,7 +164,8 @@ def _softmax(scores: dict[int, float]) -> dict[int, float]:
 
 
 def model_of(candidate: Candidate, reach: int = 63) -> FibAttnForCausalLM:
-    shape = candidate.like(ModelRecipe(hidden_size=32, intermediate_size=48, num_hidden_layers=2), reach)
+    small = ModelRecipe(hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    shape = candidate.like(Recipe(model=small), reach).model
     config = FibAttnConfig(
         vocab_size=64,
         hidden_size=32,

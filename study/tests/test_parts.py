@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,8 +11,9 @@ from torch.nn import functional
 from fibattn import FibAttnConfig, FibAttnForCausalLM, InputError, files
 from fibattn.data.prepared import PreparedData
 from fibattn.evaluation.sweep import sweep
-from fibattn.training.optimizers import MuonAndAdamW, build_optimizer
-from fibattn.training.recipe import OptimizerRecipe
+from fibattn.training.optimizers import build_optimizer
+from fibattn.training.recipe import ModelRecipe, OptimizerRecipe, Recipe
+from fibattn.training.run import model_config
 from study.commands.parts import run
 from study.parts.table import PARTS, Part
 from study.report.parts_table import parts_table
@@ -23,14 +23,13 @@ from study.trial import Trials, run_trials
 IDS = torch.randint(64, (2, 50), generator=torch.Generator().manual_seed(1))
 
 
-def model_of(part: Part, **changes: Any) -> FibAttnForCausalLM:
-    config = FibAttnConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, window=8, max_position_embeddings=64,
-        layer_types=["fibonacci_attention"] * 3 + ["full_attention"], **changes,
+def model_of(part: Part) -> FibAttnForCausalLM:
+    shape = ModelRecipe(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        window=8, layer_types=("fibonacci_attention",) * 3 + ("full_attention",),
     )  # fmt: skip
     torch.manual_seed(0)
-    model = FibAttnForCausalLM(config)
+    model = FibAttnForCausalLM(model_config(part.like(Recipe(model=shape, sequence_length=64), 63), 64, 0))
     part.use(model, 63)
     return model.double()
 
@@ -40,6 +39,12 @@ def logits(model: FibAttnForCausalLM) -> torch.Tensor:
 
 
 PLAIN = Part("plain", "")
+
+
+def test_what_the_library_has_is_asked_of_it() -> None:
+    found = Part("", "", gate=True, values=True, pace=3.0).like(Recipe(), 63)
+    model = replace(Recipe().model, head_gates=True, value_embeddings=True)
+    assert found == replace(Recipe(), model=model, optimizer=replace(Recipe().optimizer, value_embedding_pace=3.0))
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
@@ -65,72 +70,6 @@ def test_a_cap_bends_the_logits_in_training_too() -> None:
     expected = functional.cross_entropy(right[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
     found = capped.train()(input_ids=IDS, labels=IDS, use_cache=False).loss
     torch.testing.assert_close(found, expected.to(found.dtype), rtol=1e-6, atol=1e-6)
-
-
-def test_gates_begin_open_and_close_a_head() -> None:
-    plain, gated = model_of(PLAIN), model_of(Part("", "", gate=True))
-    torch.testing.assert_close(logits(gated), logits(plain))
-    for mine, other in zip(plain.model.layers, gated.model.layers, strict=True):
-        mine.self_attn.o_proj.weight.data[:, :8] = 0  # pyright: ignore
-        other.self_attn.head_gate.register_forward_hook(lambda _, __, out: out * (torch.arange(4) > 0)[:, None])  # pyright: ignore
-    torch.testing.assert_close(logits(gated), logits(plain))
-
-
-def test_values_are_added_in_every_second_layer_and_are_no_matrices_for_muon() -> None:
-    plain, valued = model_of(PLAIN), model_of(Part("", "", values=True))
-    tables = valued.model.value_tables
-    assert len(tables) == 2  # pyright: ignore
-    own = {id(table.weight) for table in tables}  # pyright: ignore
-    optimizer = build_optimizer(valued, OptimizerRecipe(muon=True))
-    assert isinstance(optimizer, MuonAndAdamW)
-    by_muon = {id(one) for group in optimizer.param_groups if group["muon"] for one in group["params"]}
-    assert own
-    assert not own & by_muon
-    assert id(valued.model.layers[1].self_attn.v_proj.linear.weight) in by_muon  # pyright: ignore
-    seen = []
-    for model in (plain, valued):
-        model.model.layers[1].self_attn.v_proj.register_forward_hook(lambda _, __, out: seen.append(out))  # pyright: ignore
-        logits(model)
-    torch.testing.assert_close(seen[1] - seen[0], tables[0](IDS))  # pyright: ignore
-    for table in tables:  # pyright: ignore
-        table.weight.data.zero_()
-    torch.testing.assert_close(logits(valued), logits(plain))
-
-
-def test_tables_of_a_faster_pace_begin_as_others_and_one_step_of_adamw_goes_farther() -> None:
-    slow, fast = (model_of(Part("", "", values=True, pace=pace)) for pace in (1.0, 10.0))
-    torch.testing.assert_close(logits(slow), logits(fast))
-    moved = []
-    for model in (slow, fast):
-        before, _ = logits(model), model(input_ids=IDS, labels=IDS).loss.backward()
-        tables = list(model.model.value_tables.parameters())
-        torch.optim.AdamW(tables, lr=1e-3, weight_decay=0.0).step()
-        moved.append((logits(model) - before).norm())
-    assert 5 < moved[1] / moved[0] < 20
-
-
-def test_the_librarys_value_embeddings_learn_as_the_trials() -> None:
-    trial, library = model_of(Part("", "", values=True, pace=10.0)), model_of(PLAIN, value_embeddings=True)
-    names = {"v_proj.linear.": "v_proj.", "v_proj.head_gate.": "value_gate."}
-    names |= {f"value_tables.{i}.": f"layers.{2 * i + 1}.self_attn.value_embedding." for i in (0, 1)}
-    weights = {}
-    for name, weight in trial.state_dict().items():
-        there = name
-        for old, new in names.items():
-            there = there.replace(old, new)
-        weights[there] = weight * (10.0 if "value_tables" in name else 1.0)
-    library.load_state_dict(weights)
-    before = logits(trial)
-    torch.testing.assert_close(logits(library), before)
-    chosen = OptimizerRecipe(muon=True, learning_rate=1e-2, weight_decay=1.0, epsilon=1e-14, value_embedding_pace=10.0)
-    for model in (trial, library):
-        optimizer = build_optimizer(model.train(), chosen)
-        for _ in range(4):
-            optimizer.zero_grad()
-            model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
-            optimizer.step()
-    torch.testing.assert_close(logits(library), logits(trial), rtol=1e-3, atol=1e-4)
-    assert (logits(library) - before).abs().mean() > 0.1
 
 
 def test_a_faster_embedding_begins_as_the_slow_one() -> None:
