@@ -137,6 +137,8 @@ def _widen(steps: list[Step], full: dict[str, Any]) -> None:
     change = "the embedding mixed into every layer's input, AdamW's beta1 0.8, whole passes over the text"
     fields = {"embedding_skip": True, "beta1": 0.8, "order": "epochs"}
     _step(steps, "wide-eight-skip-64", change, "wide-eight-64", True, **fields)
+    change = "embeddings of the values in every second layer"
+    _step(steps, "wide-eight-values-64", change, "wide-eight-skip-64", False, value_embeddings=True)
 
 
 def _reshape(steps: list[Step]) -> None:

@@ -30,7 +30,7 @@ def parts_table(folder: Path, runs: Iterable[dict[str, Any]]) -> list[Table]:
         "bounded. Copied: random tokens named from 256 back. Make a row with `python -m study parts --data DATA "
         "--tokens 106M --only PART`, with `--recipe STEP` in that of another step."
     )
-    return [table("Parts that the library lacks", note, rows, words=2)]
+    return [table("Parts that no preset has", note, rows, words=2)]
 
 
 def _row(record: dict[str, Any], default: dict[str, Any] | None) -> dict[str, str]:
