@@ -66,6 +66,8 @@ _TURNS: dict[str, tuple[str, dict[str, Any]]] = {
     "epochs": ("whole passes over the text, not sequences drawn with replacement", {"order": "epochs"}),
 }
 """Steps that change one thing in large steps: what is new, and the fields."""
+_WINDOWS: dict[str, Any] = {"window": 127, **hybrid_layers(8, full=(7,), sparse="sliding_attention")}
+"""Plain windows of 128 keys beside two full layers of 16."""
 _TAKEN = ("beta1-8", "skip", "eight", "epochs")
 """Those that are in the recipe of five minutes, all at once."""
 
@@ -100,8 +102,7 @@ def _climb() -> tuple[Step, ...]:
     _step(steps, "embedding-12", "AdamW at 1.2e-2", "muon8", False, learning_rate=1.2e-2)
     change = "the embedding mixed into every layer's input, AdamW at 6e-3"
     _step(steps, "skip-6", change, "embedding-6", True, embedding_skip=True)
-    window = {"window": 127, **hybrid_layers(8, full=(7,), sparse="sliding_attention")}
-    _step(steps, "window-6", "plain windows of 128 keys for rungs", "skip-6", True, **window)
+    _step(steps, "window-6", "plain windows of 128 keys for rungs", "skip-6", True, **_WINDOWS)
     change = "whole passes over the text, not sequences drawn with replacement: the default recipe"
     _step(steps, "epochs-6", change, "window-6", True, order="epochs")
     change = "full attention in every layer of the default recipe"
@@ -124,12 +125,11 @@ def _shape(layers: int, heads: int, groups: int, inner: int, full: tuple[int, ..
 
 def _widen(steps: list[Step], full: dict[str, Any]) -> None:
     """Add steps whose windows are plain and wider, and what was tried on top of them."""
-    window = {"window": 127, **hybrid_layers(8, full=(7,), sparse="sliding_attention")}
     change = "gates for the heads, and plain windows of 128 keys in place of rungs"
-    _step(steps, "gates-window-6", change, "embedding-6", False, head_gates=True, **window)
+    _step(steps, "gates-window-6", change, "embedding-6", False, head_gates=True, **_WINDOWS)
     change = "full attention in every layer"
     _step(steps, "gates-dense-6", change, "gates-window-6", False, **full, window=ModelRecipe.window)
-    window |= hybrid_layers(10, (4, 9), sparse="sliding_attention")
+    window = {**_WINDOWS, **hybrid_layers(10, (4, 9), sparse="sliding_attention")}
     change = "plain windows of 128 keys, AdamW at 8e-3"
     _step(steps, "wide-window-64", change, "wide-64", True, learning_rate=8e-3, **window)
     for name, (change, fields) in _TURNS.items():

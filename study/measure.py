@@ -115,11 +115,10 @@ def training_summary(run: Path) -> dict[str, Any]:
     `alone`: with the GPU for itself, at least for its turn. Results of earlier versions lack both; where processes
     shared a GPU, those were disturbed by evaluations.
     """
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines, looks = _lines(run / "metrics.jsonl"), run / "held-out.jsonl"
     last = lines[-max(len(lines) // 20, 1) :]
     step = max(len(lines) // _CURVE_POINTS, 1)
-    looks = run / "held-out.jsonl"
-    looked = [json.loads(line) for line in looks.read_text(encoding="utf-8").splitlines()] if looks.exists() else []
+    looked = _lines(looks) if looks.exists() else []
     speeds = [line["tokens_per_second"] for line in lines[1:]] or [lines[0]["tokens_per_second"]]
     return {
         "final_loss": statistics.mean(line["loss"] for line in last),
@@ -129,6 +128,10 @@ def training_summary(run: Path) -> dict[str, Any]:
         "alone": True,
         "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
     }
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def machine() -> dict[str, Any]:

@@ -58,9 +58,8 @@ DENSE = Recipe(
 )
 """The rival of the default recipe, at a size for which two cores take a minute or two, tuned there."""
 
-_bounded = replace(DENSE.model, window=31, full_reach="sequence")
-_layers = hybrid_layers(2, full=(1,), sparse="sliding_attention")
-HYBRID = replace(DENSE, model=replace(_bounded, **_layers))
+_hybrid = hybrid_layers(2, full=(1,), sparse="sliding_attention")
+HYBRID = replace(DENSE, model=replace(DENSE.model, window=31, full_reach="sequence", **_hybrid))
 """The default recipe at that size: windows, every second layer full, bounded once trained."""
 
 

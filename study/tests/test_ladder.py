@@ -25,7 +25,7 @@ STUDY = STUDIES["ladder"]
 
 @pytest.fixture(scope="module")
 def records() -> dict[str, dict]:
-    """Of the budget that nearly all steps have: a quarter of the whole one, or a little more."""
+    """Of the budget that all steps have but one, which has a little more: a quarter of the whole."""
     return {one["run"]: one for one in Results.load(RESULTS).tuned["ladder"] if one["tokens"] < 200_000_000}
 
 
@@ -35,7 +35,8 @@ RUN = [run for run in STUDY.runs if (RESULTS / "ladder" / f"{run.name}.jsonl").e
 @pytest.mark.parametrize("run", RUN, ids=lambda run: run.name)
 def test_a_step_was_run_with_the_recipe_that_it_has(run, records) -> None:
     record = records[run.name]
-    recipe = STUDY.resolved(run, data=Path("data"), out=Path("out"), tokens=record["tokens"], compiled=True)
+    tokens = 129_000_000 if run.name == "wide-eight-64" else 106_000_000
+    recipe = STUDY.resolved(run, data=Path("data"), out=Path("out"), tokens=tokens, compiled=True)
     assert key_of(recipe, record["inputs"]["data_fingerprint"]) == record["key"]
 
 
@@ -105,7 +106,7 @@ def test_the_rival_differs_in_its_attention_alone() -> None:
 
 
 def test_the_table_shows_the_means_of_the_records(records) -> None:
-    table = ladder_table(records.values())[0]
+    table, _ = ladder_table(records.values())
     row = next(row for row in table.rows if row[0] == "muon8")
     losses = [rows["1024"] for rows in records["muon8"]["evaluation"].values()]
     assert row[3] == f"{math.prod(one['perplexity'] for one in losses) ** 0.25:.2f}"
@@ -120,7 +121,7 @@ def test_a_step_in_another_vocabulary_is_known_by_it_and_compared_by_bits_a_byte
     path = RESULTS / "ladder" / "batch.jsonl"
     record = json.loads(path.read_text())
     (run,) = STUDY.chosen(["few-small-64"])
-    recipe = STUDY.resolved(run, data=Path("data"), out=Path("out"), tokens=record["tokens"], compiled=True)
+    recipe = STUDY.resolved(run, data=Path("data"), out=Path("out"), tokens=106_000_000, compiled=True)
     for rows in record["evaluation"].values():
         rows["1024"]["bits_per_byte"] *= 0.99
     inputs = record["inputs"] | {"data_fingerprint": "other"}
