@@ -137,8 +137,20 @@ def _widen(steps: list[Step], full: dict[str, Any]) -> None:
     change = "the embedding mixed into every layer's input, AdamW's beta1 0.8, whole passes over the text"
     fields = {"embedding_skip": True, "beta1": 0.8, "order": "epochs"}
     _step(steps, "wide-eight-skip-64", change, "wide-eight-64", True, **fields)
-    change = "embeddings of the values in every second layer"
-    _step(steps, "wide-eight-values-64", change, "wide-eight-skip-64", False, value_embeddings=True)
+    for decay in (0.3, 0.7):
+        name = f"wide-eight-decay-{10 * decay:g}-64"
+        change = f"a weight decay of {decay} for 0.1 with Muon"
+        _step(steps, name, change, "wide-eight-skip-64", False, muon_weight_decay=decay)
+    values = "embeddings of the values in every second layer"
+    _step(steps, "wide-eight-values-64", values, "wide-eight-skip-64", False, value_embeddings=True)
+    eight = _shape(8, 12, 3, 2944, (3, 7)) | hybrid_layers(8, (3, 7), sparse="sliding_attention")
+    change = "vocabulary of 8,192, eight layers of 768 with 12 heads in 3 groups"
+    _step(steps, "few-eight-64", change, "wide-eight-skip-64", True, 8192, **eight)
+    change = f"{values}: as many parameters as at first"
+    _step(steps, "few-eight-values-64", change, "few-eight-64", True, 8192, value_embeddings=True)
+    change = "a convolution of four over keys and values of the windows"
+    _step(steps, "wide-eight-conv-64", change, "wide-eight-skip-64", False, kv_convolution=4)
+    _step(steps, "few-eight-values-conv-64", change, "few-eight-values-64", False, 8192, kv_convolution=4)
 
 
 def _reshape(steps: list[Step]) -> None:

@@ -17,7 +17,7 @@ from fibattn.training.presets import PRESETS
 from fibattn.training.recipe import ModelRecipe, OptimizerRecipe, Recipe
 from study.ladder import LADDER, MINUTES, Step
 from study.lengthening import Lengthening, warmup
-from study.rivals import FACTORS, FINALISTS, OURS, RIVALS, SEEDS, Rivals, bounds, name_of
+from study.rivals import DEFAULTS, FACTORS, FINALISTS, OURS, RIVALS, SEEDS, Rivals, bounds, name_of
 
 RopeScaling = Literal["linear", "yarn"]
 
@@ -277,13 +277,14 @@ STUDIES: dict[str, Study] = {
     FINALISTS.study: _rivals(
         FINALISTS, "the same in the default recipe, but that sequences are drawn with replacement"
     ),
+    DEFAULTS.study: _rivals(DEFAULTS, "the same in the default recipe: whole passes over the text"),
     "long": Study(
-        "dense, the finalist, chosen blocks, a window: a fifth of the tokens more in sequences of 8,192",
-        FINALISTS.at_rate(1.0),
+        "dense, the default recipe, chosen blocks, a window: a fifth of the tokens more in sequences of 8,192",
+        DEFAULTS.at_rate(1.0),
         tuple(
             Run(name, model, bounds=bounds(model), lengthening=Lengthening(8, share=0.2, sequences=16))
-            for name, model in FINALISTS.models.items()
-            if name in ("dense", FINALISTS.ours, "blocks-w31-none", "window-w127-none")
+            for name, model in DEFAULTS.models.items()
+            if name in ("dense", DEFAULTS.ours, "blocks-w31-none", "window-w127-none")
         ),
         factors=(1, 8, 16, 32),
         eval_tokens=524_288,
@@ -291,7 +292,7 @@ STUDIES: dict[str, Study] = {
     ),
 }
 
-TUNED = ("ladder", RIVALS.study, FINALISTS.study, "five-minutes", "long")
+TUNED = ("ladder", RIVALS.study, FINALISTS.study, DEFAULTS.study, "five-minutes", "long")
 """Studies at tuned rates; each has tables of its own, and is compared with no other."""
 
 

@@ -77,3 +77,6 @@ RIVALS = Rivals("rivals", _of_step("muon8"), "rungs-w64-two")
 
 FINALISTS = Rivals("finalists", _of_step("skip-6"), "window-w127-two")
 """In the default recipe, but that sequences are drawn with replacement: what its attention was chosen from."""
+
+DEFAULTS = Rivals("default", _of_step("epochs-6"), "window-w127-two")
+"""In the default recipe as it is."""

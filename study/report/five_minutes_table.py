@@ -24,14 +24,14 @@ def five_minutes_table(records: Iterable[dict[str, Any]], outside: Iterable[dict
         order = "whole passes" if other.get("order") == "epochs" else "drawn with replacement"
         rows.append(_row(f"{OUTSIDE}, {order}", 2048, other["bits_per_byte"], other["tokens"], seconds, size))
     note = (
-        f"{where_run(records)}; steps of the ladder, of which `wide-eight-skip-64` is the preset `five-minutes`; "
+        f"{where_run(records)}; steps of the ladder, of which `few-eight-values-64` is the preset `five-minutes`; "
         "seconds of training, without compiling and evaluating. Bits per byte of the same bytes of each held-out set, "
         "every position of disjoint sequences. The "
         f"program from outside is {OUTSIDE}, branch exp/H100/mar8, its train.py as it is, with a vocabulary of 8,192 "
         "of its own. FlashAttention 3, which comes from a hub, is replaced by PyTorch's Flex attention for windows and "
         "cuDNN's for full layers; its authors had 460 to 500 M tokens in five minutes of an "
         "H100. Make a step of the ladder again with `python -m study run five-minutes --data DATA --only STEP "
-        "--tokens 332M`, or `--seconds 300`, those for a vocabulary of 8,192 with `--data DATA-8192 --like DATA`, "
+        "--tokens 328M`, or `--seconds 300`, those for a vocabulary of 8,192 with `--data DATA-8192 --like DATA`, "
         "and `python -m study outside CHECKOUT --data DATA-8192 --like DATA`."
     )
     return [table("Five minutes of one GPU", note, rows)]

@@ -21,8 +21,7 @@ def long_tables(records: Iterable[dict[str, Any]]) -> list[Table]:
     lengths = sorted(map(int, next(iter(records[0]["evaluation"].values()))))
     rows = [row for record in records for row in _rows(record, lengths)]
     note = (
-        f"The default recipe, but for the order of the text, and other attention in it, {where_run(records)}; "
-        "perplexity, the geometric mean of the "
+        f"The default recipe, and other attention in it, {where_run(records)}; perplexity, the geometric mean of the "
         f"four sets, over {over_sets(records[0], 'targets'):,} tokens of each, by the length of the sequences, and on "
         f"{_BY_POSITION} in the parts of the longest, from the first eighth to the last. The stage "
         "has a fifth of the tokens of the training before it; dense attention's rotary base is raised for it. Bounded: "

@@ -13,7 +13,7 @@ from study.ladder import LADDER
 from study.presets import STUDIES
 from study.report import charts
 from study.report.headline import tuned_headline
-from study.rivals import FINALISTS, RIVALS, Rivals
+from study.rivals import DEFAULTS, FINALISTS, RIVALS, Rivals
 
 RIVAL = RIVALS.ours
 
@@ -86,18 +86,27 @@ def test_means_are_over_the_seeds_that_both_have_and_were_looked_at_far_out() ->
     assert f"{math.exp(3.1):.2f} for dense attention (the mean of 2 seeds)" in found.words
 
 
-@pytest.mark.parametrize(("rivals", "step"), [(RIVALS, "muon8"), (FINALISTS, "skip-6")])
-def test_rivals_are_trained_as_a_step_of_the_ladder_and_one_is_its_model(rivals: Rivals, step: str) -> None:
+@pytest.mark.parametrize(
+    ("rivals", "step", "model"),
+    [
+        (RIVALS, "muon8", "rungs-w64-two"),
+        (FINALISTS, "skip-6", "rungs-w64-two"),
+        (DEFAULTS, "epochs-6", DEFAULTS.ours),
+    ],
+)
+def test_rivals_are_trained_as_a_step_of_the_ladder_and_one_is_its_model(rivals: Rivals, step: str, model: str) -> None:
     recipe = next(one.recipe for one in LADDER if one.name == step)
     assert rivals.at_rate(1.0).optimizer == recipe.optimizer
-    assert rivals.models["rungs-w64-two"] == recipe.model
+    assert rivals.models[model] == recipe.model
     assert any(run.name == rivals.ours for run in STUDIES[rivals.study].runs)
 
 
-def test_the_finalist_that_is_ours_is_the_default_recipe_but_for_the_order_of_the_text() -> None:
-    default, ours = PRESETS[DEFAULT], FINALISTS.recipe
-    assert FINALISTS.models[FINALISTS.ours] == replace(default.model, full_reach=None)
-    assert (ours.optimizer, ours.order, default.order) == (default.optimizer, "random", "epochs")
+def test_the_one_that_is_ours_is_the_default_recipe_and_the_finalists_differ_in_the_order_of_the_text() -> None:
+    default, ours = PRESETS[DEFAULT], DEFAULTS.at_rate(1.0)
+    assert DEFAULTS.models[DEFAULTS.ours] == FINALISTS.models[FINALISTS.ours] == replace(default.model, full_reach=None)
+    for fields in ("optimizer", "sequence_length", "sequences_per_step", "steps"):
+        assert getattr(ours, fields) == getattr(default, fields) == getattr(FINALISTS.at_rate(1.0), fields)
+    assert (ours.order, default.order, FINALISTS.recipe.order) == ("epochs", "epochs", "random")
 
 
 def test_the_figure_keeps_its_numbers_and_what_is_not_known_is_empty(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from fibattn.training.presets import DEFAULT, PRESETS
 from fibattn.training.recipe import Recipe
 from fibattn.training.run import model_config
 from study.report.rivals_tables import rivals_tables
-from study.rivals import FINALISTS, RIVALS, Rivals
+from study.rivals import DEFAULTS, FINALISTS, RIVALS, Rivals
 
-SETS = (RIVALS, FINALISTS)
+SETS = (RIVALS, FINALISTS, DEFAULTS)
 
 
 def record(run: str, nll: float, far: float, *, seed: int = 42, copied: float = 0.5) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def test_rivals_have_one_size(rivals: Rivals, name: str) -> None:
 
 
 def test_the_default_recipe_is_among_them() -> None:
-    models = FINALISTS.models.values()
+    models = DEFAULTS.models.values()
     assert any(
         (model.layer_types, model.window, model.no_rope_layers)
         == (PRESETS[DEFAULT].model.layer_types, PRESETS[DEFAULT].model.window, PRESETS[DEFAULT].model.no_rope_layers)
