@@ -10,7 +10,7 @@ PROGRAM = Program(
     verbs={
         "run": "train and evaluate a matrix of models, and report on them beside the paper's",
         "far": "try forms of far reading, each trained as a step of the ladder",
-        "parts": "try parts of the model that no preset has",
+        "parts": "try parts that the default recipe does not have",
         "probe": "retrieval, recall, variable tracking, public tasks, latency, operations",
         "outside": "another project's program on the same text, as a baseline",
         "report": "write the page and the tables from the results",

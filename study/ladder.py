@@ -100,7 +100,7 @@ def _climb() -> tuple[Step, ...]:
     change = "AdamW at 6e-3, for the embedding and the norms"
     _step(steps, "embedding-6", change, "muon8", True, learning_rate=6e-3)
     _step(steps, "embedding-12", "AdamW at 1.2e-2", "muon8", False, learning_rate=1.2e-2)
-    change = "the embedding mixed into every layer's input, AdamW at 6e-3"
+    change = "the embedding mixed into every layer's input"
     _step(steps, "skip-6", change, "embedding-6", True, embedding_skip=True)
     _step(steps, "window-6", "plain windows of 128 keys for rungs", "skip-6", True, **_WINDOWS)
     change = "whole passes over the text, not sequences drawn with replacement: the default recipe"

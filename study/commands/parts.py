@@ -1,4 +1,4 @@
-"""`python -m study parts`: parts of the model that no preset has, trained and measured."""
+"""`python -m study parts`: parts that the default recipe does not have, trained and measured."""
 
 from study.commands.trials import run_verb
 from study.parts.table import PARTS

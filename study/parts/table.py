@@ -1,4 +1,4 @@
-"""Parts of a model that no preset has: a table. No torch here."""
+"""Parts of a model that the default recipe does not have: a table. No torch here."""
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING

@@ -38,7 +38,8 @@ def _of_budget(found: Records) -> Table:
         "of each, and the mean of their bits a byte, which another vocabulary leaves comparable. One seed: "
         "between two seeds of one recipe perplexity differed by 1 to 2 % at 3e-3 with AdamW, most of it from the order "
         "of the text, which is the same in all steps of one length and batch. Make a step again with `python -m study "
-        f"run ladder --data DATA --tokens {budget}M --only STEP`."
+        f"run ladder --data DATA --tokens {budget}M --only STEP`, in a vocabulary "
+        "of 8,192 with `--data DATA-8192 --like DATA`."
     )
     return table(f"The ladder: from the paper's recipe to the project's, {budget} M tokens", note, rows, words=3)
 

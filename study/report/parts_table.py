@@ -25,12 +25,13 @@ def parts_table(folder: Path, runs: Iterable[dict[str, Any]]) -> list[Table]:
     if not rows:
         return []
     note = (
-        "The recipe of the step muon8 or of another of the ladder with a part more, in trial form, sequences of "
+        "The recipe of the step muon8 or of another of the ladder with a part more, in trial form (gates and value "
+        "embeddings are the library's own since), sequences of "
         f"{records[0]['trained_at']:,}, {where_run(records)}; geometric means over the held-out sets. 16×: full layers "
         "bounded. Copied: random tokens named from 256 back. Make a row with `python -m study parts --data DATA "
         "--tokens 106M --only PART`, with `--recipe STEP` in that of another step."
     )
-    return [table("Parts that no preset has", note, rows, words=2)]
+    return [table("Parts that the default recipe does not have", note, rows, words=2)]
 
 
 def _row(record: dict[str, Any], default: dict[str, Any] | None) -> dict[str, str]:
