@@ -66,6 +66,19 @@ _TURNS: dict[str, tuple[str, dict[str, Any]]] = {
     "epochs": ("whole passes over the text, not sequences drawn with replacement", {"order": "epochs"}),
 }
 """Steps that change one thing in large steps: what is new, and the fields."""
+_FEW: dict[str, tuple[str, dict[str, Any]]] = {
+    "conv": ("a convolution of four over keys and values of the windows", {"kv_convolution": 4}),
+    "heads": (
+        "a KV head for each query head, a narrower feed-forward, a third more parameters",
+        {"num_key_value_heads": 12, "intermediate_size": 2560},
+    ),
+    "hold": (
+        "the highest rate for a quarter of the steps, then down to a twentieth of it",
+        {"decay_fraction": 0.75, "final_fraction": 0.05},
+    ),
+    "slow": ("rates lower by 0.3", {"learning_rate": 5.6e-3, "muon_learning_rate": 7.7e-3}),
+}
+"""Such steps in the recipe of five minutes."""
 _WINDOWS: dict[str, Any] = {"window": 127, **hybrid_layers(8, full=(7,), sparse="sliding_attention")}
 """Plain windows of 128 keys beside two full layers of 16."""
 _TAKEN = ("beta1-8", "skip", "eight", "epochs")
@@ -134,6 +147,11 @@ def _widen(steps: list[Step], full: dict[str, Any]) -> None:
     _step(steps, "wide-window-64", change, "wide-64", True, learning_rate=8e-3, **window)
     for name, (change, fields) in _TURNS.items():
         _step(steps, f"wide-{name}-64", change, "wide-window-64", name in _TAKEN, **fields)
+    _hasten(steps)
+
+
+def _hasten(steps: list[Step]) -> None:
+    """Add steps for five minutes: fewer layers, then a smaller vocabulary, and what was tried on top of each."""
     change = "the embedding mixed into every layer's input, AdamW's beta1 0.8, whole passes over the text"
     fields = {"embedding_skip": True, "beta1": 0.8, "order": "epochs"}
     _step(steps, "wide-eight-skip-64", change, "wide-eight-64", True, **fields)
@@ -148,9 +166,8 @@ def _widen(steps: list[Step], full: dict[str, Any]) -> None:
     _step(steps, "few-eight-64", change, "wide-eight-skip-64", True, 8192, **eight)
     change = f"{values}: as many parameters as at first"
     _step(steps, "few-eight-values-64", change, "few-eight-64", True, 8192, value_embeddings=True)
-    change = "a convolution of four over keys and values of the windows"
-    _step(steps, "wide-eight-conv-64", change, "wide-eight-skip-64", False, kv_convolution=4)
-    _step(steps, "few-eight-values-conv-64", change, "few-eight-values-64", False, 8192, kv_convolution=4)
+    for name, (change, fields) in _FEW.items():
+        _step(steps, f"few-eight-{name}-64", change, "few-eight-values-64", False, 8192, **fields)
 
 
 def _reshape(steps: list[Step]) -> None:
