@@ -107,3 +107,7 @@ def model(kind: str = "linear", **changes: Any) -> FibAttnForCausalLM:
 
 def tokens(batch: int = 2, length: int = 50, seed: int = 0) -> Tensor:
     return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float = 2e-4) -> None:
+    torch.testing.assert_close(found.double(), expected.double(), rtol=tolerance, atol=tolerance)
