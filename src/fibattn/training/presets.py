@@ -95,11 +95,10 @@ _recipes = {
     ),
 }
 PRESETS = {name: replace(recipe, out=Path("runs") / name) for name, recipe in _recipes.items()}
-"""`paper` is the paper's linear stagger at its rate, `hybrid` the project's own, tuned (the study's ladder): windows of
-128 keys, and two layers of full attention without rotary positions, bounded once they are trained. `dense` is its
-rival: full attention, all else as in `hybrid`. `five-minutes` is half as deep and wider, for a vocabulary of 8,192: the
-best of what was tried for five minutes of an H200. Those with a size are larger, for days of a GPU. `small` is for a
-laptop, every third layer full, and tuned there."""
+"""`paper` is the paper's linear stagger at its rate; `hybrid` the project's own, tuned (the study's ladder): windows of
+128 keys, and two full layers without rotary positions, bounded once trained; `dense` its rival, full attention and all
+else the same. `five-minutes`, for a vocabulary of 8,192, is the best that was tried for five minutes of an H200. Those
+with a size are larger, for days of a GPU; `small` is for a laptop, every third layer full, and tuned there."""
 
 DEFAULT, ON_CPU = "hybrid", "small"
 """The recipe of who names none, with a GPU and without."""
