@@ -116,6 +116,17 @@ def test_the_long_stage_is_a_fifth_of_the_tokens_in_steps_of_16_sequences(name: 
     assert (longer.model.rope_theta > recipe.model.rope_theta) == turned  # full layers without RoPE have none to turn
 
 
+RESULTS = [path for study in TUNED for path in sorted((Path(__file__).parents[1] / "results" / study).glob("*.jsonl"))]
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_result_at_a_tuned_rate_is_of_the_recipe_that_its_run_has(path: Path) -> None:
+    study, run = STUDIES[path.parent.name], named(path.parent.name, path.stem)
+    for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        recipe = study.resolved(run, data=Path("data"), out=Path("out"), tokens=record["tokens"], compiled=True)
+        assert key_of(recipe, record["inputs"]["data_fingerprint"]) == record["key"]
+
+
 def test_runs_are_chosen_by_pattern() -> None:
     chosen = STUDIES["paper"].chosen(["pow2-*-w8", "dense"])
     assert [run.name for run in chosen] == ["dense", "pow2-fixed-w8", "pow2-linear-w8"]
