@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from fibattn import files
 
@@ -31,7 +31,7 @@ def write_page(path: Path, template: str, package: str = "study.report", **value
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"clauses": _clauses, "unbroken": _unbroken}
+    environment.filters |= {"clauses": _clauses, "code": _code, "unbroken": _unbroken}
     files.write_text(path, environment.get_template(template).render(**values))
     return path
 
@@ -39,6 +39,11 @@ def write_page(path: Path, template: str, package: str = "study.report", **value
 def _clauses(text: str) -> list[str]:
     """The parts of a sentence between semicolons, those in brackets left alone."""
     return re.split(r"; (?![^(]*\))", text)
+
+
+def _code(text: str) -> Markup:
+    """What Markdown has between backticks, as code; the rest is escaped."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _unbroken(text: str) -> str:

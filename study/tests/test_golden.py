@@ -58,3 +58,9 @@ def test_the_tables_and_figures_kept_with_the_source_are_those_of_the_results(re
     for name, shown in SHOWN.items():
         figure = ROOT / "docs" / "figures" / f"{shown}.csv"
         assert figure.read_text() == (report / f"{name}.csv").read_text()
+
+
+def test_what_markdown_has_as_code_is_code_on_the_page(report: Path) -> None:
+    text = (report / "index.html").read_text(encoding="utf-8")
+    assert "<code>python -m study run ladder --data DATA " in text
+    assert "`" not in text
