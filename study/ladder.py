@@ -7,7 +7,7 @@ has run yet are here, too, and in no table.
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fibattn.pattern import hybrid_layers
+from fibattn.pattern import LayerType, hybrid_layers
 from fibattn.training.recipe import ModelRecipe, Recipe
 
 
@@ -76,7 +76,7 @@ _FEW: dict[str, tuple[str, dict[str, Any]]] = {
         "the highest rate for a quarter of the steps, then down to a twentieth of it",
         {"decay_fraction": 0.75, "final_fraction": 0.05},
     ),
-    "slow": ("rates lower by 0.3", {"learning_rate": 5.6e-3, "muon_learning_rate": 7.7e-3}),
+    "slow": ("rates lower by three tenths", {"learning_rate": 5.6e-3, "muon_learning_rate": 7.7e-3}),
 }
 """Such steps in the recipe of five minutes."""
 _WINDOWS: dict[str, Any] = {"window": 127, **hybrid_layers(8, full=(7,), sparse="sliding_attention")}
@@ -124,7 +124,14 @@ def _climb() -> tuple[Step, ...]:
     return tuple(steps)
 
 
-def _shape(layers: int, heads: int, groups: int, inner: int, full: tuple[int, ...]) -> dict[str, Any]:
+def _shape(
+    layers: int,
+    heads: int,
+    groups: int,
+    inner: int,
+    full: tuple[int, ...],
+    sparse: LayerType = "fibonacci_attention",
+) -> dict[str, Any]:
     """A model of so many layers and heads of 64, whose feed-forward has the width `inner`."""
     return {
         "num_hidden_layers": layers,
@@ -132,7 +139,7 @@ def _shape(layers: int, heads: int, groups: int, inner: int, full: tuple[int, ..
         "num_attention_heads": heads,
         "num_key_value_heads": groups,
         "intermediate_size": inner,
-        **hybrid_layers(layers, full=full),
+        **hybrid_layers(layers, full, sparse=sparse),
     }
 
 
@@ -161,7 +168,7 @@ def _hasten(steps: list[Step]) -> None:
         _step(steps, name, change, "wide-eight-skip-64", False, muon_weight_decay=decay)
     values = "embeddings of the values in every second layer"
     _step(steps, "wide-eight-values-64", values, "wide-eight-skip-64", False, value_embeddings=True)
-    eight = _shape(8, 12, 3, 2944, (3, 7)) | hybrid_layers(8, (3, 7), sparse="sliding_attention")
+    eight = _shape(8, 12, 3, 2944, (3, 7), sparse="sliding_attention")
     change = "vocabulary of 8,192, eight layers of 768 with 12 heads in 3 groups"
     _step(steps, "few-eight-64", change, "wide-eight-skip-64", True, 8192, **eight)
     change = f"{values}: as many parameters as at first"

@@ -32,6 +32,12 @@ from study.report.tables import findings_table
 from study.report.tuned import tuned_groups
 from study.rivals import DEFAULTS, FINALISTS, RIVALS, Rivals
 
+_RECIPES = (
+    (DEFAULTS, "the default recipe"),
+    (FINALISTS, "the default recipe drawn with replacement"),
+    (RIVALS, "the recipe of the step muon8"),
+)
+"""Rivals and the recipe that they share, in words; the newest first."""
 _TOY = 10_000_000
 """Trained on fewer tokens than this, a model bears no claim."""
 
@@ -61,9 +67,7 @@ def write_report(folder: Path) -> Path:
     tuned = [
         *five_minutes_table(results.tuned["five-minutes"], results.outside),
         *ladder_table(results.tuned["ladder"]),
-        *rivals_tables(DEFAULTS, results.tuned[DEFAULTS.study], "the default recipe"),
-        *rivals_tables(FINALISTS, results.tuned[FINALISTS.study], "the default recipe drawn with replacement"),
-        *rivals_tables(RIVALS, results.tuned[RIVALS.study], "the recipe of the step muon8"),
+        *(one for rivals, recipe in _RECIPES for one in rivals_tables(rivals, results.tuned[rivals.study], recipe)),
         *long_tables(results.tuned["long"]),
     ]
     tuned += parts_table(folder, (one for records in results.tuned.values() for one in records))
@@ -126,12 +130,10 @@ def write_report(folder: Path) -> Path:
 
 
 def _leading(results: Results) -> tuple[Rivals, Headline | None]:
-    """The newest recipe in which the one of the project was looked at far out beside dense; until then the rivals."""
-    for rivals in (DEFAULTS, FINALISTS):
-        shown = tuned_headline(rivals, results.tuned[rivals.study])
-        if shown is not None and shown.shows_ours_far_out:
-            return rivals, shown
-    return RIVALS, tuned_headline(RIVALS, results.tuned[RIVALS.study])
+    """The newest recipe in which the one of the project was looked at far out beside dense; until then the oldest."""
+    shown = [(rivals, tuned_headline(rivals, results.tuned[rivals.study])) for rivals, _ in _RECIPES]
+    far_out = (pair for pair in shown if pair[1] is not None and pair[1].shows_ours_far_out)
+    return next(far_out, shown[-1])
 
 
 def _figures(results: Results, tuned: Headline | None, out: Path) -> dict[str, dict[str, Any]]:
