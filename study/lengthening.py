@@ -15,6 +15,8 @@ class Lengthening:
     """The tokens, as a part of those of the training."""
     sequences: int | None = None
     """Of a step; None keeps a step's tokens."""
+    rate: float = 1.0
+    """The highest rates, AdamW's and Muon's, in those of the training."""
 
     def of(self, recipe: Recipe, longest: int) -> Recipe:
         """The recipe that goes on from a finished run of `recipe`; `longest` is the evaluation's longest factor.
@@ -35,7 +37,7 @@ class Lengthening:
             start=recipe.out / "model",
             out=recipe.out / "lengthened",
             model=replace(recipe.model, rope_theta=theta),
-            optimizer=replace(recipe.optimizer, warmup_steps=warmup(recipe, steps)),
+            optimizer=replace(recipe.optimizer.at(self.rate), warmup_steps=warmup(recipe, steps)),
             sequence_length=length,
             sequences_per_step=sequences,
             micro_batch=max(recipe.micro_batch // factor, 1),

@@ -4,6 +4,7 @@ All runs of a study differ in the attention of their layers and in nothing else:
 order of sequences.
 """
 
+import itertools
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,10 +19,13 @@ from fibattn.training.recipe import ModelRecipe, OptimizerRecipe, Recipe
 from study.ladder import LADDER, MINUTES, Step
 from study.lengthening import Lengthening, warmup
 from study.rivals import DEFAULTS, FACTORS, FINALISTS, OURS, RIVALS, SEEDS, Rivals, bounds, name_of
+from study.store import key_of
 
 RopeScaling = Literal["linear", "yarn"]
 
 SEED = 42
+EQUAL_TIME = 446 / 767
+"""Tokens of dense attention for one of the default recipe, in sequences of 8,192 in the same time of an H200."""
 SHORT = {"fibonacci": "", "power_of_two": "pow2-"}
 
 
@@ -98,6 +102,15 @@ class Study:
             data_seed=run.seed,
             compile=compiled,
         )
+
+    def key(self, run: Run, recipe: Recipe, data_fingerprint: str) -> str:
+        """By which a result of `run` is known; `recipe` is what `resolved` gave.
+
+        A stage in longer sequences counts where its rate is its own: the first results had none of those.
+        """
+        own = run.lengthening is not None and run.lengthening.rate != 1
+        stage = replace(run.lengthening.of(recipe, max(self.factors)), start=None) if own else None  # pyright: ignore
+        return key_of(recipe, data_fingerprint, stage)
 
 
 def _paper(schedule: Schedule, window: int, base: Base = "fibonacci") -> Run:
@@ -192,6 +205,19 @@ def _rivals(of: Rivals, about: str) -> Study:
     return Study(about, of.at_rate(1.0), runs, eval_tokens=524_288, items=0)
 
 
+def _long() -> tuple[Run, ...]:
+    """At the rates of the training, then at lower ones, dense attention also for no longer than the default recipe."""
+    stage, known = Lengthening(8, share=0.2, sequences=16), {}
+    for name in ("dense", DEFAULTS.ours, "blocks-w31-none", "window-w127-none"):
+        known[name] = Run(name, DEFAULTS.models[name], bounds=bounds(DEFAULTS.models[name]), lengthening=stage)
+    for name, rate in itertools.product(("dense", DEFAULTS.ours), (0.25, 0.1)):
+        gentle = replace(stage, rate=rate)
+        known[f"{name}-stage{rate:g}"] = replace(known[name], name=f"{name}-stage{rate:g}", lengthening=gentle)
+    short = replace(stage, rate=0.25, share=EQUAL_TIME * stage.share)
+    known["dense-short"] = replace(known["dense"], name="dense-short", lengthening=short)
+    return (*known.values(), *(run.repeated(SEEDS[1]) for run in known.values()))
+
+
 def _smoke(run: Run, **changes: object) -> Run:
     own = {name: getattr(run.model, name) for name in ("layer_types", "base", "schedule", "max_offset")}
     return replace(run, model=replace(_small, **{**own, **changes}))  # pyright: ignore
@@ -281,11 +307,7 @@ STUDIES: dict[str, Study] = {
     "long": Study(
         "dense, the default recipe, chosen blocks, a window: a fifth of the tokens more in sequences of 8,192",
         DEFAULTS.at_rate(1.0),
-        tuple(
-            Run(name, model, bounds=bounds(model), lengthening=Lengthening(8, share=0.2, sequences=16))
-            for name, model in DEFAULTS.models.items()
-            if name in ("dense", DEFAULTS.ours, "blocks-w31-none", "window-w127-none")
-        ),
+        _long(),
         factors=(1, 8, 16, 32),
         eval_tokens=524_288,
         items=0,

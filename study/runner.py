@@ -27,7 +27,7 @@ from fibattn.training.run import train
 from study import measure
 from study.presets import Run, Study
 from study.same_bytes import targets_of
-from study.store import Store, key_of, recipe_of
+from study.store import Store, recipe_of
 from study.turns import turn
 
 
@@ -146,7 +146,7 @@ def _tasks(job: Job, data: PreparedData, store: Store) -> list[_Task]:
             tokens = int(job.seconds * _pace(run.name, whole, store))
         recipe = job.study.resolved(run, data=job.data, out=job.work, tokens=tokens, compiled=compiled)
         recipe.check()
-        key = key_of(recipe, data.fingerprint)
+        key = job.study.key(run, recipe, data.fingerprint)
         tasks.append(_Task(run, replace(recipe, out=job.work / f"{run.name}-{key}"), key))
     return tasks
 

@@ -71,9 +71,10 @@ def _telling(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def key_of(recipe: Recipe, data_fingerprint: str) -> str:
-    """The digest by which a run of `recipe` on these data is known."""
-    return digest(recipe_of(recipe), data_fingerprint)
+def key_of(recipe: Recipe, data_fingerprint: str, stage: Recipe | None = None) -> str:
+    """The digest by which a run of `recipe` on these data is known, or one that then went on by `stage`."""
+    whole = recipe_of(recipe)
+    return digest(whole if stage is None else whole | {"stage": recipe_of(stage)}, data_fingerprint)
 
 
 def digest(recipe: dict[str, Any], data_fingerprint: str) -> str:

@@ -124,7 +124,7 @@ def test_a_result_at_a_tuned_rate_is_of_the_recipe_that_its_run_has(path: Path) 
     study, run = STUDIES[path.parent.name], named(path.parent.name, path.stem)
     for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
         recipe = study.resolved(run, data=Path("data"), out=Path("out"), tokens=record["tokens"], compiled=True)
-        assert key_of(recipe, record["inputs"]["data_fingerprint"]) == record["key"]
+        assert study.key(run, recipe, record["inputs"]["data_fingerprint"]) == record["key"]
 
 
 def test_runs_are_chosen_by_pattern() -> None:
