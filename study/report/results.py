@@ -21,7 +21,7 @@ from fibattn.errors import InputError
 from study.presets import STUDIES, TUNED
 from study.report.recipes import described, paper_name
 from study.rivals import OURS
-from study.store import LENGTHENED, Store, key_of, ways
+from study.store import LENGTHENED, Store, ways
 
 PLAIN = "plain"
 PARTS = tuple(str(part) for part in range(1, 9))
@@ -298,7 +298,7 @@ def _belonging(study: str, runs: list[dict[str, Any]]) -> Iterable[dict[str, Any
     for tokens, fingerprint in sorted({(one["tokens"], one["inputs"]["data_fingerprint"]) for one in own}):
         for run in STUDIES[study].runs:
             recipe = STUDIES[study].resolved(run, data=Path(), out=Path(), tokens=tokens, compiled=True)
-            record = known.get(key_of(recipe, fingerprint))
+            record = known.get(STUDIES[study].key(run, recipe, fingerprint))
             if record is not None and run.vocabulary in (None, record["model"].get("vocabulary")):
                 found[record["key"]] = {**record, "study": study, "run": run.name}
     return found.values()
