@@ -1,10 +1,15 @@
-"""The long stage: finished models that were trained on in longer sequences, before and after."""
+"""The long stage: finished models that were trained on in longer sequences, before and after.
 
+A model that several stages went on from stands once.
+"""
+
+import json
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from study.report.tables import NONE, Table, table, where_run
+from study.rivals import DEFAULTS, name_of
 from study.store import over_sets
 
 Sets = dict[str, dict[str, Any]]
@@ -19,34 +24,63 @@ def long_tables(records: Iterable[dict[str, Any]]) -> list[Table]:
     if not records:
         return []
     lengths = sorted(map(int, next(iter(records[0]["evaluation"].values()))))
-    rows = [row for record in records for row in _rows(record, lengths)]
+    rows, bases = [], set()
+    for record in records:
+        base = json.dumps([record["recipe"], record["inputs"]], sort_keys=True)
+        rows += [*([] if base in bases else _before(record, lengths)), *_after(record, lengths)]
+        bases.add(base)
     note = (
         f"The default recipe, and other attention in it, {where_run(records)}; perplexity, the geometric mean of the "
         f"four sets, over {over_sets(records[0], 'targets'):,} tokens of each, by the length of the sequences, and on "
-        f"{_BY_POSITION} in the parts of the longest, from the first eighth to the last. The stage "
-        "has a fifth of the tokens of the training before it; dense attention's rotary base is raised for it. Bounded: "
+        f"{_BY_POSITION} in the parts of the longest, from the first eighth to the last. A stage "
+        "warms up anew, to the rates of the training before it or a part of them; dense attention's rotary base is "
+        "raised for it. Bounded: "
         "full layers see so many last tokens. Make it again with `python -m study run long --data DATA "
         "--tokens 106M`."
     )
     return [table("Long text: a stage in longer sequences", note, rows, words=2)]
 
 
-def _rows(record: dict[str, Any], lengths: list[int]) -> Iterator[dict[str, str]]:
-    known = {f"in {record['trained_at']:,}": (record["evaluation"], record["bounded"], record["training"])}
+def _before(record: dict[str, Any], lengths: list[int]) -> Iterator[dict[str, str]]:
+    known = {"": record["evaluation"]} | record["bounded"]
+    trained, model = f"in {record['trained_at']:,}", {**record, "run": _base(record)}
+    yield from _rows(model, trained, known, record["tokens"], record["training"], lengths)
+
+
+def _after(record: dict[str, Any], lengths: list[int]) -> Iterator[dict[str, str]]:
+    recipe, stage = record["recipe"], record["lengthened_recipe"]
+    tokens = stage["steps"] * stage["sequences_per_step"] * stage["sequence_length"]
+    rate = stage["optimizer"]["learning_rate"] / recipe["optimizer"]["learning_rate"]
     for length, sets in record["lengthened"].items():
-        stage = f"then in {int(length):,}"
-        known[stage] = (sets, record["lengthened_bounded"], record["lengthened_training"])
-    for trained, (plain, bounded, training) in known.items():
-        speed = f"{training['tokens_per_second'] / 1e3:.0f} k"
-        for tokens, sets in ({"": plain} | bounded).items():
-            yield {
-                "model": record["run"],
-                "trained": trained + (f", bounded to {int(tokens):,}" if tokens else ""),
-                "tokens": f"{record['tokens'] / 1e6:.0f} M",
-                **{f"{length:,}": _perplexity(record, _longer(plain, sets), length) for length in lengths},
-                **_by_position(sets, max(lengths)),
-                "tokens/s": speed,
-            }
+        trained = f"then in {int(length):,}" + (f" at {rate:g} of the rates" if rate != 1 else "")
+        known = {"": sets} | record["lengthened_bounded"]
+        yield from _rows(record, trained, known, tokens, record["lengthened_training"], lengths)
+
+
+def _base(record: dict[str, Any]) -> str:
+    """The name of the model before its stage, with which the stage's begins."""
+    name = max((one for one in DEFAULTS.models if record["run"].startswith(one)), key=len)
+    return name_of(name, 1, record["seed"])
+
+
+def _rows(
+    record: dict[str, Any],
+    trained: str,
+    known: dict[str, Sets],
+    tokens: int,
+    training: dict[str, Any],
+    lengths: list[int],
+) -> Iterator[dict[str, str]]:
+    """A row for each bound in `known`, "" for none."""
+    for bound, sets in known.items():
+        yield {
+            "model": record["run"],
+            "trained": trained + (f", bounded to {int(bound):,}" if bound else ""),
+            "tokens": f"{tokens / 1e6:.0f} M",
+            **{f"{length:,}": _perplexity(record, _longer(known[""], sets), length) for length in lengths},
+            **_by_position(sets, max(lengths)),
+            "tokens/s": f"{training['tokens_per_second'] / 1e3:.0f} k",
+        }
 
 
 def _longer(plain: Sets, sets: Sets) -> Sets:

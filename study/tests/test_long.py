@@ -23,8 +23,15 @@ def sets(first: float, lengths: tuple[str, ...] = LENGTHS) -> dict[str, Any]:
     }
 
 
+def recipe(rate: float, **steps: int) -> dict[str, Any]:
+    return {"optimizer": {"learning_rate": rate}, **steps}
+
+
 RECORD = {
     "run": "dense",
+    "seed": 42,
+    "recipe": recipe(0.006),
+    "inputs": {"data_fingerprint": "some"},
     "tokens": 106_000_000,
     "trained_at": 1024,
     "hardware": {"device": "GPU"},
@@ -35,6 +42,7 @@ RECORD = {
     "lengthened": {"8192": sets(2.8)},
     "lengthened_bounded": {"8192": sets(2.7, LENGTHS[2:])},
     "lengthened_training": {"tokens_per_second": 400_000.0},
+    "lengthened_recipe": recipe(0.006, steps=10, sequences_per_step=16, sequence_length=8192),
 }
 
 
@@ -52,4 +60,25 @@ def test_a_model_before_and_after_its_long_stage_bounded_and_not() -> None:
         assert [row[length] for length in ("1,024", "8,192", "32,768")] == [f"{math.exp(one):.2f}" for one in expected]
     assert (cells[2]["1/8"], cells[2]["8/8"]) == (f"{math.exp(3.0):.2f}", f"{math.exp(2.93):.2f}")
     assert [row["tokens/s"] for row in cells] == ["800 k", "800 k", "400 k", "400 k"]
+    assert [row["tokens"] for row in cells] == ["106 M", "106 M", "1 M", "1 M"]
     assert long_tables([]) == []
+
+
+def test_a_model_that_several_stages_went_on_from_stands_once() -> None:
+    gentle = recipe(0.0015, steps=20, sequences_per_step=16, sequence_length=8192)
+    other = RECORD | {"run": "dense-stage0.25", "lengthened_recipe": gentle}
+    seed = {"seed": 43, "recipe": recipe(0.006, init_seed=43), "run": "dense-stage0.25-seed43"}
+    [table] = long_tables([RECORD, other, other | seed])
+    bound = {"then in 8,192": "8,192", "in 1,024": "1,024"}
+
+    def rows(model: str, trained: str, tokens: str) -> list[tuple[str, ...]]:
+        bounded = f"{trained}, bounded to {bound[trained.split(' at ')[0]]}"
+        return [(model, one, tokens) for one in (trained, bounded)]
+
+    assert [row[:3] for row in table.rows] == [
+        *rows("dense", "in 1,024", "106 M"),
+        *rows("dense", "then in 8,192", "1 M"),
+        *rows("dense-stage0.25", "then in 8,192 at 0.25 of the rates", "3 M"),
+        *rows("dense-seed43", "in 1,024", "106 M"),
+        *rows("dense-stage0.25-seed43", "then in 8,192 at 0.25 of the rates", "3 M"),
+    ]
