@@ -200,6 +200,8 @@ def _measured(job: Job, task: _Task, text: _Text) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     with turn(job.work) as turns:
         model = train(task.recipe, turns)
+        for one in turns:
+            one.take()  # a model that was finished before has taken no step, and a short one too few
         forget()
         waited = sum(one.waited for one in turns)
         trained = time.monotonic()

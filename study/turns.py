@@ -37,15 +37,20 @@ class Turn(TrainerCallback):
         self.lock = lock.open("w")
         self.waited = 0.0
         """Seconds."""
-        self._steps = 0
+        self._steps, self._taken = 0, False
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Wait, once this process has compiled."""
         self._steps += 1
         if self._steps == _COMPILED:
+            self.take()
+
+    def take(self) -> None:
+        """Wait, unless the turn is this process's already."""
+        if not self._taken:
             began = time.monotonic()
             fcntl.flock(self.lock, fcntl.LOCK_EX)
-            self.waited = time.monotonic() - began
+            self.waited, self._taken = time.monotonic() - began, True
 
     def end(self) -> None:
         """Let the next one have the GPU, also when workers of a training that failed still hold the file open."""

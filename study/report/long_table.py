@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from study.report.tables import NONE, Table, table, where_run
+from study.report.tables import NONE, Table, speed, table, where_run
 from study.rivals import DEFAULTS, name_of
 from study.store import over_sets
 
@@ -79,7 +79,7 @@ def _rows(
             "tokens": f"{tokens / 1e6:.0f} M",
             **{f"{length:,}": _perplexity(record, _longer(known[""], sets), length) for length in lengths},
             **_by_position(sets, max(lengths)),
-            "tokens/s": f"{training['tokens_per_second'] / 1e3:.0f} k",
+            "tokens/s": speed([{**record, "training": training}]),
         }
 
 

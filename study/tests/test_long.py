@@ -34,14 +34,14 @@ RECORD = {
     "inputs": {"data_fingerprint": "some"},
     "tokens": 106_000_000,
     "trained_at": 1024,
-    "hardware": {"device": "GPU"},
+    "hardware": {"device": "GPU", "processes_a_gpu": 2},
     "versions": {"torch": "2"},
     "evaluation": sets(3.0),
     "bounded": {"1024": sets(2.9, LENGTHS[1:])},
-    "training": {"tokens_per_second": 800_000.0},
+    "training": {"tokens_per_second": 800_000.0, "alone": True},
     "lengthened": {"8192": sets(2.8)},
     "lengthened_bounded": {"8192": sets(2.7, LENGTHS[2:])},
-    "lengthened_training": {"tokens_per_second": 400_000.0},
+    "lengthened_training": {"tokens_per_second": 400_000.0, "alone": True},
     "lengthened_recipe": recipe(0.006, steps=10, sequences_per_step=16, sequence_length=8192),
 }
 
@@ -68,7 +68,8 @@ def test_a_model_that_several_stages_went_on_from_stands_once() -> None:
     gentle = recipe(0.0015, steps=20, sequences_per_step=16, sequence_length=8192)
     other = RECORD | {"run": "dense-stage0.25", "lengthened_recipe": gentle}
     seed = {"seed": 43, "recipe": recipe(0.006, init_seed=43), "run": "dense-stage0.25-seed43"}
-    [table] = long_tables([RECORD, other, other | seed])
+    disturbed = {"lengthened_training": {"tokens_per_second": 1.0, "alone": False}}
+    [table] = long_tables([RECORD, other, other | seed | disturbed])
     bound = {"then in 8,192": "8,192", "in 1,024": "1,024"}
 
     def rows(model: str, trained: str, tokens: str) -> list[tuple[str, ...]]:
@@ -82,3 +83,4 @@ def test_a_model_that_several_stages_went_on_from_stands_once() -> None:
         *rows("dense-seed43", "in 1,024", "106 M"),
         *rows("dense-stage0.25-seed43", "then in 8,192 at 0.25 of the rates", "3 M"),
     ]
+    assert [row[-1] for row in table.rows[::2]] == ["800 k", "400 k", "400 k", "800 k", "–"]

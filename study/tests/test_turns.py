@@ -54,6 +54,17 @@ def test_the_second_waits_for_the_end_of_the_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("two_a_gpu")
+def test_who_takes_too_few_steps_to_get_a_turn_takes_it_after_them_and_once(tmp_path: Path) -> None:
+    with turn(tmp_path) as (one,):
+        assert is_free(lock_of(tmp_path))
+        one.take()
+        assert not is_free(lock_of(tmp_path))
+        waited = one.waited
+        compiled(one)
+        assert one.waited == waited
+
+
+@pytest.mark.usefixtures("two_a_gpu")
 def test_a_training_that_fails_gives_its_turn_up(tmp_path: Path) -> None:
     workers = []
 
