@@ -39,6 +39,8 @@ class Candidate:
     """A causal convolution of four over keys and values, or half of each key's dimensions from the token before."""
     carry_in: Literal["all", "sparse", "far"] = "sparse"
     """The layers, or columns, that read such keys."""
+    half: bool = False
+    """Rungs in every second KV head alone; the others have the window."""
     rotated: bool = True
     """Whether far columns have rotary positions."""
     blocks: int = 4
@@ -68,7 +70,7 @@ class Candidate:
     def configured(self) -> bool:
         """Whether the configuration of a model says it all, so that users can have it."""
         carried = self.carry == "nothing" or (self.carry, self.carry_in) == ("convolution", "sparse")
-        near = self.plain or (self.in_operator and not (self.rotated or self.sink))
+        near = (self.plain and not self.half) or (self.in_operator and not (self.rotated or self.sink))
         return near and carried
 
     @property
@@ -101,7 +103,7 @@ class Candidate:
         """
         near = self.window + 1
         if self.far == "rungs":
-            return near + 6  # the mean over the layers at 1,024 tokens
+            return near + (3 if self.half else 6)  # the mean over the layers at 1,024 tokens
         if self.far == "means":
             return near + 4 * len(spans(self.window, length))
         if self.far == "best":
@@ -175,6 +177,7 @@ def _table() -> tuple[Candidate, ...]:
         replace(conv, name="window-shift", about="window of 128, half of a key from the token before", carry="shift"),
         window,
         rungs,
+        replace(rungs, name="rungs-half", about="rungs in half of the heads, a window in the others", half=True),
         replace(rungs, name="rungs-conv", about="rungs, convolution", carry="convolution"),
         replace(rungs, name="rungs-far-conv", about="rungs, convolved", carry="convolution", carry_in="far"),
         replace(rungs, name="rungs-nope", about="rungs without rotary positions", rotated=False),

@@ -10,7 +10,7 @@ from fibattn.attention import attend_chosen
 from fibattn.model import FibAttnForCausalLM
 from fibattn.model.layers import FibAttnAttention
 from fibattn.model.rotary import Rotation, rotate
-from fibattn.pattern import ChosenPattern
+from fibattn.pattern import ChosenPattern, Pattern
 from study.far.candidates import TAPS, Candidate, spans
 from study.far.reading import Bands, Choice, Part, at_distances, best_blocks, merged, near, span_means
 
@@ -136,8 +136,18 @@ def use(candidate: Candidate, model: FibAttnForCausalLM, reach: int) -> None:
         if not (full or candidate.plain):
             attention = FarAttention(attention, candidate, reach)
             layer.self_attn = attention
+        if candidate.half and not full:
+            attention.pattern = _in_half(attention)
         if candidate.carry != "nothing" and (candidate.carry_in == "all" or not full):
             _carry(attention, candidate)
+
+
+def _in_half(attention: FibAttnAttention) -> tuple[Pattern, ...]:
+    """The layer's pattern for every second KV head, its window for the others."""
+    assert isinstance(attention.pattern, tuple)
+    heads = attention.k_proj.out_features // attention.head_dim
+    patterns = attention.pattern * (heads // len(attention.pattern))
+    return tuple(Pattern(one.window) if head % 2 else one for head, one in enumerate(patterns))
 
 
 def _carry(attention: FibAttnAttention, candidate: Candidate) -> None:

@@ -8,7 +8,7 @@ import torch
 from tiny_runs import HYBRID
 from torch import Tensor
 
-from fibattn import FibAttnConfig, FibAttnForCausalLM, files
+from fibattn import FibAttnConfig, FibAttnForCausalLM, Pattern, files
 from fibattn.attention import attend_chosen
 from fibattn.cli.flags import parse
 from fibattn.lock import locked
@@ -217,6 +217,17 @@ def test_a_candidate_without_anything_new_is_the_library_s_model() -> None:
     for layer in model.model.layers:
         layer.self_attn.sink.data.fill_(-1e6)  # pyright: ignore
     torch.testing.assert_close(model(input_ids=ids).logits, expected(input_ids=ids).logits)
+
+
+def test_rungs_in_half_of_the_heads_leave_the_others_their_window() -> None:
+    whole, half = (replace(one, window=8) for one in chosen(["rungs", "rungs-half"]))
+    both, some = model_of(whole), model_of(half)
+    for layer, other in zip(both.model.layers, some.model.layers, strict=True):
+        [pattern] = layer.self_attn.pattern  # pyright: ignore
+        assert pattern.offsets
+        assert other.self_attn.pattern == (pattern, Pattern(8))
+    assert both.state_dict().keys() == some.state_dict().keys()
+    assert half.keys(1024, ModelRecipe()) == whole.keys(1024, ModelRecipe()) - 3
 
 
 def test_spans_cover_what_is_past_the_window() -> None:
