@@ -96,16 +96,16 @@ def shortened(recipe: Recipe, length: int | None, timed: int) -> Recipe:
     )
 
 
-def clocked(recipe: Recipe, folder: Path) -> Clock:
+def clocked(recipe: Recipe, folder: Path, vocabulary: int = 32_768) -> Clock:
     """Train a little, in each of as many processes as torchrun started."""
     recipe = replace(recipe, out=folder)
     rng = np.random.default_rng(0)
-    tokens = rng.integers(2, 32_768, 2**20).astype(np.uint16)
-    write_shard(folder / "train.bin", [tokens], np.ones(32_768, np.uint16), np.dtype(np.uint16), 2**20, None)
+    tokens = rng.integers(2, vocabulary, 2**20).astype(np.uint16)
+    write_shard(folder / "train.bin", [tokens], np.ones(vocabulary, np.uint16), np.dtype(np.uint16), 2**20, None)
     starts = rng.integers(0, 2**20 - recipe.sequence_length - 1, recipe.steps * recipe.sequences_per_step)
     sequences = TrainingSequences(TokenStream([folder / "train.bin"]), starts, recipe.sequence_length)
     clock = Clock(recipe.steps - WARM - PROFILED)
-    model = build_model(recipe, 32_768, 0)
+    model = build_model(recipe, vocabulary, 0)
     if recipe.gradient_checkpointing:
         enable_checkpointing(model)
     trainer = FibTrainer(model, recipe, sequences)

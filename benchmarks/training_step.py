@@ -21,6 +21,8 @@ class Arguments:
     """Presets for a GPU, `stagger` or `learned`, or runs of the study `beyond` in the paper's recipe."""
     sequence_length: int | None = None
     """Tokens of a training sequence, the recipe's own when left out; a step keeps its tokens, or has one sequence."""
+    vocab_size: int = 32_768
+    """Ids of the vocabulary; `five-minutes` is meant for 8,192."""
     timed: int = 40
     """Steps to time, a multiple of ten."""
     kernels: int = 0
@@ -37,6 +39,8 @@ def run(arguments: list[str]) -> None:
             f"timed is {chosen.timed}, sequence_length {chosen.sequence_length}; "
             "expected a multiple of 10, and at least 1"
         )
+    if not 3 <= chosen.vocab_size <= 2**16:
+        raise InputError(f"vocab_size is {chosen.vocab_size}; expected 3 to 65,536")
     import torch
 
     from benchmarks.environment import environment, heading
@@ -55,10 +59,11 @@ def run(arguments: list[str]) -> None:
         recipe = shortened(RECIPES[name], chosen.sequence_length, chosen.timed)
         with tempfile.TemporaryDirectory() as folder:
             torch.cuda.reset_peak_memory_stats()
-            clock = clocked(recipe, Path(folder))
+            clock = clocked(recipe, Path(folder), chosen.vocab_size)
         row = {
             "model": name,
             "sequence_length": recipe.sequence_length,
+            "vocab_size": chosen.vocab_size,
             "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
             **row_of(clock, recipe.sequences_per_step * recipe.sequence_length),
         }

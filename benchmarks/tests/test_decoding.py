@@ -49,6 +49,7 @@ def test_what_a_step_must_read_is_the_weights_and_the_keys_it_attends_to() -> No
     [
         (("decoding", "--contexts", "0"), "contexts (0,)"),
         (("training-step", "--models", "hybird"), "there is no model 'hybird': did you mean 'hybrid'"),
+        (("training-step", "--vocab-size", "2"), "vocab_size is 2; expected 3 to 65,536"),
         (("training-step", "--timed", "15"), "timed is 15, sequence_length None; expected a multiple of 10"),
     ],
 )
