@@ -1,5 +1,6 @@
 """The specification against the paper's sentences, written out as loops over Python numbers."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -8,7 +9,7 @@ import torch
 from operator_inputs import Shape, boundaries_to_positions, random_inputs
 from torch import Tensor
 
-from fibattn import LearnedPattern, Pattern, attend
+from fibattn import ChosenPattern, LearnedPattern, Pattern, attend, attend_chosen
 
 
 def softmax_sum(scores: list[float], values: list[list[float]]) -> tuple[list[float], float]:
@@ -70,6 +71,44 @@ def attend_interpolated_by_loops(
         return scores, chosen
 
     return by_loops(q, k, v, row, positions)
+
+
+def attend_chosen_by_loops(
+    given: Sequence[Tensor], trust: Sequence[float], pattern: ChosenPattern, scale: float, positions=None
+) -> tuple[Tensor, Tensor]:
+    q, k, v, far_q, far_k = (x.tolist() for x in given)
+    out, lse = torch.empty_like(given[0]), given[0].new_empty(len(q), len(q[0][0]), len(q[0]))
+    tokens, keys, kv_heads, block = len(q[0]), len(k[0]), len(k[0][0]), pattern.block
+    group, past = len(q[0][0]) // kv_heads, keys - tokens
+    for b, kv, i in itertools.product(range(len(q)), range(kv_heads), range(tokens)):
+        places = range(past, keys) if positions is None else positions[b % len(positions)]
+        longest = max(range(tokens), key=lambda t: places[t])
+        first, own, limit = past + longest - places[longest], past + i, min(past + i, places[i])
+        starts = [
+            s
+            for s in range(first, own - block + 1, block)
+            if s >= 0 and pattern.window < own - s <= min(pattern.reach, limit)
+        ]
+        rows = {s: [far_k[b][j][kv] for j in range(s, s + block)] for s in starts}
+        means = {s: [sum(column) / block for column in zip(*found, strict=True)] for s, found in rows.items()}
+        shares = dict.fromkeys(starts, 0.0)
+        for h in range(kv * group, (kv + 1) * group) if starts else ():
+            scores = [scale * dot(far_q[b][i][h], means[s]) for s in starts]
+            for s, score in zip(starts, scores, strict=True):
+                shares[s] += math.exp(score) / sum(map(math.exp, scores))
+        chosen = sorted(starts, key=lambda s: -shares[s])
+        if pattern.anchored:
+            chosen.sort(key=lambda s: s != own - limit)
+        near = range(own - min(pattern.window, limit), own + 1)
+        far = [(s, j) for s in chosen[: pattern.blocks] for j in range(s, s + block) if own - j > pattern.window]
+        for h in range(kv * group, (kv + 1) * group):
+            scores = [scale * dot(q[b][i][h], k[b][j][kv]) for j in near]
+            for s, j in far:
+                raised = [a + trust[kv] * mean for a, mean in zip(far_k[b][j][kv], means[s], strict=True)]
+                scores.append(scale * dot(far_q[b][i][h], raised))
+            result, lse[b, h, i] = softmax_sum(scores, [v[b][j][kv] for j in [*near, *(j for _, j in far)]])
+            out[b, i, h] = torch.tensor(result, dtype=torch.float64)
+    return out, lse
 
 
 def check(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
@@ -148,6 +187,35 @@ def test_learned_offsets_of_packed_documents_equal_the_loops(window: int) -> Non
         pattern, scale = LearnedPattern(window, rungs), torch.tensor(alpha, dtype=torch.float64)
         found = attend(q, k, v, pattern, alpha=scale, return_lse=True, backend="reference", **given)
         check(found, expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize(
+    ("shape", "pattern", "positions"),
+    [
+        (Shape(90, batch=2, kv_heads=2, group=2, size=3), ChosenPattern(5, 2, 16, 70), None),
+        (Shape(90, kv_heads=2, group=2, size=3), ChosenPattern(20, 1, 16, 50, anchored=True), None),
+        (Shape(9, batch=2, size=3, keys=120), ChosenPattern(3, 3, 16, 100), None),
+        (
+            Shape(80, batch=2, size=3),
+            ChosenPattern(5, 1, 16, 60, anchored=True),
+            [[*range(80)], [0] * 13 + [*range(67)]],
+        ),
+        (Shape(90, size=3), ChosenPattern(5, 2, 16, 70), [[*range(20), *range(55), *range(15)]]),
+        (Shape(20, size=3, keys=60), ChosenPattern(5, 2, 16, 40), [[*range(47, 67)]]),
+    ],
+    ids=["heads", "anchored", "few queries", "padded", "packed", "begun before its keys"],
+)
+def test_chosen_blocks_equal_the_loops(
+    shape: Shape, pattern: ChosenPattern, positions: list[list[int]] | None, backend: str
+) -> None:
+    q, k, v = random_inputs(shape)
+    far_q, far_k, _ = random_inputs(shape, seed=1)
+    trust = torch.linspace(0.5, 2, shape.kv_heads, dtype=torch.float64)
+    how = {} if positions is None else {"positions": torch.tensor(positions)}
+    found = attend_chosen(q, k, v, pattern, far=(far_q, far_k), trust=trust, backend=backend, **how)  # pyright: ignore
+    given = (q, k, v, far_q, far_k)
+    check(found, attend_chosen_by_loops(given, trust.tolist(), pattern, shape.size**-0.5, positions))
 
 
 def test_only_the_result_is_rounded_to_the_input_dtype() -> None:

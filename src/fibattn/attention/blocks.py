@@ -64,14 +64,13 @@ def attend(
     scale: float,
     positions: Tensor | None,
     first: Tensor | None = None,
-    chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
     """Output like q and log-sum-exp (batch, query heads, query tokens), in plain PyTorch, differentiable."""
     places = torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=q.device)[None]
     at, own = needed(places, positions, pattern, first)
     rows, limit = at.clamp(0, k.shape[1] - 1), document_limit(q, k, positions)
     k, v, far_k = (rows_at(x, rows) for x in (k, v, far_k))
-    return attend_from(q, k, v, far_q, far_k, trust, pattern, scale, own, limit, chunk)
+    return attend_from(q, k, v, far_q, far_k, trust, pattern, scale, own, limit)
 
 
 def needed(
@@ -116,7 +115,6 @@ def attend_from(
     scale: float,
     own: Tensor,
     limit: Tensor,
-    chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
     """The same for keys that begin with the first block that the first query may need.
 
@@ -127,8 +125,8 @@ def attend_from(
     means = block_means(far_k, pattern.block)
     far_k = with_means(far_k, means, pattern.block, trust)
     found, reach, block = [], pattern.reach, pattern.block
-    for start in range(0, q.shape[1], chunk):
-        mine, stop = slice(start, start + chunk), start + reach + block + chunk
+    for start in range(0, q.shape[1], CHUNK):
+        mine, stop = slice(start, start + CHUNK), start + reach + block + CHUNK
         close, seen = slice(start + reach - pattern.window, stop), slice(start, stop)
         back, scores = limit[:, mine], []
         distance = _distances(own[:, mine] - close.start, k[:, close])

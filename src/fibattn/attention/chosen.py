@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fibattn.attention import blocks, ring
+from fibattn.attention import blocks, reference, ring
 from fibattn.attention.api import Backend, choose, is_step
 from fibattn.attention.checks import check_positions, check_rings, check_tensors, under_autocast
 from fibattn.attention.ops import kernels, output_and_sums, result_like, tracked
@@ -79,9 +79,7 @@ def attend_chosen(
         raise InputError(f"blocks_from is {found}; expected (batch or 1, 1) torch.int64")
     chosen = choose(backend, q)
     if chosen == "reference":
-        near, far = (q.double(), k.double(), v.double()), (far_q.double(), far_k.double())
-        out, lse = blocks.attend(*near, *far, trust, pattern, scale, positions, blocks_from, chunk=q.shape[1])
-        return out.to(q.dtype), lse.to(wide(q))
+        return reference.attend_chosen(q, k, v, far_q, far_k, trust, pattern, scale, positions, blocks_from)
     if chosen == "cpu":
         return blocks.attend(q, k, v, far_q, far_k, trust, pattern, scale, positions, blocks_from)
     shift, means, far_k = _blocks_of(far_k, q.shape[1], positions, blocks_from, pattern.block, trust)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fibattn.pattern import LearnedPattern, Pattern
+from fibattn.pattern import ChosenPattern, LearnedPattern, Pattern
 
 Patterns = tuple[Pattern, ...] | LearnedPattern
 """One pattern, or one for every KV head, or one whose rungs a learned alpha moves."""
@@ -47,7 +47,7 @@ def _attend_interpolated(
     limit = document_limit(q, k, positions)
     near_mask = _allowed(q, k, range(pattern.window + 1), positions)[:, None]
     columns, values = [_scores(q, k, scale).masked_fill(~near_mask, -torch.inf)], []
-    keys, own = _by_query_head(k, q), torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=q.device)
+    keys, own = _by_query_head(k, q), _own(q, k)
     all_values = _by_query_head(v, q)
     for rung in pattern.at(float(alpha.detach())):
         fraction = alpha.double() * pattern.rungs[rung.index] - rung.near
@@ -65,18 +65,76 @@ def _attend_interpolated(
     return _result(torch.cat(columns, dim=-1), out + 0 * alpha.double().sum(), q)
 
 
+def attend_chosen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    far_q: Tensor,
+    far_k: Tensor,
+    trust: Tensor | None,
+    pattern: ChosenPattern,
+    scale: float,
+    positions: Tensor | None,
+    first: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `fibattn.attend_chosen`; `first` is its `blocks_from`."""
+    limit, own, at = document_limit(q, k, positions), _own(q, k), torch.arange(k.shape[1], device=q.device)
+    if first is None:  # of the longest document, which may begin before the keys
+        place = own[None] if positions is None else positions.long()
+        first = (own - place).gather(1, place.argmax(dim=1, keepdim=True))
+    number = (at - first).div(pattern.block, rounding_mode="floor")  # of each key's block
+    numbers = number[:, :1] + torch.arange(k.shape[1] // pattern.block + 2, device=q.device)
+    inside = (number[..., None] == numbers[:, None]).double()
+    means = torch.einsum("bnc,bnhd->bchd", inside, far_k.double()) / pattern.block
+    chosen = _chosen(_scores(far_q, means, scale), first + pattern.block * numbers, own, limit, k.shape[2], pattern)
+    back = own[:, None] - at
+    near = ((back >= 0) & (back <= pattern.window) & (back <= limit[..., None]))[:, None]
+    distant = (chosen.double() @ inside[:, None].mT > 0) & (back > pattern.window)
+    own_mean = torch.einsum("bnc,bchd->bnhd", inside, means)
+    raised = far_k + own_mean * (1 if trust is None else trust.double()[:, None])
+    columns = [
+        _scores(q, k, scale).masked_fill(~near, -torch.inf),
+        _scores(far_q, raised, scale).masked_fill(~distant, -torch.inf),
+    ]
+    scores, values = torch.cat(columns, dim=-1), _by_query_head(v, q)
+    return _result(scores, torch.softmax(scores, dim=-1) @ torch.cat([values, values], dim=2), q)
+
+
+def _chosen(
+    scores: Tensor, begins: Tensor, own: Tensor, limit: Tensor, kv_heads: int, pattern: ChosenPattern
+) -> Tensor:
+    """Which blocks each query reads, (batch, query heads, query tokens, blocks): the best by the sum of their shares.
+
+    `scores` are those of the blocks' means, shaped alike; `begins`, (batch or 1, blocks), their first keys.
+    """
+    distance = own[:, None] - begins[:, None]
+    can = (begins[:, None] >= 0) & (distance >= pattern.block) & (distance > pattern.window)
+    can = (can & (distance <= pattern.reach) & (distance <= limit[..., None]))[:, None]
+    shares = scores.masked_fill(~can, -torch.inf).softmax(dim=-1).nan_to_num()  # none where nothing can be chosen
+    shares = shares.unflatten(1, (kv_heads, -1)).sum(dim=2)
+    if pattern.anchored:
+        shares = shares.masked_fill((distance == limit[..., None])[:, None], torch.inf)
+    ordered = shares.masked_fill(~can, -1).sort(dim=-1, descending=True, stable=True).indices
+    chosen = can & (ordered.argsort(dim=-1) < pattern.blocks)
+    return chosen.repeat_interleave(scores.shape[1] // kv_heads, dim=1)
+
+
 def document_limit(q: Tensor, k: Tensor, positions: Tensor | None) -> Tensor:
     """The farthest distance each query may look back, (batch or 1, query tokens), int64.
 
     Queries are the last tokens of the keys; a query may not look before its document or the first key.
     """
-    own = torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=q.device)
+    own = _own(q, k)
     return own[None] if positions is None else torch.minimum(own, positions.long())
 
 
+def _own(q: Tensor, k: Tensor) -> Tensor:
+    """Which key is each query's own."""
+    return torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=q.device)
+
+
 def _allowed(q: Tensor, k: Tensor, distances: Sequence[int], positions: Tensor | None) -> Tensor:
-    own = torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=q.device)
-    distance = own[:, None] - torch.arange(k.shape[1], device=q.device)
+    distance = _own(q, k)[:, None] - torch.arange(k.shape[1], device=q.device)
     attended = torch.isin(distance, torch.tensor(list(distances), device=q.device))
     return attended & (distance <= document_limit(q, k, positions)[..., None])
 
