@@ -31,12 +31,10 @@ def run(arguments: list[str]) -> None:
     chosen = parse(Arguments, arguments, "python -m benchmarks chosen-blocks")
     if min(chosen.lengths, default=0) < 1 or chosen.tokens < 1:
         raise InputError(f"lengths {chosen.lengths}, tokens {chosen.tokens}: both must be at least 1")
-    import torch
 
-    from benchmarks.environment import environment, heading
+    from benchmarks.environment import environment, heading, need_gpu
 
-    if not torch.cuda.is_available():
-        raise InputError("kernels are timed on a GPU, and PyTorch finds no NVIDIA GPU here; run it where one is")
+    need_gpu()
     print(heading(), flush=True)
     result: dict[str, Any] = {"environment": environment(), "errors": _errors(), "rows": []}
     print("relative errors, float32:", ", ".join(f"{name} {x:.1e}" for name, x in result["errors"].items()), flush=True)

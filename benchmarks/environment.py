@@ -26,6 +26,12 @@ def heading() -> str:
     return f"{machine.device_name()}: {', '.join(f'{name} {number}' for name, number in machine.versions().items())}"
 
 
+def need_gpu() -> None:
+    """Refuse to time the kernels of a GPU where there is none."""
+    if not torch.cuda.is_available():
+        raise InputError("kernels are timed on a GPU, and PyTorch finds no NVIDIA GPU here; run it where one is")
+
+
 def device_of(asked: str) -> str:
     """`cuda` or `cpu`; `auto` is the GPU where there is one.
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fibattn.cli.flags import parse
-from fibattn.errors import InputError
 
 Kernel = Literal[
     "forward", "query", "rungs", "window", "chosen-choice", "chosen-forward", "chosen-query", "chosen-keys"
@@ -30,13 +29,11 @@ class Arguments:
 def run(arguments: list[str]) -> None:
     """Time, and print the fastest tiles of each kernel and the built-in ones, in microseconds."""
     chosen = parse(Arguments, arguments, "python -m benchmarks tile-sweep")
-    import torch
 
-    from benchmarks.environment import heading
+    from benchmarks.environment import heading, need_gpu
     from benchmarks.operator.cases import Case
 
-    if not torch.cuda.is_available():
-        raise InputError("kernels are timed on a GPU, and PyTorch finds no NVIDIA GPU here; run it where one is")
+    need_gpu()
     from benchmarks.tiles import time_kernel
     from fibattn.attention.triton.shape import shape_of
 

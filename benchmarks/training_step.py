@@ -43,16 +43,13 @@ def run(arguments: list[str]) -> None:
         raise InputError(f"vocab_size is {chosen.vocab_size}; expected 3 to 65,536")
     import torch
 
-    from benchmarks.environment import environment, heading
+    from benchmarks.environment import environment, heading, need_gpu
     from benchmarks.steps import RECIPES, clocked, group_of, row_of, shortened
 
     for name in chosen.models:
         if name not in RECIPES:
             raise InputError(f"there is no model {name!r}: {suggestion(name, RECIPES, 'models')}")
-    if not torch.cuda.is_available():
-        raise InputError(
-            "the kernels of a GPU are what is timed, and PyTorch finds no NVIDIA GPU here; run it where one is"
-        )
+    need_gpu()
     print(heading(), flush=True)
     result: dict[str, Any] = {"environment": environment(), "rows": []}
     for name in chosen.models:

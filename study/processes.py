@@ -16,6 +16,22 @@ PROCESSES_A_GPU = "FIBATTN_PROCESSES_A_GPU"
 """The environment variable by which a process knows how many share its GPU."""
 
 
+def as_flags(chosen: object, but: Sequence[str] = ()) -> list[str]:
+    """The flags that give a verb these arguments, those in `but` left out."""
+    words = []
+    for name, value in vars(chosen).items():
+        flag = f"--{name.replace('_', '-')}"
+        if name in but or value is None or value == ():
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, tuple):
+            words += [flag, *map(str, value)]
+        else:
+            words += [flag, str(value)]
+    return words
+
+
 def side_by_side(arguments: Sequence[str], processes: int) -> int:
     """Run `python -m study ARGUMENTS` in `processes` processes, lines marked by process; the highest exit status.
 

@@ -26,6 +26,7 @@ from fibattn.training.recipe import ModelRecipe, Recipe
 from fibattn.training.run import claim, model_config, sequences_of
 from fibattn.training.trainer import FibTrainer
 from study import measure
+from study.lengthening import warmup
 from study.probes.copying import copying, distances
 from study.rivals import RIVALS
 from study.runner import forget, say
@@ -118,13 +119,12 @@ def _base(trials: Trials, seed: int, name: str) -> Recipe:
     """The recipe without what is tried."""
     base = trials.base
     steps = trials.tokens // (base.sequences_per_step * base.sequence_length)
-    warmup = min(base.optimizer.warmup_steps, max(steps // 10, 1))
     return replace(
         base,
         data=trials.data,
         out=trials.work / name / "run",
         model=replace(base.model, full_reach=None),
-        optimizer=replace(base.optimizer, warmup_steps=warmup),
+        optimizer=replace(base.optimizer, warmup_steps=warmup(base, steps)),
         steps=steps,
         init_seed=seed,
         data_seed=seed,

@@ -3,8 +3,8 @@ import json
 import pytest
 
 from fibattn.cli.main import main
-from fibattn.cli.prepare import count
 from fibattn.errors import InputError
+from fibattn.progress import count
 
 
 @pytest.fixture

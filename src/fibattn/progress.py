@@ -1,9 +1,12 @@
 """Progress of long work: a bar on a terminal, one line that can be grepped every so often elsewhere."""
 
+import re
 import sys
 import time
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from fibattn.errors import InputError
 
 
 def duration(seconds: float) -> str:
@@ -22,6 +25,19 @@ def quantity(value: float) -> str:
         if abs(value) >= factor:
             return f"{value / factor:.3g}{suffix}"
     return f"{value:.3g}"
+
+
+def count(text: str) -> int:
+    """The number that `text` is, whole, with a decimal prefix or without: 1048577, 426M, 1.5G.
+
+    Raises:
+        InputError: for a text that is none.
+    """
+    match = re.fullmatch(r"(\d[\d_,]*(?:\.\d+)?)([kKmMgGbB]?)", text.strip())
+    if match is None:
+        raise InputError(f"{text!r} is not a count; expected a number such as 1048577, 426M or 1.5G")
+    factor = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}[match[2].lower()]
+    return round(float(match[1].replace(",", "").replace("_", "")) * factor)
 
 
 class Meter:

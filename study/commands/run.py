@@ -10,8 +10,8 @@ from typing import Annotated
 import tyro
 
 from fibattn.cli.flags import parse
-from fibattn.cli.prepare import count
 from fibattn.errors import InputError
+from fibattn.progress import count
 from study.presets import STUDIES, Study, find_study
 
 STARTED = time.monotonic()
@@ -67,9 +67,9 @@ def run(arguments: list[str]) -> None:
         study = replace(study, eval_tokens=count(chosen.eval_tokens))
     data = chosen.data or _standard_library(out / "data", max(study.eval_tokens, STUDIES["smoke"].eval_tokens))
     if chosen.processes > 1:
-        from study.processes import side_by_side
+        from study.processes import as_flags, side_by_side
 
-        child = _as_flags(replace(chosen, data=data, processes=1, report=False))
+        child = ["run", chosen.name, *as_flags(replace(chosen, data=data, processes=1, report=False), but=("name",))]
         failed = side_by_side(child, chosen.processes) != 0
     else:
         failed = _alone(chosen, study, data, out)
@@ -142,17 +142,3 @@ def _standard_library(folder: Path, held_out_tokens: int) -> Path:
 
     prepare(folder, standard_library(2048, held_out_tokens))
     return folder
-
-
-def _as_flags(chosen: Arguments) -> list[str]:
-    """The command line that gives these arguments."""
-    words = ["run", chosen.name]
-    for name, value in vars(chosen).items():
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):
-            words.append(flag if value else f"--no-{flag[2:]}")
-        elif isinstance(value, tuple):
-            words += [flag, *value] if value else []
-        elif value is not None and name != "name":
-            words += [flag, str(value)]
-    return words

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from fibattn.cli.flags import parse
-from fibattn.cli.prepare import count
 from fibattn.errors import InputError, suggestion
+from fibattn.progress import count
 from fibattn.training.recipe import Recipe
 from study.ladder import LADDER
 from study.rivals import RIVALS
@@ -52,9 +52,9 @@ def run_verb(verb: str, about: str, table: Sequence[AnyCandidate], shown: str, a
     given = parse(Arguments, arguments, f"python -m study {verb}", description=cleandoc(about) + shown)
     candidates, base = chosen(table, given.only), _base(given.recipe)
     if given.processes > 1:
-        from study.processes import side_by_side
+        from study.processes import as_flags, side_by_side
 
-        if side_by_side(as_flags(verb, replace(given, processes=1)), given.processes):
+        if side_by_side([verb, *as_flags(replace(given, processes=1))], given.processes):
             raise SystemExit(1)
         return
     from study.trial import Trials, run_trials
@@ -98,12 +98,3 @@ def chosen(table: Sequence[AnyCandidate], patterns: Iterable[str]) -> tuple[AnyC
             raise InputError(f"no candidate is named {pattern!r}: {suggestion(pattern, known, 'candidates')}")
         found |= {one.name: one for one in matches}
     return tuple(found.values())
-
-
-def as_flags(verb: str, given: Arguments) -> list[str]:
-    """The command line that gives these arguments."""
-    words = [verb, "--data", str(given.data), "--only", *given.only, "--out", str(given.out)]
-    words += ["--work", str(given.work)] if given.work else []
-    words += ["--recipe", given.recipe] if given.recipe else []
-    words += ["--tokens", given.tokens, "--eval-tokens", given.eval_tokens]
-    return [*words, "--seeds", *map(str, given.seeds), "--processes", str(given.processes)]

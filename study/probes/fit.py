@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 
 from fibattn.errors import InputError
@@ -94,6 +95,7 @@ def fit(
     compiled = _compiled(model, where, lengths_differ=len(stages) > 1)
     adam = build_optimizer(model, optimizer)
     steps = sum(stage.steps for stage in stages)
+    rates = LambdaLR(adam, lambda done: rate_factor(done + 1, optimizer, steps))
     last = torch.zeros((), device=where)
     counted = max(1, steps // 10)
     model.train()
@@ -102,14 +104,13 @@ def fit(
         for step, items in enumerate(_batches(stages, _WORKERS if where.type == "cuda" else 0)):
             if before_step is not None:
                 before_step(step)
-            for group in adam.param_groups:
-                group["lr"] = optimizer.learning_rate * rate_factor(step + 1, optimizer, steps)
             with autocast(where):
                 inputs, targets = (items[name].to(where) for name in ("input_ids", "shift_labels"))
                 loss = compiled(input_ids=inputs, shift_labels=targets, use_cache=False).loss
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), optimizer.max_grad_norm)
             adam.step()
+            rates.step()
             adam.zero_grad()
             last += loss.detach() * (step >= steps - counted)
             looked = step % _LOOK_EVERY == 0

@@ -15,10 +15,11 @@ from fibattn.lock import locked
 from fibattn.pattern import ChosenPattern
 from fibattn.training.recipe import ModelRecipe, Recipe
 from study.commands import trials as verbs
-from study.commands.trials import Arguments, as_flags
+from study.commands.trials import Arguments
 from study.far.candidates import CANDIDATES, Candidate, spans
 from study.far.layer import use
 from study.far.reading import Bands, Choice, at_distances, best_blocks, merged, near, span_means
+from study.processes import as_flags
 from study.report.far_table import far_table
 from study.report.write import write_report
 from study.trial import Trials, run_trials
@@ -313,7 +314,7 @@ def test_the_table_holds_each_candidate_against_the_window_that_reads_as_much() 
 
 def test_a_process_is_told_what_the_first_was_told() -> None:
     given = Arguments(Path("a b"), ("best", "window*"), tokens="4M", seeds=(1, 2), work=Path("w"))
-    assert parse(Arguments, as_flags("far", given)[1:], "far") == given
+    assert parse(Arguments, as_flags(given), "far") == given
 
 
 def test_the_report_has_the_table_where_there_are_results(tmp_path: Path) -> None:

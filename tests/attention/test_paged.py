@@ -6,7 +6,7 @@ import pytest
 import torch
 from paged_requests import MIX, STEPS, requests
 
-from fibattn.attention.paged import attend_paged, packed, store_paged
+from fibattn.attention.paged import Batch, attend_paged, store_paged
 from fibattn.errors import InputError
 from fibattn.pattern import LearnedPattern, Pattern
 
@@ -36,9 +36,10 @@ def test_keys_one_request_after_the_other() -> None:
     keys, values = (
         torch.cat([x[page, own] for page, own in zip(batch.table[:, 0], held, strict=True)]) for x in (k, v)
     )
-    lengths = torch.tensor([0, *(own.stop - own.start for own in held)], dtype=torch.int32)
-    pages = packed(keys, values, batch.starts, lengths.cumsum(0).int(), batch.longest)
-    torch.testing.assert_close(attend_paged(q, *pages[:2], pattern, pages[2]), expected, rtol=1e-5, atol=1e-5)
+    lengths = torch.tensor([own.stop - own.start for own in held], dtype=torch.int32)
+    row = Batch(batch.starts, lengths, batch.longest, first=(lengths.cumsum(0) - lengths).int())
+    found = attend_paged(q, keys[None], values[None], pattern, row)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_new_tokens_go_where_their_slots_say() -> None:

@@ -14,7 +14,7 @@ from paged_requests import MIX, STEPS, requests
 from triton.language.core import is_builtin
 
 from fibattn.attention import attend, attend_cached, attend_chosen, attend_chosen_cached
-from fibattn.attention.paged import attend_paged, packed, store_paged
+from fibattn.attention.paged import Batch, attend_paged, store_paged
 from fibattn.errors import InputError
 from fibattn.pattern import ChosenPattern, LearnedPattern, Pattern
 
@@ -330,8 +330,9 @@ def test_keys_in_one_row():
     q, k, v, batch, expected = requests(((30, 7), (20, 20)), Pattern(3, (5, 8, 29)), rows=32)
     rows = [x[batch.table[:, 0]] for x in (k, v)]
     keys, values = (torch.cat([x[0, :30], x[1, :20]]) for x in rows)
-    pages = packed(keys, values, batch.starts, torch.tensor([0, 30, 50], dtype=torch.int32), 20)
-    found = attend_paged(q, *pages[:2], Pattern(3, (5, 8, 29)), pages[2], backend="triton")
+    lengths, first = torch.tensor([[30, 20], [0, 30]], dtype=torch.int32)
+    row = Batch(batch.starts, lengths, 20, first=first)
+    found = attend_paged(q, keys[None], values[None], Pattern(3, (5, 8, 29)), row, backend="triton")
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -93,7 +93,7 @@ def test_the_size_of_batches_and_of_slices_of_the_head_changes_nothing(
 
     expected = losses(400)
     np.testing.assert_allclose(losses(1), expected, rtol=1e-5, atol=1e-6)
-    monkeypatch.setattr(loss, "_HEAD_LOGITS", 7 * 512)
+    monkeypatch.setattr(loss, "SLICE_LOGITS", 7 * 512)
     np.testing.assert_allclose(losses(130), expected, rtol=1e-5, atol=1e-6)
 
 

@@ -31,7 +31,7 @@ def data(count: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor
 def test_values_and_gradients_are_those_of_torch(
     count: int, slice_logits: int, ignored: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss, "_SLICE_LOGITS", slice_logits)
+    monkeypatch.setattr(loss, "SLICE_LOGITS", slice_logits)
     hidden, weight, targets = data(count)
     targets[[index for index in ignored if index < count]] = IGNORED
     expected = functional.cross_entropy(hidden @ weight.T, targets, reduction="sum")
@@ -43,7 +43,7 @@ def test_values_and_gradients_are_those_of_torch(
 
 
 def test_a_compiled_loss_has_few_slices_and_the_same_value(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "_SLICE_LOGITS", 1)
+    monkeypatch.setattr(loss, "SLICE_LOGITS", 1)
     slices = []
 
     def counting(graph: Any, given: Any) -> Any:
@@ -106,7 +106,7 @@ def test_fp16_autocast_overflows_no_sooner_than_the_mean(
     scaler: float, slice_logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The sum of a weight's gradient over these tokens is far beyond 65,504; their mean is about 30."""
-    monkeypatch.setattr(loss, "_SLICE_LOGITS", slice_logits)
+    monkeypatch.setattr(loss, "SLICE_LOGITS", slice_logits)
     generator = torch.Generator().manual_seed(1)
     hidden = (30 + torch.randn(6000, 16, generator=generator)).requires_grad_()
     weight = (torch.randn(50, 16, generator=generator) / 16).requires_grad_()

@@ -152,18 +152,6 @@ def _rows(pages: Tensor, batch: Batch, which: Tensor, at: Tensor) -> Tensor:
     return pages[page, at % pages.shape[1], heads]
 
 
-def packed(k: Tensor, v: Tensor, starts: Tensor, key_starts: Tensor, longest: int) -> tuple[Tensor, Tensor, Batch]:
-    """Keys and values that lie one sequence after the other, as one page.
-
-    Args:
-        k, v: (keys, KV heads, head size).
-        starts: int32 (sequences + 1,), where the new tokens of each sequence begin among the queries.
-        key_starts: int32 (sequences + 1,), where its keys begin, the new tokens' last.
-        longest: as in `Batch`.
-    """
-    return k[None], v[None], Batch(starts, key_starts.diff(), longest, first=key_starts[:-1])
-
-
 def store_paged(
     k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor, backend: Backend = "auto"
 ) -> None:

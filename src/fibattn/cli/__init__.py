@@ -1,1 +1,1 @@
-"""The command line: one thin file a verb; nothing imports this room."""
+"""The command line: a file for each verb; nothing else in the library imports this room."""

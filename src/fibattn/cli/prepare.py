@@ -1,6 +1,5 @@
 """`fibattn prepare OUT SOURCE [SOURCE ...]`: text becomes a tokenizer, token shards and held-out sets."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from fibattn.cli.flags import parse
 from fibattn.data.plan import Plan
 from fibattn.data.sources import PAPER_WEIGHTS, PRESETS, Source, parse_source
 from fibattn.errors import InputError
-from fibattn.progress import quantity
+from fibattn.progress import count, quantity
 
 DESCRIPTION = """Turn text into a tokenizer, token shards and held-out sets.
 
@@ -139,15 +138,6 @@ def _pairs(flag: str, words: tuple[str, ...], convert: Callable[[str], T]) -> di
         if given.setdefault(name, value) != value:
             raise InputError(f"{flag} gives {name!r} twice: {given[name]!r} and {value!r}; leave one out")
     return pairs
-
-
-def count(text: str) -> int:
-    """A whole number with an optional decimal suffix: 1048577, 426M, 1.5G."""
-    match = re.fullmatch(r"(\d[\d_,]*(?:\.\d+)?)([kKmMgGbB]?)", text.strip())
-    if match is None:
-        raise InputError(f"{text!r} is not a count; expected a number such as 1048577, 426M or 1.5G")
-    factor = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}[match[2].lower()]
-    return round(float(match[1].replace(",", "").replace("_", "")) * factor)
 
 
 def _print_table(sources: tuple[dict, ...]) -> None:

@@ -1,7 +1,4 @@
-"""Reads a prepared folder: one logical stream of training tokens and one of each held-out set.
-
-Needs numpy only, so that training works on a machine without the packages that prepared the data.
-"""
+"""Reads a prepared folder: one logical stream of training tokens and one of each held-out set."""
 
 import hashlib
 import json

@@ -7,8 +7,6 @@ begins every document and is also the end-of-text token; `<|pad|>` is for paddin
 
 import hashlib
 import json
-import os
-import re
 import shlex
 import shutil
 from collections.abc import Iterable
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fibattn import files
 from fibattn.errors import InputError
 
 if TYPE_CHECKING:
@@ -136,13 +135,8 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
     """Save a Transformers tokenizer folder, whole or not at all."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with files.naming_a_full_disk(folder.parent):
         tokenizer.save_pretrained(str(temporary))
-    except Exception as error:  # a full disk is a bare Exception here, with the number only in its message
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from None
     temporary.replace(folder)
 
 

@@ -17,13 +17,12 @@ from torch.utils.data import DataLoader, Subset
 
 from fibattn.data.sequences import TrainingSequences
 from fibattn.errors import InputError
+from fibattn.model.loss import SLICE_LOGITS
 from fibattn.parallel.sharing import Sharing
 from fibattn.progress import Meter
 
 LAST = 256
 """How many positions at the end of a sequence the second convention looks at."""
-
-_HEAD_LOGITS = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def _losses(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> to
     """Negative log-likelihoods (batch, tokens), float32."""
     hidden = model.base_model(input_ids=inputs, use_cache=False).last_hidden_state.flatten(0, 1)  # pyright: ignore
     head = model.get_output_embeddings()  # pyright: ignore
-    step = max(1, _HEAD_LOGITS // head.weight.shape[0])
+    step = max(1, SLICE_LOGITS // head.weight.shape[0])
     parts = [
         functional.cross_entropy(head(rows).float(), goal, reduction="none")
         for rows, goal in zip(hidden.split(step), targets.flatten().split(step), strict=True)

@@ -15,7 +15,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.generation.continuous_batching import ContinuousBatchingManager, PagedAttentionCache
 from transformers.utils import logging
 
-from fibattn.attention.paged import attend_paged, packed
+from fibattn.attention.paged import Batch, attend_paged
 from fibattn.errors import InputError
 from fibattn.model.configuration import check_engine
 from fibattn.pattern import LearnedPattern, Pattern, reach_of
@@ -142,8 +142,8 @@ def attend_batch(
     if isinstance(key_starts, dict):
         key_starts = key_starts["sliding_attention"]
     longest = given.get("max_length_q", given.get("max_seqlen_q", 0))
-    keys, values, batch = packed(k[0].transpose(0, 1), v[0].transpose(0, 1), starts, key_starts, longest)
-    return attend_paged(q[0], keys, values, pattern, batch, **how)[None]
+    batch = Batch(starts, key_starts.diff(), longest, first=key_starts[:-1])
+    return attend_paged(q[0], k.transpose(1, 2), v.transpose(1, 2), pattern, batch, **how)[None]
 
 
 def update(cache: Any, k: Tensor, v: Tensor, layer: int, given: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -44,18 +44,27 @@ def load_model(folder: Path, **changes: Any) -> PreTrainedModel:
     Raises:
         InputError: when the files are not those of a causal language model, or weights are missing or cut short.
     """
+    model = load_whole(folder, "restore it or train it anew", dtype=torch.float32, **changes)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")  # pyright: ignore
+
+
+def load_whole(name: Path | str, repair: str, **how: Any) -> PreTrainedModel:
+    """A causal language model of Transformers with all of its weights; `how` is for `from_pretrained`.
+
+    Raises:
+        InputError: when it cannot be loaded or weights are missing; the message ends with `repair`, what to do.
+    """
     disable_progress_bar()
-    repair = "restore it or train it anew"
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-            folder, dtype=torch.float32, output_loading_info=True, **changes
-        )
-    except (ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{folder} holds no model that can be loaded ({error}); {repair}") from None
+        model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **how)  # pyright: ignore
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{name} holds no model that can be loaded ({str(error).splitlines()[0]}); {repair}") from None
     if found["missing_keys"]:
         names = sorted(found["missing_keys"])
-        raise InputError(f"{folder} lacks {len(names)} weights, {names[0]} among them; {repair}")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+        raise InputError(f"{name} lacks {len(names)} weights, {names[0]} among them; {repair}")
+    return model
 
 
 def load_bounded(folder: Path, full_reach: int | Literal["saved"] | None) -> PreTrainedModel:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fibattn.errors import InputError
 
-_SLICE_LOGITS = 1 << 27
+SLICE_LOGITS = 1 << 27
+"""Logits that are in memory at a time."""
 _MOST_SLICES = 32
 """Of a compiled loss, which has every slice in its graph: at 128 compiling took minutes."""
 
@@ -53,7 +54,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden if differentiable else hidden[:0])
         grad_of = weight if differentiable else weight[:0]
         grad_weight = torch.zeros_like(grad_of, dtype=torch.promote_types(weight.dtype, torch.float32))
-        step, shrink = max(1, _SLICE_LOGITS // weight.shape[0]), 1.0
+        step, shrink = max(1, SLICE_LOGITS // weight.shape[0]), 1.0
         if torch.compiler.is_compiling():
             step = max(step, -(-hidden.shape[0] // _MOST_SLICES))
         if hidden.dtype == torch.float16:

@@ -243,7 +243,6 @@ class FibAttnForCausalLM(FibAttnPreTrainedModel, GenerationMixin):
     def __init__(self, config: FibAttnConfig):
         super().__init__(config)
         self.model = FibAttnModel(config)
-        self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 

@@ -4,14 +4,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fibattn import files
 from fibattn._version import __version__
 from fibattn.errors import InputError
 from fibattn.model.converted_pattern import STORED_PATTERN
-from fibattn.model.loading import find_model
+from fibattn.model.loading import find_model, load_whole
 from fibattn.model.native import pattern_of
 from fibattn.sealed import seal
 from fibattn.training.card import write_converted_card
@@ -26,25 +25,17 @@ def load_source(name: str) -> PreTrainedModel:
     Raises:
         InputError: for a model that cannot be loaded, or whose weights are quantised.
     """
-    disable_progress_bar()
     name = _named(name)
     try:
         config = AutoConfig.from_pretrained(name)
-        if (given := getattr(config, "quantization_config", None)) is not None:
-            kind = given.get("quant_method") if isinstance(given, dict) else type(given).__name__
-            raise InputError(f"the weights of {name} are quantised ({kind}); give those that they were made of")
-        how: dict[str, Any] = {"dtype": "auto", "output_loading_info": True}
-        if hasattr(config, STORED_PATTERN):  # a folder of an earlier version: its pattern is left out
-            how["attn_implementation"] = "sdpa"
-        model, found = AutoModelForCausalLM.from_pretrained(name, **how)  # pyright: ignore
-    except InputError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{name} cannot be loaded ({str(error).splitlines()[0]}); check it, and the network") from None
-    if found["missing_keys"]:
-        names = sorted(found["missing_keys"])
-        raise InputError(f"{name} lacks {len(names)} weights, {names[0]} among them; give a whole model")
-    return model
+    if (given := getattr(config, "quantization_config", None)) is not None:
+        kind = given.get("quant_method") if isinstance(given, dict) else type(given).__name__
+        raise InputError(f"the weights of {name} are quantised ({kind}); give those that they were made of")
+    # The pattern in a folder of an earlier version is left out.
+    how = {"attn_implementation": "sdpa"} if hasattr(config, STORED_PATTERN) else {}
+    return load_whole(name, "give a whole model", dtype="auto", **how)
 
 
 def _named(name: str) -> str:

@@ -13,9 +13,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from fibattn.model.conversion import attention_modules
+from fibattn.model.loss import SLICE_LOGITS
 from fibattn.model.native import pattern_of
-
-_SLICE_LOGITS = 1 << 27
 
 
 class HealingStage(nn.Module):
@@ -127,7 +126,7 @@ class _SummedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, ours: Tensor, head: Tensor, right: Tensor, right_head: Tensor, targets: Tensor, text_weight: float
     ) -> Tensor:
-        step = max(1, _SLICE_LOGITS // head.shape[0])
+        step = max(1, SLICE_LOGITS // head.shape[0])
         total, grad_ours = ours.new_zeros((), dtype=torch.float32), torch.empty_like(ours)
         grad_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         narrow, right_narrow = head.to(ours.dtype), right_head.to(ours.dtype)
