@@ -68,6 +68,12 @@ def test_all_sets_and_four_lengths_by_default(
     assert f"written to {out}" in printed
 
 
+def test_without_lengths_it_goes_as_far_as_the_held_out_text(model: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    assert main(["eval", str(model), "--data", str(data), "--tokens", "200", "--out", str(out)]) == 0
+    assert [list(rows) for rows in json.loads(out.read_text())["sets"].values()] == [["32", "64", "128"]] * 2
+
+
 def test_chosen_sets_lengths_and_tokens(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -134,6 +134,15 @@ def test_fixed_offsets_equal_the_loops(shape: Shape, pattern: Pattern) -> None:
     check(found, attend_by_loops(q, k, v, [pattern.distances], shape.size**-0.5))
 
 
+@pytest.mark.parametrize("window", [90, 2**63 - 1])
+def test_a_window_of_any_size_is_everything(window: int) -> None:
+    q, k, v = random_inputs(Shape(12, size=3))
+    found = attend(q, k, v, Pattern(window), return_lse=True, backend="reference")
+    check(found, attend_by_loops(q, k, v, [range(12)], 3**-0.5))
+    learned = LearnedPattern(window, (1, 2)), torch.tensor([1.0], dtype=torch.float64)
+    check(attend(q, k, v, learned[0], alpha=learned[1], return_lse=True, backend="reference"), found)
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.4, 1.7])
 def test_any_finite_scale_multiplies_the_dot_products(scale: float) -> None:
     q, k, v = random_inputs(Shape(9, size=3))

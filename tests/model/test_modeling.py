@@ -121,6 +121,23 @@ def test_drafts_with_the_first_layers_are_those_of_a_shorter_model() -> None:
     assert torch.equal(made.generate(ids, **how), right)
 
 
+def test_a_pad_token_among_text_is_text_also_to_an_assistant() -> None:
+    made, ids = model("mixture"), tokens(1, 12)
+    how: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    right = made.generate(ids, **how, pad_token_id=0)
+    pad = next(one for one in right[0, 12:19].tolist() if one not in ids and one != right[0, 19])
+    assert torch.equal(made.generate(ids, **how, pad_token_id=pad, assistant_model=model("mixture")), right)
+    on = made.generate(right[:, :20], **{**how, "max_new_tokens": 16}, pad_token_id=pad)
+    assert torch.equal(on, right)
+
+
+def test_padding_that_generate_finds_by_itself_is_still_padding() -> None:
+    made, ids = model("mixture"), tokens(1, 12)
+    ids[0, :3] = 0
+    how: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(made.generate(ids, **how)[:, 12:], made.generate(ids[:, 3:], **how)[:, 9:])
+
+
 def test_full_layers_go_through_the_attention_that_was_asked_for() -> None:
     made, ids = model("mixture"), tokens()
     expected = made(ids).logits

@@ -356,7 +356,32 @@ def test_mistakes_are_one_line(
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("fibattn heal: ")
     assert message in said
-    assert not Path("out-healed/model").exists()
+    assert not Path("out-healed").exists()  # what is refused leaves nothing that the next command would meet
+
+
+def test_a_model_that_caps_its_logits_is_refused_rather_than_healed_wrong(
+    dense: Folder, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(dense("llama"))
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    capped = foreign_decoders.model("gemma3_text", vocab_size=len(tokenizer), final_logit_softcapping=2.0, **ends)
+    capped.save_pretrained("capped")
+    tokenizer.save_pretrained("capped")
+    assert run("convert", "capped", "out", *PATTERN) == 0
+    assert heal("out", "--text", text, *TEN_STEPS) == 2
+    assert "Gemma3ForCausalLM changes its logits after the output embedding" in capsys.readouterr().err
+    assert not Path("out-healed").exists()
+
+
+def test_the_dense_model_is_found_from_any_folder(
+    dense: Folder, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(dense("llama"), tmp_path / "dense")
+    monkeypatch.chdir(tmp_path)
+    assert run("convert", "dense", "out", *PATTERN) == 0
+    monkeypatch.chdir("/")
+    assert heal(tmp_path / "out", "--text", text, "--tokens", 4 * 32) == 0
 
 
 def test_the_folder_that_one_stands_in_is_healed_beside_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -256,3 +256,6 @@ def test_data_without_a_held_out_set_are_trained_on_in_silence(recipe: Recipe, f
     train(run)
     assert not (run.out / "held-out.jsonl").exists()
     assert [line["step"] for line in lines(run, "metrics.jsonl")] == list(range(1, 13))
+    said = forked.run([sys.executable, "-m", "fibattn", "train", str(run.out / "recipe.json")], check=True).stdout
+    assert "the model is in" in said
+    assert "evaluate it" not in said  # there is nothing to evaluate it on

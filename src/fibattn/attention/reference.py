@@ -33,7 +33,7 @@ def attend(
     if isinstance(patterns, LearnedPattern):
         assert alpha is not None
         return _attend_interpolated(q, k, v, patterns, alpha, scale, positions)
-    heads = [_allowed(q, k, pattern.distances, positions) for pattern in patterns]
+    heads = [_allowed(q, k, pattern.window, pattern.offsets, positions) for pattern in patterns]
     mask = torch.stack(heads, dim=1).repeat_interleave(q.shape[2] // len(heads), dim=1)
     scores = _scores(q, k, scale).masked_fill(~mask, -torch.inf)
     values = _by_query_head(v, q)
@@ -45,7 +45,7 @@ def _attend_interpolated(
 ) -> tuple[Tensor, Tensor]:
     """Beside the window, one interpolated key and value for every rung."""
     limit = document_limit(q, k, positions)
-    near_mask = _allowed(q, k, range(pattern.window + 1), positions)[:, None]
+    near_mask = _allowed(q, k, pattern.window, (), positions)[:, None]
     columns, values = [_scores(q, k, scale).masked_fill(~near_mask, -torch.inf)], []
     keys, own = _by_query_head(k, q), _own(q, k)
     all_values = _by_query_head(v, q)
@@ -88,7 +88,7 @@ def attend_chosen(
     means = torch.einsum("bnc,bnhd->bchd", inside, far_k.double()) / pattern.block
     chosen = _chosen(_scores(far_q, means, scale), first + pattern.block * numbers, own, limit, k.shape[2], pattern)
     back = own[:, None] - at
-    near = ((back >= 0) & (back <= pattern.window) & (back <= limit[..., None]))[:, None]
+    near = _allowed(q, k, pattern.window, (), positions)[:, None]
     distant = (chosen.double() @ inside[:, None].mT > 0) & (back > pattern.window)
     own_mean = torch.einsum("bnc,bchd->bnhd", inside, means)
     raised = far_k + own_mean * (1 if trust is None else trust.double()[:, None])
@@ -133,10 +133,11 @@ def _own(q: Tensor, k: Tensor) -> Tensor:
     return torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=q.device)
 
 
-def _allowed(q: Tensor, k: Tensor, distances: Sequence[int], positions: Tensor | None) -> Tensor:
+def _allowed(q: Tensor, k: Tensor, window: int, offsets: Sequence[int], positions: Tensor | None) -> Tensor:
     distance = _own(q, k)[:, None] - torch.arange(k.shape[1], device=q.device)
-    attended = torch.isin(distance, torch.tensor(list(distances), device=q.device))
-    return attended & (distance <= document_limit(q, k, positions)[..., None])
+    near = (distance >= 0) & (distance <= window)
+    far = torch.isin(distance, torch.tensor(list(offsets), dtype=torch.int64, device=q.device))
+    return (near | far) & (distance <= document_limit(q, k, positions)[..., None])
 
 
 def _by_query_head(x: Tensor, q: Tensor) -> Tensor:

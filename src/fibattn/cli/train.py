@@ -33,8 +33,9 @@ def run(arguments: list[str]) -> None:
             raise InputError(f"another process is training in {recipe.out}; wait for it, or give another --out")
         model = train(recipe)
     state = PartialState()
-    command = shlex.join(["fibattn", "eval", str(model), "--data", str(recipe.data)])
-    state.print(f"\nthe model is in {model}\nevaluate it: {command}")
+    state.print(f"\nthe model is in {model}")
+    if PreparedData.open(recipe.data, verify=False).validation:
+        state.print("evaluate it:", shlex.join(["fibattn", "eval", str(model), "--data", str(recipe.data)]))
     state.destroy_process_group()
 
 

@@ -26,11 +26,7 @@ def make_order(
     does. "epochs" takes the disjoint sequences 0, length, 2·length, …, in a fresh permutation each epoch,
     from the same generator. `data` is the fingerprint of the tokens, checked when the order is loaded.
     """
-    if tokens < length + 1:
-        raise InputError(
-            f"the training stream has {tokens} tokens, one sequence of {length} needs {length + 1}; prepare "
-            "more text or train on shorter sequences"
-        )
+    check_tokens(tokens, length)
     generator = np.random.RandomState(seed)
     if mode == "random":
         starts = generator.randint(0, tokens - length, size=sequences, dtype=np.int64)
@@ -43,6 +39,15 @@ def make_order(
     about = {"mode": mode, "seed": seed, "sequences": sequences, "tokens": tokens, "length": length, "data": data}
     files.write_json(path.with_suffix(".json"), about | {"sha256": files.sha256(path)})
     return starts
+
+
+def check_tokens(tokens: int, length: int) -> None:
+    """Refuse a stream of `tokens` that has no whole sequence of `length` inputs with their targets."""
+    if tokens < length + 1:
+        raise InputError(
+            f"the training stream has {tokens} tokens, one sequence of {length} needs {length + 1}; prepare "
+            "more text or train on shorter sequences"
+        )
 
 
 def _epochs(generator: np.random.RandomState, sequences: int, distinct: int) -> np.ndarray:

@@ -16,8 +16,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Subset
 
 from fibattn.data.sequences import TrainingSequences
-from fibattn.errors import InputError
-from fibattn.model.loss import SLICE_LOGITS
+from fibattn.model.loss import SLICE_LOGITS, check_head
 from fibattn.parallel.sharing import Sharing
 from fibattn.progress import Meter
 
@@ -80,7 +79,7 @@ def token_losses(
     """
     device = next(model.parameters()).device
     model.eval()
-    _check_head(model, sequences[0]["input_ids"][None, :16].to(device))
+    check_head(model, sequences[0]["input_ids"][None, :16].to(device))
     sharing = sharing or Sharing(model)
     own = sharing.rows(len(sequences))
     found = [torch.zeros(0, sequences.length // sharing.cut, device=device)]
@@ -95,18 +94,6 @@ def token_losses(
                 found.append(_losses(model, inputs, targets))
             meter.update(inputs.numel() * len(sequences) / len(own))
     return sharing.whole(torch.cat(found), len(sequences)).cpu().numpy()
-
-
-def _check_head(model: nn.Module, inputs: torch.Tensor) -> None:
-    """Refuse a model whose logits are not its output embedding's: some scale or cap them, and losses would be wrong."""
-    logits = model(input_ids=inputs, use_cache=False).logits
-    hidden = model.base_model(input_ids=inputs, use_cache=False).last_hidden_state  # pyright: ignore
-    difference = (model.get_output_embeddings()(hidden) - logits).abs().max()  # pyright: ignore
-    if not difference <= 1e-3 * logits.abs().max():
-        raise InputError(
-            f"{type(model).__name__} changes its logits after the output embedding (by up to {difference:.3g}); "
-            "only models that do not, such as Llama's and this project's, can be evaluated"
-        )
 
 
 def _losses(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

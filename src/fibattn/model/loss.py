@@ -9,7 +9,7 @@ this name as well, but not in 2.11, the oldest version that is supported.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fibattn.errors import InputError
 
@@ -37,6 +37,22 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
         hidden = hidden.to(torch.get_autocast_dtype(device))
     differentiable = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _LinearCrossEntropy.apply(hidden, weight, targets, differentiable)[0]
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, inputs: Tensor) -> None:
+    """Refuse a model whose logits are not its output embedding's: some scale or cap them, and losses would be wrong.
+
+    `inputs`: a few tokens of a text, integer (batch, tokens).
+    """
+    logits = model(input_ids=inputs, use_cache=False).logits
+    hidden = model.base_model(input_ids=inputs, use_cache=False).last_hidden_state  # pyright: ignore
+    difference = (model.get_output_embeddings()(hidden) - logits).abs().max()  # pyright: ignore
+    if not difference <= 1e-3 * logits.abs().max():
+        raise InputError(
+            f"{type(model).__name__} changes its logits after the output embedding (by up to {difference:.3g}); "
+            "only models that do not, such as Llama's and this project's, can be evaluated or healed"
+        )
 
 
 def _autocast_device(x: Tensor) -> str:

@@ -260,6 +260,11 @@ class FibAttnForCausalLM(FibAttnPreTrainedModel, GenerationMixin):
         cache = only_cache(cache, past_key_values)
         return FibAttnModel.prepare_masks(config, inputs_embeds, attention_mask, position_ids, cache)
 
+    def _prepare_attention_mask_for_generation(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As in Transformers, but a pad token between others is text: an assistant goes on with what it wrote."""
+        made = super()._prepare_attention_mask_for_generation(*args, **kwargs)
+        return ((made.cumsum(1) > 0) & (made.flip(1).cumsum(1).flip(1) > 0)).to(made.dtype)
+
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> ContinuousBatchingManager:
         """As in Transformers, but for what `FibAttnConfig.check_engine` refuses."""
         self.config.check_engine("continuous batching")

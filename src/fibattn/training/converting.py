@@ -72,7 +72,8 @@ def write_folder(
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
         if pattern is not None:
-            record = {"source": source, "fibattn": __version__, "pattern": pattern, "placement": placement}
+            found = Path(source).resolve() if Path(source).exists() else source  # for whoever heals it elsewhere
+            record = {"source": str(found), "fibattn": __version__, "pattern": pattern, "placement": placement}
             files.write_json(staged / RECORD, record)
             write_converted_card(staged, out.name, source, model, placement)
             seal(staged)

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from fibattn import files, sealed
+from fibattn.data.order import check_tokens
 from fibattn.data.prepared import PreparedData, TokenStream
 from fibattn.data.sequences import TrainingSequences, read_tokens
 from fibattn.data.tokenizer import check_same_vocabulary, load_tokenizer
 from fibattn.errors import InputError, MissingExtraError
 from fibattn.model import FibAttnConfig
 from fibattn.model.loading import find_model
+from fibattn.model.loss import check_head
 from fibattn.model.native import dense_config, pattern_of, plain
 from fibattn.training import checkpoints
 from fibattn.training.card import say_healed
@@ -66,7 +69,10 @@ def heal(recipe: HealingRecipe, callbacks: Sequence[TrainerCallback] = ()) -> Pa
         "data_fingerprint": fingerprint,
         "recipe": {name: getattr(recipe, name) for name in ("tokens", "matching", "text_weight", "lora", "seed")},
     }
-    for run in runs.values():
+    if recipe.lora is not None and find_spec("peft") is None:
+        raise MissingExtraError("--lora needs peft", "lora")
+    check_tokens(len(stream), length)
+    for run in runs.values():  # what is refused before this leaves no folder behind
         claim(run, inputs)
     text = {name: sequences_of(run, stream, fingerprint, run.out / "order.npy") for name, run in runs.items()}
     if is_finished(finished):
@@ -120,6 +126,7 @@ def _pair(recipe: HealingRecipe, folder: Path) -> tuple[PreTrainedModel, PreTrai
             f"{name} has the shape of what {folder} was converted from, but other weights; give the dense model by "
             "--teacher"
         )
+    check_head(student, torch.arange(8)[None])
     return student, teacher, name
 
 
@@ -169,10 +176,8 @@ def _text(recipe: HealingRecipe, folder: Path) -> tuple[TokenStream, str]:
 
 def _with_adapters(student: PreTrainedModel, rank: int) -> Any:
     """Put LoRA at the projections of the attention; the adapters alone are trained then."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise MissingExtraError("--lora needs peft", "lora") from None
+    from peft import LoraConfig, get_peft_model
+
     torch.manual_seed(0)  # a run that goes on begins with the same
     names = ["q_proj", "k_proj", "v_proj", "o_proj"]
     chosen = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=names)

@@ -235,10 +235,10 @@ def _check_same(where: Path, recipe: Recipe, inputs: dict[str, str]) -> None:
         details = "; ".join(f"{key} was {old.get(key)!r} and is now {new[key]!r}" for key in changed)
         raise InputError(f"{where} holds another run: {details}. Give a new --out, or the old values")
     known = files.read_json(where / "inputs.json")
-    if known != inputs:
+    if others := [name for name in {**known, **inputs} if known.get(name) != inputs.get(name)]:
         raise InputError(
-            f"{where} was trained on other data, in another order or from another start: {known} then, {inputs} now. "
-            "Give a new --out, or the old ones"
+            f"{where} was trained on other data, in another order or from another start ({', '.join(others)} in "
+            "inputs.json). Give a new --out, or the old ones"
         )
 
 
