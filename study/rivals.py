@@ -1,4 +1,4 @@
-"""The rivals in a tuned recipe: what layers attend to is all that differs, each at its own best rate."""
+"""The rivals in a tuned recipe: what layers attend to is all that differs, and the rate where others are tried, too."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property

@@ -36,7 +36,7 @@ def long_tables(records: Iterable[dict[str, Any]]) -> list[Table]:
         "warms up anew, to the rates of the training before it or a part of them; dense attention's rotary base is "
         "raised for it. Bounded: "
         "full layers see so many last tokens. Make it again with `python -m study run long --data DATA "
-        "--tokens 106M`."
+        "--tokens 106M --only RUN`."
     )
     return [table("Long text: a stage in longer sequences", note, rows, words=2)]
 

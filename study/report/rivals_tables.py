@@ -45,8 +45,8 @@ def _of_budget(rivals: Rivals, recipe: str, tokens: int, found: dict[str, dict[s
         f"{over_sets(one, 'targets'):,} tokens of each, the mean of the seeds and their standard deviation; against "
         "dense over the seeds that both have. "
         "Names: rungs or a plain window of so many distances, beside so many full layers of 16; 16 times the length "
-        "with full layers bounded to the training length. Rates are in those of the recipe: those tried at "
-        "seed 42, and the best, which the row is of. Make one again with "
+        "with full layers bounded to the training length. Rates, in the recipe's: what was tried at seed 42, and "
+        "where that is more than one, the best, of which the row is. Make one again with "
         f"`python -m study run {rivals.study} --data DATA --tokens {round(tokens / 1e6)}M --only RUN`."
     )
     return table(f"Rivals in {recipe}, {tokens / 1e6:.0f} M tokens", note, rows)
@@ -102,7 +102,7 @@ def _nll(record: dict[str, Any]) -> float:
 
 
 def _bounded(record: dict[str, Any]) -> float | None:
-    """The mean loss at the greatest length, with bounded full layers, or as it is where there are none."""
-    sets = record["bounded"].get("1") or record["bounded"].get(str(record["trained_at"])) or record["evaluation"]
-    longest = max(int(length) for rows in sets.values() for length in rows)
-    return over_sets(record, "nll", sets, longest) if longest > record["trained_at"] else None
+    """The mean loss at 16 times the training length, with bounded full layers, or as it is where there are none."""
+    sets = record["bounded"].get(str(record["trained_at"])) or record["evaluation"]
+    far = 16 * record["trained_at"]
+    return over_sets(record, "nll", sets, far) if all(str(far) in rows for rows in sets.values()) else None

@@ -75,7 +75,8 @@ def write_report(folder: Path) -> Path:
     leading, shown = _leading(results)
     groups = tuned_groups(leading, results.tuned[leading.study])
     met = [one for one in _at_every_budget(OWN, groups) if one.verdict != "not run"]
-    tuned += [findings_table("Past the paper, in the tuned recipe", met, "")] if met else []
+    note = "Of runs that were looked at from 1 to 16 times the training length."
+    tuned += [findings_table("Past the paper, in the tuned recipe", met, note)] if met else []
     if not results.groups:
         tables = folder / "report" / "tables.md"
         files.write_text(tables, "\n".join(table.markdown() for table in tuned))

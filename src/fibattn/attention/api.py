@@ -65,8 +65,8 @@ def attend(
     strides are taken as they are as long as the last dimension is contiguous. With fewer queries than keys, the
     queries are the last tokens. Under autocast q, k and v are cast to its dtype, as PyTorch's attention casts them.
 
-    Gradients are of first order (`torch.func` included), in reverse; others are refused, but by the reference. Values must
-    be finite: one that is not may reach tokens that do not attend to it, as in PyTorch's masked attention.
+    Gradients are of first order (`torch.func` included), in reverse; others are refused, but by the reference. Values
+    must be finite: one that is not may reach tokens that do not attend to it, as in PyTorch's masked attention.
 
     Args:
         q: (batch, query tokens, query heads, head size).

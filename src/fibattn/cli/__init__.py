@@ -1,1 +1,1 @@
-"""The command line: a file for each verb; nothing else in the library imports this room."""
+"""The command line: a file for each verb; nothing else in the library but `__main__.py` imports this room."""
