@@ -36,9 +36,8 @@ class Candidate:
     full: tuple[int, ...] = ()
     """Layers with full attention, without rotary positions unless they are all."""
     carry: Literal["nothing", "convolution", "shift"] = "nothing"
-    """A causal convolution of four over keys and values, or half of each key's dimensions from the token before."""
-    carry_in: Literal["all", "sparse", "far"] = "sparse"
-    """The layers, or columns, that read such keys."""
+    """In sparse layers: a causal convolution of four over keys and values, or half of each key's dimensions from the
+    token before."""
     half: bool = False
     """Rungs in every second KV head alone; the others have the window."""
     rotated: bool = True
@@ -49,12 +48,6 @@ class Candidate:
     """Keys of a block."""
     spans: bool = False
     """One block from each of as many spans, not the best of all."""
-    trust: bool = True
-    """Add a block's own score to those of its keys, times a learned factor a KV head, so that summaries learn."""
-    summaries: bool = False
-    """Read the mean keys and values of the blocks that were not taken, too."""
-    counts: Literal["nothing", "learned"] = "learned"
-    """A learned bias for each head on columns that are means, from 0."""
     sink: bool = False
     """A learned score for each head that takes weight and gives nothing."""
     random_window: bool = False
@@ -63,21 +56,19 @@ class Candidate:
     @property
     def plain(self) -> bool:
         """Whether the library's own attention reads it all."""
-        near = not (self.sink or self.random_window) and self.carry_in != "far" and self.rotated
+        near = not (self.sink or self.random_window) and self.rotated
         return near and self.far in ("nothing", "rungs")
 
     @property
     def configured(self) -> bool:
         """Whether the configuration of a model says it all, so that users can have it."""
-        carried = self.carry == "nothing" or (self.carry, self.carry_in) == ("convolution", "sparse")
         near = (self.plain and not self.half) or (self.in_operator and not (self.rotated or self.sink))
-        return near and carried
+        return near and self.carry != "shift"
 
     @property
     def in_operator(self) -> bool:
         """Whether `attend_chosen` reads it all."""
-        chosen = self.far == "best" and self.trust and not (self.spans or self.summaries)
-        return chosen and self.block >= 16 and self.carry_in != "far" and not self.random_window
+        return self.far == "best" and not self.spans and self.block >= 16 and not self.random_window
 
     def like(self, recipe: Recipe, reach: int) -> Recipe:
         """`recipe` with as many full layers; sparse ones have the window, and what else a configuration can say."""
@@ -98,8 +89,7 @@ class Candidate:
     def keys(self, length: int, model: ModelRecipe) -> float:
         """What a sparse layer reads for a token `length` tokens into the text, in keys with their values.
 
-        A summary that is only scored counts half, for it has no value; a mean of a span four, for its two prefix sums
-        are float32.
+        A block's mean counts half, for it has no value; a mean of a span four, for its two prefix sums are float32.
         """
         near = self.window + 1
         if self.far == "rungs":
@@ -107,7 +97,7 @@ class Candidate:
         if self.far == "means":
             return near + 4 * len(spans(self.window, length))
         if self.far == "best":
-            return near + self.blocks * self.block + length / self.block * (1 if self.summaries else 0.5)
+            return near + self.blocks * self.block + length / self.block * 0.5
         return near
 
     def use(self, model: "FibAttnForCausalLM", reach: int) -> None:
@@ -160,18 +150,8 @@ def _table() -> tuple[Candidate, ...]:
         best,
         replace(best, name="best-plain", about="the same without the convolution", carry="nothing"),
         replace(best, name="best-rope", about="the same, far keys rotated", rotated=True),
-        replace(best, name="best-untrusted", about="the same, blocks' scores choose only", trust=False),
-        replace(
-            best,
-            name="best-means",
-            about="the two best blocks of 16, and the means of all others",
-            blocks=2,
-            summaries=True,
-            trust=False,
-        ),
         replace(best, name="best-spans", about="one block of 16 from each of four spans, the best there", spans=True),
         replace(best, name="best-sink", about="the same, learned sinks", sink=True),
-        replace(best, name="best-8", about="the four best blocks of 8", block=8),
         wide,
         conv,
         replace(conv, name="window-shift", about="window of 128, half of a key from the token before", carry="shift"),
@@ -179,7 +159,6 @@ def _table() -> tuple[Candidate, ...]:
         rungs,
         replace(rungs, name="rungs-half", about="rungs in half of the heads, a window in the others", half=True),
         replace(rungs, name="rungs-conv", about="rungs, convolution", carry="convolution"),
-        replace(rungs, name="rungs-far-conv", about="rungs, convolved", carry="convolution", carry_in="far"),
         replace(rungs, name="rungs-nope", about="rungs without rotary positions", rotated=False),
         means,
         replace(means, name="means-conv", about="means of spans, convolution", carry="convolution"),
@@ -188,10 +167,7 @@ def _table() -> tuple[Candidate, ...]:
         replace(wide, name="window-random", about="windows of 32 to 128 keys, drawn anew", random_window=True),
     )
     every = tuple(range(_LAYERS))
-    dense = Candidate("dense", "full attention in every layer", full=every)
-    dense_conv = replace(dense, name="dense-conv", about="the same, convolution", carry="convolution", carry_in="all")
-    hybrid_conv = replace(_beside(conv), name="window-conv-all-beside", carry_in="all")
-    return (*alone, *map(_beside, alone), hybrid_conv, dense, dense_conv)
+    return (*alone, *map(_beside, alone), Candidate("dense", "full attention in every layer", full=every))
 
 
 CANDIDATES = _table()

@@ -53,9 +53,8 @@ class FarAttention(FibAttnAttention):
         def per_head(wanted: bool, value: float, heads: int = heads) -> nn.Parameter | None:
             return nn.Parameter(torch.full((heads,), value)) if wanted else None
 
-        means = candidate.far == "means" or (candidate.far == "best" and candidate.summaries)
-        self.trust = per_head(candidate.far == "best" and candidate.trust, 1.0, kv_heads)
-        self.bias = per_head(means and candidate.counts == "learned", 0.0)
+        self.trust = per_head(candidate.far == "best", 1.0, kv_heads)
+        self.bias = per_head(candidate.far == "means", 0.0)
         self.sink = per_head(candidate.sink, 0.0)
 
     def forward(self, hidden: Tensor, rotation: Rotation, **_: Any) -> Tensor:  # pyright: ignore
@@ -63,22 +62,18 @@ class FarAttention(FibAttnAttention):
         tokens, small = hidden.shape[1], self.candidate
         shape = (*hidden.shape[:2], -1, self.head_dim)
         q, k, v = (project(hidden).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
-        near_k, near_v = k, v
-        if small.carry != "nothing" and small.carry_in == "far":
-            near_k, near_v = self.k_proj[0](hidden).view(shape), self.v_proj[0](hidden).view(shape)  # pyright: ignore
-        q, k, near_k = self._normed(q, self.q_norm), self._normed(k, self.k_norm), self._normed(near_k, self.k_norm)
-        turned, far_q, far_k = rotate(q, rotation), q, k
-        if small.rotated:
-            far_q, far_k = turned, rotate(k, rotation)
+        q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
+        near_q, near_k = rotate(q, rotation), rotate(k, rotation)
+        far_q, far_k = (near_q, near_k) if small.rotated else (q, k)
         if small.in_operator:
-            return self.o_proj(self._chosen((turned, rotate(near_k, rotation), near_v), (far_q, far_k)).flatten(2))
+            return self.o_proj(self._chosen((near_q, near_k, v), (far_q, far_k)).flatten(2))
         narrow, wide = self._bands(tokens)
 
         def whole(x: Tensor) -> Tensor:
             return functional.pad(x, (0, 0, 0, 0, 0, wide.tokens - tokens))
 
         window = self._window(hidden.device)
-        parts = [near(whole(turned), whole(rotate(near_k, rotation)), whole(near_v), window, narrow, self.scaling)]
+        parts = [near(whole(near_q), whole(near_k), whole(v), window, narrow, self.scaling)]
         parts += self._far(whole(far_q), whole(far_k), whole(v), wide)
         out = merged(parts, self.sink)[:, :tokens].to(v.dtype)
         return self.o_proj(out.reshape(*hidden.shape[:2], -1))
@@ -102,9 +97,10 @@ class FarAttention(FibAttnAttention):
         if small.far == "means":
             return [span_means(q, k, v, spans(small.window, reach), self.bias, self.scaling)]
         if small.far == "best":
+            assert self.trust is not None
             cut = spans(small.window, reach, small.blocks) if small.spans else None
             choice = Choice(small.window, reach, small.block, small.blocks, cut)
-            return best_blocks(q, k, v, choice, self.trust, self.bias, bands, self.scaling)
+            return [best_blocks(q, k, v, choice, self.trust, bands, self.scaling)]
         return []
 
     def _window(self, device: torch.device) -> int | Tensor:
@@ -138,7 +134,7 @@ def use(candidate: Candidate, model: FibAttnForCausalLM, reach: int) -> None:
             layer.self_attn = attention
         if candidate.half and not full:
             attention.pattern = _in_half(attention)
-        if candidate.carry != "nothing" and (candidate.carry_in == "all" or not full):
+        if candidate.carry != "nothing" and not full:
             _carry(attention, candidate)
 
 

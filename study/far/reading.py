@@ -1,4 +1,4 @@
-"""Attention to several groups of columns at once, in plain PyTorch: a window, chosen keys, means.
+"""Attention to several groups of columns at once, in plain PyTorch: a window, chosen keys, means of spans.
 
 Each group gives its own softmax, `out` (batch, tokens, KV heads, query heads of each, size), and the log of its sum,
 `lse` (the same without size); `merged` makes one softmax of them. Queries are cut into bands, whose columns are the
@@ -159,38 +159,20 @@ class Choice:
         return found
 
 
-def best_blocks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    choice: Choice,
-    trust: Tensor | None,
-    bias: Tensor | None,
-    bands: Bands,
-    scale: float,
-) -> list[Part]:
+def best_blocks(q: Tensor, k: Tensor, v: Tensor, choice: Choice, trust: Tensor, bands: Bands, scale: float) -> Part:
     """The keys of the blocks that suit each query best by their mean key, less those in the window.
 
-    With `trust` (KV heads,) a block's own score, times that, is added to those of its keys. With `bias` (heads,) the
-    means of the blocks that were not taken are read as well, a second part.
+    A block's own score, times `trust` (KV heads,), is added to those of its keys.
     """
     kv = k.shape[2]
     heads = q.shape[2] // kv
     rows, keys, values = bands.queries(q, kv), bands.keys(k), bands.keys(v)
-    summaries = keys.unflatten(3, (-1, choice.block)).mean(dim=4)
-    of_blocks = scored(rows, summaries, heads, scale)
-    taken = choice.taken(of_blocks, bands)
+    of_blocks = scored(rows, keys.unflatten(3, (-1, choice.block)).mean(dim=4), heads, scale)
     of_keys = scored(rows, keys, heads, scale).unflatten(-1, (-1, choice.block))
-    if trust is not None:
-        of_keys = of_keys + (trust.view(kv, 1, 1, 1, 1) * of_blocks)[..., None]
+    of_keys = of_keys + (trust.view(kv, 1, 1, 1, 1) * of_blocks)[..., None]
     distances = bands.distances(q.device).unflatten(-1, (-1, choice.block))
-    allowed = taken[..., None] & (distances > choice.window)
-    parts = [weighed(of_keys.flatten(-2), allowed.flatten(-2), values, bands)]
-    if bias is not None:
-        rest = choice.eligible(bands, q.device) & ~taken
-        means = values.unflatten(3, (-1, choice.block)).mean(dim=4)
-        parts.append(weighed(of_blocks + bias.view(kv, 1, heads, 1, 1), rest, means, bands))
-    return parts
+    allowed = choice.taken(of_blocks, bands)[..., None] & (distances > choice.window)
+    return weighed(of_keys.flatten(-2), allowed.flatten(-2), values, bands)
 
 
 def merged(parts: list[Part], sink: Tensor | None) -> Tensor:

@@ -88,16 +88,14 @@ def test_means_of_spans_beside_a_window_and_a_sink() -> None:
 
 @pytest.mark.parametrize(("tokens", "far"), [(64, 64), (192, 64)])
 @pytest.mark.parametrize("per_span", [False, True])
-@pytest.mark.parametrize("means", [False, True])
-def test_the_best_blocks_beside_a_window(tokens: int, far: int, per_span: bool, means: bool) -> None:
+def test_the_best_blocks_beside_a_window(tokens: int, far: int, per_span: bool) -> None:
     q, k, v = made(tokens)
     window, reach, block, blocks = 6, 63, 4, 3
     cut = ((6, 20), (20, 63)) if per_span else None
     trust = torch.tensor([0.5, 2], dtype=torch.float64)
-    bias = torch.linspace(-1, 1, HEADS, dtype=torch.float64) if means else None
     choice = Choice(window, reach, block, blocks, cut)
     parts = [near(q, k, v, window, Bands(tokens, 8), SCALE)]
-    parts += best_blocks(q, k, v, choice, trust, bias, Bands(tokens, far), SCALE)
+    parts += [best_blocks(q, k, v, choice, trust, Bands(tokens, far), SCALE)]
     columns: dict[tuple[int, int], Columns] = {}
     for t in range(tokens):
         for kv in range(KV):
@@ -114,8 +112,6 @@ def test_the_best_blocks_beside_a_window(tokens: int, far: int, per_span: bool, 
                 for s in filter(lambda s: s is not None, taken):
                     extra = float(trust[kv]) * own[h][s]
                     found += [(k[0, j, kv], v[0, j, kv], extra) for j in range(s, s + block) if t - j > window]
-                for s in set(starts) - set(taken) if bias is not None else ():
-                    found.append((k[0, s : s + block, kv].mean(0), v[0, s : s + block, kv].mean(0), float(bias[h])))
                 columns[t, h] = found
     torch.testing.assert_close(merged(parts, None), by_loop(q, columns))
 
@@ -124,7 +120,7 @@ def test_the_operator_reads_what_the_trial_reads() -> None:
     (q, k, v), (far_q, far_k, _) = made(128), [x.flip(-1) for x in made(128)]
     trust = torch.tensor([0.5, 2], dtype=torch.float64)
     parts = [near(q, k, v, 20, Bands(128, 64), SCALE)]
-    parts += best_blocks(far_q, far_k, v, Choice(20, 100, 16, 2), trust, None, Bands(128, 128), SCALE)
+    parts += [best_blocks(far_q, far_k, v, Choice(20, 100, 16, 2), trust, Bands(128, 128), SCALE)]
     pattern = ChosenPattern(window=20, blocks=2, block=16, reach=100)
     out, lse = attend_chosen(q, k, v, pattern, far=(far_q, far_k), trust=trust, scale=SCALE)
     torch.testing.assert_close(out, merged(parts, None))
@@ -237,7 +233,7 @@ def test_spans_cover_what_is_past_the_window() -> None:
 
 
 def test_the_best_blocks_read_the_bytes_of_128_keys() -> None:
-    names = ["best", "best-means", "best-spans", "best-beside", "window-128"]
+    names = ["best", "best-spans", "best-beside", "window-128"]
     assert {one.keys(1024, ModelRecipe()) for one in chosen(names)} == {128}
 
 
