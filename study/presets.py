@@ -207,15 +207,16 @@ def _rivals(of: Rivals, about: str) -> Study:
 
 def _long() -> tuple[Run, ...]:
     """At the rates of the training, then at lower ones, dense attention also for no longer than the default recipe."""
-    stage, known = Lengthening(8, share=0.2, sequences=16), {}
+    stage, full = Lengthening(8, share=0.2, sequences=16), {}
     for name in ("dense", DEFAULTS.ours, "blocks-w31-none", "window-w127-none"):
-        known[name] = Run(name, DEFAULTS.models[name], bounds=bounds(DEFAULTS.models[name]), lengthening=stage)
-    for name, rate in itertools.product(("dense", DEFAULTS.ours), (0.25, 0.1)):
-        gentle = replace(stage, rate=rate)
-        known[f"{name}-stage{rate:g}"] = replace(known[name], name=f"{name}-stage{rate:g}", lengthening=gentle)
+        full[name] = Run(name, DEFAULTS.models[name], bounds=bounds(DEFAULTS.models[name]), lengthening=stage)
+    gentle = [
+        replace(full[name], name=f"{name}-stage{rate:g}", lengthening=replace(stage, rate=rate))
+        for name, rate in itertools.product(("dense", DEFAULTS.ours), (0.25, 0.1))
+    ]
     short = replace(stage, rate=0.25, share=EQUAL_TIME * stage.share)
-    known["dense-short"] = replace(known["dense"], name="dense-short", lengthening=short)
-    return (*known.values(), *(run.repeated(SEEDS[1]) for run in known.values()))
+    gentle.append(replace(full["dense"], name="dense-short", lengthening=short))
+    return (*full.values(), *gentle, *(run.repeated(SEEDS[1]) for run in gentle))
 
 
 def _smoke(run: Run, **changes: object) -> Run:

@@ -116,6 +116,20 @@ def test_the_long_stage_is_a_fifth_of_the_tokens_in_steps_of_16_sequences(name: 
     assert (longer.model.rope_theta > recipe.model.rope_theta) == turned  # full layers without RoPE have none to turn
 
 
+def test_a_stage_of_its_own_rate_makes_another_run_of_the_same_model() -> None:
+    study = STUDIES["long"]
+    recipes = {run.name: resolved(study, run, 106_000_000) for run in study.runs}
+    keys = {run.name: study.key(run, recipes[run.name], "data") for run in study.runs}
+    assert len(set(keys.values())) == len(study.runs)
+    assert keys["dense"] == key_of(recipes["dense"], "data")
+    assert recipes["dense"] == recipes["dense-stage0.25"] == recipes["dense-short"]
+    stages = {run.name: run.lengthening.of(recipes[run.name], 32) for run in study.runs if run.lengthening}
+    rates = [stages[name].optimizer.muon_learning_rate for name in ("dense", "dense-stage0.25", "dense-short")]
+    assert rates == [8e-3, 2e-3, 2e-3]
+    ours = stages["window-w127-two-stage0.25"]
+    assert stages["dense-short"].tokens / ours.tokens == pytest.approx(446 / 767, abs=0.01)
+
+
 RESULTS = [path for study in TUNED for path in sorted((Path(__file__).parents[1] / "results" / study).glob("*.jsonl"))]
 
 
