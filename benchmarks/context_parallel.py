@@ -70,3 +70,5 @@ def run(arguments: list[str]) -> None:
         if dist.get_rank() == 0:
             files.write_json(chosen.out, result)
     dist.destroy_process_group()
+    if not all(row["right"] for row in result.get("check", ())):
+        raise SystemExit(1)

@@ -1,7 +1,6 @@
 """What `benchmarks context-parallel` checks, counts and times, in each process that torchrun started."""
 
 import itertools
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -124,13 +123,13 @@ def shard_weights(model: Any) -> None:
 
 def check(chosen: Any) -> list[dict[str, Any]]:
     """Errors of the gradients of a cut row, and of a whole one in as many bits, against a whole one in float32."""
-    rows = []
-    for name, reach, packed, compiled, sharded in (
+    rows, compiled = [], ", compiled" if chosen.compile else ""
+    for name, reach, packed, compiles, sharded in (
         ("bounded", chosen.full_reach, False, False, False),
         ("bounded, packed", chosen.full_reach, True, False, False),
         ("full", None, True, False, False),
-        ("bounded, packed, compiled", chosen.full_reach, True, chosen.compile, False),
-        ("bounded, packed, compiled, weights sharded", chosen.full_reach, True, chosen.compile, True),
+        (f"bounded, packed{compiled}", chosen.full_reach, True, chosen.compile, False),
+        (f"bounded, packed{compiled}, weights sharded", chosen.full_reach, True, chosen.compile, True),
         ("chosen blocks, packed", None, True, False, False),
     ):
         model = model_of(chosen, 8, reach, chooses="chosen" in name)
@@ -140,7 +139,7 @@ def check(chosen: Any) -> list[dict[str, Any]]:
         cutter = ContextParallel(model, everyone())
         if sharded:
             shard_weights(model)
-        if compiled:
+        if compiles:
             compile_layers(model)
         cut_loss, cut = gradients(model, given, cutter)
         errors = [float((x - right).norm() / right.norm()) for x in (whole, cut)]
@@ -204,12 +203,13 @@ def scale(chosen: Any) -> list[dict[str, Any]]:
         length = chosen.tokens * (dist.get_world_size() if cut else 1)
         step = Step(chosen, cut, row(length))
         seconds = clocked(step, chosen.steps) / 1000
-        peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else math.nan
+        peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
         rows.append({"cut": cut, "tokens": length, "seconds": seconds, "speed": chosen.tokens / seconds, "peak": peak})
         part = f", {rows[-1]['speed'] / rows[0]['speed']:.1%} of alone" if len(rows) > 1 else ""
         model = f"{chosen.size}, dense" if chosen.dense else chosen.size
         what = f"{model}, a row of {length:,} tokens {'over all' if cut else 'in each'}"
-        say(f"{what}: {seconds:.3f} s, {rows[-1]['speed'] / 1e3:.1f} k tokens/s a process{part}, peak {peak:.1f} GiB")
+        part += f", peak {peak:.1f} GiB" if peak is not None else ""
+        say(f"{what}: {seconds:.3f} s, {rows[-1]['speed'] / 1e3:.1f} k tokens/s a process{part}")
         del step
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

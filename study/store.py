@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fibattn import files
 from fibattn.errors import InputError
 from fibattn.training.recipe import Recipe
 from fibattn.training.recipe_file import to_json
@@ -81,6 +82,23 @@ def digest(recipe: dict[str, Any], data_fingerprint: str) -> str:
     """The same of what `recipe_of` gave."""
     text = json.dumps([recipe, data_fingerprint], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def trials(folder: Path, verb: str) -> list[dict[str, Any]]:
+    """The results of `python -m study VERB`, far or parts, in a results folder.
+
+    Raises:
+        InputError: for a file that is none.
+    """
+    found = []
+    for path in sorted(folder.glob(f"{verb}/*.json")):
+        one = files.read_json(path)
+        if not (isinstance(one, dict) and {"candidate", "seed", "evaluation", "training"} <= one.keys()):
+            raise InputError(
+                f"{path} is not a result of `python -m study {verb}`; move it out of the folder, or make it anew"
+            )
+        found.append(one)
+    return found
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import torch
 
 from fibattn import files
 from fibattn.data.prepared import PreparedData
+from fibattn.errors import InputError
 from fibattn.evaluation.repeats import frequent_pairs
 from fibattn.evaluation.sweep import shared_targets, sweep
 from fibattn.lock import locked
@@ -86,9 +87,12 @@ def run_trials(trials: Trials) -> tuple[str, ...]:
     """Finish what is not finished yet; the names of those that failed. Several processes may share the folders.
 
     Raises:
-        InputError: for data that are not whole, or held-out sets too short for the longest sequences.
+        InputError: for data that are not whole, held-out sets too short for the longest sequences, and a budget below a
+            step.
     """
     data, failed = PreparedData.open(trials.data), []
+    if trials.tokens < (step := trials.base.sequences_per_step * trials.base.sequence_length):
+        raise InputError(f"a budget of {trials.tokens} tokens is less than one step of {step:,}; give more")
     lengths = [trials.base.sequence_length * factor for factor in (1, FACTOR)]
     targets = shared_targets(data, lengths=lengths, sets=[], tokens=trials.eval_tokens)
     frequent = _frequent(trials, data, targets)

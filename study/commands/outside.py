@@ -32,6 +32,7 @@ class Arguments:
 def run(arguments: list[str]) -> None:
     """Run it, and print what came of it."""
     chosen = parse(Arguments, arguments, "python -m study outside")
+    files.check_writable(chosen.out)
     from study.outside.autoresearch import run_outside
 
     found = run_outside(chosen.code, chosen.data, chosen.like, seconds=chosen.seconds, targets=chosen.eval_tokens)

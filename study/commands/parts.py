@@ -11,5 +11,5 @@ What is finished is skipped. With several processes a GPU they take turns. The p
 
 def run(arguments: list[str]) -> None:
     """Run the trials."""
-    names = "".join(f"\n  {one.name:<16}{one.about}" for one in PARTS)
+    names = "".join(f"\n  {one.name:<18}{one.about}" for one in PARTS)
     run_verb("parts", _ABOUT, PARTS, names, arguments)

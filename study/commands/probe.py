@@ -50,6 +50,7 @@ def run(arguments: list[str]) -> None:
     out = chosen.out or _default(name, chosen)
     if chosen.out is None and name not in _TRAINING and out.exists():
         raise InputError(f"{out} is there already; give --out {out} to replace it, or another file")
+    files.check_writable(out)
     result = _measure(name, chosen, out)
     _print(result)
     if name not in _TRAINING:

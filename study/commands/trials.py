@@ -50,6 +50,9 @@ def run_verb(verb: str, about: str, table: Sequence[AnyCandidate], shown: str, a
     `about` and the names that are `shown` are the help.
     """
     given = parse(Arguments, arguments, f"python -m study {verb}", description=cleandoc(about) + shown)
+    if given.processes < 1 or not (given.only and given.seeds):
+        values = f"processes {given.processes}, only {list(given.only)}, seeds {list(given.seeds)}"
+        raise InputError(f"{values}: give at least one of each")
     candidates, base = chosen(table, given.only), _base(given.recipe)
     if given.processes > 1:
         from study.processes import as_flags, side_by_side

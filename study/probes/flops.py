@@ -19,12 +19,14 @@ def flops(settings: Flops) -> dict[str, Any]:
         InputError: for an unknown study, or a length below 1.
     """
     study = find_study(settings.study)
-    length = study.recipe.sequence_length if settings.length is None else settings.length
-    if length < 1:
-        raise InputError(f"length is {length}; it must be at least 1")
+    if settings.length is not None and settings.length < 1:
+        raise InputError(f"length is {settings.length}; it must be at least 1")
     rows = []
     for run in study.runs:
-        found = cost.flops(model_config(replace(study.recipe, model=run.model), _VOCABULARY, 0), length)
+        recipe, vocabulary = replace(run.recipe or study.recipe, model=run.model), run.vocabulary or _VOCABULARY
+        length = settings.length or recipe.sequence_length
+        found = cost.flops(model_config(recipe, vocabulary, 0), length)
         parts = {"projections": found.projections, "attention": found.attention, "head": found.head}
-        rows.append({"model": run.name, **parts, "total": found.total, "attention_share": found.attention_share})
-    return {"probe": "flops", "study": settings.study, "length": length, "vocabulary": _VOCABULARY, "rows": rows}
+        about = {"model": run.name, "length": length, "vocabulary": vocabulary}
+        rows.append({**about, **parts, "total": found.total, "attention_share": found.attention_share})
+    return {"probe": "flops", "study": settings.study, "rows": rows}

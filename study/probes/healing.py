@@ -5,12 +5,12 @@ Every row is one conversion and one part of the dense model's tokens, measured a
 
 import math
 import re
-import shutil
 import statistics
 import time
 import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -108,15 +108,17 @@ def healing(
     for row in wanted:
         if row in done:
             continue
+        settings.work.mkdir(parents=True, exist_ok=True)
         try:
-            found.append(_measured(row, settings, folder, measure, result))
+            with TemporaryDirectory(prefix="healing-", dir=settings.work) as work:  # all else there is the user's
+                own = replace(settings, work=Path(work))
+                found.append(_measured(row, own, folder, measure, result))
         except Exception:
             traceback.print_exc()
             failed.append(row)
             continue
         keep(result)
         _say(f"{row}: {', '.join(f'{name} {found[-1][name]:.2f}' for name in ('rise', 'worst', 'seconds'))}")
-    shutil.rmtree(settings.work, ignore_errors=True)
     if failed:
         raise InputError(f"{len(failed)} rows failed, {failed[0]} first; what was wrong is said above")
     return result
@@ -200,7 +202,6 @@ def _measured(
     """Make the model of a row, and measure it."""
     _say(f"{row} begins")
     out = settings.work / "converted"
-    shutil.rmtree(settings.work, ignore_errors=True)
     model: Any = load_source(str(folder))
     layers = _layers(row, model.config.num_hidden_layers, result)
     pattern, keys = _pattern(settings, row.shape, model.config)

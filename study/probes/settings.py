@@ -163,4 +163,4 @@ class Healing:
     factors: tuple[int, ...] = (1, 4, 16)
     """Times the training length at which the loss is measured; past it full layers are bounded."""
     work: Path = Path("healing")
-    """Where models lie until they are measured."""
+    """Where the models lie until they are measured, each in a folder of its own, which is removed then."""

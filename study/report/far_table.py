@@ -1,6 +1,5 @@
 """The table of far reading: every candidate that was run, against a plain window of about as many keys."""
 
-import json
 import math
 import statistics
 from collections.abc import Iterable
@@ -10,7 +9,7 @@ from typing import Any
 from study.far.candidates import CANDIDATES
 from study.report.claims import percent
 from study.report.tables import NONE, Table, speed, table, where_run
-from study.store import over_sets
+from study.store import over_sets, trials
 
 _CONTROLS = ("window", "window-128")
 FAR_BACK = 128
@@ -20,8 +19,9 @@ FAR_BACK = 128
 def far_records(folder: Path) -> list[dict[str, Any]]:
     """The results of `python -m study far` in a results folder, in the order of the candidates, then of seeds."""
     order = {one.name: number for number, one in enumerate(CANDIDATES)}
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("far/*.json")]
-    return sorted(records, key=lambda one: (order.get(one["candidate"], len(order)), one["candidate"], one["seed"]))
+    return sorted(
+        trials(folder, "far"), key=lambda one: (order.get(one["candidate"], len(order)), one["candidate"], one["seed"])
+    )
 
 
 def far_table(records: Iterable[dict[str, Any]], rivals: Iterable[dict[str, Any]] = ()) -> list[Table]:

@@ -1,6 +1,5 @@
 """The table of parts: each in the model of the step muon8 or of another, against that model as it is."""
 
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,14 +8,13 @@ from typing import Any
 from study.parts.table import PARTS
 from study.report.claims import percent
 from study.report.tables import NONE, Table, speed, table, where_run
-from study.store import digest, over_sets
+from study.store import digest, over_sets, trials
 
 
 def parts_table(folder: Path, runs: Iterable[dict[str, Any]]) -> list[Table]:
     """The table of a folder's results, or none; changes are against the same recipe among the finished `runs`."""
     order = {one.name: number for number, one in enumerate(PARTS)}
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("parts/*.json")]
-    records = [one for one in records if one["candidate"] in order]
+    records = [one for one in trials(folder, "parts") if one["candidate"] in order]
     known = {one["key"]: one for one in runs}
     rows = [
         _row(one, known.get(one.get("base") or digest(one["recipe"], one["inputs"]["data_fingerprint"])))

@@ -35,6 +35,8 @@ def says(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
         ("run smoke --seconds 0", "--seconds is 0; it must be above 0"),
         ("run smoke --seconds 300 --tokens 10k", "--seconds is 300 and --tokens 10k; give one of them"),
         ("report nowhere", "nowhere does not exist"),
+        ("far --data d --only window --processes 0", "processes 0, only ['window'], seeds [42]: give at least one of"),
+        ("parts --data d --only", "processes 1, only [], seeds [42]: give at least one of each"),
     ],
 )
 def test_studies_that_cannot_be(capsys: pytest.CaptureFixture[str], words: str, message: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from tiny_runs import HYBRID
 from torch import Tensor
 
-from fibattn import FibAttnConfig, FibAttnForCausalLM, Pattern, files
+from fibattn import FibAttnConfig, FibAttnForCausalLM, InputError, Pattern, files
 from fibattn.attention import attend_chosen
 from fibattn.cli.flags import parse
 from fibattn.lock import locked
@@ -257,6 +257,13 @@ def test_trials_write_a_file_each_and_skip_what_is_there(prepared: Path, tmp_pat
     assert set(found["copying"]) >= {"16", "256"}
     assert run_trials(trials) == ()
     assert [path.stat().st_mtime_ns for path in results] == before
+
+
+def test_a_budget_below_a_step_is_refused(prepared: Path, tmp_path: Path) -> None:
+    trials = Trials("far", chosen(["window"]), prepared, tmp_path / "out", tmp_path / "work", HYBRID, tokens=1)
+    with pytest.raises(InputError, match=r"a budget of 1 tokens is less than one step of [\d,]+; give more"):
+        run_trials(trials)
+    assert not (tmp_path / "work").exists()
 
 
 def made_up(candidate: str, full: int, keys: float, losses: tuple[float, float], seed: int = 42) -> dict:

@@ -47,6 +47,7 @@ def test_rows_are_measured_kept_and_added_to(
 ) -> None:
     out = tmp_path / "healing.json"
     words = ["--tokens", 40_000, "--work", tmp_path / "work", "--out", out]
+    files.write_text(tmp_path / "work" / "thesis.txt", "not the probe's")
     assert probe(dense, prepared, *words, "--rows", "evenly:1:rungs:0", "evenly:1:rungs:0.02") == 0
     first, plain, healed = files.read_json(out)["rows"]
     assert (first["shape"], first["rise"], first["layers"]) == ("dense", 0, "all")
@@ -59,7 +60,7 @@ def test_rows_are_measured_kept_and_added_to(
         next(row["perplexity"] for row in healed["sets"] if row["length"] == 256)
     )
     assert set(healed["copied"]) == {"copied 256", "copied 512"}
-    assert not (tmp_path / "work").exists()
+    assert [one.name for one in (tmp_path / "work").iterdir()] == ["thesis.txt"]
     capsys.readouterr()
     added = [("measured", "rungs"), ("measured", "window"), ("worst", "rungs")]
     words += ["--rows", *(f"{placement}:1:{shape}:0" for placement, shape in added), "worst:1:rungs:1e-3"]

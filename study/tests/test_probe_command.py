@@ -125,6 +125,12 @@ def test_operations_of_every_model_of_a_study(tmp_path: Path) -> None:
     rows = {row["model"]: row for row in files.read_json(out)["rows"]}
     assert len(rows) >= 22
     assert rows["dense"]["attention_share"] == pytest.approx(0.16, abs=0.001)
+    assert probe("flops", "--study", "ladder", "--out", out) == 0
+    rows = {row["model"]: row for row in files.read_json(out)["rows"]}
+    few, long = rows["few-eight-64"], rows["long"]
+    assert (few["vocabulary"], long["vocabulary"], few["length"], long["length"]) == (8192, 32_768, 1024, 2048)
+    assert few["head"] == 2 * 8192 * 768
+    assert long["attention"] > rows["batch"]["attention"]
 
 
 @pytest.mark.parametrize(
@@ -133,6 +139,7 @@ def test_operations_of_every_model_of_a_study(tmp_path: Path) -> None:
         (("leggo",), "there is no probe 'leggo': did you mean 'lego'?"),
         (("lego", "nowhere"), "nowhere holds no model"),
         (("flops", "--length", "0"), "length is 0; it must be at least 1"),
+        (("flops", "--out", "/proc/flops.json"), "/proc/flops.json cannot be written"),
         (("retrieval", "--steps", "0"), "steps 0"),
         (("retrieval", "--seeds", "-1"), "none below 0"),
         (("recall", "--seeds", "-1"), "none below 0"),

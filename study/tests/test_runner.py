@@ -173,6 +173,14 @@ def test_finished_runs_are_left_alone(job: Job) -> None:
     assert {path: path.read_bytes() for path in job.out.glob("smoke/*.jsonl")} == before
 
 
+def test_runs_that_were_evaluated_over_other_targets_are_named(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    run_study(job)
+    assert "other numbers of targets" not in capsys.readouterr().err
+    run_study(replace(job, study=replace(job.study, eval_tokens=job.study.eval_tokens // 2)))
+    names = ", ".join(run.name for run in job.study.runs)
+    assert f"evaluated over other numbers of targets before, and left so: {names}" in capsys.readouterr().err
+
+
 def test_all_runs_of_a_seed_have_one_order(job: Job) -> None:
     orders = {
         seed: {r["inputs"]["order_sha256"] for r in Store(job.out).records() if r["seed"] == seed} for seed in (42, 43)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from fibattn import InputError
+from fibattn import InputError, files
 from fibattn.pattern import hybrid_layers
 from fibattn.training.presets import PRESETS
 from fibattn.training.recipe import Recipe
 from study.presets import STUDIES
-from study.store import Store, key_of
+from study.store import Store, key_of, trials
 
 
 def record(name: str = "dense", **more: object) -> dict:
@@ -64,6 +64,13 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(InputError, match=r"dense\.jsonl, line 2 is not a result"):
         Store(tmp_path).records()
+
+
+@pytest.mark.parametrize("text", ["{}", "x", "[]", '{"candidate": "best"}'])
+def test_a_damaged_trial_is_named(tmp_path: Path, text: str) -> None:
+    files.write_text(tmp_path / "far" / "x.json", text)
+    with pytest.raises(InputError, match=r"x\.json is (not a result of `python -m study far`|no)"):
+        trials(tmp_path, "far")
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from fibattn import files
 from fibattn.cli.flags import parse
 from fibattn.errors import InputError, MissingExtraError
 from fibattn.pattern import Base, Pattern, Schedule, compose, layer_alphas, layer_patterns, union_coverage
@@ -59,6 +60,8 @@ def run(arguments: list[str]) -> None:
         reach=chosen.context - 1,
         max_offset=chosen.max_offset,
     )
+    if chosen.out is not None:
+        files.check_writable(chosen.out)
     farthest = sum(pattern.reach for pattern in patterns) if chosen.farthest is None else chosen.farthest
     if farthest > _FARTHEST:
         raise InputError(f"distances up to {farthest:,} are too many; ask with --farthest for at most {_FARTHEST:,}")
