@@ -126,6 +126,13 @@ def test_bad_flags_give_one_line(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_figure_that_could_not_be_written_is_refused_before_it_is_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pattern", "--layers", "2", "--out", "/proc/stack.svg"]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("fibattn pattern: /proc/stack.svg cannot be written")
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
+
+
 def test_the_smallest_stacks_are_drawn(tmp_path: Path) -> None:
     for name, flags in (("a", ["--layers", "1", "--window", "0", "--rungs", "0"]), ("b", ["--farthest", "0"])):
         assert main(["pattern", *flags, "--out", str(tmp_path / f"{name}.svg")]) == 0
