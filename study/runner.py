@@ -338,9 +338,9 @@ def _clear(folder: Path, keep_model: bool) -> None:
 
 def _clear_leftovers(job: Job, task: _Task) -> None:
     """Clear what a kill left of a finished run; a model that was kept on purpose has no checkpoints beside it."""
-    if any(task.recipe.out.rglob("checkpoint-*")):
-        with locked(task.recipe.out) as mine:
-            if mine:
+    if task.recipe.out.exists():
+        with locked(task.recipe.out) as mine:  # whoever else has it may be clearing it at this moment
+            if mine and any(task.recipe.out.rglob("checkpoint-*")):
                 _clear(task.recipe.out, job.keep_models)
 
 

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from fibattn import FibAttnConfig, FibAttnForCausalLM, files, sealed
@@ -30,6 +31,7 @@ def dense(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = FibAttnConfig(
         vocab_size=len(tokenizer), layer_types=["full_attention"] * 4, max_position_embeddings=64, **shape
     )
+    torch.manual_seed(0)
     FibAttnForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     sealed.seal(folder)

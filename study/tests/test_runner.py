@@ -20,6 +20,7 @@ from fibattn import InputError
 from fibattn.data.prepared import PreparedData
 from fibattn.data.tokenizer import load_tokenizer
 from fibattn.evaluation.sweep import sweep
+from fibattn.lock import locked
 from fibattn.model.loading import load_model
 from fibattn.training.recipe import Recipe
 from fibattn.training.recipe_file import load_recipe, to_json
@@ -204,6 +205,21 @@ def test_what_a_kill_left_of_a_finished_run_is_cleared_and_a_kept_model_is_not(j
     (folder / "checkpoint-2").mkdir()
     run_study(replace(other, keep_models=False))
     assert not folder.exists()
+
+
+def test_a_finished_run_that_another_process_is_clearing_is_left_to_it(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, _ = again(job, tmp_path, keep_models=True, only=("fixed-w12",))
+    (folder,) = other.work.glob("fixed-w12-*")
+
+    def vanishing(*_: object) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "rglob", vanishing)  # as where folders go while they are looked through
+    with locked(folder) as mine:
+        assert mine
+        assert run_study(other).finished == ("fixed-w12",)
 
 
 def test_a_failed_run_is_noted_and_the_rest_goes_on(job: Job, tmp_path: Path) -> None:
