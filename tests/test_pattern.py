@@ -119,15 +119,15 @@ def test_a_rung_at_the_window_is_dropped_and_the_next_kept() -> None:
 def test_max_offset_is_inclusive() -> None:
     assert Pattern.fibonacci(window=8, max_offset=610).reach == 610
     assert Pattern.fibonacci(window=8, max_offset=609).reach == 377
-    assert Pattern.fibonacci(window=8, max_offset=0) == Pattern.local(8)
+    assert Pattern.fibonacci(window=8, max_offset=0) == Pattern(8)
 
 
 def test_pattern_properties() -> None:
     pattern = Pattern(2, (5, 9))
     assert pattern.distances == (0, 1, 2, 5, 9)
     assert pattern.reach == 9
-    assert Pattern.local(3).reach == 3
-    assert Pattern.local(0).distances == (0,)
+    assert Pattern(3).reach == 3
+    assert Pattern(0).distances == (0,)
     assert Pattern.power_of_two(window=8, reach=100).offsets == (16, 32, 64)
     assert Pattern(2, (5, 9)) == pattern
     assert hash(Pattern(2, (5, 9))) == hash(pattern)
@@ -337,7 +337,6 @@ def test_learned_rungs_between_the_same_keys_keep_the_first() -> None:
     ("make", "message"),
     [
         (lambda: Pattern(-1), r"window is -1; it must be 0 or more"),
-        (lambda: Pattern.local(-3), r"window is -3; it must be 0 or more"),
         (lambda: Pattern(8, (8,)), r"offset 8 is inside \(window 8\); offsets must be beyond the window"),
         (lambda: Pattern(8, (0,)), r"offset 0 is inside \(window 8\)"),
         (lambda: Pattern(8, (-5,)), r"offset -5 is inside \(window 8\)"),

@@ -42,7 +42,7 @@ class Provider:
 
     def computes(self, case: Case) -> Pattern:
         """The pattern that its output is checked against."""
-        return Pattern.local(case.length - 1) if self.dense else case.pattern
+        return Pattern(case.length - 1) if self.dense else case.pattern
 
 
 def _ours(case: Case) -> Call:

@@ -139,11 +139,6 @@ class Pattern:
         return cls.scaled(window, base_rungs("power_of_two", reach=reach), alpha, max_offset)
 
     @classmethod
-    def local(cls, window: int = 128) -> "Pattern":
-        """A window without rungs."""
-        return cls(window)
-
-    @classmethod
     def scaled(cls, window: int, rungs: Sequence[int], alpha: float = 1.0, max_offset: int | None = None) -> "Pattern":
         """Any rungs scaled by `alpha`: `round(alpha * rung)`, kept where beyond the window and within `max_offset`."""
         _check_alpha(alpha, rungs)

@@ -55,7 +55,7 @@ def test_a_window_of_w_is_w_plus_one_keys_as_flash_attention_and_transformers_co
     tokens = 100
     inputs = random_inputs(Shape(tokens, batch=2, kv_heads=2, group=2))
     q, k, v = (x.transpose(1, 2) for x in inputs)
-    found = attend(*inputs, Pattern.local(window))
+    found = attend(*inputs, Pattern(window))
     mask = sliding(window + 1, tokens)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     torch.testing.assert_close(found.transpose(1, 2), expected, rtol=1e-11, atol=1e-12)

@@ -42,7 +42,7 @@ def test_layers_without_fixed_rungs_have_no_offsets() -> None:
     assert found.layer_offsets == [None, None, None, [[]]]
     assert [found.learns_alpha(layer) for layer in range(4)] == [True, False, True, False]
     assert found.layer_patterns(0) is None
-    assert found.layer_patterns(3) == (Pattern.local(4),)
+    assert found.layer_patterns(3) == (Pattern(4),)
 
 
 def test_layer_alphas_count_all_layers_whatever_their_type() -> None:
