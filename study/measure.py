@@ -97,7 +97,12 @@ def evaluate_lengthened(folder: Path, data: PreparedData, plain: dict[str, Any])
 
 def _again(model: PreTrainedModel, data: PreparedData, plain: dict[str, Any], lengths: list[int]) -> dict[str, Any]:
     """The sweep `plain` at some of its lengths with another model, over the same targets."""
-    return _sweeps(model, data, {name: next(iter(rows.values()))["targets"] for name, rows in plain.items()}, lengths)
+    return _sweeps(model, data, swept_targets(plain), lengths)
+
+
+def swept_targets(sets: dict[str, Any]) -> dict[str, int]:
+    """Over how many targets of each held-out set a sweep went."""
+    return {name: next(iter(rows.values()))["targets"] for name, rows in sets.items()}
 
 
 def _sweeps(model: PreTrainedModel, data: PreparedData, targets: dict[str, int], lengths: list[int]) -> dict[str, Any]:

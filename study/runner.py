@@ -98,7 +98,8 @@ def run_study(job: Job) -> Outcome:
     text = _Text(data, targets_of(data, like, lengths, study.eval_tokens), like and like.fingerprint)
     known = store.finished(asked)
     say(f"study {job.name}: {len(tasks)} runs, {sum(task.key in known for task in tasks)} finished already")
-    others = [task.run.name for task in tasks if task.key in known and _targets(known[task.key]) != text.targets]
+    earlier = {task.run.name: known[task.key]["evaluation"] for task in tasks if task.key in known}
+    others = [name for name, sets in earlier.items() if measure.swept_targets(sets) != text.targets]
     if others:
         say(f"evaluated over other numbers of targets before, and left so: {', '.join(others)}")
     failed: list[str] = []
@@ -126,11 +127,6 @@ def run_study(job: Job) -> Outcome:
         failed=tuple(failed),
         left=tuple(task.run.name for task in tasks if task.key not in done and task.run.name not in failed),
     )
-
-
-def _targets(record: dict[str, Any]) -> dict[str, int]:
-    """Of each held-out set, in a finished run's evaluation."""
-    return {name: next(iter(rows.values()))["targets"] for name, rows in record["evaluation"].items()}
 
 
 def say(text: str) -> None:

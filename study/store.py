@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,21 +84,26 @@ def digest(recipe: dict[str, Any], data_fingerprint: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def trials(folder: Path, verb: str) -> list[dict[str, Any]]:
-    """The results of `python -m study VERB`, far or parts, in a results folder.
+def results(folder: Path, verb: str, is_one: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """What `python -m study VERB` wrote into `folder`, a file each, in the order of their names.
 
     Raises:
         InputError: for a file that is none.
     """
     found = []
-    for path in sorted(folder.glob(f"{verb}/*.json")):
+    for path in sorted(folder.glob("*.json")):
         one = files.read_json(path)
-        if not (isinstance(one, dict) and {"candidate", "seed", "evaluation", "training"} <= one.keys()):
+        if not (isinstance(one, dict) and is_one(one)):
             raise InputError(
                 f"{path} is not a result of `python -m study {verb}`; move it out of the folder, or make it anew"
             )
         found.append(one)
     return found
+
+
+def trials(folder: Path, verb: str) -> list[dict[str, Any]]:
+    """The results of `python -m study VERB`, far or parts, in a results folder; raises as `results`."""
+    return results(folder / verb, verb, lambda one: {"candidate", "seed", "evaluation", "training"} <= one.keys())
 
 
 @dataclass(frozen=True)

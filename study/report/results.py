@@ -21,7 +21,7 @@ from fibattn.errors import InputError
 from study.presets import STUDIES, TUNED
 from study.report.recipes import described, paper_name
 from study.rivals import OURS
-from study.store import LENGTHENED, Store, ways
+from study.store import LENGTHENED, Store, results, ways
 
 PLAIN = "plain"
 PARTS = tuple(str(part) for part in range(1, 9))
@@ -273,17 +273,16 @@ class Results:
             raise InputError(f"{folder} holds no finished run; make some with `python -m study run`")
         failures = [one for one in records if one["kind"] == "failure" and one["key"] not in finished]
         probes: Probes = defaultdict(list)
-        for path in sorted(folder.glob("probes/*.json")):
-            probe = files.read_json(path)
-            if not (isinstance(probe, dict) and isinstance(probe.get("probe"), str) and probe.get("rows")):
-                raise InputError(
-                    f"{path} is not a result of `python -m study probe`; move it out of the folder, or make it anew"
-                )
+        for probe in results(folder / "probes", "probe", _is_probe):
             probes[probe["probe"]].append(probe)
         outside = [files.read_json(path) for path in sorted(folder.glob("outside/*.json"))]
         others = [one for one in finished.values() if one["study"] not in TUNED]
         tuned = {name: list(_belonging(name, store.runs())) for name in TUNED}
         return cls(grouped(others), pd.DataFrame(failures), dict(probes), tuned, outside)
+
+
+def _is_probe(result: dict[str, Any]) -> bool:
+    return isinstance(result.get("probe"), str) and bool(result.get("rows"))
 
 
 def _belonging(study: str, runs: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:

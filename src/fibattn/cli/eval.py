@@ -8,7 +8,6 @@ import tyro
 
 from fibattn import files
 from fibattn.cli.flags import parse
-from fibattn.data.prepared import PreparedData
 
 
 @dataclass(frozen=True)
@@ -43,11 +42,12 @@ def run(arguments: list[str]) -> None:
     from accelerate import PartialState
     from rich.console import Console
 
+    from fibattn.data.prepared import PreparedData
     from fibattn.data.tokenizer import check_same_vocabulary
     from fibattn.errors import InputError
     from fibattn.evaluation.positions import by_position, positions_table
     from fibattn.evaluation.repeats import FREQUENT, frequent_pairs
-    from fibattn.evaluation.sweep import default_output, shared_targets, sweep, tables
+    from fibattn.evaluation.sweep import default_output, shared_targets, sweep, tables, usual_lengths
     from fibattn.model.loading import find_model, load_bounded
     from fibattn.parallel.sharing import Sharing
     from fibattn.training.card import add_results
@@ -64,7 +64,7 @@ def run(arguments: list[str]) -> None:
     check_same_vocabulary(folder, data)
     model = load_bounded(folder, chosen.full_reach)
     trained_at = model.config.get_text_config().max_position_embeddings
-    lengths = sorted(set(chosen.lengths)) or _usual(data, trained_at, chosen)
+    lengths = sorted(set(chosen.lengths)) or usual_lengths(data, trained_at, list(chosen.sets), chosen.tokens)
     sharing = Sharing(model.base_model, chosen.context_parallel)
     if odd := [length for length in lengths if length % sharing.cut]:
         raise InputError(f"sequences of {odd[0]} do not divide by context_parallel {sharing.cut}; change one of them")
@@ -88,13 +88,6 @@ def run(arguments: list[str]) -> None:
     in_card = chosen.out is None and not ways and add_results(folder, result)
     kept = f"{'the card has the perplexities' if in_card else 'not written'}, --out FILE keeps all"
     console.print(f"convention: {result['convention']}; {f'written to {out}' if out else kept}", soft_wrap=True)
-
-
-def _usual(data: PreparedData, trained_at: int, chosen: Arguments) -> list[int]:
-    """1, 2, 4 and 8 times the training length, as far as all held-out sets have so long a sequence."""
-    sets = [len(tokens) for name, tokens in data.validation.items() if name in (chosen.sets or data.validation)]
-    most = min(chosen.tokens, *(held_out - 1 for held_out in sets)) if sets else 0
-    return [trained_at, *(length for factor in (2, 4, 8) if (length := trained_at * factor) <= most)]
 
 
 def _ways(chosen: Arguments) -> str:

@@ -100,6 +100,13 @@ def shared_targets(data: PreparedData, *, lengths: list[int], sets: list[str], t
     return shared
 
 
+def usual_lengths(data: PreparedData, trained_at: int, sets: list[str], tokens: int) -> list[int]:
+    """1, 2, 4 and 8 times the training length, as far as all `sets` have so long a sequence; `sets` as in `sweep`."""
+    held_out = [len(one) for name, one in data.validation.items() if name in (sets or data.validation)]
+    most = min(tokens, min(held_out, default=0) - 1)
+    return [trained_at, *(length for factor in (2, 4, 8) if (length := trained_at * factor) <= most)]
+
+
 def tables(result: dict[str, Any]) -> list[Table]:
     """The result as tables for people: of each held-out set the length sweep, the loss over the sequence, repeats."""
     made = []

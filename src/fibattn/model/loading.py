@@ -60,7 +60,8 @@ def load_whole(name: Path | str, repair: str, **how: Any) -> PreTrainedModel:
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{name} holds no model that can be loaded ({str(error).splitlines()[0]}); {repair}") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{name} holds no model that can be loaded ({reason}); {repair}") from None
     if found["missing_keys"]:
         names = sorted(found["missing_keys"])
         raise InputError(f"{name} lacks {len(names)} weights, {names[0]} among them; {repair}")

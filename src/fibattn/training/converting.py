@@ -33,9 +33,8 @@ def load_source(name: str) -> PreTrainedModel:
     if (given := getattr(config, "quantization_config", None)) is not None:
         kind = given.get("quant_method") if isinstance(given, dict) else type(given).__name__
         raise InputError(f"the weights of {name} are quantised ({kind}); give those that they were made of")
-    # The pattern in a folder of an earlier version is left out.
-    how = {"attn_implementation": "sdpa"} if hasattr(config, STORED_PATTERN) else {}
-    return load_whole(name, "give a whole model", dtype="auto", **how)
+    how = {"attn_implementation": "sdpa"} if hasattr(config, STORED_PATTERN) else {}  # an older folder's is left out
+    return load_whole(name, "give a whole model, and check the network", dtype="auto", **how)
 
 
 def _named(name: str) -> str:
