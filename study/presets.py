@@ -207,12 +207,14 @@ def _rivals(of: Rivals, about: str) -> Study:
 
 def _long() -> tuple[Run, ...]:
     """At the rates of the training, then at lower ones, dense attention also for no longer than the default recipe."""
-    stage, full = Lengthening(8, share=0.2, sequences=16), {}
-    for name in ("dense", DEFAULTS.ours, "blocks-w31-none", "window-w127-none"):
-        full[name] = Run(name, DEFAULTS.models[name], bounds=bounds(DEFAULTS.models[name]), lengthening=stage)
+    stage, alone = Lengthening(8, share=0.2, sequences=16), ("blocks-w31-none", "window-w127-none")
+    full = {
+        name: Run(name, DEFAULTS.models[name], bounds=bounds(DEFAULTS.models[name]), lengthening=stage)
+        for name in ("dense", DEFAULTS.ours, *alone)
+    }
     gentle = [
         replace(full[name], name=f"{name}-stage{rate:g}", lengthening=replace(stage, rate=rate))
-        for name, rate in itertools.product(("dense", DEFAULTS.ours), (0.25, 0.1))
+        for name, rate in (*itertools.product(("dense", DEFAULTS.ours), (0.25, 0.1)), *((name, 0.25) for name in alone))
     ]
     short = replace(stage, rate=0.25, share=EQUAL_TIME * stage.share)
     gentle.append(replace(full["dense"], name="dense-short", lengthening=short))

@@ -128,6 +128,7 @@ def test_a_stage_of_its_own_rate_makes_another_run_of_the_same_model() -> None:
     assert rates == [8e-3, 2e-3, 2e-3]
     ours = stages["window-w127-two-stage0.25"]
     assert stages["dense-short"].tokens / ours.tokens == pytest.approx(446 / 767, abs=0.01)
+    assert stages["blocks-w31-none-stage0.25-seed43"].model.block_reach == 1023  # as many keys are read as before
 
 
 RESULTS = [path for study in TUNED for path in sorted((Path(__file__).parents[1] / "results" / study).glob("*.jsonl"))]
