@@ -26,7 +26,6 @@ RopeScaling = Literal["linear", "yarn"]
 SEED = 42
 EQUAL_TIME = 446 / 767
 """Tokens of dense attention for one of the default recipe, in sequences of 8,192 in the same time of an H200."""
-SHORT = {"fibonacci": "", "power_of_two": "pow2-"}
 
 
 @dataclass(frozen=True)
@@ -113,9 +112,14 @@ class Study:
         return key_of(recipe, data_fingerprint, stage)
 
 
+def paper_name(base: str, schedule: str, window: int) -> str:
+    """Of a run of one of the paper's models, such as `pow2-linear-w12`."""
+    return f"{'pow2-' if base == 'power_of_two' else ''}{schedule}-w{window}"
+
+
 def _paper(schedule: Schedule, window: int, base: Base = "fibonacci") -> Run:
     model = ModelRecipe(base=base, schedule=schedule, window=window, max_offset=None)
-    return Run(f"{SHORT[base]}{schedule}-w{window}", model)
+    return Run(paper_name(base, schedule, window), model)
 
 
 def _stagger(window: int, heads: bool = False) -> Run:

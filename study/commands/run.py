@@ -63,6 +63,7 @@ def run(arguments: list[str]) -> None:
     study, out = find_study(chosen.name), chosen.out or Path("smoke" if chosen.name == "smoke" else "study/results")
     _check(chosen, out)
     study.chosen(chosen.only)
+    tokens = None if chosen.tokens is None else count(chosen.tokens)
     if chosen.eval_tokens is not None:
         study = replace(study, eval_tokens=count(chosen.eval_tokens))
     data = chosen.data or _standard_library(out / "data", max(study.eval_tokens, STUDIES["smoke"].eval_tokens))
@@ -72,7 +73,7 @@ def run(arguments: list[str]) -> None:
         child = ["run", chosen.name, *as_flags(replace(chosen, data=data, processes=1, report=False), but=("name",))]
         failed = side_by_side(child, chosen.processes) != 0
     else:
-        failed = _alone(chosen, study, data, out)
+        failed = _alone(chosen, study, tokens, data, out)
     from study.store import Store
 
     if chosen.report and Store(out).finished():
@@ -83,7 +84,7 @@ def run(arguments: list[str]) -> None:
         raise SystemExit(1)
 
 
-def _alone(chosen: Arguments, study: Study, data: Path, out: Path) -> bool:
+def _alone(chosen: Arguments, study: Study, tokens: int | None, data: Path, out: Path) -> bool:
     """Run the study in this process; whether a run failed."""
     from study.runner import Job, run_study
 
@@ -95,7 +96,7 @@ def _alone(chosen: Arguments, study: Study, data: Path, out: Path) -> bool:
             data=data,
             out=out,
             work=chosen.work or out / "work",
-            tokens=None if chosen.tokens is None else count(chosen.tokens),
+            tokens=tokens,
             seconds=chosen.seconds,
             only=chosen.only,
             shard=(int(index), int(shards)),

@@ -8,6 +8,7 @@ from typing import Any
 from fibattn.training.recipe import ModelRecipe, Recipe
 from fibattn.training.run import model_config
 from study.cost import mean_keys
+from study.presets import paper_name
 
 BASES = {"fibonacci": "", "power_of_two": "power-of-two "}
 """What stands before the schedule in a label."""
@@ -50,11 +51,6 @@ def described(recipe: dict[str, Any]) -> dict[str, Any]:
         "warmup_steps": recipe["optimizer"]["warmup_steps"],
         "step": f"{recipe['sequences_per_step']} sequences of {recipe['sequence_length']:,}",
     }
-
-
-def paper_name(base: str, schedule: str, window: int) -> str:
-    """How the study names a model of the paper's."""
-    return f"{'pow2-' if base == 'power_of_two' else ''}{schedule}-w{window}"
 
 
 def keys_at(shape: str, trained_at: int, length: int) -> float:

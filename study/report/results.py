@@ -18,8 +18,8 @@ import pandas as pd
 
 from fibattn import files
 from fibattn.errors import InputError
-from study.presets import STUDIES, TUNED
-from study.report.recipes import described, paper_name
+from study.presets import STUDIES, TUNED, paper_name
+from study.report.recipes import described
 from study.rivals import OURS
 from study.store import LENGTHENED, Store, results, ways
 

@@ -29,6 +29,7 @@ def says(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
         ("run smoke --shard 2/2", "--shard is '2/2'; expected I/N"),
         ("run smoke --processes 0", "--processes is 0; it must be at least 1"),
         ("run smoke --eval-tokens many", "'many' is not a count"),
+        ("run smoke --tokens many", "'many' is not a count"),
         ("run smoke --only dens", "no run of the study is named 'dens': did you mean 'dense'?"),
         ("run smoke --minutes -1", "--minutes is -1; it must be above 0"),
         ("run smoke --minutes nan", "--minutes is nan; it must be above 0"),
@@ -39,8 +40,12 @@ def says(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
         ("parts --data d --only", "processes 1, only [], seeds [42]: give at least one of each"),
     ],
 )
-def test_studies_that_cannot_be(capsys: pytest.CaptureFixture[str], words: str, message: str) -> None:
+def test_studies_that_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
     assert message in says(capsys, *words.split())
+    assert not list(tmp_path.iterdir())  # not even smoke's own data
 
 
 @pytest.mark.parametrize("flag", ["--out", "--work"])
