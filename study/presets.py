@@ -199,7 +199,7 @@ def _rivals(of: Rivals, about: str) -> Study:
             name_of(name, factor, seed),
             model,
             seed=seed,
-            rope_scaling=("yarn", "linear") if name == "dense" else (),
+            rope_scaling=("yarn", "linear") if name == "dense" and factor == 1 else (),
             bounds=bounds(model),
             recipe=of.at_rate(factor),
         )
