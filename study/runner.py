@@ -247,15 +247,13 @@ def _evaluated(study: Study, task: _Task, model: Path, text: _Text) -> dict[str,
         "bounded": {str(n): measure.evaluate_bounded(model, data, n, plain) for n in bounds},
         "lengthened": {},
     }
-    return found | (
-        _lengthened(run.lengthening.of(task.recipe, longest), task.key, data, plain) if run.lengthening else {}
-    )
+    return found | (_lengthened(run.lengthening.of(task.recipe, longest), task, data, plain) if run.lengthening else {})
 
 
-def _lengthened(recipe: Recipe, start: str, data: PreparedData, plain: dict[str, Any]) -> dict[str, Any]:
+def _lengthened(recipe: Recipe, task: _Task, data: PreparedData, plain: dict[str, Any]) -> dict[str, Any]:
     """The sweep `plain` with a copy of the finished model, trained on by `recipe`, and bounded to what it then saw.
 
-    None where that fails, for the rest is done.
+    None where that fails, for the rest is done. A run that is not bounded before has no layer to bound.
     """
     length = recipe.sequence_length
     try:
@@ -263,7 +261,9 @@ def _lengthened(recipe: Recipe, start: str, data: PreparedData, plain: dict[str,
         forget()
         found = {str(length): measure.evaluate_lengthened(longer, data, plain)}
         past = max(map(int, next(iter(plain.values())))) > length
-        bounded = {str(length): measure.evaluate_bounded(longer, data, length, plain)} if past else {}
+        bounded = (
+            {str(length): measure.evaluate_bounded(longer, data, length, plain)} if past and task.run.bounds else {}
+        )
     except Exception as error:
         traceback.print_exc()
         say(f"{recipe.out.parent.name}: training on at {length} failed, the rest is kept: {error}")
@@ -272,7 +272,7 @@ def _lengthened(recipe: Recipe, start: str, data: PreparedData, plain: dict[str,
         "lengthened": found,
         "lengthened_bounded": bounded,
         "lengthened_training": measure.training_summary(recipe.out),
-        "lengthened_recipe": recipe_of(recipe) | {"start": start},
+        "lengthened_recipe": recipe_of(recipe) | {"start": task.key},
     }
 
 

@@ -53,7 +53,7 @@ def _after(record: dict[str, Any], lengths: list[int]) -> Iterator[dict[str, str
     rate = stage["optimizer"]["learning_rate"] / recipe["optimizer"]["learning_rate"]
     for length, sets in record["lengthened"].items():
         trained = f"then in {int(length):,}" + (f" at {rate:g} of the rates" if rate != 1 else "")
-        known = {"": sets} | record["lengthened_bounded"]
+        known = {"": sets} | (record["lengthened_bounded"] if record["bounded"] else {})  # no full layer, no bound
         yield from _rows(record, trained, known, tokens, record["lengthened_training"], lengths)
 
 

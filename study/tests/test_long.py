@@ -64,6 +64,11 @@ def test_a_model_before_and_after_its_long_stage_bounded_and_not() -> None:
     assert long_tables([]) == []
 
 
+def test_a_model_without_full_layers_has_no_row_for_a_bound() -> None:
+    [table] = long_tables([RECORD | {"run": "window-w127-none", "bounded": {}}])  # the first such results have one
+    assert [row[1] for row in table.rows] == ["in 1,024", "then in 8,192"]
+
+
 def test_a_model_that_several_stages_went_on_from_stands_once() -> None:
     gentle = recipe(0.0015, steps=20, sequences_per_step=16, sequence_length=8192)
     other = RECORD | {"run": "dense-stage0.25", "lengthened_recipe": gentle}

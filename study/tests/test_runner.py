@@ -148,6 +148,15 @@ def test_a_copy_is_trained_on_in_longer_sequences_and_evaluated_at_every_length(
     assert tried == {"dense", "dense-seed43"}
 
 
+def test_what_is_not_bounded_before_its_long_stage_is_not_bounded_after_it(job: Job, tmp_path: Path) -> None:
+    (dense,) = job.study.chosen(("dense",))
+    free = replace(job.study, runs=(replace(dense, bounds=(), rope_scaling=()),), items=0)
+    run_study(replace(job, study=free, out=tmp_path, work=tmp_path / "work", only=()))
+    (found,) = lines(tmp_path, "dense")
+    assert set(found["lengthened"]) == {"64"}
+    assert (found["bounded"], found["lengthened_bounded"]) == ({}, {})
+
+
 def test_a_run_is_kept_when_training_it_on_fails(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
