@@ -68,6 +68,22 @@ def test_pieces_equal_the_whole(kind, made):
     close(in_pieces(m, ids, [17, 1, 30], CACHES[made](m)), whole(m, ids))
 
 
+@pytest.mark.parametrize("made", CACHES)
+@pytest.mark.parametrize(
+    "shape",
+    [{"window": 0, "kv_convolution": 4}, {"window": 1, "kv_convolution": 4}, {"window": 4, "kv_convolution": 8}],
+    ids=str,
+)
+def test_a_convolution_that_reaches_farther_than_the_layer(made, shape):
+    m, ids = model("sliding", **shape), tokens(1, LENGTH)
+    right = whole(m, ids)
+    close(in_pieces(m, ids, [17, 1, 30], CACHES[made](m)), right)
+    cache = DynamicCache(config=m.config)
+    m(ids[:, :60], past_key_values=cache)
+    cache.crop(-1)
+    close(m(ids[:, 59:], past_key_values=cache).logits, right[:, 59:])
+
+
 @settings(max_examples=8, deadline=None)
 @given(st.lists(st.integers(1, 40), max_size=5), st.sampled_from(["dynamic", "static"]))
 def test_any_pieces(lengths, made):
@@ -319,6 +335,53 @@ def test_crop_without_recording():
     close(m(ids[:, 5:], past_key_values=young).logits, whole(m, ids)[:, 5:])
     with pytest.raises(InputError, match=r"crop\(3\)"):
         young.crop(3)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_second_crop_is_right_or_refused(recorded: bool):
+    m, ids = model("linear"), tokens(1, LENGTH)
+    right = whole(m, ids)
+    for crops in ((-1, -1), (-1, -4), (-3, -1), (-3, -3), (-1, 0)):
+        cache = DynamicCache(config=m.config)
+        if recorded:
+            cache.activate_past_recording()
+        m(ids[:, :60], past_key_values=cache)
+        kept, refused = 60, False
+        for back in crops:
+            try:
+                cache.crop(back)
+                kept += back
+            except InputError:
+                refused = True
+                break
+        if refused:
+            assert kept > 60 + sum(crops)
+            continue
+        assert recorded or crops == (-1, 0)
+        for first in (kept, kept + 1):
+            found = m(ids[:, first : first + 1], past_key_values=cache).logits
+            close(found, right[:, first : first + 1])
+
+
+def test_a_cache_that_was_cropped_in_part_is_refused():
+    kinds = ["full_attention", *["sliding_attention"] * 3]
+    m, ids = model(layer_types=kinds), tokens(1, LENGTH)
+    cache = DynamicCache(config=m.config)
+    m(ids[:, :60], past_key_values=cache)
+    with pytest.raises(InputError, match="cannot be removed"):
+        cache.crop(-3)
+    assert [layer.get_seq_length() for layer in cache.layers] == [57, 60, 60, 60]
+    with pytest.raises(InputError, match="layer 1 of the cache refused a crop that layers before it made"):
+        m(ids[:, 57:58], past_key_values=cache)
+
+
+def test_a_cache_that_no_layer_cropped_goes_on():
+    m, ids = model("linear"), tokens(1, LENGTH)
+    cache = DynamicCache(config=m.config)
+    m(ids[:, :60], past_key_values=cache)
+    with pytest.raises(InputError, match="cannot be removed"):
+        cache.crop(-3)
+    close(m(ids[:, 60:], past_key_values=cache).logits, whole(m, ids)[:, 60:])
 
 
 def test_a_static_cache_cannot_be_cropped():

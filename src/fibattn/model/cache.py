@@ -48,6 +48,8 @@ class RingLayer(CacheLayerMixin):
     supports_early_init = False
     reach = -1
     owner: object = None
+    half_cropped = False
+    """Whether it refused to go back, so that layers before it may have gone."""
 
     def claim(self, owner: object, reach: int) -> None:
         """Size the ring for a layer that looks back `reach` tokens."""
@@ -160,7 +162,7 @@ class DynamicRingLayer(RingLayer, DynamicLayer):
 
     def __init__(self, **_: Any):
         super().__init__()
-        self.length = 0
+        self.length = self._written = 0
         self._recorded: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -187,6 +189,7 @@ class DynamicRingLayer(RingLayer, DynamicLayer):
                 for old, new in zip(self._recorded or self._newest(), (k, v), strict=True)
             )
         self.length += k.shape[1]
+        self._written = max(self._written, self.length)
 
     def begin(self, k: Tensor, v: Tensor, length: int) -> None:
         """As in `RingLayer`, in few calls: a prompt may wait for the host. What was held is forgotten."""
@@ -195,7 +198,8 @@ class DynamicRingLayer(RingLayer, DynamicLayer):
         with _writable():
             newest = (x.detach()[:, -rows:].transpose(1, 2) for x in (k, v))
             self._hold(*(x.roll(length % rows, 2).contiguous() for x in newest))
-        self.length, self._recorded = length, (k.detach(), v.detach()) if self.record_past else None
+        self.length = self._written = length
+        self._recorded = (k.detach(), v.detach()) if self.record_past else None
 
     def _newest(self) -> tuple[Tensor, ...]:
         """The newest tokens in order, `reach` of them or as many as there are."""
@@ -212,26 +216,27 @@ class DynamicRingLayer(RingLayer, DynamicLayer):
         Raises:
             InputError: when the ring no longer has the tokens that would then be within reach.
         """
-        back, recorded = -tokens_to_remove, self._recorded
+        back, recorded, rows = -tokens_to_remove, self._recorded, self.reach + 1
+        left, self.half_cropped = self.length - back, True
         if not 0 <= back <= self.length:
             raise InputError(f"crop({tokens_to_remove}) of {self.length} tokens; give minus how many to remove")
-        overwritten = back > 1 and self.length > self.reach + 1
-        if overwritten:
+        if self._written > max(rows, left + 1):  # the ring has the `rows` tokens before the farthest it ever came
             kept = 0 if recorded is None else recorded[0].shape[1] - back
-            if recorded is None or kept < min(self.reach, self.length - back):
+            if recorded is None or kept < min(self.reach, left):
                 raise InputError(
                     f"{back} tokens cannot be removed: the layer has kept no more than its reach of {self.reach}; "
                     "call activate_past_recording() on the cache before writing the tokens that may have to go "
                     "(generate() does, but a converted or a bounded dense model cannot be its assistant)"
                 )
-            at = torch.arange(self.length - back - kept, self.length - back, device=self.device)[None]
+            at = torch.arange(left - kept, left, device=self.device)[None]
             for ring, tokens in zip(self._rings, recorded, strict=True):
                 decode.store(ring, tokens[:, :kept], at)
-        self.length, self._recorded = self.length - back, None
+            self._written = max(left, left - kept + rows)
+        self.length, self._recorded, self.half_cropped = left, None, False
 
     def reset(self) -> None:
         """Begin a new sequence with the same buffers."""
-        self.length, self._recorded = 0, None
+        self.length, self._written, self._recorded, self.half_cropped = 0, 0, None, False
         if self.is_initialized:
             for ring in self._rings:
                 ring.zero_()
@@ -307,6 +312,8 @@ def ring_of(cache: Cache, layer: int, owner: object, reach: int) -> RingLayer:
                 f"layer {layer} of the cache was written for the pattern {found.owner}, the model has {owner}; "
                 "a cache belongs to the model that made it: begin a new one"
             )
+        if found.half_cropped and layer:
+            raise InputError(f"layer {layer} of the cache refused a crop that layers before it made; begin a new cache")
         return found
     if not isinstance(found, RingLayer):
         empty = isinstance(found, CacheLayerMixin) and not (found.is_initialized and found.get_seq_length())

@@ -83,7 +83,8 @@ class FibAttnAttention(LearnedScale):
             v = v + self.value_gate(hidden, self.value_embedding(token_ids).view(shape).to(v.dtype))
         ring = None
         if isinstance(cache, Cache) and self.pattern is not None:
-            ring = ring_of(cache, self.layer_idx, self.pattern, self.reach or 0)
+            taps = 0 if self.kv_convolution is None else self.kv_convolution.shape[1]
+            ring = ring_of(cache, self.layer_idx, self.pattern, max(self.reach or 0, taps - 1))
         raw = () if self.kv_convolution is None else (k, v)
         if self.kv_convolution is not None:
             k, v = convolved((k, v), self.kv_convolution, ring, positions, cache_positions, shard)
