@@ -110,6 +110,18 @@ def test_a_scale_that_is_not_finite_is_refused(scale: float) -> None:
     refuses(rf"scale is {scale}; it must be finite, or None for head size", **tensors(), scale=scale)
 
 
+def test_a_scale_that_could_have_a_gradient_is_refused() -> None:
+    refuses("scale is a Tensor; give a number, which has no gradient, or scale q", **tensors(), scale=torch.tensor(0.3))
+    refuses("scale is a str; give a number", **tensors(), scale="1")
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("value", [None, [[1.0]]])
+def test_what_is_no_tensor_is_refused(name: str, value: object) -> None:
+    wrong = rf"{name} is a {type(value).__name__}; give a tensor \(batch, tokens, heads, head size\)"
+    refuses(wrong, **{**tensors(), name: value})
+
+
 @pytest.mark.parametrize(
     ("positions", "message"),
     [
@@ -143,6 +155,11 @@ def test_bad_positions_are_refused(positions: torch.Tensor, message: str) -> Non
 def test_bad_boundaries_are_refused(boundaries: torch.Tensor, message: str) -> None:
     one = tensors(q=(1, 6, 4, 8), k=(1, 6, 2, 8), v=(1, 6, 2, 8))
     refuses(message, **one, cu_seqlens=boundaries)
+
+
+def test_boundaries_that_are_no_tensor_are_refused() -> None:
+    one = tensors(q=(1, 6, 4, 8), k=(1, 6, 2, 8), v=(1, 6, 2, 8))
+    refuses("cu_seqlens are a list; give a tensor of integers on cpu", **one, cu_seqlens=[0, 6])
 
 
 def test_boundaries_need_one_row_with_as_many_keys_as_queries() -> None:
@@ -319,3 +336,7 @@ def test_positions_for_padding_keep_it_out_of_sight() -> None:
     torch.testing.assert_close(found[1:], attend(q[1:], k[1:], v[1:], PATTERN))
     with pytest.raises(InputError, match=r"the mask has shape \(2, 1, 20\); expected \(batch, tokens\)"):
         padded_positions(mask[:, None])
+    with pytest.raises(InputError, match=r"the mask has shape \(2, 20\); expected \(batch, 21 tokens or more\)"):
+        padded_positions(mask, 21)
+    with pytest.raises(InputError, match=r"the mask has shape \(2, 0\); expected \(batch, tokens\), 0 for padding"):
+        padded_positions(mask[:, :0])

@@ -1,6 +1,7 @@
 """Blocks that queries choose: the CPU against the reference, a text in pieces, what is refused."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -95,6 +96,32 @@ def test_pieces_are_the_whole(padding: int, anchored: bool) -> None:
             attend_chosen_cached(q[:, mine], rings, k[:, mine], v[:, mine], pattern, cache_positions=at, **how)  # pyright: ignore
         )
     torch.testing.assert_close(torch.cat(found, dim=1)[:, padding:], right[:, padding:])
+
+
+def test_rings_that_do_not_fit_are_refused() -> None:
+    pattern, (q, k, v, far_q, far_k, _) = ChosenPattern(7, 2, 16, 63), inputs(1, 1)
+
+    def refuses(message: str, rows: list[int], dtype: torch.dtype = torch.float64, **how: Any) -> None:
+        rings = [torch.zeros(2, one, 2, 8, dtype=torch.float64) for one in rows]
+        rings[-1] = rings[-1].to(dtype)
+        with pytest.raises(InputError, match=message):
+            attend_chosen_cached(q, tuple(rings), k, v, pattern, cache_positions=torch.tensor([[80]]), **how)
+
+    refuses("there are 2 rings; give 3: of keys, of values, and with far of far keys", [64, 64], far=(far_q, far_k))
+    refuses("there are 3 rings; give 2", [64, 64, 64])
+    refuses("far_cache has 40 rows and k_cache 64; give as many", [64, 64, 40], far=(far_q, far_k))
+    refuses("far_cache is torch.float32", [64, 64, 64], torch.float32, far=(far_q, far_k))
+
+
+def test_autocast_casts_to_the_rings() -> None:
+    pattern, (q, k, v, far_q, far_k, _) = ChosenPattern(7, 2, 16, 63), (x.float() for x in inputs(20, 20))
+    rings = tuple(torch.zeros(2, 64, 2, 8, dtype=torch.bfloat16) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        how: dict[str, Any] = {"far": (far_q, far_k), "cache_positions": torch.arange(20)[None]}
+        found = attend_chosen_cached(q, rings, k, v, pattern, **how)
+        right, _ = attend_chosen(q, k, v, pattern, far=(far_q, far_k))
+    assert found.dtype == right.dtype == torch.bfloat16
+    torch.testing.assert_close(found, right)
 
 
 @pytest.mark.parametrize("anchored", [False, True])

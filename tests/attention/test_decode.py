@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from fibattn.attention import attend, attend_cached
+from fibattn.attention import api, attend, attend_cached
 from fibattn.errors import InputError
 from fibattn.pattern import LearnedPattern, Pattern
 
@@ -216,12 +216,34 @@ def test_compiles_whole_once_for_all_tokens():
     assert len(graphs) == 1
 
 
-def test_a_far_rung_of_a_learned_scale_is_refused():
+def test_a_far_rung_of_a_learned_scale_is_refused(monkeypatch):
     q, k, v = (x[:, :1] for x in tensors())
     pattern, alpha = LearnedPattern(3, RUNGS, largest_alpha=0.8), torch.tensor(1.2)
     assert pattern.reach == 11
+    for tokens in (1, 2):
+        parts = [x[:, :1].expand(-1, tokens, -1, -1).contiguous() for x in (q, k, v)]
+        at = torch.arange(30, 30 + tokens)[None]
+        for backend in ("cpu", "reference"):
+            given = (parts[0], *rings(k, 12), *parts[1:])
+            with pytest.raises(InputError, match="the rings have 12 rows; a reach of 16 needs 17"):
+                attend_cached(*given, pattern, alpha=alpha, cache_positions=at, backend=backend)
+    monkeypatch.setattr(api, "readable", lambda _: False)  # as while compiling, when the operator looks itself
     with pytest.raises(InputError, match="the cache has 12 rows"):
         attend_cached(q, *rings(k, 12), k, v, pattern, alpha=alpha, cache_positions=torch.tensor([[30]]))
+    with pytest.raises(InputError, match="alpha is nan"):
+        attend_cached(parts[0], *rings(k, 12), *parts[1:], pattern, alpha=alpha, cache_positions=at)
+
+
+@pytest.mark.parametrize("lengths", [[], [7, 1, 20]])
+def test_a_learned_scale_beyond_the_largest_reads_what_a_longer_ring_has(lengths):
+    q, k, v = tensors()
+    pattern, alpha = LearnedPattern(3, RUNGS, largest_alpha=0.8), torch.tensor(1.2)
+
+    def moved(*inputs, **how):
+        return attend_cached(*inputs, pattern, alpha=alpha, **how)
+
+    ours = chunked(q, k, v, lengths, moved, 17)
+    torch.testing.assert_close(ours, attend(q, k, v, pattern, alpha=alpha), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -238,6 +260,8 @@ def test_a_far_rung_of_a_learned_scale_is_refused():
         ({"kv_heads": 4}, "is it the cache of another model"),
         ({"dtype": torch.float32}, "k_cache is torch.float32"),
         ({"short": True}, "3 query tokens and 4 new keys"),
+        ({"given": [0, 1, 2]}, "cache_positions are a list; give a tensor of integers on cpu"),
+        ({"given": None}, "cache_positions are a NoneType; give a tensor of integers"),
     ],
 )
 def test_bad_input(change, message):
@@ -246,8 +270,9 @@ def test_bad_input(change, message):
     caches = [torch.zeros(shape, dtype=change.get("dtype", torch.float64)) for _ in range(2)]
     if "short" in change:
         k, v = (torch.cat([x, x[:, :1]], 1) for x in (k, v))
+    at = change["given"] if "given" in change else torch.tensor(change.get("at", [[0, 1, 2]]))
     with pytest.raises(InputError, match=message):
-        attend_cached(q, *caches, k, v, PATTERN, cache_positions=torch.tensor(change.get("at", [[0, 1, 2]])))
+        attend_cached(q, *caches, k, v, PATTERN, cache_positions=at)
 
 
 def test_a_window_and_rungs_far_longer_than_any_text():

@@ -67,8 +67,27 @@ def test_the_cache_stays_as_small_as_the_reach() -> None:
         ({"heads": 4, "kv_heads": 3}, "4 query heads do not divide into 3 KV heads"),
         ({"heads": 5}, "a hidden size of 32 does not divide into 5 heads; give head_size"),
         ({"heads": 4, "head_size": 7}, "the head size is 7; rotary positions need an even one"),
+        ({"heads": 4, "rope_theta": 0}, "rope_theta is 0; it must be a finite number above 0, or None"),
+        ({"heads": 4, "rope_theta": float("inf")}, "rope_theta is inf; it must be a finite number above 0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         FibAttention(32, pattern=PATTERNS["fixed"], **arguments)
+
+
+@pytest.mark.parametrize("shape", [(1, 0, 32), (0, 4, 32), (4, 32)])
+def test_states_that_are_none_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=r"hidden has shape \(.*\); expected \(batch, tokens, hidden size\), none 0"):
+        FibAttention(32, 4, PATTERNS["fixed"])(torch.zeros(shape))
+
+
+def test_a_cache_of_another_pattern_is_refused() -> None:
+    layer = FibAttention(32, 4, PATTERNS["fixed"])
+    layer(torch.zeros(1, 4, 32), cache=AttentionCache(Pattern(3, (5, 8, 13))))
+    with pytest.raises(
+        InputError, match=r"the cache is for Pattern\(window=1, .*, the layer attends to Pattern\(window=3"
+    ):
+        layer(torch.zeros(1, 4, 32), cache=AttentionCache(Pattern(1)))
+    with pytest.raises(InputError, match=r"pattern is 12; expected a fibattn\.Pattern"):
+        AttentionCache(12)  # pyright: ignore

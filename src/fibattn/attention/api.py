@@ -7,6 +7,7 @@ at debug level.
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Literal, TypedDict, Unpack, get_args, overload
 
@@ -127,8 +128,8 @@ def attend_cached(
             many as the sequence has tokens after this call. `reach` is the pattern's, the farthest of several. With
             too few a GPU returns NaN.
         k, v: (batch, new tokens, KV heads, head size).
-        pattern, alpha, scale, backend: as in `attend`. It is for the caller to see that alpha keeps to the pattern's
-            `largest_alpha`: where the ring is too short for one, the CPU refuses it and a GPU returns NaN.
+        pattern, alpha, scale, backend: as in `attend`. Where the ring is too short for an alpha above the pattern's
+            `largest_alpha`, the CPU refuses it; a GPU returns NaN there, and of several tokens anywhere.
         cache_positions: integer (batch or 1, new tokens), how many tokens came before each new one since the
             ring was new; goes up by one. Values are not checked on a GPU, which would stall it.
         positions: integer (batch or 1, new tokens), each new token's position inside its document, for padding
@@ -146,9 +147,13 @@ def attend_cached(
     patterns = check_pattern(pattern, alpha, q, k.shape[2])
     positions = check_positions(q, k, positions, None)
     reach = reach_of(patterns)
-    check_rings(q, k_cache, v_cache, k, cache_positions, reach)
+    if isinstance(patterns, LearnedPattern) and alpha is not None and readable(alpha):
+        reach = replace(patterns, largest_alpha=max(float(alpha), patterns.largest_alpha)).reach
+    check_rings(q, (k_cache, v_cache), k, cache_positions, reach)
     chosen = choose(backend, q)
     if not is_step(chosen, q, k, v, alpha):
+        if isinstance(patterns, LearnedPattern) and alpha is not None and not readable(alpha):
+            alpha = alpha.masked_fill(alpha > patterns.largest_alpha, torch.nan)
         keys, values, limit = _take(k_cache, v_cache, k, v, cache_positions, positions, reach)
         limit = check_positions(q, keys, limit, None)
         return ops.attend(q, keys, values, alpha, limit, scale, patterns, chosen)[0]

@@ -19,6 +19,9 @@ class AttentionCache:
     Args:
         pattern: what the layer attends to, as in `attend`.
 
+    Raises:
+        InputError: (a ValueError) for anything else.
+
     Example:
         ```python
         cache = AttentionCache(pattern)
@@ -27,6 +30,8 @@ class AttentionCache:
     """
 
     def __init__(self, pattern: Pattern | Sequence[Pattern] | LearnedPattern):
+        if not isinstance(pattern, Pattern | LearnedPattern | Sequence):
+            raise InputError(f"pattern is {pattern!r}; expected a fibattn.Pattern, a sequence or a LearnedPattern")
         self.pattern = pattern
         self.length = 0
         """How many tokens the sequence has had."""

@@ -17,6 +17,9 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def under_autocast(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v in the dtype of autocast, or in `dtype`, where it is on, as for PyTorch's attention; float64 stays."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise InputError(f"{name} is a {type(x).__name__}; give a tensor (batch, tokens, heads, head size)")
     device = q.device.type
     # Not `is_autocast_available`, which older versions of the compiler cannot trace.
     if device == "meta" or not torch.is_autocast_enabled(device):
@@ -53,6 +56,8 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> float
             f"q is {tuple(q.shape)}, {tokens} tokens with {heads} heads; the layout is (batch, tokens, heads, head "
             "size), not (batch, heads, tokens, head size) as in scaled_dot_product_attention: call transpose(1, 2)"
         )
+    if isinstance(scale, Tensor | str):
+        raise InputError(f"scale is a {type(scale).__name__}; give a number, which has no gradient, or scale q")
     # Not math.isfinite: under torch.compile(dynamic=True) a number is a symbol, and only a comparison can be traced.
     if scale is not None and not -math.inf < scale < math.inf:
         raise InputError(f"scale is {scale}; it must be finite, or None for head size ** -0.5")
@@ -105,19 +110,24 @@ def check_positions(q: Tensor, k: Tensor, positions: Tensor | None, cu_seqlens: 
                 f"cu_seqlens needs a batch of one with as many keys as queries, not {q.shape[0]} × {q.shape[1]} "
                 f"queries and {k.shape[1]} keys; pack the documents into one row, or give positions"
             )
+        _check_tensor(q, "cu_seqlens", cu_seqlens)
         if cu_seqlens.device != q.device:
             raise InputError(f"cu_seqlens is on {cu_seqlens.device}; expected integers on {q.device}")
         return packed_positions(cu_seqlens, q.shape[1])
     if positions is None:
         return None
-    if not isinstance(positions, Tensor):
-        raise InputError(f"positions are a {type(positions).__name__}; give a tensor of integers on {q.device}")
     _check_integers(q, "positions", positions, "a position inside a document is 0 or more")
     return positions.clamp(max=torch.iinfo(torch.int32).max).to(torch.int32)
 
 
+def _check_tensor(q: Tensor, name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise InputError(f"{name} are a {type(x).__name__}; give a tensor of integers on {q.device}")
+
+
 def _check_integers(q: Tensor, name: str, x: Tensor, least: str) -> None:
     """One number of 0 or more for each query token, of each row of the batch or for all alike."""
+    _check_tensor(q, name, x)
     if x.dtype not in (torch.int32, torch.int64) or x.device != q.device:
         raise InputError(f"{name} are {x.dtype} on {x.device}; expected integers on {q.device}")
     if x.ndim != 2 or x.shape[0] not in (1, q.shape[0]) or x.shape[1] != q.shape[1]:
@@ -126,9 +136,10 @@ def _check_integers(q: Tensor, name: str, x: Tensor, least: str) -> None:
         raise InputError(f"{name} go down to {int(x.min())}; {least}")
 
 
-def check_rings(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor, cache_positions: Tensor, reach: int) -> None:
-    """The rings of a call and the places of its tokens in them."""
-    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+def check_rings(q: Tensor, rings: Sequence[Tensor], k: Tensor, cache_positions: Tensor, reach: int) -> None:
+    """The rings of a call, of keys, values and perhaps far keys, and the places of its tokens in them."""
+    k_cache = rings[0]
+    for name, x in zip(("k_cache", "v_cache", "far_cache"), rings, strict=False):
         if x.ndim != 4 or (x.shape[0], *x.shape[2:]) != (k.shape[0], *k.shape[2:]):
             raise InputError(
                 f"{name} has shape {tuple(x.shape)}; for keys of shape {tuple(k.shape)} expected "

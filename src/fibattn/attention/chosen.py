@@ -113,14 +113,22 @@ def attend_chosen_cached(
     Args:
         q, k, v, far, trust, scale: as in `attend_chosen`.
         rings: of k, v and, where `far` is given, the far keys, (batch, rows, KV heads, head size) each; at least
-            `reach + 1` rows, or as many as the sequence has tokens after this call.
+            `reach + 1` rows, or as many as the sequence has tokens after this call. Under autocast the others are cast
+            to their dtype.
         cache_positions, positions: as in `attend_cached`.
+
+    Raises:
+        InputError: (a ValueError) as in `attend_chosen` and `attend_cached`, and for another number of rings.
     """
+    wanted = 2 if far is None else 3
+    if len(rings) != wanted:
+        raise InputError(f"there are {len(rings)} rings; give {wanted}: of keys, of values, and with far of far keys")
+    q, k, v = under_autocast(q, k, v, rings[0].dtype)
+    far_q, far_k, _ = (q, k, v) if far is None else under_autocast(*far, v, rings[0].dtype)
     scale = check_tensors(q, k, v, scale)
-    far_q, far_k = (q, k) if far is None else far
     _check_far(q, k, far_q, far_k, trust)
     positions = check_positions(q, k, positions, None)
-    check_rings(q, rings[0], rings[1], k, cache_positions, pattern.reach)
+    check_rings(q, rings, k, cache_positions, pattern.reach)
     if choose("auto", q) == "triton" and is_step("triton", q, k, v, far_q, far_k, trust):
         own_far = (None, None, None) if far is None else (rings[2], far_q, far_k)
         given = (q, rings[0], rings[1], own_far[0], k, v, *own_far[1:], trust, cache_positions, positions)

@@ -55,10 +55,11 @@ def padded_positions(mask: Tensor, tokens: int | None = None) -> Tensor:
         tokens: how many positions are asked for, those of the last tokens; all when None.
 
     Raises:
-        InputError: for a mask that has not two dimensions.
+        InputError: for a mask that has not two dimensions, or fewer tokens than are asked for, or none.
     """
-    if mask.ndim != 2:
-        raise InputError(f"the mask has shape {tuple(mask.shape)}; expected (batch, tokens), 0 for padding")
+    if mask.ndim != 2 or mask.shape[1] < (1 if tokens is None else tokens):
+        asked = "(batch, tokens)" if tokens is None else f"(batch, {tokens} tokens or more)"
+        raise InputError(f"the mask has shape {tuple(mask.shape)}; expected {asked}, 0 for padding")
     first = 0 if tokens is None else mask.shape[1] - tokens
     index = torch.arange(first, mask.shape[1], device=mask.device, dtype=torch.int32)
     padding = (mask != 0).to(torch.int32).argmax(dim=1, keepdim=True)

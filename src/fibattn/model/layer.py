@@ -1,5 +1,6 @@
 """Attention as a layer of any PyTorch model: projections, rotary positions, the operator, a cache."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -75,6 +76,8 @@ class FibAttention(LearnedScale):
             raise InputError(
                 f"the head size is {self.head_size}; rotary positions need an even one, or rope_theta=None"
             )
+        if rope_theta is not None and not 0 < rope_theta < math.inf:
+            raise InputError(f"rope_theta is {rope_theta}; it must be a finite number above 0, or None")
         self.q_proj = nn.Linear(hidden_size, heads * self.head_size, bias=False)
         self.k_proj = nn.Linear(hidden_size, kv_heads * self.head_size, bias=False)
         self.v_proj = nn.Linear(hidden_size, kv_heads * self.head_size, bias=False)
@@ -90,6 +93,12 @@ class FibAttention(LearnedScale):
         Raises:
             InputError: (a ValueError) as `attend` and `attend_cached`.
         """
+        if hidden.ndim != 3 or 0 in hidden.shape:
+            raise InputError(f"hidden has shape {tuple(hidden.shape)}; expected (batch, tokens, hidden size), none 0")
+        if cache is not None and cache.pattern != self.pattern:
+            raise InputError(
+                f"the cache is for {cache.pattern}, the layer attends to {self.pattern}; make it with that"
+            )
         shape = (*hidden.shape[:2], -1, self.head_size)
         q, k, v = (project(hidden).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.rope_theta is not None:
