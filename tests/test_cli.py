@@ -211,7 +211,12 @@ def test_evaluation_that_cannot_be(
 
 
 def test_model_that_is_none(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "holds no model (config.json is missing)" in says(capsys, "eval", tmp_path, "--data", prepared)
+    for name in ("checkpoint-2", "checkpoint-3"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-3" / "config.json").touch()
+    line = says(capsys, "eval", tmp_path, "--data", prepared)
+    assert "holds no model (config.json is missing)" in line
+    assert line.endswith(f"a finished run, or a checkpoint of this one, such as {tmp_path / 'checkpoint-3'}")
 
 
 def test_disk_that_is_full_is_said_in_one_line(prepared: Path, forked: Server, tmp_path: Path) -> None:

@@ -131,6 +131,17 @@ def test_a_pad_token_among_text_is_text_also_to_an_assistant() -> None:
     assert torch.equal(on, right)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_an_assistant_goes_on_after_a_pad_token_at_the_end(seed: int) -> None:
+    shape: dict[str, Any] = {"vocab_size": 12, "eos_token_id": None, "pad_token_id": 3, "bos_token_id": 1}
+    torch.manual_seed(seed)
+    made, assistant = (FibAttnForCausalLM(config(initializer_range=0.4, **shape)).eval() for _ in range(2))
+    ids = torch.randint(4, 12, (1, 15))
+    how: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    right = made.generate(ids, **how)
+    assert torch.equal(made.generate(ids, **how, assistant_model=assistant), right)
+
+
 def test_padding_that_generate_finds_by_itself_is_still_padding() -> None:
     made, ids = model("mixture"), tokens(1, 12)
     ids[0, :3] = 0

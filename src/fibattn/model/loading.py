@@ -31,7 +31,11 @@ def find_model(path: Path) -> Path:
                 verify(folder)
             return folder
     checkpoint = next(
-        (f", or a checkpoint of this one, such as {one}" for one in sorted(path.glob("checkpoint-*"))), ""
+        (
+            f", or a checkpoint of this one, such as {one.parent}"
+            for one in sorted(path.glob("checkpoint-*/config.json"))
+        ),
+        "",
     )
     raise InputError(
         f"{path} holds no model (config.json is missing); give a model folder or a finished run{checkpoint}"

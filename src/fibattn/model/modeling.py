@@ -42,7 +42,6 @@ class FibAttnPreTrainedModel(FoundByShim, PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["FibAttnDecoderLayer"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = {"theta"}  # noqa: RUF012
     _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -50,6 +49,11 @@ class FibAttnPreTrainedModel(FoundByShim, PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": FibAttnDecoderLayer}  # noqa: RUF012
+
+    def __init__(self, config: FibAttnConfig):
+        super().__init__(config)
+        if any(map(config.learns_alpha, range(config.num_hidden_layers))):
+            self._keep_in_fp32_modules_strict = {"theta"}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -261,9 +265,15 @@ class FibAttnForCausalLM(FibAttnPreTrainedModel, GenerationMixin):
         return FibAttnModel.prepare_masks(config, inputs_embeds, attention_mask, position_ids, cache)
 
     def _prepare_attention_mask_for_generation(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As in Transformers, but a pad token between others is text: an assistant goes on with what it wrote."""
+        """As in Transformers, but a pad token among others is text, as is one at the end of what goes on from a cache:
+        an assistant goes on with what it wrote."""
         made = super()._prepare_attention_mask_for_generation(*args, **kwargs)
-        return ((made.cumsum(1) > 0) & (made.flip(1).cumsum(1).flip(1) > 0)).to(made.dtype)
+        given = args[2] if len(args) > 2 else kwargs["model_kwargs"]
+        cache = only_cache(given.get("cache"), given.get("past_key_values"))
+        begun = made.cumsum(1) > 0
+        if cache is None or not cache.get_seq_length():
+            begun &= made.flip(1).cumsum(1).flip(1) > 0
+        return begun.to(made.dtype)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> ContinuousBatchingManager:
         """As in Transformers, but for what `FibAttnConfig.check_engine` refuses."""
