@@ -124,7 +124,9 @@ def test_a_damaged_line_of_metrics_does_not_stop_a_run(recipe: Recipe) -> None:
     for lost in ("model", "checkpoint-6"):
         shutil.rmtree(recipe.out / lost)
     path = recipe.out / "metrics.jsonl"
-    path.write_text("{half\n" + path.read_text())
+    damage = b'{half\n\xff\xfe\n{"step": "a"}\n{"step": null}\n[]\n'
+    path.write_bytes(damage + path.read_bytes() + b"\x80\n")
+    (recipe.out / "checkpoint-6").touch()  # nor a file where a checkpoint is to be
     train(replace(recipe, steps=6))
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
 

@@ -26,8 +26,9 @@ def publish(run: Path, step: int, keep: int) -> Path:
     for name in ("recipe.json", "inputs.json"):
         shutil.copyfile(run / name, staged / name)
     seal(staged)
-    if final.exists():
+    if final.is_dir():
         shutil.rmtree(final)
+    final.unlink(missing_ok=True)
     staged.replace(final)
     _sync_folder(run)
     shutil.rmtree(run / STAGING)
@@ -63,7 +64,8 @@ def step_of(checkpoint: Path) -> int:
 
 
 def _all(run: Path) -> list[Path]:
-    folders = [path for path in run.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
+    named = (path for path in run.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit())
+    folders = [path for path in named if path.is_dir()]
     return sorted(folders, key=step_of)
 
 

@@ -86,13 +86,13 @@ class MetricsFile(TrainerCallback):
 def _cut(path: Path, step: int) -> None:
     """Drop the lines of a JSON Lines file after `step`, and what is no whole line."""
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         files.write_text(path, "".join(line for line in lines if line.endswith("\n") and _step(line) <= step))
 
 
 def _step(line: str) -> float:
     """The step of a line of metrics; of one that cannot be read, none that there is."""
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
