@@ -42,7 +42,6 @@ _TURNS: dict[str, tuple[str, dict[str, Any]]] = {
     "warmup-30": ("30 steps of warm-up for 300", {"warmup_steps": 30}),
     "decay-3": ("a weight decay of 0.3 for 0.1 with Muon", {"muon_weight_decay": 0.3}),
     "decay-7": ("a weight decay of 0.7 with Muon", {"muon_weight_decay": 0.7}),
-    "cautious-7": ("that, where the update agrees", {"muon_weight_decay": 0.7, "cautious_decay": True}),
     "beta1-8": ("AdamW's mean over 5 steps for 10 (beta1 0.8)", {"beta1": 0.8}),
     "beta2-98": ("AdamW's second mean over 50 steps for 20 (beta2 0.98)", {"beta2": 0.98}),
     "muon-16": ("Muon at 1.6e-2", {"muon_learning_rate": 1.6e-2}),

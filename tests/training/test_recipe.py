@@ -85,12 +85,6 @@ def test_what_a_file_leaves_out_has_its_default(tmp_path: Path) -> None:
         ),
         ('{"model": {"max_offset": "all"}}', r"max_offset is 'all'; expected a whole number .*, sequence or null"),
         ('{"model": {"no_rope_layers": [1, true]}}', r"no_rope_layers is True; expected one of 0, 1"),
-        ('{"length": 1024}', r"mine.json has the earlier name 'length'; it is now sequence_length"),
-        (
-            '{"model": {"attention": "full"}}',
-            r"mine.json: model has the earlier name 'attention'; it is now layer_types",
-        ),
-        ('{"optimizer": {"peak_rate": 1}}', r"optimizer has the earlier name 'peak_rate'; it is now learning_rate"),
         ('{"model": 3}', r"mine.json: model is 3; expected an object"),
         ("[]", r"mine.json is \[\]; expected an object"),
         ('{"steps": 5', r"mine.json is not valid JSON"),

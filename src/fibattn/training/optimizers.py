@@ -47,7 +47,6 @@ def build_optimizer(model: nn.Module, chosen: OptimizerRecipe) -> torch.optim.Op
         return torch.optim.AdamW(groups)
     decay = chosen.weight_decay if chosen.muon_weight_decay is None else chosen.muon_weight_decay
     muon = {"lr": chosen.muon_learning_rate, "momentum": chosen.muon_momentum, "weight_decay": decay}
-    muon |= {"cautious": chosen.cautious_decay}
     matrices = [one for name, one in trained if is_matrix[name]]
     return MuonAndAdamW(groups, [{**muon, "params": matrices}])
 
@@ -62,8 +61,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
     Args:
         adamw: groups of `torch.optim.AdamW`.
-        muon: groups of matrices with `lr`, `momentum` (Nesterov's), `weight_decay` and `cautious`, which lets the decay
-            act only where the update has the sign of the weight (arXiv 2510.12402). The rate is scaled by
+        muon: groups of matrices with `lr`, `momentum` (Nesterov's) and `weight_decay`. The rate is scaled by
             `0.2 * sqrt(max(rows, columns))`, so that an update is as large as AdamW's (arXiv 2502.16982, section 2.2).
     """
 
@@ -104,11 +102,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
             ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # pyright: ignore
             updates = _orthogonalized(ahead, matrices[0])
             rate = 0.2 * math.sqrt(max(shape)) * group["lr"]
-            decay = group["lr"] * group["weight_decay"]
-            kept: Any = 1 - decay
-            if group.get("cautious"):  # groups of checkpoints from before have no such key
-                kept = [1 - decay * (update * one > 0) for one, update in zip(weights, updates, strict=True)]
-            torch._foreach_mul_(weights, kept)  # pyright: ignore
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])  # pyright: ignore
             for weight, update in zip(weights, updates, strict=True):
                 weight.add_(update, alpha=-rate)
 

@@ -122,8 +122,6 @@ class OptimizerRecipe:
     """How slowly Muon's mean of the gradients follows."""
     muon_weight_decay: float | None = None
     """On the matrices that Muon trains; None: weight_decay."""
-    cautious_decay: bool = False
-    """Let it act only on those of their weights that the step brings nearer to 0 anyway (arXiv 2510.12402)."""
     decay: Literal["cosine", "linear"] = "cosine"
     """How the rate falls."""
     decay_fraction: float = 1.0

@@ -36,28 +36,12 @@ def to_json(recipe: Any) -> Any:
     return str(recipe) if isinstance(recipe, Path) else recipe
 
 
-_RENAMED = {
-    "length": "sequence_length",
-    "windows_per_step": "sequences_per_step",
-    "peak_rate": "learning_rate",
-    "clip_norm": "max_grad_norm",
-    "attention": 'layer_types, such as ["full_attention"] for all layers alike',
-    "full_layers": "layer_types, a type for each layer",
-    "full_layers_rope": "no_rope_layers, for each layer 1 with RoPE or 0 without",
-    "clip_offsets": 'max_offset, "sequence" for true and null for false',
-    "bound_full_layers": 'full_reach, "sequence" for true and null for false',
-}
-"""What became of the names that recipes had in earlier versions."""
-
-
 def _from_json(kind: type, value: Any, where: str) -> Any:
     """Build the dataclass `kind` from JSON, checking every key and value; `where` names the place in messages."""
     if not isinstance(value, dict):
         raise InputError(f"{where} is {_shown(value)}; expected an object with keys")
     hints = get_type_hints(kind)
     for key in value:
-        if key in _RENAMED and key not in hints:
-            raise InputError(f"{where} has the earlier name {key!r}; it is now {_RENAMED[key]}")
         if key not in hints:
             raise InputError(f"{where} has an unknown key {key!r}: {suggestion(key, hints, 'keys')}")
     return kind(**{key: _value(hints[key], one, f"{where}: {key}") for key, one in value.items()})
