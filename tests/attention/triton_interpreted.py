@@ -13,7 +13,7 @@ import triton.runtime.interpreter as interpreter
 from paged_requests import MIX, STEPS, requests
 from triton.language.core import is_builtin
 
-from fibattn.attention import attend, attend_cached, attend_chosen, attend_chosen_cached
+from fibattn.attention import api, attend, attend_cached, attend_chosen, attend_chosen_cached
 from fibattn.attention.paged import Batch, attend_paged, store_paged
 from fibattn.errors import InputError
 from fibattn.pattern import ChosenPattern, LearnedPattern, Pattern
@@ -277,13 +277,18 @@ def test_decode_with_a_learned_alpha(alpha, window):
     decode_agrees(call, tensors(2, 9, 9, 4, 2, 16), pattern.reach + 1, FIRST + 30, positions=torch.tensor([[-2], [5]]))
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_an_alpha_that_reaches_beyond_the_ring_gives_no_plausible_numbers(monkeypatch, tokens):
+    monkeypatch.setattr(api, "readable", lambda _: False)  # as on a GPU
+    q, k, v = tensors(2, tokens, tokens, 4, 2, 16)
+    pattern, at = LearnedPattern(3, RUNGS, largest_alpha=0.6), FIRST + 60 + torch.arange(tokens)
+    how = {"alpha": torch.tensor(1.4), "cache_positions": at, "backend": "triton"}
+    assert attend_cached(q, *torch.randn(2, 2, 22, 2, 16), k, v, pattern, **how).isnan().all()
+
+
 def test_decode_beyond_the_ring_gives_no_plausible_numbers():
     q, k, v = tensors(2, 1, 1, 4, 2, 16)
     rings = torch.randn(2, 2, 22, 2, 16)
-    pattern = LearnedPattern(3, RUNGS, largest_alpha=0.6)
-    assert pattern.reach == 21
-    how = {"alpha": torch.tensor(1.4), "cache_positions": FIRST + 60, "backend": "triton"}
-    assert attend_cached(q, *rings, k, v, pattern, **how).isnan().all()
     # Where positions can be read, as here, too few rows are refused; the kernel alone shows what a GPU does.
     step = (q, *rings, k, v, FIRST, None, None, 0.25, 3, [7, 22], [2], 99, True)
     assert torch.ops.fibattn.attend_step(*step).isnan().flatten(1).all(1).tolist() == [False, True]
