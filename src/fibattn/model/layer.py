@@ -96,9 +96,7 @@ class FibAttention(LearnedScale):
         if hidden.ndim != 3 or 0 in hidden.shape:
             raise InputError(f"hidden has shape {tuple(hidden.shape)}; expected (batch, tokens, hidden size), none 0")
         if cache is not None and cache.pattern != self.pattern:
-            raise InputError(
-                f"the cache is for {cache.pattern}, the layer attends to {self.pattern}; make it with that"
-            )
+            raise InputError(f"the cache is for {cache.pattern}, the layer has {self.pattern}; give it one for that")
         shape = (*hidden.shape[:2], -1, self.head_size)
         q, k, v = (project(hidden).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.rope_theta is not None:
