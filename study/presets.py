@@ -210,7 +210,10 @@ def _rivals(of: Rivals, about: str) -> Study:
 
 
 def _long() -> tuple[Run, ...]:
-    """At the rates of the training, then at lower ones, dense attention also for no longer than the default recipe."""
+    """At the rates of the training, then at lower ones, dense attention also for no longer than the default recipe.
+
+    `more` stages are their control: as many tokens at the lower rates, in sequences as before.
+    """
     stage, alone = Lengthening(8, share=0.2, sequences=16), ("blocks-w31-none", "window-w127-none")
     full = {
         name: Run(name, DEFAULTS.models[name], bounds=bounds(DEFAULTS.models[name]), lengthening=stage)
@@ -222,6 +225,8 @@ def _long() -> tuple[Run, ...]:
     ]
     short = replace(stage, rate=0.25, share=EQUAL_TIME * stage.share)
     gentle.append(replace(full["dense"], name="dense-short", lengthening=short))
+    more = Lengthening(1, share=stage.share, rate=0.25)
+    gentle += [replace(full[name], name=f"{name}-more0.25", lengthening=more) for name in ("dense", DEFAULTS.ours)]
     return (*full.values(), *gentle, *(run.repeated(SEEDS[1]) for run in gentle))
 
 

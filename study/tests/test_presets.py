@@ -128,6 +128,9 @@ def test_a_stage_of_its_own_rate_makes_another_run_of_the_same_model() -> None:
     assert rates == [8e-3, 2e-3, 2e-3]
     ours = stages["window-w127-two-stage0.25"]
     assert stages["dense-short"].tokens / ours.tokens == pytest.approx(446 / 767, abs=0.01)
+    more = stages["window-w127-two-more0.25"]
+    assert (more.sequence_length, more.sequences_per_step, more.optimizer.learning_rate) == (1024, 32, 1.5e-3)
+    assert more.tokens == pytest.approx(ours.tokens, rel=0.01)
     assert stages["blocks-w31-none-stage0.25-seed43"].model.block_reach == 1023  # as many keys are read as before
 
 
