@@ -52,6 +52,7 @@ def test_weights_are_made_to_sum_to_one():
         ({"weights": {"books": 1, "docs": 0}}, "the weight of 'docs' is 0; expected a number above 0"),
         ({"validation": {"dogs": DOCS}}, "a held-out set is given for 'dogs'.*did you mean 'docs'"),
         ({"tokens": 0}, "tokens is 0; expected 1 or more"),
+        ({"shard_tokens": 2 * 10**9}, "shard_tokens is 2000000000; expected at most 1,000,000,000"),
         ({"seed": 2**63}, "seed is 9223372036854775808; expected a number that fits into 64 bits"),
         ({"held_out": 1.0}, "held_out is 1.0; expected a share from 0 to below 1"),
     ],

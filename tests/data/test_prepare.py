@@ -220,6 +220,24 @@ def test_rows_with_one_key_are_held_out_together_and_duplicates_never_leak(tmp_p
     assert not set(documents(data, "m", "train")) & set(documents(data, "m", "val"))
 
 
+def test_no_row_is_trained_on_whose_key_the_held_out_set_has(tmp_path):
+    def rows(problems, solution):
+        return [{"problem": f"problem {i}", "text": f"{solution} of {i} " + "word " * 20} for i in problems]
+
+    kinds = {"a": rows(range(30), "first") + rows(range(30), "second"), "b": rows(range(30), "third")}
+    sources, validation = [], Source("a", (tmp_path / "val.jsonl",), text=("problem", "text"), key="problem")
+    for name, made in {**kinds, "val": rows(range(5), "fourth")}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+        if name != "val":
+            sources.append(Source(name, (tmp_path / f"{name}.jsonl",), text=("problem", "text"), key="problem"))
+    for _ in "made", "left":
+        data = make(tmp_path / "out", sources, validation={"a": validation}, held_out=0.0)
+        trained = [text.split("\n")[0] for text in documents(data, "a", "train")]
+        assert sorted(trained) == sorted(f"problem {i}" for i in range(5, 30) for _ in "ab")
+        assert len(list(documents(data, "b", "train"))) == 30  # another source's keys are its own
+        assert len(list(documents(data, "a", "val"))) == 5
+
+
 def test_few_documents_still_give_a_held_out_one(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.txt").write_text(f"document {i} " * 50)
@@ -303,6 +321,8 @@ def test_a_tokenizer_made_again_knows_no_more_of_what_is_held_out(tmp_path):
 def test_a_share_of_no_tokens_is_told_from_too_much_held_out(sources, tmp_path):
     with pytest.raises(InputError, match=r"the share of source 'docs' in 1,000 tokens rounds to 0; raise --tokens"):
         make(tmp_path / "data", sources, weights={"books": 1.0, "docs": 1e-9}, tokens=1000)
+    with pytest.raises(InputError, match=r"the share of source 'docs' rounds to 0; raise its weight, or leave it out"):
+        make(tmp_path / "all", sources, weights={"books": 1.0, "docs": 1e-9})
 
 
 @pytest.mark.parametrize("size", [10, 10**9])

@@ -54,6 +54,18 @@ def test_losses_are_those_of_the_converted_model(architecture: str) -> None:
     assert by_hand(model, ids) == dense
 
 
+@torch.no_grad()
+def test_layers_that_are_kept_with_a_bound_are_measured_with_it() -> None:
+    model, ids = foreign_decoders.model(), text()
+    free, bounded = (search(model, PATTERN, ids, 1, full_reach) for full_reach in (None, 5))
+    assert [free[what] == pytest.approx(bounded[what]) for what in ("dense", "none", "alone")] == [True] * 3
+    for what in (bounded["search"][0], bounded["evenly"]):
+        kept = what["layers"] if "layers" in what else [what["layer"]]
+        converted = fibattn.convert(foreign_decoders.model(), **PATTERN, keep_layers=kept, full_reach=5)
+        assert what["loss"] == pytest.approx(by_hand(converted, ids), rel=1e-5)
+    assert bounded["evenly"]["loss"] != pytest.approx(free["evenly"]["loss"], rel=1e-5)
+
+
 def test_the_search_takes_the_best_layer_each_time() -> None:
     model, ids = foreign_decoders.model(), text()
     found = search(model, PATTERN, ids, 2)
@@ -143,6 +155,14 @@ def test_of_several_files_as_much_is_read(prepared: Path, tmp_path: Path) -> Non
     tokenizer, lines = load_tokenizer(prepared / "tokenizer"), {"a": 30, "b": 3, "c": 30}
     for letter, count in lines.items():
         (tmp_path / f"{letter}.jsonl").write_text(count * (json.dumps({"text": letter}) + "\n"))
-    found = sequences([tmp_path / f"{letter}.jsonl" for letter in lines], tokenizer, 1, 42)
-    read = [tokenizer.decode(found[index]["input_ids"]) for index in range(len(found))]  # a letter and a separator each
-    assert {letter: read.count(letter) for letter in lines} == {"a": 9, "b": 3, "c": 9}
+    ids = read_tokens([tmp_path / f"{letter}.jsonl" for letter in lines], tokenizer, 42).sequence(0, 42)
+    read = [tokenizer.decode([one]) for one in ids]  # of a document a letter and a separator
+    assert len(ids) == 42
+    assert [read.count(letter) for letter in lines] == [9, 3, 9]
+    for letter in lines:  # a file of plain text is one document
+        (tmp_path / f"{letter}.txt").write_text(lines[letter] * 100 * f"{letter} ")
+    text = read_tokens([tmp_path / f"{letter}.txt" for letter in lines], tokenizer, 3000).sequence(0, 3000)
+    letters = tokenizer.decode(text, skip_special_tokens=True)
+    counts = [letters.count(letter) for letter in lines]
+    assert counts[1] == 300
+    assert counts[0] == pytest.approx(counts[2], rel=0.1)

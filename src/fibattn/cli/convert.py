@@ -78,8 +78,8 @@ def run(arguments: list[str]) -> None:
     pattern = {name: getattr(chosen, name) for name in names}
     beyond = farthest if chosen.blocks is None else None  # blocks have a reach of their own
     pattern["max_offset"] = beyond if chosen.max_offset == "sequence" else chosen.max_offset
-    kept, placement = _kept(chosen, model, tokenizer, pattern)
     full_reach = farthest if chosen.full_reach == "sequence" else chosen.full_reach
+    kept, placement = _kept(chosen, model, tokenizer, pattern, full_reach)
     convert(model, **pattern, keep_layers=kept, full_reach=full_reach)
     write_folder(chosen.out, model, tokenizer, source=chosen.model, placement=placement)
     print(f"{chosen.out} holds the converted model; try it: {shlex.join(['fibattn', 'sample', str(chosen.out)])} …")
@@ -104,13 +104,13 @@ def _check(chosen: Arguments) -> None:
 
 
 def _kept(
-    chosen: Arguments, model: Any, tokenizer: Any, pattern: dict[str, Any]
+    chosen: Arguments, model: Any, tokenizer: Any, pattern: dict[str, Any], full_reach: int | None
 ) -> tuple[list[int], dict[str, Any] | None]:
     """The layers that keep their own attention, and what was found where they are measured."""
     depth = model.base_model.config.num_hidden_layers
     how, _, number = chosen.keep.partition(":")
     if how == "auto" and number.isdecimal():
-        found = _measured(chosen, model, tokenizer, pattern, int(number))
+        found = _measured(chosen, model, tokenizer, pattern, full_reach, int(number))
         return sorted(step["layer"] for step in found["search"]), found
     if how == "every" and number.isdecimal() and 0 < int(number) <= depth:
         return list(range(int(number) - 1, depth, int(number))), None
@@ -120,7 +120,9 @@ def _kept(
     return [int(one) for one in numbers], None
 
 
-def _measured(chosen: Arguments, model: Any, tokenizer: Any, pattern: dict[str, Any], count: int) -> dict[str, Any]:
+def _measured(
+    chosen: Arguments, model: Any, tokenizer: Any, pattern: dict[str, Any], full_reach: int | None, count: int
+) -> dict[str, Any]:
     """What the search for `count` layers finds; shown as a table."""
     import torch
     from rich.console import Console
@@ -139,6 +141,6 @@ def _measured(chosen: Arguments, model: Any, tokenizer: Any, pattern: dict[str, 
             "give a smaller window or a longer --sequence-length"
         )
     text = held_out_sequences(read_tokens(chosen.text, tokenizer, chosen.tokens + 1), length, chosen.tokens)
-    found = search(model.to("cuda" if torch.cuda.is_available() else "cpu"), pattern, text, count)
+    found = search(model.to("cuda" if torch.cuda.is_available() else "cpu"), pattern, text, count, full_reach)
     Console().print(Markdown(measured(found)))
     return {**found, "text": [str(path) for path in chosen.text]}

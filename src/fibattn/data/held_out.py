@@ -30,33 +30,35 @@ def key_hash(key: str, seed: int) -> int:
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over a source finds: how much it holds, its fingerprint, and the hashes of its texts."""
+    """What one pass over a source finds: how much it holds, its fingerprint, and the hashes of its texts and keys."""
 
     documents: int
     bytes: int
     sha256: str
     lowest_key: int
     highest_key: int
-    texts: array  # of uint64, one for each document
+    texts: array  # of uint64: one for each document, and one for its key where that is another
 
 
 def survey(label: str, source: Source, seed: int, *, quiet: bool = False) -> Survey:
     """Read a source once, so that whatever is wrong with its files is reported before any long work begins."""
     digest, texts = hashlib.sha256(), array("Q")
-    size, lowest, highest = 0, SPAN, -1
+    count, size, lowest, highest = 0, 0, SPAN, -1
     with Meter(f"read {label}", None, "B", quiet=quiet) as meter:
         for key, text in source.documents():
             data = text.encode()
             digest.update(len(data).to_bytes(8, "little") + data)
             if key != text:
                 digest.update(key.encode())
+                texts.append(_own_key(source, key))
             place = key_hash(key, seed)
             lowest, highest, size = min(lowest, place), max(highest, place), size + len(data)
             texts.append(text_hash(text))
+            count += 1
             meter.update(len(data))
     if not texts:
         raise InputError(f"source {source.name!r} ({source}) holds no text; expected at least one document")
-    return Survey(len(texts), size, digest.hexdigest(), lowest, highest, texts)
+    return Survey(count, size, digest.hexdigest(), lowest, highest, texts)
 
 
 def threshold(name: str, share: float, found: Survey | None) -> int:
@@ -76,7 +78,16 @@ def threshold(name: str, share: float, found: Survey | None) -> int:
 
 
 def training_documents(source: Source, seed: int, limit: int, excluded: Container[int]) -> Iterator[str]:
-    """The texts of a source that are neither below the threshold nor held out under another key or source."""
+    """The texts of a source that are neither below the threshold nor held out under another key or source.
+
+    Nor those whose key the source's own held-out set has.
+    """
     for key, text in source.documents():
-        if key_hash(key, seed) >= limit and text_hash(text) not in excluded:
+        below = key_hash(key, seed) < limit or text_hash(text) in excluded
+        if not (below or (key != text and _own_key(source, key) in excluded)):
             yield text
+
+
+def _own_key(source: Source, key: str) -> int:
+    """64 bits that stand for a key of this source, and for no text or other source's key."""
+    return text_hash(f"{source.name}\0{key}")

@@ -8,6 +8,9 @@ from fibattn.data.sources import Source
 from fibattn.data.tokenizer import check_vocab_size
 from fibattn.errors import InputError, suggestion
 
+_LARGEST_SHARD = 10**9
+"""Tokens: a file holds 2**31, and its last document is to end in it."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -48,6 +51,8 @@ class Plan:
         for name in ("tokens", "held_out_tokens", "shard_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name} is {value}; expected 1 or more")
+        if self.shard_tokens > _LARGEST_SHARD:
+            raise InputError(f"shard_tokens is {self.shard_tokens}; expected at most {_LARGEST_SHARD:,}")
         if not -(2**63) <= self.seed < 2**63:
             raise InputError(f"seed is {self.seed}; expected a number that fits into 64 bits")
         if not 0 <= self.held_out < 1:

@@ -242,10 +242,10 @@ class _Preparation:
     def _check_enough(self, source: Source, limit: int | None) -> None:
         have = self.record.tokens(f"{source.name}/train")
         if limit == 0:
-            raise InputError(
-                f"the share of source {source.name!r} in {self.plan.tokens:,} tokens rounds to 0; raise --tokens or "
-                "its weight, or leave it out"
-            )
+            of, change = "", "its weight"
+            if self.plan.tokens is not None:
+                of, change = f" in {self.plan.tokens:,} tokens", "--tokens or its weight"
+            raise InputError(f"the share of source {source.name!r}{of} rounds to 0; raise {change}, or leave it out")
         if have == 0:
             raise InputError(f"source {source.name!r} has no document left to train on: all of them are held out too")
         if limit is not None and have < limit:

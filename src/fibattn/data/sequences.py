@@ -1,6 +1,7 @@
 """Sequences of a token stream as a PyTorch data set."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,24 +63,32 @@ def document_beginnings(stream: TokenStream, length: int, limit_tokens: int) -> 
 def read_tokens(paths: Iterable[Path], tokenizer: "PreTrainedTokenizerFast", most: int) -> TokensInMemory:
     """The first tokens of some text files, `most` in all, of each as many as of the others as far as it has them.
 
-    Files are as `fibattn prepare` takes them; each document is behind a separator.
+    They come file by file. Files are as `fibattn prepare` takes them; each document is behind a separator.
 
     Raises:
         InputError: for a file of an unknown kind, and one that cannot be read.
     """
-    files, found = {}, [np.zeros(0, np.uint32)]
+    files: dict[Path, Iterator[np.ndarray]] = {}
     for path in paths:
         if kind(path) is None:
             raise InputError(f"{path} is no text that can be read; give .txt, .md, .jsonl or .parquet files")
         texts = (text for _, text in read_file(path, ("text",), None))
-        files[path] = encode(tokenizer, texts, separator(tokenizer), np.dtype(np.uint32))
+        files[path] = _pieces(encode(tokenizer, texts, separator(tokenizer), np.dtype(np.uint32)))
+    found: dict[Path, list[np.ndarray]] = {path: [np.zeros(0, np.uint32)] for path in files}
     counts = dict.fromkeys(files, 0)
-    while files and sum(counts.values()) < most:
+    while files and (left := most - sum(counts.values())) > 0:
         path = min(files, key=lambda one: counts[one])
-        ids = next(files[path], None)
-        if ids is None:
+        piece = next(files[path], None)
+        if piece is None:
             del files[path]
         else:
-            found.append(ids if ids.ndim == 1 else ids[0])
-            counts[path] += len(found[-1])
-    return TokensInMemory(np.concatenate(found)[:most])
+            found[path].append(piece[:left])
+            counts[path] += len(found[path][-1])
+    return TokensInMemory(np.concatenate([np.zeros(0, np.uint32), *chain.from_iterable(found.values())]))
+
+
+def _pieces(documents: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The ids of documents, few at a time: a file may be a single one."""
+    for ids in documents:
+        ids = ids if ids.ndim == 1 else ids[0]
+        yield from (ids[first : first + 256] for first in range(0, len(ids), 256))

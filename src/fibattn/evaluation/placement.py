@@ -17,14 +17,17 @@ from fibattn.model.conversion import convert, restore
 from fibattn.progress import Meter
 
 
-def search(model: Any, pattern: dict[str, Any], text: TrainingSequences, count: int) -> dict[str, Any]:
+def search(
+    model: Any, pattern: dict[str, Any], text: TrainingSequences, count: int, full_reach: int | None = None
+) -> dict[str, Any]:
     """Find `count` layers to keep.
 
     Args:
         model: a loaded causal language model that can be converted; it is converted and restored again and again.
-        pattern: the arguments of `fibattn.convert`, but for `keep_layers`.
+        pattern: the arguments of `fibattn.convert`, but for `keep_layers` and `full_reach`.
         text: what is measured.
         count: how many, at least one and fewer than there are.
+        full_reach: how far back those that are kept look; `alone` is measured beside layers that look back freely.
 
     Returns:
         Plain values for JSON, losses in nats a token: `dense`, `alone` (for each layer what the loss rises by where it
@@ -40,18 +43,19 @@ def search(model: Any, pattern: dict[str, Any], text: TrainingSequences, count: 
     began, passes = time.monotonic(), 3 + depth + sum(depth - found for found in range(count))
     with Meter("placement", passes, "passes") as meter:
 
-        def loss(kept: Collection[int]) -> float:
-            found = kept_loss(model, pattern, text, kept)
+        def loss(kept: Collection[int], **bound: int | None) -> float:
+            found = kept_loss(model, pattern | bound, text, kept)
             meter.update(1)
             return found
 
         none, dense = loss(()), loss(range(depth))  # what cannot be converted is refused at once
         alone = [loss({*range(depth)} - {layer}) - dense for layer in range(depth)]
         evenly = evenly_kept(depth, count)
-        even = {"layers": evenly, "loss": loss(evenly)}
+        even = {"layers": evenly, "loss": loss(evenly, full_reach=full_reach)}
         kept: dict[int, float] = {}
         for _ in range(count):
-            tried = {layer: loss({*kept, layer}) for layer in range(depth) if layer not in kept}
+            left = [layer for layer in range(depth) if layer not in kept]
+            tried = {layer: loss({*kept, layer}, full_reach=full_reach) for layer in left}
             best = min(tried, key=lambda layer: tried[layer])
             kept[best] = tried[best]
     steps = [{"layer": layer, "loss": lowest} for layer, lowest in kept.items()]
