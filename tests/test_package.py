@@ -43,6 +43,8 @@ def test_import_needs_neither_triton_nor_a_gpu() -> None:
 
 IMPORTS = [
     "import fibattn, transformers",
+    "import importlib, fibattn; importlib.reload(fibattn); import transformers, accelerate",
+    "import sys, fibattn; del sys.modules['fibattn']; import fibattn, transformers, accelerate",
     "import transformers, fibattn",
     "import fibattn; from transformers import AutoConfig",
     "import fibattn, importlib.util; importlib.util.find_spec('transformers')",
@@ -169,7 +171,7 @@ def test_rooms_know_only_those_below(path: Path) -> None:
 
 def test_the_library_is_small() -> None:
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCE.rglob("*.py"))
-    assert lines <= 16_360
+    assert lines <= 16_403
 
 
 def names(requirements: list[str]) -> set[str]:

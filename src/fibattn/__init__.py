@@ -110,7 +110,9 @@ def _load_and_tell(load: Callable[[ModuleType], None], module: ModuleType) -> No
     importlib.import_module(_AFTERWARDS[module.__name__])
 
 
-sys.meta_path.insert(0, _Finder())
+_finders = ((type(one).__module__, type(one).__name__) for one in sys.meta_path)
+if (__name__, _Finder.__name__) not in _finders:  # two would ask each other for ever
+    sys.meta_path.insert(0, _Finder())
 for _library, _home in _AFTERWARDS.items():
     if _library in sys.modules:
         importlib.import_module(_home)

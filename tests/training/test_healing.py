@@ -400,3 +400,23 @@ def test_a_folder_of_another_run_is_refused(
     assert "out-healed/attention holds another run: optimizer.learning_rate was 0.003" in capsys.readouterr().err
     assert heal(*words, *TEN_STEPS) == 0
     assert "is finished already" in capsys.readouterr().out
+
+
+def test_a_run_of_another_pattern_or_dense_model_is_refused(
+    dense: Folder, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, moved = tmp_path / "out", tmp_path / "moved"
+    model = AutoModelForCausalLM.from_pretrained(dense("llama"))
+    for weight in model.parameters():
+        weight.data += 0.1 * weight.std() * torch.randn_like(weight)
+    shutil.copytree(dense("llama"), moved)
+    model.save_pretrained(moved)
+    few = ["--text", text, "--sequence-length", 32, "--tokens", 4 * 32, "--out", tmp_path / "healed"]
+    assert run("convert", dense("llama"), out, *PATTERN) == 0
+    assert heal(out, *few) == 0
+    assert heal(out, *few, "--teacher", moved) == 2
+    assert "was trained on other data" in capsys.readouterr().err
+    shutil.rmtree(out)
+    assert run("convert", dense("llama"), out, "--window", 9, "--rungs", 0, "--keep", 1) == 0
+    assert heal(out, *few) == 2
+    assert "was trained on other data" in capsys.readouterr().err

@@ -123,3 +123,13 @@ def test_a_start_with_another_tokenizer_is_refused(recipe: Recipe, finished: Pat
     sealed.seal(other)
     with pytest.raises(InputError, match=r"other was trained with another tokenizer .* --tokenizer .*other"):
         train(longer(recipe, other))
+
+
+def test_a_kept_start_that_attends_to_something_else_is_another(recipe: Recipe, finished: Path) -> None:
+    run = replace(recipe, start=finished, keep_model=True, out=recipe.out.with_name("kept"), steps=2)
+    train(run)
+    config = finished / "model" / "config.json"
+    files.write_json(config, files.read_json(config) | {"window": 2})
+    sealed.seal(config.parent)
+    with pytest.raises(InputError, match="kept was trained on other data"):
+        train(run)

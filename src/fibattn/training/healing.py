@@ -3,6 +3,7 @@
 A stage's folder is a run's: its recipe, metrics and checkpoints, and in the end the weights that it trained.
 """
 
+import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -65,7 +66,8 @@ def heal(recipe: HealingRecipe, callbacks: Sequence[TrainerCallback] = ()) -> Pa
     runs = _runs(recipe, length)
     stream, fingerprint = _text(recipe, folder)
     inputs = {
-        "student_sha256": " ".join(files.sha256(path) for path in sorted(folder.glob("*.safetensors"))),
+        "student_sha256": " ".join(map(files.sha256, [*sorted(folder.glob("*.safetensors")), folder / "config.json"])),
+        "teacher_sha256": _fingerprint(teacher),
         "data_fingerprint": fingerprint,
         "recipe": {name: getattr(recipe, name) for name in ("tokens", "matching", "text_weight", "lora", "seed")},
     }
@@ -128,6 +130,14 @@ def _pair(recipe: HealingRecipe, folder: Path) -> tuple[PreTrainedModel, PreTrai
         )
     check_head(student, torch.arange(8)[None])
     return student, teacher, name
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """The SHA-256 of the first numbers of each weight: a whole model may be large, or lie on the Hub."""
+    digest = hashlib.sha256()
+    for weight in model.parameters():
+        digest.update(weight.detach().flatten()[:1024].float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _runs(recipe: HealingRecipe, length: int) -> dict[str, Recipe]:

@@ -186,7 +186,7 @@ def _start(recipe: Recipe, config: FibAttnConfig, data: PreparedData) -> str:
     known = recipe.out / "inputs.json"
     if known.exists() and not recipe.start.exists():
         return files.read_json(known).get("start_sha256", "")
-    fingerprint = start.fingerprint(recipe.start, data)
+    fingerprint = start.fingerprint(recipe.start, data, kept=recipe.keep_model)
     with torch.device("meta"):
         start.check_shapes(FibAttnForCausalLM(config), recipe.start)
     return fingerprint

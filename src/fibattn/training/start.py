@@ -17,8 +17,8 @@ KEPT = "start.json"
 _WEIGHTS = "model.safetensors"
 
 
-def fingerprint(start: Path, data: PreparedData) -> str:
-    """The SHA-256 of the weights that a run begins with.
+def fingerprint(start: Path, data: PreparedData, *, kept: bool) -> str:
+    """The SHA-256 of the weights that a run begins with, and of their configuration where it is `kept`.
 
     Raises:
         InputError: where no finished model is, it was cut short or changed, or it was trained with another tokenizer.
@@ -26,7 +26,7 @@ def fingerprint(start: Path, data: PreparedData) -> str:
     folder = _model(start)
     sums = sealed.verify(folder)
     check_same_vocabulary(folder, data)
-    return sums[_WEIGHTS]
+    return f"{sums[_WEIGHTS]} {sums['config.json']}" if kept else sums[_WEIGHTS]
 
 
 def configuration(start: Path, run: Path) -> FibAttnConfig:
