@@ -165,4 +165,4 @@ def test_of_several_files_as_much_is_read(prepared: Path, tmp_path: Path) -> Non
     letters = tokenizer.decode(text, skip_special_tokens=True)
     counts = [letters.count(letter) for letter in lines]
     assert counts[1] == 300
-    assert counts[0] == pytest.approx(counts[2], rel=0.1)
+    assert counts[0] == pytest.approx(counts[2], rel=0.25)  # pieces of 256 tokens
