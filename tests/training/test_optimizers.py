@@ -87,6 +87,20 @@ def test_the_updates_are_those_of_pytorchs_muon_and_adamw() -> None:
         assert (found - expected).norm() < (0.02 if ".layers." in name and found.dim() == 2 else 1e-5) * moved
 
 
+def test_matrices_have_a_weight_decay_of_their_own() -> None:
+    def step(decay: float) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(0)
+        made = nn.ModuleDict({"layers": nn.Linear(6, 4, bias=False)})
+        before = made["layers"].weight.detach().clone()  # pyright: ignore
+        give_gradients(made, copy.deepcopy(made))
+        chosen = OptimizerRecipe(muon=True, muon_learning_rate=0.1, weight_decay=0.9, muon_weight_decay=decay)
+        build_optimizer(made, chosen).step()
+        return before, made["layers"].weight.detach()  # pyright: ignore
+
+    before, bare = step(0.0)
+    torch.testing.assert_close(step(0.5)[1], bare - 0.05 * before)
+
+
 def test_singular_values_come_near_one() -> None:
     torch.manual_seed(0)
     found = torch.linalg.svdvals(orthogonalized(torch.randn(3, 20, 50)))
