@@ -236,6 +236,12 @@ def test_no_row_is_trained_on_whose_key_the_held_out_set_has(tmp_path):
         assert sorted(trained) == sorted(f"problem {i}" for i in range(5, 30) for _ in "ab")
         assert len(list(documents(data, "b", "train"))) == 30  # another source's keys are its own
         assert len(list(documents(data, "a", "val"))) == 5
+    path = tmp_path / "out" / "data.json"
+    before = path.read_text()
+    assert before.count('"left out of training"') == 1
+    path.write_text(before.replace('"left out of training"', "null"))
+    with pytest.raises(InputError, match="keys was None, is left out of training"):
+        make(tmp_path / "out", sources, validation={"a": validation}, held_out=0.0)
 
 
 def test_few_documents_still_give_a_held_out_one(tmp_path):

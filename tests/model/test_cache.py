@@ -371,8 +371,10 @@ def test_a_cache_that_was_cropped_in_part_is_refused():
     with pytest.raises(InputError, match="cannot be removed"):
         cache.crop(-3)
     assert [layer.get_seq_length() for layer in cache.layers] == [57, 60, 60, 60]
-    with pytest.raises(InputError, match="layer 1 of the cache refused a crop that layers before it made"):
-        m(ids[:, 57:58], past_key_values=cache)
+    for back in (0, -1):
+        cache.crop(back)
+        with pytest.raises(InputError, match="layer 1 of the cache refused a crop that layers before it made"):
+            m(ids[:, 57:58], past_key_values=cache)
 
 
 def test_a_cache_that_no_layer_cropped_goes_on():

@@ -84,7 +84,8 @@ def test_states_that_are_none_are_refused(shape: tuple[int, ...]) -> None:
 
 def test_a_cache_of_another_pattern_is_refused() -> None:
     layer = FibAttention(32, 4, PATTERNS["fixed"])
-    layer(torch.zeros(1, 4, 32), cache=AttentionCache(Pattern(3, (5, 8, 13))))
+    for same in (Pattern(3, (5, 8, 13)), [Pattern(3, (5, 8, 13))]):
+        layer(torch.zeros(1, 4, 32), cache=AttentionCache(same))
     with pytest.raises(InputError, match=r"the cache is for Pattern\(window=1, .*, the layer has Pattern\(window=3"):
         layer(torch.zeros(1, 4, 32), cache=AttentionCache(Pattern(1)))
     with pytest.raises(InputError, match=r"pattern is 12; expected a fibattn\.Pattern"):

@@ -420,3 +420,16 @@ def test_a_run_of_another_pattern_or_dense_model_is_refused(
     assert run("convert", dense("llama"), out, "--window", 9, "--rungs", 0, "--keep", 1) == 0
     assert heal(out, *few) == 2
     assert "was trained on other data" in capsys.readouterr().err
+
+
+def test_a_run_that_wrote_down_less_goes_on(
+    healed: Folder, converted: Folder, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for stage in ("attention", "logits"):
+        path = healed("llama") / stage / "inputs.json"
+        known = files.read_json(path)
+        assert {"config_sha256", "teacher_sha256"} <= known.keys()
+        files.write_json(path, {name: one for name, one in known.items() if name[:6] not in ("config", "teache")})
+    (healed("llama") / "logits" / "checkpoint-9").touch()
+    assert heal(converted("llama"), "--text", text, *TEN_STEPS) == 0
+    assert "is finished already" in capsys.readouterr().out

@@ -124,7 +124,7 @@ def test_a_damaged_line_of_metrics_does_not_stop_a_run(recipe: Recipe) -> None:
     for lost in ("model", "checkpoint-6"):
         shutil.rmtree(recipe.out / lost)
     path = recipe.out / "metrics.jsonl"
-    damage = b'{half\n\xff\xfe\n{"step": "a"}\n{"step": null}\n[]\n'
+    damage = b'{half\n\xff\xfe\n{"step": "a"}\n{"step": null}\n[]\n{"step": 1' + b"0" * 400 + b"}\n"
     path.write_bytes(damage + path.read_bytes() + b"\x80\n")
     (recipe.out / "checkpoint-6").touch()  # nor a file where a checkpoint is to be
     train(replace(recipe, steps=6))
@@ -408,3 +408,19 @@ def test_gradient_checkpointing_and_micro_batches_change_nothing(recipe: Recipe)
 
 def test_model_recipe_default_is_the_paper() -> None:
     assert ModelRecipe() == Recipe().model
+
+
+def test_a_run_of_before_goes_on(recipe: Recipe) -> None:
+    run = replace(recipe, steps=6)
+    train(run)
+    shutil.rmtree(run.out / "model")
+    for path in (run.out / "recipe.json", run.out / "checkpoint-6" / "recipe.json"):
+        text = path.read_text()
+        assert text.count('"muon_momentum"') == 1
+        path.write_text(text.replace('"muon_momentum"', '"cautious_decay": false, "muon_momentum"'))
+    sealed.seal(run.out / "checkpoint-6")
+    assert train(run).exists()
+    path = run.out / "recipe.json"
+    path.write_text(path.read_text().replace('"cautious_decay": false', '"cautious_decay": true'))
+    with pytest.raises(InputError, match="optimizer has an unknown key 'cautious_decay'"):
+        train(run)

@@ -140,6 +140,8 @@ class _Preparation:
     def _identity(self, name: str, source: Source) -> dict[str, Any]:
         """What makes a source the same: a commit, or the texts themselves wherever they lie."""
         identity: dict[str, Any] = {"name": name, "text": source.text, "key": source.key}
+        if source.key is not None and name.endswith("/val"):
+            identity["keys"] = "left out of training"  # folders of before trained on them
         if source.hub is not None:
             hub = {"hub": source.hub, "config": source.config, "split": source.split}
             return identity | hub | {"revision": source.revision}

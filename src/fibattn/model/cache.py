@@ -217,7 +217,7 @@ class DynamicRingLayer(RingLayer, DynamicLayer):
             InputError: when the ring no longer has the tokens that would then be within reach.
         """
         back, recorded, rows = -tokens_to_remove, self._recorded, self.reach + 1
-        left, self.half_cropped = self.length - back, True
+        left, half, self.half_cropped = self.length - back, self.half_cropped, True
         if not 0 <= back <= self.length:
             raise InputError(f"crop({tokens_to_remove}) of {self.length} tokens; give minus how many to remove")
         if self._written > max(rows, left + 1):  # the ring has the `rows` tokens before the farthest it ever came
@@ -232,7 +232,7 @@ class DynamicRingLayer(RingLayer, DynamicLayer):
             for ring, tokens in zip(self._rings, recorded, strict=True):
                 decode.store(ring, tokens[:, :kept], at)
             self._written = max(left, left - kept + rows)
-        self.length, self._recorded, self.half_cropped = left, None, False
+        self.length, self._recorded, self.half_cropped = left, None, half
 
     def reset(self) -> None:
         """Begin a new sequence with the same buffers."""

@@ -265,13 +265,13 @@ class FibAttnForCausalLM(FibAttnPreTrainedModel, GenerationMixin):
         return FibAttnModel.prepare_masks(config, inputs_embeds, attention_mask, position_ids, cache)
 
     def _prepare_attention_mask_for_generation(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As in Transformers, but a pad token among others is text, as is one at the end of what goes on from a cache:
-        an assistant goes on with what it wrote."""
+        """As in Transformers, but a pad token among others is text, as is one at the end of what goes on from a cache,
+        or of what an assistant is to go on with."""
         made = super()._prepare_attention_mask_for_generation(*args, **kwargs)
-        given = args[2] if len(args) > 2 else kwargs["model_kwargs"]
+        generation, given = args[1:3] if len(args) > 2 else (kwargs["generation_config"], kwargs["model_kwargs"])
         cache = only_cache(given.get("cache"), given.get("past_key_values"))
         begun = made.cumsum(1) > 0
-        if cache is None or not cache.get_seq_length():
+        if not (generation.is_assistant or (cache is not None and cache.get_seq_length())):
             begun &= made.flip(1).cumsum(1).flip(1) > 0
         return begun.to(made.dtype)
 

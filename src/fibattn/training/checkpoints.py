@@ -32,8 +32,8 @@ def publish(run: Path, step: int, keep: int) -> Path:
     staged.replace(final)
     _sync_folder(run)
     shutil.rmtree(run / STAGING)
-    kept = [folder for folder in _all(run) if step_of(folder) <= step][-keep:]
-    for other in _all(run):
+    kept = [folder for folder in folders(run) if step_of(folder) <= step][-keep:]
+    for other in folders(run):
         if other not in kept:
             shutil.rmtree(other)
     return final
@@ -45,7 +45,7 @@ def latest(run: Path) -> Path | None:
     Raises:
         InputError: when there are checkpoints and none is whole.
     """
-    found = _all(run)
+    found = folders(run)
     for folder in reversed(found):
         try:
             verify(folder)
@@ -63,10 +63,10 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(_PREFIX))
 
 
-def _all(run: Path) -> list[Path]:
+def folders(run: Path) -> list[Path]:
+    """All checkpoints of a run, whole or not, from the first on."""
     named = (path for path in run.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit())
-    folders = [path for path in named if path.is_dir()]
-    return sorted(folders, key=step_of)
+    return sorted((path for path in named if path.is_dir()), key=step_of)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -66,7 +66,8 @@ def heal(recipe: HealingRecipe, callbacks: Sequence[TrainerCallback] = ()) -> Pa
     runs = _runs(recipe, length)
     stream, fingerprint = _text(recipe, folder)
     inputs = {
-        "student_sha256": " ".join(map(files.sha256, [*sorted(folder.glob("*.safetensors")), folder / "config.json"])),
+        "student_sha256": " ".join(files.sha256(path) for path in sorted(folder.glob("*.safetensors"))),
+        "config_sha256": files.sha256(folder / "config.json"),
         "teacher_sha256": _fingerprint(teacher),
         "data_fingerprint": fingerprint,
         "recipe": {name: getattr(recipe, name) for name in ("tokens", "matching", "text_weight", "lora", "seed")},
@@ -133,10 +134,11 @@ def _pair(recipe: HealingRecipe, folder: Path) -> tuple[PreTrainedModel, PreTrai
 
 
 def _fingerprint(model: PreTrainedModel) -> str:
-    """The SHA-256 of the first numbers of each weight: a whole model may be large, or lie on the Hub."""
+    """The SHA-256 of some numbers of each weight, from all over it: a whole model may be large, or lie on the Hub."""
     digest = hashlib.sha256()
     for weight in model.parameters():
-        digest.update(weight.detach().flatten()[:1024].float().numpy().tobytes())
+        flat = weight.detach().flatten()
+        digest.update(flat[:: max(len(flat) // 4096, 1)].float().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -203,7 +205,7 @@ def _run(run: Recipe, stage: HealingStage, sequences: TrainingSequences, callbac
     FibTrainer(stage, run, sequences).run(f"heal, {run.out.name}", checkpoints.latest(run.out), callbacks)
     with files.replacing(weights) as temporary:
         save_file(stage.state_dict(), temporary)
-    for checkpoint in run.out.glob("checkpoint-*"):
+    for checkpoint in checkpoints.folders(run.out):
         shutil.rmtree(checkpoint)
 
 

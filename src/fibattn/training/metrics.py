@@ -93,6 +93,7 @@ def _cut(path: Path, step: int) -> None:
 def _step(line: str) -> float:
     """The step of a line of metrics; of one that cannot be read, none that there is."""
     try:
-        return float(json.loads(line)["step"])
+        step = json.loads(line)["step"]
+        return step if isinstance(step, int | float) else math.inf
     except (ValueError, KeyError, TypeError):
         return math.inf

@@ -36,11 +36,16 @@ def to_json(recipe: Any) -> Any:
     return str(recipe) if isinstance(recipe, Path) else recipe
 
 
+_DROPPED = {"cautious_decay": False}
+"""Fields that recipes once had, at the value at which they said nothing."""
+
+
 def _from_json(kind: type, value: Any, where: str) -> Any:
     """Build the dataclass `kind` from JSON, checking every key and value; `where` names the place in messages."""
     if not isinstance(value, dict):
         raise InputError(f"{where} is {_shown(value)}; expected an object with keys")
     hints = get_type_hints(kind)
+    value = {key: one for key, one in value.items() if key in hints or (key, one) not in _DROPPED.items()}
     for key in value:
         if key not in hints:
             raise InputError(f"{where} has an unknown key {key!r}: {suggestion(key, hints, 'keys')}")

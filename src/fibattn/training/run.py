@@ -31,6 +31,8 @@ from fibattn.training.trainer import FibTrainer, process_count
 _MAY_CHANGE = {"log_every", "save_every", "keep_checkpoints", "track", "micro_batch", "out", "data", "start"}
 _MAY_CHANGE |= {"evaluate_every", "evaluate_tokens", "parallel", "context_parallel"}
 _MAY_CHANGE |= {"model.full_reach"}  # of the finished model; training is the same
+_SINCE = {"config_sha256", "teacher_sha256"}
+"""Inputs that runs of before did not write down."""
 _CHAT = Path(__file__).with_name("chat.jinja")
 
 
@@ -87,7 +89,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
         sequences = sequences_of(recipe, data.train, data.fingerprint, order)
         inputs = {"data_fingerprint": data.fingerprint, "order_sha256": files.sha256(order)}
         if recipe.start is not None:
-            inputs["start_sha256"] = _start(recipe, config, data)
+            inputs |= _start(recipe, config, data)
         claim(recipe, inputs)
         if recipe.keep_model:
             files.write_json(recipe.out / start.KEPT, config.to_dict())
@@ -180,16 +182,17 @@ def _tokenizer(data: PreparedData) -> PreTrainedTokenizerFast:
         raise InputError(f"{error}; run the same `fibattn prepare` again, it makes anew what is damaged") from None
 
 
-def _start(recipe: Recipe, config: FibAttnConfig, data: PreparedData) -> str:
-    """The fingerprint of the start; once the run has a checkpoint, the start itself is not needed any more."""
+def _start(recipe: Recipe, config: FibAttnConfig, data: PreparedData) -> dict[str, str]:
+    """The fingerprints of the start; once the run has a checkpoint, the start itself is not needed any more."""
     assert recipe.start is not None
     known = recipe.out / "inputs.json"
     if known.exists() and not recipe.start.exists():
-        return files.read_json(known).get("start_sha256", "")
-    fingerprint = start.fingerprint(recipe.start, data, kept=recipe.keep_model)
+        before = files.read_json(known)
+        return {name: before.get(name, "") for name in ("start_sha256", *_SINCE) if name in before}
+    fingerprints = start.fingerprints(recipe.start, data, kept=recipe.keep_model)
     with torch.device("meta"):
         start.check_shapes(FibAttnForCausalLM(config), recipe.start)
-    return fingerprint
+    return fingerprints
 
 
 def _order_path(recipe: Recipe) -> Path:
@@ -235,7 +238,8 @@ def _check_same(where: Path, recipe: Recipe, inputs: dict[str, str]) -> None:
         details = "; ".join(f"{key} was {old.get(key)!r} and is now {new[key]!r}" for key in changed)
         raise InputError(f"{where} holds another run: {details}. Give a new --out, or the old values")
     known = files.read_json(where / "inputs.json")
-    if others := [name for name in {**known, **inputs} if known.get(name) != inputs.get(name)]:
+    wanted = {name: one for name, one in inputs.items() if name in known or name not in _SINCE}
+    if others := [name for name in {**known, **wanted} if known.get(name) != wanted.get(name)]:
         raise InputError(
             f"{where} was trained on other data, in another order or from another start ({', '.join(others)} in "
             "inputs.json). Give a new --out, or the old ones"

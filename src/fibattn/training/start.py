@@ -17,7 +17,7 @@ KEPT = "start.json"
 _WEIGHTS = "model.safetensors"
 
 
-def fingerprint(start: Path, data: PreparedData, *, kept: bool) -> str:
+def fingerprints(start: Path, data: PreparedData, *, kept: bool) -> dict[str, str]:
     """The SHA-256 of the weights that a run begins with, and of their configuration where it is `kept`.
 
     Raises:
@@ -26,7 +26,7 @@ def fingerprint(start: Path, data: PreparedData, *, kept: bool) -> str:
     folder = _model(start)
     sums = sealed.verify(folder)
     check_same_vocabulary(folder, data)
-    return f"{sums[_WEIGHTS]} {sums['config.json']}" if kept else sums[_WEIGHTS]
+    return {"start_sha256": sums[_WEIGHTS]} | ({"config_sha256": sums["config.json"]} if kept else {})
 
 
 def configuration(start: Path, run: Path) -> FibAttnConfig:
