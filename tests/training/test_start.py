@@ -133,3 +133,8 @@ def test_a_kept_start_that_attends_to_something_else_is_another(recipe: Recipe, 
     sealed.seal(config.parent)
     with pytest.raises(InputError, match="kept was trained on other data"):
         train(run)
+
+
+def test_a_run_without_a_start_is_not_one_whose_start_is_gone(recipe: Recipe, finished: Path) -> None:
+    with pytest.raises(InputError, match=r"run was trained on other data, .* another start"):
+        train(replace(recipe, start=finished.with_name("gone")))

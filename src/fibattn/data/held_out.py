@@ -83,8 +83,8 @@ def training_documents(source: Source, seed: int, limit: int, excluded: Containe
     Nor those whose key the source's own held-out set has.
     """
     for key, text in source.documents():
-        below = key_hash(key, seed) < limit or text_hash(text) in excluded
-        if not (below or (key != text and _own_key(source, key) in excluded)):
+        held_out = key_hash(key, seed) < limit or text_hash(text) in excluded
+        if not (held_out or (key != text and _own_key(source, key) in excluded)):
             yield text
 
 

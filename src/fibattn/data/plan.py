@@ -8,8 +8,7 @@ from fibattn.data.sources import Source
 from fibattn.data.tokenizer import check_vocab_size
 from fibattn.errors import InputError, suggestion
 
-_LARGEST_SHARD = 10**9
-"""Tokens: a file holds 2**31, and its last document is to end in it."""
+_LARGEST_SHARD = 10**9  # tokens: a file holds 2**31, and its last document is to end in it
 
 
 @dataclass(frozen=True)

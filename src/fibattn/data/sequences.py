@@ -1,6 +1,7 @@
 """Sequences of a token stream as a PyTorch data set."""
 
 from collections.abc import Iterable, Iterator
+from heapq import heappop, heappush
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,23 +69,23 @@ def read_tokens(paths: Iterable[Path], tokenizer: "PreTrainedTokenizerFast", mos
     Raises:
         InputError: for a file of an unknown kind, and one that cannot be read.
     """
-    files: dict[Path, Iterator[np.ndarray]] = {}
-    for path in paths:
+    files: list[Iterator[np.ndarray]] = []
+    for path in dict.fromkeys(paths):
         if kind(path) is None:
             raise InputError(f"{path} is no text that can be read; give .txt, .md, .jsonl or .parquet files")
         texts = (text for _, text in read_file(path, ("text",), None))
-        files[path] = _pieces(encode(tokenizer, texts, separator(tokenizer), np.dtype(np.uint32)))
-    found: dict[Path, list[np.ndarray]] = {path: [np.zeros(0, np.uint32)] for path in files}
-    counts = dict.fromkeys(files, 0)
-    while files and (left := most - sum(counts.values())) > 0:
-        path = min(files, key=lambda one: counts[one])
-        piece = next(files[path], None)
-        if piece is None:
-            del files[path]
-        else:
-            found[path].append(piece[:left])
-            counts[path] += len(found[path][-1])
-    return TokensInMemory(np.concatenate([np.zeros(0, np.uint32), *chain.from_iterable(found.values())]))
+        files.append(_pieces(encode(tokenizer, texts, separator(tokenizer), np.dtype(np.uint32))))
+    found: list[list[np.ndarray]] = [[] for _ in files]
+    counts = [(0, number) for number in range(len(files))]  # a heap: the file that has given least is first
+    while counts and most > 0:
+        count, number = heappop(counts)
+        piece = next(files[number], None)
+        if piece is not None:
+            piece = piece[:most]
+            found[number].append(piece)
+            most -= len(piece)
+            heappush(counts, (count + len(piece), number))
+    return TokensInMemory(np.concatenate([np.zeros(0, np.uint32), *chain.from_iterable(found)]))
 
 
 def _pieces(documents: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

@@ -43,19 +43,19 @@ def search(
     began, passes = time.monotonic(), 3 + depth + sum(depth - found for found in range(count))
     with Meter("placement", passes, "passes") as meter:
 
-        def loss(kept: Collection[int], **bound: int | None) -> float:
-            found = kept_loss(model, pattern | bound, text, kept)
+        def loss(kept: Collection[int], reach: int | None = None) -> float:
+            found = kept_loss(model, pattern | {"full_reach": reach}, text, kept)
             meter.update(1)
             return found
 
         none, dense = loss(()), loss(range(depth))  # what cannot be converted is refused at once
         alone = [loss({*range(depth)} - {layer}) - dense for layer in range(depth)]
         evenly = evenly_kept(depth, count)
-        even = {"layers": evenly, "loss": loss(evenly, full_reach=full_reach)}
+        even = {"layers": evenly, "loss": loss(evenly, full_reach)}
         kept: dict[int, float] = {}
         for _ in range(count):
             left = [layer for layer in range(depth) if layer not in kept]
-            tried = {layer: loss({*kept, layer}, full_reach=full_reach) for layer in left}
+            tried = {layer: loss({*kept, layer}, full_reach) for layer in left}
             best = min(tried, key=lambda layer: tried[layer])
             kept[best] = tried[best]
     steps = [{"layer": layer, "loss": lowest} for layer, lowest in kept.items()]

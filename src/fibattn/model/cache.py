@@ -217,12 +217,14 @@ class DynamicRingLayer(RingLayer, DynamicLayer):
             InputError: when the ring no longer has the tokens that would then be within reach.
         """
         back, recorded, rows = -tokens_to_remove, self._recorded, self.reach + 1
-        left, half, self.half_cropped = self.length - back, self.half_cropped, True
+        left = self.length - back
         if not 0 <= back <= self.length:
+            self.half_cropped = True
             raise InputError(f"crop({tokens_to_remove}) of {self.length} tokens; give minus how many to remove")
         if self._written > max(rows, left + 1):  # the ring has the `rows` tokens before the farthest it ever came
             kept = 0 if recorded is None else recorded[0].shape[1] - back
             if recorded is None or kept < min(self.reach, left):
+                self.half_cropped = True
                 raise InputError(
                     f"{back} tokens cannot be removed: the layer has kept no more than its reach of {self.reach}; "
                     "call activate_past_recording() on the cache before writing the tokens that may have to go "
@@ -232,7 +234,7 @@ class DynamicRingLayer(RingLayer, DynamicLayer):
             for ring, tokens in zip(self._rings, recorded, strict=True):
                 decode.store(ring, tokens[:, :kept], at)
             self._written = max(left, left - kept + rows)
-        self.length, self._recorded, self.half_cropped = left, None, half
+        self.length, self._recorded = left, None
 
     def reset(self) -> None:
         """Begin a new sequence with the same buffers."""

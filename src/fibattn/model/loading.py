@@ -30,13 +30,8 @@ def find_model(path: Path) -> Path:
             if is_sealed(folder):
                 verify(folder)
             return folder
-    checkpoint = next(
-        (
-            f", or a checkpoint of this one, such as {one.parent}"
-            for one in sorted(path.glob("checkpoint-*/config.json"))
-        ),
-        "",
-    )
+    found = sorted(path.glob("checkpoint-*/config.json"))
+    checkpoint = f", or a checkpoint of this one, such as {found[0].parent}" if found else ""
     raise InputError(
         f"{path} holds no model (config.json is missing); give a model folder or a finished run{checkpoint}"
     )

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import GenerationMixin, initialization
+from transformers import GenerationConfig, GenerationMixin, initialization
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.continuous_batching import ContinuousBatchingManager, PagedAttentionCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -264,14 +264,15 @@ class FibAttnForCausalLM(FibAttnPreTrainedModel, GenerationMixin):
         cache = only_cache(cache, past_key_values)
         return FibAttnModel.prepare_masks(config, inputs_embeds, attention_mask, position_ids, cache)
 
-    def _prepare_attention_mask_for_generation(self, *args: Any, **kwargs: Any) -> Tensor:
+    def _prepare_attention_mask_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, inputs_tensor: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+    ) -> Tensor:
         """As in Transformers, but a pad token among others is text, as is one at the end of what goes on from a cache,
         or of what an assistant is to go on with."""
-        made = super()._prepare_attention_mask_for_generation(*args, **kwargs)
-        generation, given = args[1:3] if len(args) > 2 else (kwargs["generation_config"], kwargs["model_kwargs"])
-        cache = only_cache(given.get("cache"), given.get("past_key_values"))
+        made = super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
+        cache = only_cache(model_kwargs.get("cache"), model_kwargs.get("past_key_values"))
         begun = made.cumsum(1) > 0
-        if not (generation.is_assistant or (cache is not None and cache.get_seq_length())):
+        if not (generation_config.is_assistant or (cache is not None and cache.get_seq_length())):
             begun &= made.flip(1).cumsum(1).flip(1) > 0
         return begun.to(made.dtype)
 

@@ -36,8 +36,7 @@ def to_json(recipe: Any) -> Any:
     return str(recipe) if isinstance(recipe, Path) else recipe
 
 
-_DROPPED = {"cautious_decay": False}
-"""Fields that recipes once had, at the value at which they said nothing."""
+_DROPPED = {"cautious_decay": False}  # what recipes once had, at the value at which it said nothing
 
 
 def _from_json(kind: type, value: Any, where: str) -> Any:

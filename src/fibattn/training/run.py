@@ -188,7 +188,9 @@ def _start(recipe: Recipe, config: FibAttnConfig, data: PreparedData) -> dict[st
     known = recipe.out / "inputs.json"
     if known.exists() and not recipe.start.exists():
         before = files.read_json(known)
-        return {name: before.get(name, "") for name in ("start_sha256", *_SINCE) if name in before}
+        return {"start_sha256": before.get("start_sha256", "")} | {
+            name: before[name] for name in _SINCE & before.keys()
+        }
     fingerprints = start.fingerprints(recipe.start, data, kept=recipe.keep_model)
     with torch.device("meta"):
         start.check_shapes(FibAttnForCausalLM(config), recipe.start)
