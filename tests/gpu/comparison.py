@@ -17,15 +17,15 @@ RUNGS = base_rungs("fibonacci")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def tensors(batch, tokens, heads, kv_heads, size, dtype=torch.bfloat16, keys=None, kind="random"):
-    """q, k, v on the GPU, rounded to `dtype`."""
+def tensors(batch, tokens, heads, kv_heads, size, dtype=torch.bfloat16, keys=None, kind="random", device="cuda"):
+    """q, k, v, rounded to `dtype`."""
     keys = tokens if keys is None else keys
-    q = torch.randn(batch, tokens, heads, size, device="cuda")
-    k, v = (torch.randn(batch, keys, kv_heads, size, device="cuda") for _ in range(2))
+    q = torch.randn(batch, tokens, heads, size, device=device)
+    k, v = (torch.randn(batch, keys, kv_heads, size, device=device) for _ in range(2))
     if kind == "peaked":  # one key dominates
         k[:, :: max(keys // 7, 1)] *= 12
     if kind == "correlated":  # neighbours alike, and a common direction, as in real activations
-        q, k, v = (x.cumsum(1) / torch.arange(1, x.shape[1] + 1, device="cuda")[:, None, None] + 1 for x in (q, k, v))
+        q, k, v = (x.cumsum(1) / torch.arange(1, x.shape[1] + 1, device=device)[:, None, None] + 1 for x in (q, k, v))
     if kind == "large":
         q, k, v = q * 8, k * 8, v * 100
     return [x.to(dtype) for x in (q, k, v)]
@@ -41,7 +41,7 @@ def torch_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) ->
 
 
 def mask_of(q: Tensor, k: Tensor, patterns, positions=None) -> Tensor:
-    return torch.stack([reference._allowed(q, k, one.distances, positions) for one in patterns], 1)
+    return torch.stack([reference.allowed(q, k, one.window, one.offsets, positions) for one in patterns], 1)
 
 
 def with_gradients(function, inputs, upstream=None):

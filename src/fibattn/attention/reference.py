@@ -33,7 +33,7 @@ def attend(
     if isinstance(patterns, LearnedPattern):
         assert alpha is not None
         return _attend_interpolated(q, k, v, patterns, alpha, scale, positions)
-    heads = [_allowed(q, k, pattern.window, pattern.offsets, positions) for pattern in patterns]
+    heads = [allowed(q, k, pattern.window, pattern.offsets, positions) for pattern in patterns]
     mask = torch.stack(heads, dim=1).repeat_interleave(q.shape[2] // len(heads), dim=1)
     scores = _scores(q, k, scale).masked_fill(~mask, -torch.inf)
     values = _by_query_head(v, q)
@@ -45,10 +45,9 @@ def _attend_interpolated(
 ) -> tuple[Tensor, Tensor]:
     """Beside the window, one interpolated key and value for every rung."""
     limit = document_limit(q, k, positions)
-    near_mask = _allowed(q, k, pattern.window, (), positions)[:, None]
+    near_mask = allowed(q, k, pattern.window, (), positions)[:, None]
     columns, values = [_scores(q, k, scale).masked_fill(~near_mask, -torch.inf)], []
-    keys, own = _by_query_head(k, q), _own(q, k)
-    all_values = _by_query_head(v, q)
+    keys, all_values, own = _by_query_head(k, q), _by_query_head(v, q), _own(q, k)
     for rung in pattern.at(float(alpha.detach())):
         fraction = alpha.double() * pattern.rungs[rung.index] - rung.near
         near = (own - rung.near).clamp(min=0).expand_as(limit)
@@ -88,7 +87,7 @@ def attend_chosen(
     means = torch.einsum("bnc,bnhd->bchd", inside, far_k.double()) / pattern.block
     chosen = _chosen(_scores(far_q, means, scale), first + pattern.block * numbers, own, limit, k.shape[2], pattern)
     back = own[:, None] - at
-    near = _allowed(q, k, pattern.window, (), positions)[:, None]
+    near = allowed(q, k, pattern.window, (), positions)[:, None]
     distant = (chosen.double() @ inside[:, None].mT > 0) & (back > pattern.window)
     own_mean = torch.einsum("bnc,bchd->bnhd", inside, means)
     raised = far_k + own_mean * (1 if trust is None else trust.double()[:, None])
@@ -133,7 +132,8 @@ def _own(q: Tensor, k: Tensor) -> Tensor:
     return torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=q.device)
 
 
-def _allowed(q: Tensor, k: Tensor, window: int, offsets: Sequence[int], positions: Tensor | None) -> Tensor:
+def allowed(q: Tensor, k: Tensor, window: int, offsets: Sequence[int], positions: Tensor | None) -> Tensor:
+    """Which keys each query may attend to, (batch or 1, query tokens, keys), bool."""
     distance = _own(q, k)[:, None] - torch.arange(k.shape[1], device=q.device)
     near = (distance >= 0) & (distance <= window)
     far = torch.isin(distance, torch.tensor(list(offsets), dtype=torch.int64, device=q.device))
