@@ -67,17 +67,13 @@ _TURNS: dict[str, tuple[str, dict[str, Any]]] = {
 """Steps that change one thing in large steps: what is new, and the fields."""
 _FEW: dict[str, tuple[str, dict[str, Any]]] = {
     "conv": ("a convolution of four over keys and values of the windows", {"kv_convolution": 4}),
-    "heads": (
-        "a KV head for each query head, a narrower feed-forward, a third more parameters",
-        {"num_key_value_heads": 12, "intermediate_size": 2560},
-    ),
     "hold": (
         "the highest rate for a quarter of the steps, then down to a twentieth of it",
         {"decay_fraction": 0.75, "final_fraction": 0.05},
     ),
     "slow": ("rates lower by three tenths", {"learning_rate": 5.6e-3, "muon_learning_rate": 7.7e-3}),
 }
-"""Such steps in the recipe of five minutes."""
+"""Such steps in the recipe of five minutes with more KV heads."""
 _WINDOWS: dict[str, Any] = {"window": 127, **hybrid_layers(8, full=(7,), sparse="sliding_attention")}
 """Plain windows of 128 keys beside two full layers of 16."""
 _TAKEN = ("beta1-8", "skip", "eight", "epochs")
@@ -172,8 +168,11 @@ def _hasten(steps: list[Step]) -> None:
     _step(steps, "few-eight-64", change, "wide-eight-skip-64", True, 8192, **eight)
     change = f"{values}: as many parameters as at first"
     _step(steps, "few-eight-values-64", change, "few-eight-64", True, 8192, value_embeddings=True)
+    change = "a KV head for each query head, a narrower feed-forward, a third more parameters"
+    heads = {"num_key_value_heads": 12, "intermediate_size": 2560}
+    _step(steps, "few-eight-heads-64", change, "few-eight-values-64", False, 8192, **heads)
     for name, (change, fields) in _FEW.items():
-        _step(steps, f"few-eight-{name}-64", change, "few-eight-values-64", False, 8192, **fields)
+        _step(steps, f"few-eight-heads-{name}-64", change, "few-eight-heads-64", False, 8192, **fields)
 
 
 def _reshape(steps: list[Step]) -> None:
