@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from foreign_decoders import LAYERS, PATTERN, SLIDING, model, tokens
+from tiny_models import close_logits
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -30,10 +31,6 @@ KEPT = {"none": [], "one": [1], "two": [0, 3]}
 
 def answer(m: Any, ids: Tensor, **how: Any) -> Tensor:
     return m.generate(ids, **{"max_new_tokens": 30, "do_sample": False, **how})
-
-
-def close(ours: Tensor, right: Tensor) -> None:
-    torch.testing.assert_close(ours, right, rtol=1e-3, atol=3e-4)
 
 
 def sliding_window(architecture: str, layer: int) -> int | None:
@@ -72,7 +69,7 @@ def test_it_is_the_original_with_masks(architecture: str, kept: str) -> None:
     right = with_dense_masks(copy.deepcopy(made), architecture, KEPT[kept])
     fibattn.convert(made, **PATTERN, keep_layers=KEPT[kept])
     ours, theirs = (m(ids, labels=ids, use_cache=False) for m in (made, right))
-    close(ours.logits, theirs.logits)
+    close_logits(ours.logits, theirs.logits)
     ours.loss.backward()
     theirs.loss.backward()
     for (name, one), other in zip(made.named_parameters(), right.parameters(), strict=True):
@@ -86,7 +83,7 @@ def test_a_window_as_long_as_the_input_changes_nothing(architecture: str) -> Non
     with torch.no_grad():
         right, text = made(ids).logits, answer(made, ids[:, :20])
         assert fibattn.convert(made, window=49) is made
-        close(made(ids).logits, right)
+        close_logits(made(ids).logits, right)
         assert torch.equal(answer(made, ids[:, :20]), text)
         fibattn.restore(made)
         assert torch.equal(made(ids).logits, right)
@@ -109,10 +106,10 @@ def test_any_head() -> None:
     made = model("qwen3", AutoModelForSequenceClassification, num_labels=3)
     ids = tokens()
     right = made(ids).logits
-    close(fibattn.convert(made, window=49)(ids).logits, right)
+    close_logits(fibattn.convert(made, window=49)(ids).logits, right)
     fibattn.restore(made)
     body: Any = made.base_model
-    close(fibattn.convert(body, **PATTERN)(ids).last_hidden_state, body(ids, use_cache=False).last_hidden_state)
+    close_logits(fibattn.convert(body, **PATTERN)(ids).last_hidden_state, body(ids, use_cache=False).last_hidden_state)
 
 
 # ---- generating
@@ -169,7 +166,7 @@ def test_pieces_equal_the_whole_in_bounded_memory(made: Any) -> None:
     m, ids = fibattn.convert(model(), **PATTERN, keep_layers=[3]), tokens(2, 50)
     cache = made(config=m.config)
     pieces = [m(piece, past_key_values=cache, use_cache=True).logits for piece in ids.split([17, 1, 1, 20, 1, 10], 1)]
-    close(torch.cat(pieces, 1), m(ids, use_cache=False).logits)
+    close_logits(torch.cat(pieces, 1), m(ids, use_cache=False).logits)
     offsets = m.config.fibattn_pattern["layer_offsets"]
     rows = [layer.keys.shape[2] for layer in cache.layers]
     assert rows == [*(found[-1] + 1 for found in offsets[:3]), 50]
@@ -182,7 +179,7 @@ def test_a_compiled_step_equals_the_plain_one() -> None:
     cache = StaticCache(config=m.config, max_cache_len=30)
     m(ids[:, :20], past_key_values=cache, use_cache=True)
     steps = [step(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(20, 30)]
-    close(torch.cat(steps, 1), m(ids, use_cache=False).logits[:, 20:])
+    close_logits(torch.cat(steps, 1), m(ids, use_cache=False).logits[:, 20:])
 
 
 @torch.no_grad()
@@ -225,8 +222,8 @@ def test_padding_does_not_show(architecture: str, side: str) -> None:
     mask[0] = 0
     mask[0, real] = 1
     logits = made(ids.where(mask > 0, 0), attention_mask=mask, use_cache=False).logits
-    close(logits[:1, real], made(ids[:1, real]).logits)
-    close(logits[1:], made(ids[1:]).logits)
+    close_logits(logits[:1, real], made(ids[:1, real]).logits)
+    close_logits(logits[1:], made(ids[1:]).logits)
 
 
 @pytest.mark.parametrize("how", ["plain", "cached", "checkpointed", "by lengths"])
@@ -241,7 +238,7 @@ def test_packed_documents_train_like_separate_ones(architecture: str, how: str) 
         given = {"cu_seq_lens_q": torch.tensor([0, 20, 23, 48], dtype=torch.int32)}
     packed = made(ids, use_cache=how == "cached", **given).logits
     apart = torch.cat([made(ids[:, first:last], use_cache=False).logits for first, last in ends], 1)
-    close(packed, apart)
+    close_logits(packed, apart)
     weight = made.get_parameter("model.layers.0.self_attn.k_proj.weight")
     grads = [torch.autograd.grad(logits.square().mean(), weight)[0] for logits in (packed, apart)]
     torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4)
@@ -278,7 +275,7 @@ def test_the_command_line_loads_what_was_saved(tmp_path: Any) -> None:
     made, ids = fibattn.convert(model("gemma3_text"), **PATTERN), tokens()
     made.save_pretrained(tmp_path)
     loaded = load_model(tmp_path).eval()
-    close(loaded(ids.to(loaded.device)).logits.cpu(), made(ids).logits)
+    close_logits(loaded(ids.to(loaded.device)).logits.cpu(), made(ids).logits)
 
 
 def test_whole_numbers_of_other_kinds_can_be_saved(tmp_path: Any) -> None:

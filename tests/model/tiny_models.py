@@ -111,3 +111,13 @@ def tokens(batch: int = 2, length: int = 50, seed: int = 0) -> Tensor:
 
 def close(found: Tensor, expected: Tensor, tolerance: float = 2e-4) -> None:
     torch.testing.assert_close(found.double(), expected.double(), rtol=tolerance, atol=tolerance)
+
+
+def whole(m: Any, ids: Tensor, **how: Any) -> Tensor:
+    """The logits of a text that is read at once, without a cache."""
+    return m(ids, use_cache=False, **how).logits
+
+
+def close_logits(found: Tensor, expected: Tensor) -> None:
+    """The logits of two ways through a model, equal but for rounding."""
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=3e-4)
