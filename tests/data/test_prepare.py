@@ -1,7 +1,6 @@
 """The whole way from files to a prepared folder, also killed, cut short and damaged."""
 
 import errno
-import json
 import os
 import shutil
 import signal
@@ -10,26 +9,17 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from corpus_files import fingerprints, write_jsonl
+from corpus_files import SMALL, documents, fingerprints, make, write_jsonl
 from forked import Server
 
 from fibattn import files
-from fibattn.data.plan import Plan
-from fibattn.data.prepare import prepare
 from fibattn.data.prepared import PreparedData
 from fibattn.data.sources import Source, parse_source
 from fibattn.data.tokenizer import load_tokenizer
 from fibattn.errors import InputError
 from fibattn.lock import locked
 from fibattn.model import FibAttnConfig, FibAttnForCausalLM
-
-SMALL = {"vocab_size": 300, "shard_tokens": 3000, "held_out_tokens": 2500, "held_out": 0.2}
-
-
-def make(out: Path, sources, **change) -> PreparedData:
-    return prepare(out, Plan(tuple(sources), **{**SMALL, **change}), quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +32,6 @@ def whole(sources, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "data"
     make(out, sources)
     return out
-
-
-def documents(data: PreparedData, name: str, split: str) -> list[str]:
-    """The texts of one source's shards, by plain numpy and transformers."""
-    tokenizer = load_tokenizer(data.tokenizer_path)
-    found = []
-    for path in sorted((data.folder / "shards" / name).glob(f"{split}-*.bin")):
-        tokens = np.fromfile(path, "<u2", offset=1024)
-        starts = np.load(path.with_suffix(".starts.npy")).astype(np.int64)
-        assert (tokens[starts] == tokenizer.bos_token_id).all()
-        assert (tokens == tokenizer.bos_token_id).sum() == len(starts)
-        found += [tokenizer.decode(part[1:].tolist()) for part in np.split(tokens, starts[1:])]
-    return found
 
 
 def test_every_document_is_in_training_or_held_out_and_none_in_both(whole, texts):
@@ -191,70 +168,6 @@ def test_too_large_a_budget_names_both_numbers_and_a_smaller_one_goes_on(whole, 
     assert len(data.train) == 15_000
 
 
-def test_explicit_held_out_texts_are_never_trained_on_in_any_source(texts, tmp_path):
-    held = texts["books"][:10]
-    books = write_jsonl(tmp_path / "books.jsonl", texts["books"])
-    docs = write_jsonl(tmp_path / "docs.jsonl", [*texts["docs"], *held[:3]])
-    val = write_jsonl(tmp_path / "v.jsonl", held)
-    sources = [parse_source(str(books)), parse_source(str(docs))]
-    data = make(tmp_path / "out", sources, validation={"books": parse_source(str(val))}, held_out_tokens=10**6)
-    assert documents(data, "books", "val") == held
-    assert documents(data, "books", "train") == texts["books"][10:]
-    assert not set(documents(data, "docs", "train")) & set(held)
-    assert np.load(tmp_path / "out/shards/books/held-out.npy").shape == (10,)
-
-
-def test_rows_with_one_key_are_held_out_together_and_duplicates_never_leak(tmp_path):
-    rows = [{"problem": f"problem {i % 20}", "text": f"solution {i} " + "word " * 20} for i in range(200)]
-    rows += [{"problem": f"twin {i}", "text": f"solution {i % 50} " + "word " * 20} for i in range(100)]
-    path = tmp_path / "m.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = Source("m", (path,), text=("problem", "text"), key="problem")
-    data = make(tmp_path / "out", [source], held_out_tokens=10**6)
-    sides = [{text.split("\n")[0] for text in documents(data, "m", split)} for split in ("train", "val")]
-    assert sides[0]
-    assert sides[1]
-    assert not sides[0] & sides[1]
-    only = Source("m", (path,), key="problem")  # now twins have the text of another key
-    data = make(tmp_path / "only", [only], held_out_tokens=10**6)
-    assert not set(documents(data, "m", "train")) & set(documents(data, "m", "val"))
-
-
-def test_no_row_is_trained_on_whose_key_the_held_out_set_has(tmp_path):
-    def rows(problems, solution):
-        return [{"problem": f"problem {i}", "text": f"{solution} of {i} " + "word " * 20} for i in problems]
-
-    kinds = {"a": rows(range(30), "first") + rows(range(30), "second"), "b": rows(range(30), "third")}
-    sources, validation = [], Source("a", (tmp_path / "val.jsonl",), text=("problem", "text"), key="problem")
-    for name, made in {**kinds, "val": rows(range(5), "fourth")}.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
-        if name != "val":
-            sources.append(Source(name, (tmp_path / f"{name}.jsonl",), text=("problem", "text"), key="problem"))
-    for _ in "made", "left":
-        data = make(tmp_path / "out", sources, validation={"a": validation}, held_out=0.0)
-        trained = [text.split("\n")[0] for text in documents(data, "a", "train")]
-        assert sorted(trained) == sorted(f"problem {i}" for i in range(5, 30) for _ in "ab")
-        assert len(list(documents(data, "b", "train"))) == 30  # another source's keys are its own
-        assert len(list(documents(data, "a", "val"))) == 5
-    path = tmp_path / "out" / "data.json"
-    before = path.read_text()
-    assert before.count('"left out of training"') == 1
-    path.write_text(before.replace('"left out of training"', "null"))
-    with pytest.raises(InputError, match="keys was None, is left out of training"):
-        make(tmp_path / "out", sources, validation={"a": validation}, held_out=0.0)
-
-
-def test_few_documents_still_give_a_held_out_one(tmp_path):
-    for i in range(3):
-        (tmp_path / f"{i}.txt").write_text(f"document {i} " * 50)
-    data = make(tmp_path / "out", [parse_source(f"t={tmp_path}/*.txt")], held_out=0.001)
-    assert (data.sources[0]["train"]["documents"], data.sources[0]["val"]["documents"]) == (2, 1)
-    one = [parse_source(f"t={tmp_path}/1.txt")]
-    with pytest.raises(InputError, match=r"'t' holds a single document.*--val t=FILE.*--held-out 0"):
-        make(tmp_path / "one", one)
-    assert make(tmp_path / "one", one, held_out=0.0).validation == {}
-
-
 def test_an_existing_tokenizer_is_used_as_it_is(whole, sources, tmp_path):
     data = make(tmp_path / "out", sources[:1], tokenizer=str(whole / "tokenizer"))
     assert (data.tokenizer_path / "tokenizer.json").read_bytes() == (whole / "tokenizer/tokenizer.json").read_bytes()
@@ -310,18 +223,6 @@ def test_what_cannot_be_read_any_more_is_made_again(whole, sources, tmp_path, na
     path.unlink() if content is None else path.write_bytes(content)
     make(out, sources)
     assert fingerprints(out) == fingerprints(whole)
-
-
-def test_a_tokenizer_made_again_knows_no_more_of_what_is_held_out(tmp_path):
-    """Texts that another source holds out under another key are in its sample, the first time and any other."""
-    rows = [{"text": f"the {word} of number {n}", "k": str(n % 7)} for n in range(60) for word in ("cat", "dog", "hat")]
-    for name, shift in (("a", 0), ("b", 3)):
-        moved = [row | {"k": str((int(row["k"]) + shift) * (shift or 1))} for row in rows]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in moved))
-    sources = [Source(name, (tmp_path / f"{name}.jsonl",), key="k") for name in "ab"]
-    first = make(tmp_path / "data", sources, held_out=0.3).fingerprint
-    (tmp_path / "data" / "tokenizer" / "tokenizer.json").write_text("")
-    assert make(tmp_path / "data", sources, held_out=0.3).fingerprint == first
 
 
 def test_a_share_of_no_tokens_is_told_from_too_much_held_out(sources, tmp_path):
