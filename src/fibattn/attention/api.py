@@ -154,7 +154,7 @@ def attend_cached(
     if not is_step(chosen, q, k, v, alpha):
         if isinstance(patterns, LearnedPattern) and alpha is not None and not readable(alpha):
             alpha = alpha.masked_fill(alpha > patterns.largest_alpha, torch.nan)
-        keys, values, limit = _take(k_cache, v_cache, k, v, cache_positions, positions, reach)
+        keys, values, limit = _take((k_cache, v_cache), (k, v), cache_positions, positions, reach)
         limit = check_positions(q, keys, limit, None)
         return ops.attend(q, keys, values, alpha, limit, scale, patterns, chosen)[0]
     rings = (q, k_cache, v_cache, k, v, cache_positions)
@@ -169,24 +169,18 @@ def is_step(backend: str, q: Tensor, *others: Tensor | None) -> bool:
 
 
 def _take(
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cache_positions: Tensor,
-    positions: Tensor | None,
-    reach: int,
+    rings: Sequence[Tensor], chunk: Sequence[Tensor], cache_positions: Tensor, positions: Tensor | None, reach: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The keys and values that a chunk may attend to, how far back each query may look; the ring takes the chunk."""
-    rows = k_cache.shape[1]
-    earlier = [ring.before(cache, cache_positions, min(reach, rows)) for cache in (k_cache, v_cache)]
+    """The keys and values that a chunk may attend to, how far back each query may look; the rings take the chunk."""
+    rows = rings[0].shape[1]
+    earlier = [ring.before(cache, cache_positions, min(reach, rows)) for cache in rings]
     # A compiler would make a graph for each side of a comparison of lengths, and so one for every reach.
     if not readable(cache_positions) and (torch.compiler.is_compiling() or rows < reach):
         # Too few rows cannot be refused here; they must not give plausible numbers.
         lost = (cache_positions[:, :1].clamp(max=reach) > rows)[..., None, None]
         earlier = [x.masked_fill(lost, torch.nan) for x in earlier]
-    keys, values = (torch.cat(pair, dim=1) for pair in zip(earlier, (k, v), strict=True))
-    return keys, values, ring.write(k_cache, v_cache, k, v, cache_positions, positions)
+    keys, values = (torch.cat(pair, dim=1) for pair in zip(earlier, chunk, strict=True))
+    return keys, values, ring.write(rings, chunk, cache_positions, positions)
 
 
 def choose(backend: Backend, q: Tensor) -> str:

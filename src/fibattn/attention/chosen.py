@@ -139,9 +139,7 @@ def attend_chosen_cached(
     for one, cache in zip(written, rings, strict=True):
         kept, fresh = blocks.rows_at(cache, at % cache.shape[1]), blocks.rows_at(one, new.clamp(0, q.shape[1] - 1))
         seen.append(torch.where((new < 0)[..., None, None], kept, fresh))
-    for one, cache in zip(written, rings, strict=True):
-        ring.store(cache, one, cache_positions)
-    limit = cache_positions if positions is None else torch.minimum(cache_positions, positions)
+    limit = ring.write(rings, written, cache_positions, positions)
     given = (q, seen[0], seen[1], far_q, seen[0 if far is None else 2], trust, pattern, scale)
     return blocks.attend_from(*given, own, limit)[0]
 

@@ -35,11 +35,11 @@ def store(ring: Tensor, new: Tensor, cache_positions: Tensor) -> None:
 
 
 def write(
-    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, cache_positions: Tensor, positions: Tensor | None
+    rings: Sequence[Tensor], chunk: Sequence[Tensor], cache_positions: Tensor, positions: Tensor | None
 ) -> Tensor:
-    """Store a chunk; how far back each of its tokens may look, (batch or 1, tokens)."""
-    store(k_cache, k, cache_positions)
-    store(v_cache, v, cache_positions)
+    """Store a chunk, of which each ring receives its tensor; how far back its tokens may look, (batch or 1, tokens)."""
+    for ring, new in zip(rings, chunk, strict=True):
+        store(ring, new, cache_positions)
     return cache_positions if positions is None else torch.minimum(cache_positions, positions)
 
 
@@ -76,7 +76,7 @@ def step(
     oldest = int(cache_positions.max())
     if fractions is not None:
         _check_farther_keys(sets[0], k_cache.shape[1], oldest)
-    limit = write(k_cache, v_cache, k, v, cache_positions, positions)[:, :, None]
+    limit = write((k_cache, v_cache), (k, v), cache_positions, positions)[:, :, None]
 
     def read(distances: Tensor) -> tuple[Tensor, Tensor]:
         rows = (cache_positions[:, :, None] - distances) % k_cache.shape[1]
