@@ -280,12 +280,7 @@ class _Work:
         blocks = -(-near.shape[2] // self.block)
         shape = (self.batch, self.kv_heads, blocks, self.block * self.group, self.block + self.window)
         square = weights.new_zeros(shape)
-        diagonals = self._diagonals(square)
-        whole = near.shape[2] // self.block
-        diagonals[:, :, :whole] = near[:, :, : whole * self.block].unflatten(2, (whole, self.block))
-        if whole < blocks:
-            rest = near[:, :, whole * self.block :]
-            diagonals[:, :, whole, : rest.shape[2]] = rest
+        self._diagonals(square)[:] = self._padded(near, blocks).unflatten(3, (self.block, self.group))
         return square, weights[..., self.window + 1 :]
 
     def weighted(self, weights: Tensor, near: Tensor, far: Tensor) -> Tensor:
