@@ -100,7 +100,8 @@ def attend_at(
     `read` gives the keys and values (batch, KV heads, count, head size) at distances (1 or KV heads, count); beyond
     `limit` (batch, 1, 1) they may be anything. `oldest` is the largest limit.
     """
-    held = _held(window, oldest)
+    # Less than the window where no sequence is old enough for it; in powers of two, so that there are few tables.
+    held = min(window, (1 << oldest.bit_length()) - 1)
     distances = _distances(held, tuple(sets))
     keys, values = read(distances)
     if fractions is not None:
@@ -128,11 +129,6 @@ def _distances(window: int, sets: tuple[tuple[int, ...], ...]) -> Tensor:
     most = max(map(len, sets))
     table = [[*range(window + 1), *one, *[_UNREACHABLE] * (most - len(one))] for one in sets]
     return torch.tensor(table, dtype=torch.int64, device="cpu")
-
-
-def _held(window: int, oldest: int) -> int:
-    """The window, less where no sequence is old enough for it; in powers of two, so that there are few tables."""
-    return min(window, (1 << oldest.bit_length()) - 1)
 
 
 def _rows(ring: Tensor, rows: Tensor) -> Tensor:
