@@ -183,9 +183,7 @@ def _(grad_out, grad_lse, out, lse, q, k, v, alpha, *_, **__):
     return result_like(q), result_like(k), result_like(v), q.new_empty(0) if alpha is None else torch.empty_like(alpha)
 
 
-@torch.library.register_fake("fibattn::attend_step", lib=_library)
-def _(q, *_, **__):
-    return result_like(q)
+torch.library.register_fake("fibattn::attend_step", lambda q, *_, **__: result_like(q), lib=_library)
 
 
 class _Attend(torch.autograd.Function):
