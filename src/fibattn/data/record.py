@@ -40,7 +40,7 @@ class Record:
             return cls(folder)
         saved = files.read_json(found)
         try:
-            record = cls._of_published(folder, saved) if found.name == DATA else cls._of_unfinished(folder, saved)
+            record = cls._of(folder, saved, published=found.name == DATA)
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{found} is not what `fibattn prepare` wrote ({error!r}); restore it or delete {folder}"
@@ -51,16 +51,13 @@ class Record:
         return record
 
     @classmethod
-    def _of_unfinished(cls, folder: Path, saved: dict[str, Any]) -> "Record":
-        shards = {stream: [Shard(**shard) for shard in found] for stream, found in saved["shards"].items()}
-        tokenizer, complete = saved["tokenizer_sha256"], set(saved["complete"])
-        return cls(folder, saved["settings"], saved["limits"], tokenizer, shards, complete)
-
-    @classmethod
-    def _of_published(cls, folder: Path, saved: dict[str, Any]) -> "Record":
-        shards = {f"{name}/{split}": found for (name, split), found in listed(saved["sources"]).items()}
-        tokenizer = saved["tokenizer_sha256"]
-        return cls(folder, saved["settings"], saved["limits"], tokenizer, shards, set(shards), published=True)
+    def _of(cls, folder: Path, saved: dict[str, Any], *, published: bool) -> "Record":
+        if published:
+            shards = {f"{name}/{split}": found for (name, split), found in listed(saved["sources"]).items()}
+        else:
+            shards = {stream: [Shard(**shard) for shard in found] for stream, found in saved["shards"].items()}
+        tokenizer, complete = saved["tokenizer_sha256"], set(shards if published else saved["complete"])
+        return cls(folder, saved["settings"], saved["limits"], tokenizer, shards, complete, published)
 
     def save(self) -> None:
         """Write `unfinished.json`."""
