@@ -82,19 +82,13 @@ def guarded(name: str, work: Callable[[Sequence[str]], None], words: Sequence[st
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - so that the flush at exit stays silent
         return 1
-    except (InputError, OSError) as error:
-        message = str(error) if isinstance(error, InputError) else _of_a_file(error, words)
+    except Exception as error:
+        message = _in_a_line(error, words, resumed)
         let_the_first_speak()
         if message is None or os.environ.get("FIBATTN_TRACEBACK"):
             raise
         print(f"{name}: {message}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
-    except Exception as error:
-        let_the_first_speak()
-        if not any(said in str(error) for said in _OF_ANOTHER) or os.environ.get("FIBATTN_TRACEBACK"):
-            raise
-        print(f"{name}: another process of this run is gone, and torchrun says which{resumed}", file=sys.stderr)
-        return 1
     return 0
 
 
@@ -120,8 +114,13 @@ def _open(program: Program, verb: str, rest: Sequence[str]) -> None:
         raise InputError(f"unknown verb {verb!r}: {suggestion(verb, program.verbs, 'verbs')}")
 
 
-def _of_a_file(error: OSError, words: Sequence[str]) -> str | None:
-    """What is wrong with a file that the user named, or with the disk; None for any other error."""
+def _in_a_line(error: Exception, words: Sequence[str], resumed: str) -> str | None:
+    """What is wrong: in the input, with a file that the user named, the disk or another process; None for a fault."""
+    if isinstance(error, InputError):
+        return str(error)
+    if not isinstance(error, OSError):
+        of_another = any(said in str(error) for said in _OF_ANOTHER)
+        return f"another process of this run is gone, and torchrun says which{resumed}" if of_another else None
     path = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes, os.PathLike)) else None
     if error.errno in _DISK:
         where = f" while writing {path}" if path else ""
