@@ -61,13 +61,12 @@ def before_decoder(
         shard: Shard | None = given.get("shard")
         if shard is not None:
             positions = shard.positions(mask, documents)
-            given["attention_mask"] = _as_mask(positions)
             if "blocks" in getattr(decoder.config, STORED_PATTERN):
                 given["shard"] = shard.with_blocks(positions)
-            return (), given
-        positions = document_positions(tokens, mask, documents, past)
-        if mask is not None and documents is None and tokens.shape[1] > 1 and says_nothing(mask):
-            positions = None
+        else:
+            positions = document_positions(tokens, mask, documents, past)
+            if mask is not None and documents is None and tokens.shape[1] > 1 and says_nothing(mask):
+                positions = None
         given["attention_mask"] = _as_mask(positions)
     return (), given
 
