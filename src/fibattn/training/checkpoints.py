@@ -49,10 +49,9 @@ def latest(run: Path) -> Path | None:
     for folder in reversed(found):
         try:
             verify(folder)
+            return folder
         except InputError as error:
             print(f"passing over a damaged checkpoint: {error}", file=sys.stderr)
-            continue
-        return folder
     if found:
         raise InputError(f"no checkpoint in {run} is whole; remove the folder to start the run anew")
     return None
