@@ -69,9 +69,10 @@ def start_batching(
         check_engine("continuous batching", pattern)
     reaches = [None if pattern is None else reach_of(pattern) for pattern in patterns]
     bounded = [reach for reach in reaches if reach is not None]
+    window = max(bounded, default=0) + 1
     own: dict[str, Any] = {
         "layer_types": ["full_attention" if reach is None else "sliding_attention" for reach in reaches],
-        "sliding_window": max(bounded, default=0) + 1,
+        "sliding_window": window,
     }
     of_model: dict[str, Any] = {}
     if len(bounded) == len(reaches):
@@ -82,7 +83,6 @@ def start_batching(
         of_model = {"_supports_flash_attn": False, "set_attn_implementation": lambda _: None}
     shown: Any = _ShownModel(model, config=_ShownConfig(model.config, **own), **of_model)
     manager = GenerationMixin.init_continuous_batching(shown, *args, **kwargs)
-    window = own["sliding_window"]
     _log.info(memory_of_a_request(model.config, [None if reach is None else window for reach in reaches], model.dtype))
     add = manager.add_request
 
