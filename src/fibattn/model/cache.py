@@ -24,7 +24,7 @@ from transformers.cache_utils import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from fibattn.attention import ring as decode
+from fibattn.attention import ring as rings
 from fibattn.errors import InputError
 
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
@@ -105,11 +105,11 @@ class RingLayer(CacheLayerMixin):
         `reach + 1`, or all."""
         at = torch.arange(length - k.shape[1], length, device=k.device)[None]
         for ring, new in zip(self.take(k, v), (k, v), strict=True):
-            decode.store(ring, new, at)
+            rings.store(ring, new, at)
 
     def before(self, cache_positions: Tensor, count: int) -> list[Tensor]:
         """The `count` keys and values before a chunk, (batch, count, KV heads, head size), oldest first."""
-        return [decode.before(ring, cache_positions, count) for ring in self._rings]
+        return [rings.before(ring, cache_positions, count) for ring in self._rings]
 
     def count(self, k: Tensor, v: Tensor) -> None:
         """Note that the tokens k and v are about to be written, and see that there is room."""
@@ -121,8 +121,8 @@ class RingLayer(CacheLayerMixin):
         positions = torch.arange(k.shape[1], device=k.device)[None] + self.get_seq_length()
         seen = []
         for ring, new in zip(self.take(k, v), (k, v), strict=True):
-            seen.append(torch.cat([decode.before(ring, positions, self.reach), new], dim=1).transpose(1, 2))
-            decode.store(ring, new, positions)
+            seen.append(torch.cat([rings.before(ring, positions, self.reach), new], dim=1).transpose(1, 2))
+            rings.store(ring, new, positions)
         return seen[0], seen[1]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, Any]:
@@ -179,7 +179,7 @@ class DynamicRingLayer(RingLayer, DynamicLayer):
 
     def count(self, k: Tensor, v: Tensor) -> None:
         """As in `RingLayer`."""
-        more = decode.lacking(self._rings[0].shape[1], self.length + k.shape[1], self.reach)
+        more = rings.lacking(self._rings[0].shape[1], self.length + k.shape[1], self.reach)
         if more:
             with _writable():
                 self._hold(*(functional.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values)))  # pyright: ignore
@@ -204,7 +204,7 @@ class DynamicRingLayer(RingLayer, DynamicLayer):
     def _newest(self) -> tuple[Tensor, ...]:
         """The newest tokens in order, `reach` of them or as many as there are."""
         last = torch.tensor([[self.length]], device=self.device)
-        return tuple(decode.before(ring, last, min(self.reach, self.length)) for ring in self._rings)
+        return tuple(rings.before(ring, last, min(self.reach, self.length)) for ring in self._rings)
 
     def get_seq_length(self) -> int:
         """How many tokens the sequence has had; the ring holds the last of them."""
@@ -232,7 +232,7 @@ class DynamicRingLayer(RingLayer, DynamicLayer):
                 )
             at = torch.arange(left - kept, left, device=self.device)[None]
             for ring, tokens in zip(self._rings, recorded, strict=True):
-                decode.store(ring, tokens[:, :kept], at)
+                rings.store(ring, tokens[:, :kept], at)
             self._written = max(left, left - kept + rows)
         self.length, self._recorded = left, None
 
