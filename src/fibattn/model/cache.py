@@ -338,7 +338,7 @@ def ring_of(cache: Cache, layer: int, owner: object, reach: int) -> RingLayer:
 def check_full(cache: Cache, layer: int, tokens: int) -> None:
     """Refuse a cache for a layer with full attention that was a sparse layer's, or has no room for `tokens` more."""
     found = cache.layers[layer] if layer < len(cache.layers) else None
-    if isinstance(found, CacheLayerMixin) and getattr(found, "is_sliding", False):
+    if getattr(found, "is_sliding", False):
         raise InputError(
             f"layer {layer} of the cache forgets what is far back, but the model's layer attends to everything; "
             "a cache belongs to the model that made it: begin a new one"
