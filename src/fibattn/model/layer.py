@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fibattn.attention.api import attend
 from fibattn.attention.cache import AttentionCache
 from fibattn.errors import InputError
-from fibattn.model.rotary import cosines_and_sines, rotate
+from fibattn.model.rotary import cosines_and_sines, plain_frequencies, rotate
 from fibattn.pattern import LearnedPattern, Pattern
 
 
@@ -102,8 +102,7 @@ class FibAttention(LearnedScale):
         if self.rope_theta is not None:
             first = 0 if cache is None else cache.length
             index = torch.arange(first, first + hidden.shape[1], device=hidden.device)[None]
-            steps = torch.arange(0, self.head_size, 2, dtype=torch.float32, device=hidden.device)
-            frequencies = 1.0 / self.rope_theta ** (steps / self.head_size)
+            frequencies = plain_frequencies(self.rope_theta, self.head_size, hidden.device)
             rotation = cosines_and_sines(index if positions is None else positions, frequencies, 1.0, q.dtype)
             q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is None:

@@ -46,8 +46,7 @@ class FibAttnRotaryEmbedding(nn.Module):
             frequencies, self.attention_scaling = ROPE_INIT_FUNCTIONS[self.rope_type](self.config, None)
             return frequencies
         self.attention_scaling = 1.0
-        size, theta = self.config.head_dim or 0, float(self.config.rope_parameters["rope_theta"])  # pyright: ignore
-        return 1.0 / theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+        return plain_frequencies(float(given["rope_theta"]), self.config.head_dim or 0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """What `to`, `half`, `to_empty` and the like do to a module; the frequencies are made anew after it."""
@@ -73,6 +72,11 @@ class FibAttnRotaryEmbedding(nn.Module):
         if self.inv_freq.dtype != torch.float32 or (self.inv_freq.is_meta and not x.is_meta):
             self._refill(x.device)
         return cosines_and_sines(position_ids, self.inv_freq.to(x.device), self.attention_scaling, x.dtype)
+
+
+def plain_frequencies(theta: float, size: int, device: torch.device | None = None) -> Tensor:
+    """The inverse frequencies (head size / 2,) of rotary positions with the base `theta`, float32, unscaled."""
+    return 1.0 / theta ** (torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
 
 
 @torch.library.custom_op("fibattn::cosines_and_sines", mutates_args=())
