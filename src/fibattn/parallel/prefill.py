@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from fibattn.errors import InputError
 from fibattn.model.cache import CACHE_NAME, DynamicRingLayer
 from fibattn.model.configuration import FibAttnConfig, not_yet
-from fibattn.parallel.exchange import check_same, exchange
+from fibattn.parallel.exchange import check_same
 from fibattn.parallel.shard import Shard
 
 _ENGINE = "prefill over several processes"
@@ -69,10 +69,7 @@ class _Reading(Shard):
         """As in `Shard`."""
         tokens, wanted = q.shape[1], self.reaches[len(self.newest)] + 1
         held = [min(max(wanted - (self.ranks - 1 - rank) * tokens, 0), tokens) for rank in range(self.ranks)]
-        own = held[self.rank]
-        both = torch.cat((k[:, tokens - own :], v[:, tokens - own :]), dim=-1).transpose(0, 1)
-        every = exchange(torch.cat([both] * self.ranks), held, [own] * self.ranks, self.group).transpose(0, 1)
-        keys, values = (x.contiguous() for x in every.split((k.shape[-1], v.shape[-1]), dim=-1))
+        keys, values = (x.contiguous() for x in self._from_all((k, v), held))
         self.newest.append((keys, values))
         return super().attend(q, k, v, pattern, **how)
 

@@ -102,10 +102,7 @@ class Shard:
         def there(x: Tensor) -> Tensor:
             return exchange(x.transpose(0, 1).roll(turned, 0), of, to, self.group).transpose(0, 1)
 
-        every = [2 * half] * ranks
-        both = torch.cat((k, v), dim=-1).transpose(0, 1)
-        both = exchange(torch.cat([both] * ranks), every, every, self.group).transpose(0, 1)
-        k, v = both.split((k.shape[-1], v.shape[-1]), dim=-1)
+        k, v = self._from_all((k, v), [2 * half] * ranks)
         q, positions = there(q), None if positions is None else there(positions)
         parts = []
         for number, some in ((early, slice(0, half)), (late, slice(half, None))):
@@ -114,6 +111,13 @@ class Shard:
             parts.append(attend(q[:, some], k[:, :seen], v[:, :seen], everything, positions=at, **how))
         out = exchange(torch.cat(parts, dim=1).transpose(0, 1), to, of, self.group)
         return out.roll(turned, 0).transpose(0, 1)
+
+    def _from_all(self, parts: Sequence[Tensor], counts: list[int]) -> Sequence[Tensor]:
+        """Of tensors (batch, tokens, ..., size) the newest tokens of every part in order, so many of each."""
+        own, tokens = counts[self.rank], parts[0].shape[1]
+        mine = torch.cat([x[:, tokens - own :] for x in parts], dim=-1).transpose(0, 1)
+        every = exchange(torch.cat([mine] * self.ranks), counts, [own] * self.ranks, self.group)
+        return every.transpose(0, 1).split([x.shape[-1] for x in parts], dim=-1)
 
     def positions(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
         """`model.positions.document_positions` of this part, int32 (batch or 1, tokens), in a row cut over processes.
