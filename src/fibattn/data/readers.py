@@ -45,10 +45,10 @@ def read_file(path: Path, fields: tuple[str, ...], key: str | None) -> Iterator[
         if text.strip():
             yield text, text
         return
-    number, wanted = 0, (*fields, *((key,) if key else ()))
     if path.stat().st_size == 0:
         raise InputError(f"{path} is empty; a file with rows was expected: fetch it again or leave it out")
-    rows = _lines_of_json(path) if kind(path) == ".jsonl" else _parquet(path, wanted)
+    rows = _lines_of_json(path) if kind(path) == ".jsonl" else _parquet(path, wanted_fields(fields, key))
+    number = 0
     for number, row in enumerate(rows, start=1):
         document = from_row(row, fields, key, f"row {number} of {path}")
         if document[1].strip():
@@ -143,7 +143,7 @@ def _lines(path: Path) -> Iterator[bytes]:
     yield b"".join(rest)
 
 
-def _parquet(path: Path, wanted: tuple[str, ...]) -> Iterator[Mapping[str, Any]]:
+def _parquet(path: Path, wanted: list[str]) -> Iterator[Mapping[str, Any]]:
     """The rows of a Parquet file, the wanted columns alone, a few at a time."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
@@ -153,7 +153,7 @@ def _parquet(path: Path, wanted: tuple[str, ...]) -> Iterator[Mapping[str, Any]]
             names = file.schema_arrow.names
             if missing := [name for name in wanted if name not in names]:
                 raise InputError(_no_field(f"each row of {path}", missing[0], names))
-            for batch in file.iter_batches(_ROWS, columns=list(dict.fromkeys(wanted))):
+            for batch in file.iter_batches(_ROWS, columns=wanted):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         message = " ".join(str(error).split())
@@ -165,10 +165,14 @@ def _no_field(where: str, field: str, have: Iterable[str]) -> str:
     return f"{where} has no field {field!r}; it has {names}: name the right one to `fibattn prepare` (--text, --key)"
 
 
+def wanted_fields(fields: tuple[str, ...], key: str | None) -> list[str]:
+    """The fields of a row that are read: those of the text and the key's, each once."""
+    return list(dict.fromkeys((*fields, key) if key else fields))
+
+
 def from_row(row: Mapping[str, Any], fields: tuple[str, ...], key: str | None, where: str) -> tuple[str, str]:
     """(key, text) of a row: its fields joined by a blank line, its key field (without one, the text)."""
-    parts = []
-    for field in (*fields, *((key,) if key else ())):
+    for field in wanted_fields(fields, key):
         if field not in row:
             raise InputError(_no_field(where, field, row))
         if not isinstance(row[field], str):
@@ -182,6 +186,5 @@ def from_row(row: Mapping[str, Any], fields: tuple[str, ...], key: str | None, w
             raise InputError(
                 f"field {field!r} in {where} has half a character ({wrong}); mend it or leave it out"
             ) from None
-        parts.append(row[field])
-    text = "\n\n".join(parts[: len(fields)])
-    return (parts[-1] if key else text), text
+    text = "\n\n".join(row[field] for field in fields)
+    return (row[key] if key else text), text

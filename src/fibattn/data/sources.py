@@ -149,7 +149,7 @@ def _stream(source: Source) -> Iterator[tuple[str, str]]:
     assert source.hub is not None
     try:
         rows = load_dataset(source.hub, source.config, split=source.split, revision=source.revision, streaming=True)
-        wanted = list(dict.fromkeys((*source.text, *((source.key,) if source.key else ()))))
+        wanted = readers.wanted_fields(source.text, source.key)
         if rows.column_names and set(wanted) <= set(rows.column_names):
             rows = rows.select_columns(wanted)  # of Parquet, only these are fetched
         for number, row in enumerate(rows, start=1):
