@@ -218,15 +218,18 @@ class _Work:
         """Write rows (B, Hkv, C, G, D) into their place in (B, Tq, Hq, D)."""
         into[:, self.query_rows(chunk)] = rows.permute(0, 2, 1, 3, 4).flatten(2, 3).to(into.dtype)
 
-    def _blocks(self, chunk: Chunk) -> int:
-        return -(-(chunk.stop - chunk.start) // self.block)
+    def _band_rows(self, chunk: Chunk) -> tuple[slice, slice]:
+        """Which keys are in the band of a chunk, and where in it: before the first key there is nothing."""
+        begin = chunk.start - self.window
+        first = max(begin, 0)
+        return slice(first, chunk.stop), slice(first - begin, chunk.stop - begin)
 
     def band(self, x: Tensor, chunk: Chunk) -> Tensor:
         """For every block of queries, the rows of x (B, Tk, Hkv, D) from `window` before it to its end."""
-        blocks, first = self._blocks(chunk), max(chunk.start - self.window, 0)
+        blocks = -(-(chunk.stop - chunk.start) // self.block)
         rows = x.new_zeros(self.batch, self.kv_heads, blocks * self.block + self.window, self.size, dtype=self.dtype)
-        skipped = first - (chunk.start - self.window)
-        rows[:, :, skipped : skipped + chunk.stop - first] = x[:, first : chunk.stop].transpose(1, 2)
+        keys, places = self._band_rows(chunk)
+        rows[:, :, places] = x[:, keys].transpose(1, 2)
         return rows.unfold(2, self.block + self.window, self.block).transpose(-1, -2)
 
     def add_band(self, grad: Tensor, into: Tensor, chunk: Chunk) -> None:
@@ -238,9 +241,8 @@ class _Work:
             part = grad[:, :, :, start : start + self.block]
             place = rows[:, :, start : start + blocks * self.block].unflatten(2, (blocks, self.block))
             place[:, :, :, : part.shape[3]] += part
-        first = max(chunk.start - self.window, 0)
-        skipped = first - (chunk.start - self.window)
-        into[:, :, first : chunk.stop] += rows[:, :, skipped : skipped + chunk.stop - first]
+        keys, places = self._band_rows(chunk)
+        into[:, :, keys] += rows[:, :, places]
 
     def _padded(self, x: Tensor, blocks: int) -> Tensor:
         """(B, Hkv, C, G, n) as (B, Hkv, blocks, block * G, n), the last block filled up with zeros."""
