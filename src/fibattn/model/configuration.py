@@ -195,7 +195,8 @@ class FibAttnConfig(SavesShim, PreTrainedConfig):
             self.layer_types = ["fibonacci_attention"] * self.num_hidden_layers
         if self.no_rope_layers is None:
             self.no_rope_layers = [1] * self.num_hidden_layers
-        self._check_shapes()
+        self._check_sizes()
+        self._check_layers()
         if self.layer_offsets is None:
             self.layer_offsets = self._resolve_offsets()
         self.check_offsets()
@@ -289,7 +290,7 @@ class FibAttnConfig(SavesShim, PreTrainedConfig):
         """Whether the layer has a value embedding."""
         return self.value_embeddings and (self.num_hidden_layers - 1 - layer) % 2 == 0
 
-    def _check_shapes(self) -> None:
+    def _check_sizes(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         for name in (*sizes, "num_key_value_heads", "head_dim", "max_position_embeddings"):
             if (getattr(self, name) or 0) < 1:
@@ -308,6 +309,8 @@ class FibAttnConfig(SavesShim, PreTrainedConfig):
                 f"head_dim is {self.head_dim}, and RoPE needs an even head size; where it is not given, hidden_size is "
                 f"a multiple of twice the attention heads ({2 * self.num_attention_heads})"
             )
+
+    def _check_layers(self) -> None:
         for name, allowed in (("base", get_args(Base)), ("schedule", get_args(Schedule))):
             if getattr(self, name) not in allowed:
                 raise InputError(
