@@ -199,7 +199,8 @@ class FibAttnConfig(SavesShim, PreTrainedConfig):
         self._check_layers()
         if self.layer_offsets is None:
             self.layer_offsets = self._resolve_offsets()
-        self.check_offsets()
+        else:
+            self.check_offsets()
         super().__post_init__(**kwargs)
         if self.transformers_version is None:
             # Transformers takes what it knows out of the rest, and sets what it does not know.
