@@ -139,20 +139,7 @@ class FibAttnModel(FibAttnPreTrainedModel):
                 cache under gradient checkpointing, which would run its updates twice, or a `full_reach` that was
                 changed after loading.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise InputError("give exactly one of input_ids and inputs_embeds")
-        if input_ids is not None and input_ids.dim() != 2:
-            raise InputError(f"input_ids have shape {tuple(input_ids.shape)}; expected (batch, tokens)")
-        if input_ids is None and self.config.value_embeddings:
-            raise InputError(
-                "inputs_embeds are given, but this model has value_embeddings: the ids of tokens decide its values. "
-                "Give input_ids"
-            )
-        if self.config.full_reach != self.full_reach:
-            raise InputError(
-                f"full_reach was {self.full_reach} when the model was made and is {self.config.full_reach} now; load "
-                f"it anew: from_pretrained(…, full_reach={self.config.full_reach})"
-            )
+        self._check_given(input_ids, inputs_embeds)
         hidden: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if self.embed_norm is not None:
             hidden = self.embed_norm(hidden)
@@ -203,6 +190,22 @@ class FibAttnModel(FibAttnPreTrainedModel):
             )
         kept: dict[str, Any] = {CACHE_NAME: cache}
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), **kept)
+
+    def _check_given(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise InputError("give exactly one of input_ids and inputs_embeds")
+        if input_ids is not None and input_ids.dim() != 2:
+            raise InputError(f"input_ids have shape {tuple(input_ids.shape)}; expected (batch, tokens)")
+        if input_ids is None and self.config.value_embeddings:
+            raise InputError(
+                "inputs_embeds are given, but this model has value_embeddings: the ids of tokens decide its values. "
+                "Give input_ids"
+            )
+        if self.config.full_reach != self.full_reach:
+            raise InputError(
+                f"full_reach was {self.full_reach} when the model was made and is {self.config.full_reach} now; load "
+                f"it anew: from_pretrained(…, full_reach={self.config.full_reach})"
+            )
 
     @staticmethod
     def prepare_masks(
