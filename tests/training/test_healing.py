@@ -386,7 +386,8 @@ def test_the_dense_model_is_found_from_any_folder(
 
 def test_the_folder_that_one_stands_in_is_healed_beside_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    assert HealingRecipe(Path()).folder == tmp_path.with_name(f"{tmp_path.name}-healed")
+    beside = tmp_path.with_name(f"{tmp_path.name}-healed")
+    assert HealingRecipe(Path()).folder == HealingRecipe(Path("runs/..")).folder == beside
 
 
 def test_a_folder_of_another_run_is_refused(

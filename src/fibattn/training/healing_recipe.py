@@ -61,5 +61,5 @@ class HealingRecipe:
     @property
     def folder(self) -> Path:
         """Where the run is."""
-        model = self.model if self.model.name else Path.cwd()
+        model = self.model if self.model.name not in ("", "..") else self.model.resolve()
         return self.out or model.with_name(f"{model.name}-healed")
