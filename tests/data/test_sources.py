@@ -58,7 +58,8 @@ def test_of_parquet_only_the_columns_that_are_asked_for_matter(tmp_path):
     for fields, message in (
         (
             ("body",),
-            "has no field 'body'; it has 'text', 'map', 'id', 'audio', 'dot.ted', 'nested': name the right one",
+            "has no field 'body'; it has 'text', 'map', 'id', 'audio', 'dot.ted', 'nested': name the right one to "
+            r"`fibattn prepare` \(--text, --key\); other commands read 'text' alone",
         ),
         (("map",), "field 'map' in row 1 of .* is list, text was expected"),
     ):

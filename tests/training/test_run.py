@@ -397,6 +397,24 @@ def test_a_finished_run_is_bounded_without_training(
     assert (load_model(model).config.full_reach, "the last 32" in (model / "README.md").read_text()) == (None, False)
 
 
+def test_a_finished_model_keeps_a_cache_unasked(recipe: Recipe) -> None:
+    model = load_model(train(replace(recipe, steps=2)))
+    ids = torch.arange(5, 12)[None]
+    with torch.no_grad():
+        first = model(ids)
+        step = model(ids[:, :1], past_key_values=first.past_key_values)
+        whole = model(torch.cat([ids, ids[:, :1]], dim=1), use_cache=False)
+    torch.testing.assert_close(step.logits[:, -1], whole.logits[:, -1])
+
+
+def test_what_begins_is_said_with_its_rates(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = replace(recipe, steps=1, optimizer=replace(recipe.optimizer, learning_rate=3e-5, muon=True))
+    train(recipe)
+    rates = "3e-05 (AdamW), 0.003 (Muon, the matrices of the layers)"
+    assert f"highest learning rate {rates}\n" in capsys.readouterr().out
+    assert f"| highest learning rate | {rates} |" in (recipe.out / "model" / "README.md").read_text()
+
+
 def test_gradient_checkpointing_and_micro_batches_change_nothing(recipe: Recipe) -> None:
     train(replace(recipe, steps=3))
     other = replace(recipe, steps=3, out=recipe.out.parent / "other", gradient_checkpointing=True, micro_batch=4)

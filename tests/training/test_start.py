@@ -135,6 +135,25 @@ def test_a_kept_start_that_attends_to_something_else_is_another(recipe: Recipe, 
         train(run)
 
 
+@pytest.mark.parametrize(
+    ("length", "scaling", "trained_at"), [(64, "default", 64), (16, "default", 32), (64, "dynamic", 32)]
+)
+def test_a_kept_start_in_longer_sequences_has_their_length(
+    recipe: Recipe, finished: Path, length: int, scaling: str, trained_at: int
+) -> None:
+    config = finished / "model" / "config.json"
+    rotary = {"rope_type": scaling, "rope_theta": 1e4} | ({"factor": 2.0} if scaling == "dynamic" else {})
+    files.write_json(config, files.read_json(config) | {"rope_parameters": rotary})
+    sealed.seal(config.parent)
+    run = replace(recipe, start=finished, keep_model=True, out=recipe.out.with_name("kept"), steps=2)
+    before, after = (
+        files.read_json(folder / "config.json")
+        for folder in (finished / "model", train(replace(run, sequence_length=length)))
+    )
+    assert after["max_position_embeddings"] == trained_at
+    assert {name for name in before if before[name] != after[name]} <= {"max_position_embeddings"}
+
+
 def test_a_run_without_a_start_is_not_one_whose_start_is_gone(recipe: Recipe, finished: Path) -> None:
     with pytest.raises(InputError, match=r"run was trained on other data, .* another start"):
         train(replace(recipe, start=finished.with_name("gone")))

@@ -162,7 +162,8 @@ def _parquet(path: Path, wanted: list[str]) -> Iterator[Mapping[str, Any]]:
 
 def _no_field(where: str, field: str, have: Iterable[str]) -> str:
     names = ", ".join(map(repr, have))
-    return f"{where} has no field {field!r}; it has {names}: name the right one to `fibattn prepare` (--text, --key)"
+    way = "name the right one to `fibattn prepare` (--text, --key); other commands read 'text' alone"
+    return f"{where} has no field {field!r}; it has {names}: {way}"
 
 
 def wanted_fields(fields: tuple[str, ...], key: str | None) -> list[str]:

@@ -72,7 +72,8 @@ def read_tokens(paths: Iterable[Path], tokenizer: "PreTrainedTokenizerFast", mos
     files: list[Iterator[np.ndarray]] = []
     for path in dict.fromkeys(paths):
         if kind(path) is None:
-            raise InputError(f"{path} is no text that can be read; give .txt, .md, .jsonl or .parquet files")
+            what = "a folder" if path.is_dir() else "no text that can be read"
+            raise InputError(f"{path} is {what}; give .txt, .md, .jsonl or .parquet files")
         texts = (text for _, text in read_file(path, ("text",), None))
         files.append(_pieces(encode(tokenizer, texts, separator(tokenizer), np.dtype(np.uint32))))
     found: list[list[np.ndarray]] = [[] for _ in files]

@@ -153,8 +153,7 @@ def _training(recipe: Recipe, data: PreparedData) -> str:
         "text": ", ".join(f"{name} ({tokens} tokens)" for name, tokens in taken.items()),
         "data fingerprint": f"`{data.fingerprint}`",
         "seeds": f"weights {recipe.init_seed}, data {recipe.data_seed}",
-        "highest learning rate": f"{optimizer.learning_rate} (AdamW)"
-        + (f", {optimizer.muon_learning_rate} (Muon, the matrices of the layers)" if optimizer.muon else ""),
+        "highest learning rate": optimizer.rates,
         "learning rate over time": f"{optimizer.warmup_steps} steps of warm-up, then {optimizer.decay} to "
         f"{optimizer.final_fraction:g} of the highest",
     }

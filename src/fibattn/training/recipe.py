@@ -143,6 +143,12 @@ class OptimizerRecipe:
     max_grad_norm: float = 1.0
     """Gradients with a larger norm are scaled down to it."""
 
+    @property
+    def rates(self) -> str:
+        """The highest rates, in words."""
+        muon = f", {self.muon_learning_rate} (Muon, the matrices of the layers)" if self.muon else ""
+        return f"{self.learning_rate} (AdamW){muon}"
+
     def at(self, factor: float) -> "OptimizerRecipe":
         """The same with both highest rates times `factor`, to five places."""
         rates = {name: round(getattr(self, name) * factor, 5) for name in ("learning_rate", "muon_learning_rate")}

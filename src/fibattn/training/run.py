@@ -125,7 +125,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
 
 def _config(recipe: Recipe, data: PreparedData, tokenizer: PreTrainedTokenizerFast) -> FibAttnConfig:
     if recipe.keep_model and recipe.start is not None:
-        return start.configuration(recipe.start, recipe.out)
+        return start.configuration(recipe.start, recipe.out, recipe.sequence_length)
     config = model_config(recipe, data.vocab_size, data.separator)
     if tokenizer.eos_token_id not in (None, data.separator):
         config.eos_token_id = [data.separator, tokenizer.eos_token_id]  # pyright: ignore  # so the turns of a chat end
@@ -146,7 +146,8 @@ def _say_what_begins(
     several = "" if state.num_processes == 1 else f"{state.num_processes} × "
     state.print(
         f"{quantity(model.num_parameters())} parameters, {quantity(recipe.tokens)} tokens in {recipe.steps} steps "
-        f"of {recipe.sequences_per_step} sequences of {recipe.sequence_length}, on {several}{machine.device_name()}"
+        f"of {recipe.sequences_per_step} sequences of {recipe.sequence_length}, on {several}{machine.device_name()}; "
+        f"highest learning rate {recipe.optimizer.rates}"
     )
     if recipe.steps <= (warmup := recipe.optimizer.warmup_steps):
         state.print(

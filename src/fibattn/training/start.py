@@ -29,21 +29,23 @@ def fingerprints(start: Path, data: PreparedData, *, kept: bool) -> dict[str, st
     return {"start_sha256": sums[_WEIGHTS]} | ({"config_sha256": sums["config.json"]} if kept else {})
 
 
-def configuration(start: Path, run: Path) -> FibAttnConfig:
-    """The configuration of the finished model `start`, for a run that keeps it.
+def configuration(start: Path, run: Path, length: int) -> FibAttnConfig:
+    """The configuration of the finished model `start`, for a run in sequences of `length` that keeps it.
 
-    The run has a copy, since it may go on without its start.
+    The run has a copy, since it may go on without its start. A longer `length` is the new training length, but where
+    the rotary positions are scaled by the old one.
 
     Raises:
         InputError: where no finished model is, or one of another kind.
     """
     copy = run / KEPT
-    if not copy.exists():
-        found = files.read_json(_model(start) / "config.json")
-        if (kind := found.get("model_type")) != FibAttnConfig.model_type:
-            raise InputError(f"{start} is a {kind} model; only fibattn models are trained here, others by Transformers")
-        return FibAttnConfig.from_dict(found)
-    return FibAttnConfig.from_dict(files.read_json(copy))
+    found = files.read_json(copy if copy.exists() else _model(start) / "config.json")
+    if (kind := found.get("model_type")) != FibAttnConfig.model_type:
+        raise InputError(f"{start} is a {kind} model; only fibattn models are trained here, others by Transformers")
+    config = FibAttnConfig.from_dict(found)
+    if config.rope_parameters["rope_type"] in ("default", "linear", "llama3"):  # pyright: ignore
+        config.max_position_embeddings = max(config.max_position_embeddings, length)
+    return config
 
 
 def check_shapes(model: FibAttnForCausalLM, start: Path) -> None:
