@@ -181,7 +181,7 @@ class Recipe:
     """A finished run, or its model, whose weights are the beginning; fresh ones when left out. What its layers
     attend to may differ, the length too."""
     keep_model: bool = False
-    """Train the model of the start as it is, as one that was converted needs: `model` then says nothing."""
+    """Train the start's own model, perhaps a converted one; it notes a longer length. `model` then says nothing."""
     model: ModelRecipe = field(default_factory=ModelRecipe)
     """The shape of the model, and what its layers attend to."""
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
