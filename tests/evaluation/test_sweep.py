@@ -77,6 +77,17 @@ def test_tables_show_every_set_and_length(data: PreparedData, model: FibAttnForC
     assert "(2×)" in text
 
 
+def test_change_is_against_the_training_length_and_parts_are_those_of_the_longest(
+    data: PreparedData, model: FibAttnForCausalLM
+) -> None:
+    found = sweep(model, data, lengths=[4, 64, 128], sets=[], tokens=256)
+    ((_, rows),) = found["sets"].items()
+    lengths, parts = tables(found)
+    perplexities = {length: rows[length]["perplexity"] for length in ("4", "64", "128")}
+    assert list(lengths.columns[2].cells) == [change(one, perplexities["64"]) for one in perplexities.values()]
+    assert list(parts.columns[0].cells) == ["64", "128"]
+
+
 def test_change_is_in_per_cent() -> None:
     assert change(3.0, 2.0) == "+50.0 %"
     assert change(1.5, 2.0) == "-25.0 %"

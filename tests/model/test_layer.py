@@ -1,5 +1,7 @@
 """The layer and the cache for models of one's own: chunks equal the whole, gradients reach everything."""
 
+import re
+
 import pytest
 import torch
 
@@ -88,5 +90,9 @@ def test_a_cache_of_another_pattern_is_refused() -> None:
         layer(torch.zeros(1, 4, 32), cache=AttentionCache(same))
     with pytest.raises(InputError, match=r"the cache is for Pattern\(window=1, .*, the layer has Pattern\(window=3"):
         layer(torch.zeros(1, 4, 32), cache=AttentionCache(Pattern(1)))
-    with pytest.raises(InputError, match=r"pattern is 12; expected a fibattn\.Pattern"):
-        AttentionCache(12)  # pyright: ignore
+
+
+@pytest.mark.parametrize("pattern", [12, "x", "", [], [Pattern(1), "x"], [LearnedPattern(1, (2,))]])
+def test_what_is_no_pattern_has_no_cache(pattern: object) -> None:
+    with pytest.raises(InputError, match=rf"pattern is {re.escape(repr(pattern))}; expected a fibattn\.Pattern"):
+        AttentionCache(pattern)  # pyright: ignore

@@ -16,6 +16,8 @@ from fibattn.pattern import LearnedPattern, Pattern, reach_of
 class AttentionCache:
     """Keys and values of the tokens that a layer can still look back to, and no more, at any length of text.
 
+    They are written outside of autograd: gradients reach the tokens of a call, not those before it.
+
     Args:
         pattern: what the layer attends to, as in `attend`.
 
@@ -30,7 +32,8 @@ class AttentionCache:
     """
 
     def __init__(self, pattern: Pattern | Sequence[Pattern] | LearnedPattern):
-        if not isinstance(pattern, Pattern | LearnedPattern | Sequence):
+        each = pattern if isinstance(pattern, Sequence) else (pattern,)
+        if not ((each and all(isinstance(one, Pattern) for one in each)) or isinstance(pattern, LearnedPattern)):
             raise InputError(f"pattern is {pattern!r}; expected a fibattn.Pattern, a sequence or a LearnedPattern")
         self.pattern = pattern
         self.length = 0

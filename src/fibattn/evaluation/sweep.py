@@ -114,12 +114,12 @@ def tables(result: dict[str, Any]) -> list[Table]:
         table = Table(title=f"{name}: {next(iter(lengths.values()))['targets']:,} tokens", title_justify="left")
         for heading in ("length", "perplexity", "change", "bits/byte", f"last {LAST}"):
             table.add_column(heading, justify="right")
-        first = next(iter(lengths.values()))["perplexity"]
+        base = lengths.get(str(result["trained_at"]), next(iter(lengths.values())))["perplexity"]
         for length, row in lengths.items():
             table.add_row(
                 f"{int(length):,} ({int(length) / result['trained_at']:g}×)",
                 f"{row['perplexity']:.2f}",
-                change(row["perplexity"], first),
+                change(row["perplexity"], base),
                 f"{row['bits_per_byte']:.4f}",
                 f"{row['last_256_perplexity']:.2f}",
             )
@@ -135,13 +135,14 @@ def _bins(name: str, lengths: dict[str, Any]) -> Table:
     for heading in ("length", *(f"{part + 1}/{count}" for part in range(count))):
         table.add_column(heading, justify="right")
     for length, row in lengths.items():
-        table.add_row(f"{int(length):,}", *(f"{value:.3f}" for value in row["bins"]))
+        if len(row["bins"]) == count:  # sequences of fewer tokens have no such parts
+            table.add_row(f"{int(length):,}", *(f"{value:.3f}" for value in row["bins"]))
     return table
 
 
-def change(value: float, first: float) -> str:
-    """How much `value` differs from `first`, in per cent."""
-    return "" if value == first else f"{100 * (value / first - 1):+.1f} %"
+def change(value: float, base: float) -> str:
+    """How much `value` differs from `base`, in per cent."""
+    return "" if value == base else f"{100 * (value / base - 1):+.1f} %"
 
 
 def default_output(model: Path, ways: str = "") -> Path | None:

@@ -88,7 +88,7 @@ class FibAttention(LearnedScale):
         self, hidden: Tensor, *, positions: Tensor | None = None, cache: AttentionCache | None = None
     ) -> Tensor:
         """`positions` as in `attend`, also the rotary ones; `cache`, an `AttentionCache(layer.pattern)`, for a sequence
-        that comes in parts.
+        that comes in parts, each of which has gradients of its own alone.
 
         Raises:
             InputError: (a ValueError) as `attend` and `attend_cached`.

@@ -130,7 +130,7 @@ class FibAttnModel(FibAttnPreTrainedModel):
         `position_ids` that restart mark packed documents (without a cache, as in Transformers), and so does
         `cu_seq_lens_q`, int32 (documents + 1): where each begins in the only row, and where the last ends. A 2-D
         `attention_mask` marks padding on either side, of rows that may be packed; one of ones says nothing.
-        `past_key_values` is the older name of `cache`.
+        `past_key_values` is the older name of `cache`. No gradients pass through it but those of unbounded full layers.
 
         Raises:
             InputError: for input_ids of another shape, inputs_embeds where there are value embeddings, a mask with
