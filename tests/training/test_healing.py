@@ -303,11 +303,7 @@ def test_a_run_that_was_cut_goes_on_and_ends_with_the_same_weights(
         ("out", ["--text", "SHORT"], "tokens, one sequence of 32 needs 33; prepare more text"),
         ("out", ["--text", "odd.pdf"], "odd.pdf is no text that can be read"),
         ("out", ["--text", "out"], "out is a folder; give .txt, .md, .jsonl or .parquet files"),
-        (
-            "out",
-            ["--text", "chat.jsonl"],
-            "row 1 of chat.jsonl has no field 'text'; it has 'messages'",
-        ),
+        ("out", ["--text", "chat.jsonl"], "row 1 of chat.jsonl has no field 'text'; it has 'messages'"),
         ("dense", ["--text", "TEXT"], "was not converted; heal what `fibattn convert` wrote"),
         ("nowhere", ["--text", "TEXT"], "holds no model (config.json is missing)"),
         ("out", ["--text", "TEXT", "--teacher", "qwen3"], "converted from: model_type is qwen3 there, expected llama"),
