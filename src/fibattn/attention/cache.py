@@ -9,14 +9,13 @@ from torch.nn import functional
 
 from fibattn.attention import ring
 from fibattn.attention.api import attend_cached
+from fibattn.attention.checks import patterns_of
 from fibattn.errors import InputError
 from fibattn.pattern import LearnedPattern, Pattern, reach_of
 
 
 class AttentionCache:
-    """Keys and values of the tokens that a layer can still look back to, and no more, at any length of text.
-
-    They are written outside of autograd: gradients reach the tokens of a call, not those before it.
+    """Keys and values of the tokens that a layer can still look back to, and no more, at any length; without gradients.
 
     Args:
         pattern: what the layer attends to, as in `attend`.
@@ -32,9 +31,8 @@ class AttentionCache:
     """
 
     def __init__(self, pattern: Pattern | Sequence[Pattern] | LearnedPattern):
-        each = pattern if isinstance(pattern, Sequence) else (pattern,)
-        if not ((each and all(isinstance(one, Pattern) for one in each)) or isinstance(pattern, LearnedPattern)):
-            raise InputError(f"pattern is {pattern!r}; expected a fibattn.Pattern, a sequence or a LearnedPattern")
+        if not patterns_of(pattern):
+            raise InputError(f"pattern is {pattern!r}; expected a fibattn.Pattern, or one for each KV head")
         self.pattern = pattern
         self.length = 0
         """How many tokens the sequence has had."""

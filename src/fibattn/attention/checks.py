@@ -71,11 +71,22 @@ def _check_like(q: Tensor, name: str, x: Tensor) -> None:
         raise InputError(f"{name} has strides {x.stride()}; the last dimension must be contiguous, copy it first")
 
 
+def patterns_of(pattern: Pattern | Sequence[Pattern] | LearnedPattern) -> Patterns:
+    """The pattern, or those of the KV heads, a single one alike whether it comes alone or in a sequence."""
+    if isinstance(pattern, LearnedPattern):
+        return pattern
+    patterns = tuple(pattern) if isinstance(pattern, Sequence) else (pattern,)
+    if not all(isinstance(one, Pattern) for one in patterns):
+        raise InputError(f"pattern is {pattern!r}; expected a fibattn.Pattern, a sequence of them or a LearnedPattern")
+    return patterns
+
+
 def check_pattern(
     pattern: Pattern | Sequence[Pattern] | LearnedPattern, alpha: Tensor | None, q: Tensor, kv_heads: int
 ) -> Patterns:
     """The pattern, or one for every KV head; with an alpha where it learns one, and without where it does not."""
-    if isinstance(pattern, LearnedPattern):
+    patterns = patterns_of(pattern)
+    if isinstance(patterns, LearnedPattern):
         if not isinstance(alpha, Tensor):
             wanted = f"give a tensor with one floating-point number, on {q.device}"
             raise InputError(
@@ -84,10 +95,7 @@ def check_pattern(
         if alpha.numel() != 1 or not alpha.is_floating_point() or alpha.device != q.device:
             found = f"{tuple(alpha.shape)} {alpha.dtype} on {alpha.device}"
             raise InputError(f"alpha is {found}; it must be one floating-point number on {q.device}")
-        return pattern
-    patterns = tuple(pattern) if isinstance(pattern, Sequence) else (pattern,)
-    if not all(isinstance(one, Pattern) for one in patterns):
-        raise InputError(f"pattern is {pattern!r}; expected a fibattn.Pattern, a sequence of them or a LearnedPattern")
+        return patterns
     if alpha is not None:
         raise InputError(
             "alpha was given, but a Pattern's offsets are fixed; give a fibattn.LearnedPattern, or leave alpha out"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fibattn.attention.api import attend
 from fibattn.attention.cache import AttentionCache
+from fibattn.attention.checks import patterns_of
 from fibattn.errors import InputError
 from fibattn.model.rotary import cosines_and_sines, plain_frequencies, rotate
 from fibattn.pattern import LearnedPattern, Pattern
@@ -95,7 +96,7 @@ class FibAttention(LearnedScale):
         """
         if hidden.ndim != 3 or 0 in hidden.shape:
             raise InputError(f"hidden has shape {tuple(hidden.shape)}; expected (batch, tokens, hidden size), none 0")
-        if cache is not None and _each(cache.pattern) != _each(self.pattern):
+        if cache is not None and patterns_of(cache.pattern) != patterns_of(self.pattern):
             raise InputError(f"the cache is for {cache.pattern}, the layer has {self.pattern}; give it one for that")
         shape = (*hidden.shape[:2], -1, self.head_size)
         q, k, v = (project(hidden).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
@@ -110,8 +111,3 @@ class FibAttention(LearnedScale):
         else:
             out = cache.attend(q, k, v, alpha=self.alpha, positions=positions)
         return self.o_proj(out.flatten(2))
-
-
-def _each(pattern: Pattern | Sequence[Pattern] | LearnedPattern) -> tuple[Pattern | LearnedPattern, ...]:
-    """The same for one pattern and a sequence of that one alone, of whatever kind."""
-    return tuple(pattern) if isinstance(pattern, Sequence) else (pattern,)
