@@ -21,7 +21,7 @@ def halo(x: Tensor, tokens: int, reach: int, rank: int, ranks: int, group: str) 
         reach: how many tokens before its first are wanted; they may be in several parts.
         rank: the place of this part; `ranks`: how many there are; `group`: the name of their process group.
     """
-    receive, send = ([_wanted(way * (rank - other), reach, tokens) for other in range(ranks)] for way in (1, -1))
+    receive, send = ([wanted(way * (rank - other), reach, tokens) for other in range(ranks)] for way in (1, -1))
     parts = [x[x.shape[0] - count :] for count in send if count] or [x[:0]]
     return exchange(torch.cat(parts), receive, send, group)
 
@@ -52,7 +52,7 @@ def check_same(rows: Tensor, ranks: int, group: str) -> None:
         )
 
 
-def _wanted(distance: int, reach: int, tokens: int) -> int:
+def wanted(distance: int, reach: int, tokens: int) -> int:
     """How many tokens a part needs of the one that lies `distance` parts before it: its last ones."""
     return min(max(reach - (distance - 1) * tokens, 0), tokens) if distance > 0 else 0
 

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from fibattn.errors import InputError
 from fibattn.model.cache import CACHE_NAME, DynamicRingLayer
 from fibattn.model.configuration import FibAttnConfig, not_yet
-from fibattn.parallel.exchange import check_same
+from fibattn.parallel.exchange import check_same, wanted
 from fibattn.parallel.shard import Shard
 
 _ENGINE = "prefill over several processes"
@@ -44,12 +44,14 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, group: dist.ProcessGroup 
     model.eval()
     cache = _begun(model, input_ids[:, :1])
     tokens = part * shard.ranks
-    reading = _Reading(shard.rank, shard.ranks, shard.group, [_reach(layer) for layer in cache.layers])
+    layers: list[Any] = cache.layers
+    reaches = [one.reach if isinstance(one, DynamicRingLayer) else one.sliding_window - 1 for one in layers]
+    reading = _Reading(shard.rank, shard.ranks, shard.group, reaches)
     first = shard.rank * part
     place = torch.arange(first, first + part, device=input_ids.device)[None]
     decoder: Any = model.get_decoder()
     decoder(input_ids=input_ids[:, first : first + part], position_ids=place, use_cache=False, shard=reading)
-    for layer, (k, v) in zip(cache.layers, reading.newest, strict=True):
+    for layer, (k, v) in zip(layers, reading.newest, strict=True):
         layer.begin(k, v, tokens) if isinstance(layer, DynamicRingLayer) else _begin_window(layer, k, v, tokens)
     return cache
 
@@ -67,8 +69,8 @@ class _Reading(Shard):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, pattern: Any, **how: Any) -> Tensor:
         """As in `Shard`."""
-        tokens, wanted = q.shape[1], self.reaches[len(self.newest)] + 1
-        held = [min(max(wanted - (self.ranks - 1 - rank) * tokens, 0), tokens) for rank in range(self.ranks)]
+        tokens, rows = q.shape[1], self.reaches[len(self.newest)] + 1
+        held = [wanted(self.ranks - rank, rows, tokens) for rank in range(self.ranks)]
         keys, values = (x.contiguous() for x in self._from_all((k, v), held))
         self.newest.append((keys, values))
         return super().attend(q, k, v, pattern, **how)
@@ -86,11 +88,6 @@ def _begun(model: PreTrainedModel, one: Tensor) -> DynamicCache:
             "text's keys and values; load the model with a bound, from_pretrained(…, full_reach=1023), or convert them"
         )
     return cache
-
-
-def _reach(layer: Any) -> int:
-    """How far a layer of a cache looks back."""
-    return layer.reach if isinstance(layer, DynamicRingLayer) else layer.sliding_window - 1
 
 
 def _begin_window(layer: Any, k: Tensor, v: Tensor, tokens: int) -> None:
