@@ -20,8 +20,7 @@ from fibattn.training.recipe import OptimizerRecipe
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic x ↦ ax + bx³ + cx⁵, from the page above; `torch.optim.Muon` has the same."""
 _ITERATIONS = 5
-_TABLE = ".value_embedding."
-"""In the name of each value embedding."""
+_TABLE = ".value_embedding."  # in the name of each value embedding
 
 
 def build_optimizer(model: nn.Module, chosen: OptimizerRecipe) -> torch.optim.Optimizer:

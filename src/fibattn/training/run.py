@@ -31,8 +31,7 @@ from fibattn.training.trainer import FibTrainer, process_count
 _MAY_CHANGE = {"log_every", "save_every", "keep_checkpoints", "track", "micro_batch", "out", "data", "start"}
 _MAY_CHANGE |= {"evaluate_every", "evaluate_tokens", "parallel", "context_parallel"}
 _MAY_CHANGE |= {"model.full_reach"}  # of the finished model; training is the same
-_SINCE = {"config_sha256", "teacher_sha256"}
-"""Inputs that runs of before did not write down."""
+_SINCE = {"config_sha256", "teacher_sha256"}  # inputs that runs of before did not write down
 _CHAT = Path(__file__).with_name("chat.jinja")
 
 
@@ -189,9 +188,7 @@ def _start(recipe: Recipe, config: FibAttnConfig, data: PreparedData) -> dict[st
     known = recipe.out / "inputs.json"
     if known.exists() and not recipe.start.exists():
         before = files.read_json(known)
-        return {"start_sha256": before.get("start_sha256", "")} | {
-            name: before[name] for name in _SINCE & before.keys()
-        }
+        return {"start_sha256": ""} | {name: before[name] for name in before.keys() & {"start_sha256", *_SINCE}}
     fingerprints = start.fingerprints(recipe.start, data, kept=recipe.keep_model)
     with torch.device("meta"):
         start.check_shapes(FibAttnForCausalLM(config), recipe.start)

@@ -64,8 +64,7 @@ def training_arguments(recipe: Recipe, processes: int, *, evaluates: bool = Fals
         torch_compile=whole,
         torch_compile_mode="reduce-overhead" if graphed else None,
         use_cpu=not on_gpu,
-        # Of the finished model, whose configuration the Trainer sets it in; training itself makes no cache.
-        use_cache=True,
+        use_cache=True,  # in the finished model's configuration, where the Trainer writes it; training makes none
         # Data parallelism is called sharded, too: accelerate takes no replicas beside sequences that are cut.
         parallelism_config=ParallelismConfig(cp_size=cut, dp_shard_size=processes // cut) if cut > 1 else None,
         fsdp=True if sharded else None,  # pyright: ignore[reportArgumentType]
