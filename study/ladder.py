@@ -66,14 +66,13 @@ _TURNS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Steps that change one thing in large steps: what is new, and the fields."""
 _FEW: dict[str, tuple[str, dict[str, Any]]] = {
-    "conv": ("a convolution of four over keys and values of the windows", {"kv_convolution": 4}),
     "hold": (
         "the highest rate for a quarter of the steps, then down to a twentieth of it",
         {"decay_fraction": 0.75, "final_fraction": 0.05},
     ),
     "slow": ("rates lower by three tenths", {"learning_rate": 5.6e-3, "muon_learning_rate": 7.7e-3}),
 }
-"""Such steps in the recipe of five minutes with more KV heads."""
+"""Such steps in the recipe of five minutes with larger heads."""
 _WINDOWS: dict[str, Any] = {"window": 127, **hybrid_layers(8, full=(7,), sparse="sliding_attention")}
 """Plain windows of 128 keys beside two full layers of 16."""
 _TAKEN = ("beta1-8", "skip", "eight", "epochs")
@@ -171,8 +170,13 @@ def _hasten(steps: list[Step]) -> None:
     change = "a KV head for each query head, a narrower feed-forward, a third more parameters"
     heads = {"num_key_value_heads": 12, "intermediate_size": 2560}
     _step(steps, "few-eight-heads-64", change, "few-eight-values-64", False, 8192, **heads)
+    change = "a convolution of four over keys and values of the windows"
+    _step(steps, "few-eight-heads-conv-64", change, "few-eight-heads-64", False, 8192, kv_convolution=4)
+    change = "six heads of 128 for twelve of 64"
+    six = {"num_attention_heads": 6, "num_key_value_heads": 6}
+    _step(steps, "few-eight-six-64", change, "few-eight-heads-64", False, 8192, **six)
     for name, (change, fields) in _FEW.items():
-        _step(steps, f"few-eight-heads-{name}-64", change, "few-eight-heads-64", False, 8192, **fields)
+        _step(steps, f"few-eight-six-{name}-64", change, "few-eight-six-64", False, 8192, **fields)
 
 
 def _reshape(steps: list[Step]) -> None:
