@@ -76,8 +76,11 @@ def use(part: Part, model: FibAttnForCausalLM) -> None:
         model.model.embed_tokens = Paced(model.model.embed_tokens, part.pace)
     if part.cap is not None:
         model.lm_head = CappedHead(model.lm_head, part.cap)
-    if part.joined:
-        for layer in model.model.layers:
-            attention: Any = layer.self_attn
+    for layer in model.model.layers:
+        attention: Any = layer.self_attn
+        if part.everywhere and attention.kv_convolution is None:
+            shape = (2, part.convolution, len(attention.k_proj.weight))
+            attention.kv_convolution = nn.Parameter(torch.zeros(shape))
+        if part.joined:
             product = OneProduct((attention.q_proj, attention.k_proj, attention.v_proj))
             attention.q_proj, attention.k_proj, attention.v_proj = product, Rest(product, 0), Rest(product, 1)

@@ -27,12 +27,18 @@ class Part:
     """One product makes the queries, keys and values of a layer: the same numbers, perhaps sooner."""
     untied: bool = False
     """The head has a matrix of its own, which begins at zero."""
+    convolution: int = 0
+    """Keys and values carry those of their last so many tokens, in all layers but full ones."""
+    everywhere: bool = False
+    """In full layers, too."""
 
     def like(self, recipe: Recipe, reach: int) -> Recipe:
-        """`recipe` with gates and value embeddings, which the library has."""
+        """`recipe` with gates, value embeddings and the convolution, which the library has."""
         model = recipe.model
         if self.gate:
             model = replace(model, head_gates=True)
+        if self.convolution:
+            model = replace(model, kv_convolution=self.convolution)
         if not self.values:
             return replace(recipe, model=model)
         optimizer = replace(recipe.optimizer, value_embedding_pace=self.pace)
@@ -57,6 +63,8 @@ PARTS = (
     Part("values-100", "embeddings of the values, a hundred times the rate", values=True, pace=100.0),
     Part("joined", "queries, keys and values from one product", joined=True),
     Part("untied", "a head of its own", untied=True),
+    Part("conv", "a convolution of four over keys and values, in full layers, too", convolution=4, everywhere=True),
+    Part("conv-sparse", "such a convolution in all layers but full ones", convolution=4),
     Part("untied-10", "a head of its own, ten times the rate for the embedding", untied=True, pace=10.0),
     Part("values-untied", "embeddings of the values, and a head of its own", values=True, untied=True),
     Part(

@@ -90,6 +90,20 @@ def test_one_product_makes_what_three_make_and_muon_has_its_matrices_one_by_one(
     torch.testing.assert_close(mine.weight.grad, theirs.weight.grad)
 
 
+def test_a_convolution_is_in_full_layers_only_where_it_is_asked_for() -> None:
+    every, sparse = (model_of(Part("", "", convolution=3, everywhere=where)) for where in (True, False))
+    torch.testing.assert_close(logits(every), logits(model_of(PLAIN)))  # it begins at zero
+    weights = [model.model.layers[3].self_attn.kv_convolution for model in (every, sparse)]
+    assert weights[1] is None
+    assert weights[0] is not None
+    before = logits(every)
+    with torch.no_grad():
+        weights[0][:, 1] = 0.5  # pyright: ignore
+    changed = (logits(every) - before).abs().amax(dim=(0, 2))
+    assert changed[0] == 0
+    assert changed[1] > 0
+
+
 def test_a_head_of_its_own_begins_at_zero() -> None:
     model = model_of(Part("", "", untied=True))
     assert not logits(model).any()
