@@ -14,6 +14,8 @@ from corpus_files import SMALL, documents, fingerprints, make, write_jsonl
 from forked import Server
 
 from fibattn import files
+from fibattn.data import prepare as preparation
+from fibattn.data import tokenizer as tokenization
 from fibattn.data.prepared import PreparedData
 from fibattn.data.sources import Source, parse_source
 from fibattn.data.tokenizer import load_tokenizer
@@ -34,7 +36,7 @@ def whole(sources, tmp_path_factory) -> Path:
     return out
 
 
-def test_every_document_is_in_training_or_held_out_and_none_in_both(whole, texts):
+def test_no_document_is_in_training_and_held_out(whole, texts):
     data = PreparedData.open(whole)
     assert len(list((whole / "shards" / "books").glob("train-*.bin"))) > 3
     for name, all_texts in texts.items():
@@ -47,6 +49,31 @@ def test_every_document_is_in_training_or_held_out_and_none_in_both(whole, texts
         assert any(text.startswith(held_out[-1]) for text in all_texts)  # cut at held_out_tokens
         assert len(data.validation[name]) == SMALL["held_out_tokens"]
     assert len(data.train) == sum(source["train"]["tokens"] for source in data.sources)
+
+
+@pytest.mark.parametrize(
+    ("texts", "length", "fewest", "most"),
+    [(1, 100_000, 1, 1), (10, 50_000, 10, 10), (150, 9_000, 20, 20), (2000, 400, 50, 50)],
+)
+def test_a_tokenizer_has_its_share_of_few_long_documents_and_of_many(
+    texts, length, fewest, most, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(preparation, "TOKENIZER_CHARACTERS", 20_000)
+    monkeypatch.setattr(preparation, "DOCUMENT_CHARACTERS", 1000)
+    seen: list[str] = []
+    real = tokenization.train_tokenizer
+    monkeypatch.setattr(tokenization, "train_tokenizer", lambda found, size: real(_kept(found, seen), size))
+    held_out = write_jsonl(tmp_path / "val.jsonl", ["some held-out words"])
+    path = write_jsonl(tmp_path / "long.jsonl", [f"{number:07d}\n" * (length // 8) for number in range(texts)])
+    make(tmp_path / "out", [parse_source(f"long={path}")], validation={"long": parse_source(f"long={held_out}")})
+    assert fewest <= len(seen) <= most
+    assert sum(map(len, seen)) == pytest.approx(20_000, rel=0.4)
+
+
+def _kept(found, seen):
+    for text in found:
+        seen.append(text)
+        yield text
 
 
 def test_counts_in_the_record_are_right(whole):
@@ -250,7 +277,7 @@ def test_a_tokenizer_that_cannot_be_made_again_has_everything_encoded_again(whol
     out = tmp_path / "data"
     make(out, sources)
     (out / "tokenizer/tokenizer.json").unlink()
-    monkeypatch.setattr("fibattn.data.prepare.DOCUMENT_CHARACTERS", 50)  # so that training gives another
+    monkeypatch.setattr("fibattn.data.prepare.TOKENIZER_CHARACTERS", 5000)  # so that training gives another
     data = make(out, sources)
     assert data.fingerprint != PreparedData.open(whole).fingerprint
     assert not set(documents(data, "docs", "train")) - {text for _, text in sources[1].documents()}

@@ -29,7 +29,8 @@ from fibattn.lock import locked
 from fibattn.progress import Meter
 
 TOKENIZER_CHARACTERS = 200_000_000  # of the mixture, to train the tokenizer on
-DOCUMENT_CHARACTERS = 250_000  # of one document, so that none dominates the vocabulary
+DOCUMENT_CHARACTERS = 250_000  # of one document, so that none dominates the vocabulary; more where there are few
+FEWEST_DOCUMENTS = 100  # that a source is thinned to
 
 
 def prepare(out: Path, plan: Plan, *, quiet: bool = False) -> PreparedData:
@@ -178,17 +179,20 @@ class _Preparation:
         save_array(self.out / "token_bytes.npy", self.sizes)
 
     def _sample(self, meter: Meter) -> Iterator[str]:
-        """Training texts in the mixture's proportions, each cut; a surveyed source is thinned evenly."""
+        """Training texts in the mixture's proportions, each cut; a surveyed source of many is thinned evenly."""
         for source in self.sources:
             budget = TOKENIZER_CHARACTERS * self._fractions()[source.name]
-            found, taken = self.surveys.get(source.name), 0
-            limit = min(1.0, budget / found.bytes) * split.SPAN if found else split.SPAN
+            found, taken, cut, share = self.surveys.get(source.name), 0, DOCUMENT_CHARACTERS, 1.0
+            if found:
+                cut = max(cut, int(budget / found.documents))
+                share = min(1.0, max(budget / found.bytes, FEWEST_DOCUMENTS / found.documents))
             for text in self._training_texts(source, self.excluded_at_first):
-                if split.text_hash(text) >= limit:
+                if split.text_hash(text) >= share * split.SPAN:
                     continue
-                yield text[:DOCUMENT_CHARACTERS]
-                taken += min(len(text), DOCUMENT_CHARACTERS)
-                meter.update(min(len(text), DOCUMENT_CHARACTERS), source.name)
+                text = text[:cut]
+                yield text
+                taken += len(text)
+                meter.update(len(text), source.name)
                 if taken >= budget:
                     break
 
