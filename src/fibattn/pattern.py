@@ -8,7 +8,7 @@ sequence (arXiv 2606.28560, section 3). Offsets are resolved here, once, in floa
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Literal, TypedDict, get_args
 
@@ -276,8 +276,10 @@ class ChosenPattern:
             raise InputError(f"the blocks' reach is {self.reach}; it must be {limits}")
 
 
-def reach_of(pattern: Pattern | Sequence[Pattern] | LearnedPattern | ChosenPattern) -> int:
-    """The farthest distance of a layer, whose KV heads may have patterns of their own."""
+def reach_of(pattern: Pattern | Sequence[Pattern] | LearnedPattern | ChosenPattern, alpha: float = 0.0) -> int:
+    """The farthest distance of a layer, whose KV heads may have patterns of their own, or learn an `alpha`."""
+    if isinstance(pattern, LearnedPattern) and alpha > pattern.largest_alpha:
+        pattern = replace(pattern, largest_alpha=alpha)
     return max(one.reach for one in pattern) if isinstance(pattern, Sequence) else pattern.reach
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fibattn.attention import attend
 from fibattn.attention.paged import Batch
+from fibattn.pattern import reach_of
 
 MIX = ((5, 1), (40, 1), (37, 20), (9, 9), (0, 0), (1, 1), (64, 3))
 """Tokens that a request has, and how many of them are new; the fifth has gone."""
@@ -39,8 +40,7 @@ def requests(
     table = torch.zeros(len(sizes), max(-(-length // rows) for length, _ in sizes), dtype=torch.int32)
     q = torch.randn(sum(new for _, new in sizes), kv_heads * group, size, device=device).to(dtype)
     starts, outputs = [0], []
-    one = pattern if isinstance(pattern, tuple) else (pattern,)
-    reach = max(each.reach for each in one)
+    reach = reach_of(pattern, 0.0 if alpha is None else float(alpha))
     for request, (length, new) in enumerate(sizes):
         k, v = torch.randn(2, length, kv_heads, size, device=device).to(dtype)
         mine = [free.pop() for _ in range(-(-length // rows))]

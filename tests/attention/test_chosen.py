@@ -98,6 +98,20 @@ def test_pieces_are_the_whole(padding: int, anchored: bool) -> None:
     torch.testing.assert_close(torch.cat(found, dim=1)[:, padding:], right[:, padding:])
 
 
+def test_rows_at_places_of_their_own_share_positions() -> None:
+    pattern, (q, k, v, far_q, far_k, trust) = ChosenPattern(7, 2, 16, 63), inputs(1, 1)
+    rings = tuple(torch.randn(2, 64, 2, 8, dtype=torch.float64) for _ in range(3))
+    places, positions = torch.tensor([[70], [75]]), torch.tensor([[70]])
+
+    def found(*rows: int) -> torch.Tensor:
+        own = list(rows)
+        given = [one[own].clone() for one in rings]
+        how: dict[str, Any] = {"far": (far_q[own], far_k[own]), "trust": trust, "cache_positions": places[own]}
+        return attend_chosen_cached(q[own], tuple(given), k[own], v[own], pattern, positions=positions, **how)
+
+    torch.testing.assert_close(found(0, 1), torch.cat([found(0), found(1)]))
+
+
 def test_rings_that_do_not_fit_are_refused() -> None:
     pattern, (q, k, v, far_q, far_k, _) = ChosenPattern(7, 2, 16, 63), inputs(1, 1)
 

@@ -15,6 +15,7 @@ PATTERNS: list[tuple[Any, float | None]] = [
     (Pattern(17), None),
     ((Pattern(3, (5, 8, 13, 21)), Pattern(3, (4, 9))), None),
     (LearnedPattern(3, (1, 2, 3, 5, 8, 13)), 1.23),
+    (LearnedPattern(3, (1, 2, 3, 5, 8, 13), largest_alpha=0.6), 1.23),
 ]
 
 

@@ -7,7 +7,6 @@ at debug level.
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 from typing import Literal, TypedDict, Unpack, get_args, overload
 
@@ -146,9 +145,7 @@ def attend_cached(
     scale = check_tensors(q, k, v, scale)
     patterns = check_pattern(pattern, alpha, q, k.shape[2])
     positions = check_positions(q, k, positions, None)
-    reach = reach_of(patterns)
-    if isinstance(patterns, LearnedPattern) and alpha is not None and readable(alpha):
-        reach = replace(patterns, largest_alpha=max(float(alpha), patterns.largest_alpha)).reach
+    reach = reach_of(patterns, float(alpha) if alpha is not None and readable(alpha) else 0.0)
     check_rings(q, (k_cache, v_cache), k, cache_positions, reach)
     chosen = choose(backend, q)
     if not is_step(chosen, q, k, v, alpha):

@@ -95,8 +95,9 @@ def needed(
 
 def first_key(places: Tensor, positions: Tensor) -> Tensor:
     """Where the longest document of each row begins, from where blocks are counted; (batch or 1, 1), int64."""
+    places, positions = torch.broadcast_tensors(places, positions)
     longest = positions.max(dim=1, keepdim=True)
-    return places.expand_as(positions).gather(1, longest.indices) - longest.values
+    return places.gather(1, longest.indices) - longest.values
 
 
 def rows_at(x: Tensor, rows: Tensor) -> Tensor:

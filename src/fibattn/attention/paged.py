@@ -109,7 +109,7 @@ def _one_by_one(
     if steps:
         at = batch.starts[steps].long()
         out[at] = _steps(q[at], k_pages, v_pages, patterns, batch, torch.tensor(steps), alpha, scale)
-    reach = reach_of(patterns)
+    reach = reach_of(patterns, 0.0 if alpha is None else float(alpha))
     for one in sorted({one for one, count in enumerate(counts) if count and lengths[one]} - set(steps)):
         own, which = slice(starts[one], starts[one] + counts[one]), torch.tensor([one], device=q.device)
         seen = torch.arange(max(0, lengths[one] - counts[one] - reach), lengths[one], device=q.device)
