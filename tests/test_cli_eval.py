@@ -145,8 +145,7 @@ def test_full_layers_can_be_bounded(data: Path, tmp_path: Path) -> None:
         (["--lengths", "0"], "each must be at least 1"),
         (["--tokens", "0"], "each must be at least 1"),
         (["--batch-tokens", "0"], "batch_tokens 0: each must be at least 1"),
-        (["--full-reach", "0"], "full_reach is 0; it must be at least 1 and below 2**63, None for no bound, or left"),
-        (["--full-reach", str(2**63)], "it must be at least 1 and below 2**63, None for no bound, or left out"),
+        (["--full-reach", "0"], "full_reach is 0, but no layer of"),
         (
             ["--lengths", "9999999"],
             "fewer than one sequence of 9999999; evaluate shorter lengths, raise the limit, or hold out more text",
@@ -238,6 +237,17 @@ def test_without_a_run_a_result_is_only_printed(
     assert main(["eval", str(model), "--data", str(data), "--lengths", "16"]) == 0
     assert "not written, --out FILE keeps all" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_other_data_do_not_replace_the_result_of_a_runs_own(own: bool, model: Path, data: Path, tmp_path: Path) -> None:
+    run, fingerprint = tmp_path / "run", PreparedData.open(data).fingerprint
+    shutil.copytree(model, run / "model")
+    (run / "recipe.json").write_text("{}")
+    (run / "inputs.json").write_text(json.dumps({"data_fingerprint": fingerprint if own else "0" * 64}))
+    assert main(["eval", str(run), "--data", str(data)]) == 0
+    expected = "evaluation.json" if own else f"evaluation-data-{fingerprint[:8]}.json"
+    assert [path.name for path in run.glob("evaluation*")] == [expected]
 
 
 def test_a_runs_own_result_is_only_its_finished_models(tmp_path: Path) -> None:

@@ -77,10 +77,6 @@ def load_bounded(folder: Path, full_reach: int | Literal["saved"] | None) -> Pre
     """
     if full_reach == "saved":
         return load_model(folder)
-    if full_reach is not None and not 1 <= full_reach < 1 << 63:
-        raise InputError(
-            f"full_reach is {full_reach}; it must be at least 1 and below 2**63, None for no bound, or left out"
-        )
     config = files.read_json(folder / "config.json")
     if (kind := config.get("model_type")) != FibAttnConfig.model_type:
         raise InputError(f"{folder} is a {kind} model; only fibattn models take a full reach, leave it out")
