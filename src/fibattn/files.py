@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +44,17 @@ def naming_a_full_disk(folder: Path) -> Iterator[None]:
         finally:
             probe.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """An empty place beside `path` to write a folder to, which takes its place once all is written."""
+    staged = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(staged, ignore_errors=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming_a_full_disk(path.parent):
+        yield staged
+        staged.replace(path)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,7 +8,6 @@ begins every document and is also the end-of-text token; `<|pad|>` is for paddin
 import hashlib
 import json
 import shlex
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -133,11 +132,8 @@ def tokenizer_sha256(tokenizer: "PreTrainedTokenizerFast") -> str:
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
     """Save a Transformers tokenizer folder, whole or not at all."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with files.naming_a_full_disk(folder.parent):
-        tokenizer.save_pretrained(str(temporary))
-    temporary.replace(folder)
+    with files.replacing_folder(folder) as staged:
+        tokenizer.save_pretrained(str(staged))
 
 
 def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:

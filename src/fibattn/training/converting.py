@@ -1,6 +1,5 @@
 """Models of other kinds on disk: loaded for conversion, and written as folders that whoever has them loads."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +62,7 @@ def write_folder(
     `placement` is what `fibattn.evaluation.placement.search` found, where the kept layers were measured.
     """
     pattern = pattern_of(model.base_model.config)
-    staged = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(staged, ignore_errors=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with files.naming_a_full_disk(out.parent):
+    with files.replacing_folder(out) as staged:
         model.save_pretrained(staged)
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
@@ -78,4 +74,3 @@ def write_folder(
             seal(staged)
         else:
             files.let_read(staged)
-    staged.replace(out)

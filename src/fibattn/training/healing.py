@@ -211,13 +211,10 @@ def _run(run: Recipe, stage: HealingStage, sequences: TrainingSequences, callbac
 
 def _write(finished: Path, folder: Path, model: PreTrainedModel, healing: dict[str, Any]) -> None:
     """The converted folder again with the healed weights, sealed, by rename."""
-    staged = finished.with_name(f"{checkpoints.STAGING}-model")
-    shutil.rmtree(staged, ignore_errors=True)
-    with files.naming_a_full_disk(finished.parent):
+    with files.replacing_folder(finished) as staged:
         shutil.copytree(folder, staged, ignore=shutil.ignore_patterns("*.safetensors*", "COMPLETE.json"))
         model.save_pretrained(staged)
         if (staged / RECORD).exists():
             files.write_json(staged / RECORD, files.read_json(staged / RECORD) | {"healing": healing})
         say_healed(staged, healing)
         sealed.seal(staged)
-        staged.replace(finished)

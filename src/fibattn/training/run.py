@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -297,9 +298,8 @@ def _finish(
     trainer: FibTrainer, recipe: Recipe, data: PreparedData, tokenizer: PreTrainedTokenizerFast, finished: Path
 ) -> None:
     """Write the model folder, with all that it is published with, sealed, by rename."""
-    staged = finished.with_name(f"{checkpoints.STAGING}-model")
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())  # pyright: ignore
-    with files.naming_a_full_disk(finished.parent):
+    with files.replacing_folder(finished) if trainer.args.should_save else nullcontext(finished) as staged:
         trainer.save_model(str(staged))
         if trainer.args.should_save:
             # A base model knows no roles, but chat programs and instruction tuning ask for a template.
@@ -311,5 +311,4 @@ def _finish(
                 config.save_pretrained(staged)
             write_card(staged, config, parameters, recipe, data)
             sealed.seal(staged)
-            staged.replace(finished)
     trainer.accelerator.wait_for_everyone()
