@@ -4,7 +4,7 @@ import pytest
 
 from fibattn.cli.main import main
 from fibattn.errors import InputError
-from fibattn.progress import count
+from fibattn.progress import count, quantity
 
 
 @pytest.fixture
@@ -37,6 +37,7 @@ def test_prepare_prints_a_table_and_a_finished_folder(books, tmp_path, capsys):
         ),
         (["--tokens", "many"], "'many' is not a count; expected a number such as 1048577, 426M or 1.5G"),
         ([], "has no field 'text'; it has 'body'"),
+        (["paper"], "paper has its own proportions, and 1 further sources have none; give --weights NAME=NUMBER"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(books, tmp_path, capsys, words, message):
@@ -47,12 +48,19 @@ def test_a_mistake_is_one_line_and_status_2(books, tmp_path, capsys, words, mess
 
 
 def test_counts():
-    assert [count(text) for text in ("7", "1_000", "426M", "1.5G", "2k")] == [
+    assert [count(text) for text in ("7", "1_000", "1,048,577", "426M", "1.5G", "2k")] == [
         7,
         1000,
+        1_048_577,
         426_000_000,
         1_500_000_000,
         2000,
     ]
-    with pytest.raises(InputError):
-        count("-1")
+    for text in ("-1", "1,5G", "1,50"):
+        with pytest.raises(InputError):
+            count(text)
+
+
+def test_quantities():
+    found = [quantity(value) for value in (0.1234, 949.6, 999.4, 999.6, 12_345, 999_400, 999_700, 999_999_999, 1.2e9)]
+    assert found == ["0.123", "950", "999", "1k", "12.3k", "999k", "1M", "1G", "1.2G"]

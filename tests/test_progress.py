@@ -20,4 +20,4 @@ def test_the_first_update_does_not_count_into_the_time_left(capsys: pytest.Captu
     left = re.search(r"6/103 steps, .*, (\d+)s left", third)
     assert left is not None
     assert int(left[1]) < 16, "97 steps of a third of a second, were the first in it"
-    assert re.search(r"\(([\d.]+) steps/s\)", end)[1] < "4", "of all the time, at the end"  # pyright: ignore
+    assert float(re.search(r"\(([\d.]+) steps/s\)", end)[1]) < 4, "of all the time, at the end"  # pyright: ignore

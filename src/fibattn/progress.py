@@ -20,10 +20,11 @@ def duration(seconds: float) -> str:
 
 
 def quantity(value: float) -> str:
-    """`value` with a decimal prefix: 950, 12.3k, 4.56M, 1.20G."""
+    """`value` to three places, with a decimal prefix: 950, 12.3k, 4.56M, 1.2G."""
+    rounded = float(f"{value:.3g}")
     for factor, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= factor:
-            return f"{value / factor:.3g}{suffix}"
+        if abs(rounded) >= factor:
+            return f"{rounded / factor:.3g}{suffix}"
     return f"{value:.3g}"
 
 
@@ -33,7 +34,7 @@ def count(text: str) -> int:
     Raises:
         InputError: for a text that is none.
     """
-    match = re.fullmatch(r"(\d[\d_,]*(?:\.\d+)?)([kKmMgGbB]?)", text.strip())
+    match = re.fullmatch(r"((?:\d{1,3}(?:,\d{3})+|\d[\d_]*)(?:\.\d+)?)([kKmMgGbB]?)", text.strip())
     if match is None:
         raise InputError(f"{text!r} is not a count; expected a number such as 1048577, 426M or 1.5G")
     factor = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}[match[2].lower()]

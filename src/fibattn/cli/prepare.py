@@ -47,7 +47,7 @@ class Arguments:
     ]
     """What to read, see above."""
     weights: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=NUMBER ...", help_behavior_hint="")] = ()
-    """Each source's share of the training tokens. Without it everything is taken."""
+    """Each source's share of the training tokens. Without it everything is taken, or with --tokens as much of each."""
     tokens: Annotated[str | None, tyro.conf.arg(metavar="COUNT", help_behavior_hint="")] = None
     """Training tokens in all, such as 426M. Without it as many as there are, in --weights' proportions."""
     val: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=WHAT ...", help_behavior_hint="")] = ()
@@ -55,7 +55,7 @@ class Arguments:
     held_out: float = 0.02
     """The share of documents to hold out of each source that --val does not name; 0 for none."""
     held_out_tokens: Annotated[str, tyro.conf.arg(metavar="COUNT")] = "1048577"
-    """The most tokens in one held-out set."""
+    """The most tokens in one held-out set; what is held out beyond them is in no set."""
     text: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=FIELD[+FIELD] ...", help_behavior_hint="")] = ()
     """The fields of a row that hold the text; otherwise the field `text`."""
     key: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=FIELD ...", help_behavior_hint="")] = ()
@@ -88,7 +88,12 @@ def plan_of(given: Arguments) -> Plan:
     for spec in given.sources:
         if spec == "paper" and not Path(spec).exists():
             sources += [PRESETS[name] for name in PAPER_WEIGHTS]
-            weights = weights or (dict(PAPER_WEIGHTS) if len(given.sources) == 1 else {})
+            if not weights and len(given.sources) > 1:
+                raise InputError(
+                    f"paper has its own proportions, and {len(given.sources) - 1} further sources have none; give "
+                    f"--weights NAME=NUMBER for all: {', '.join(PAPER_WEIGHTS)}, …"
+                )
+            weights = weights or dict(PAPER_WEIGHTS)
         else:
             sources.append(parse_source(spec))
     validation = {name: parse_source(f"{name}={what}") for name, what in _pairs("--val", given.val, str).items()}
