@@ -58,6 +58,14 @@ def test_card_says_what_the_model_is_and_was_trained_on(model: Path, recipe: Rec
     assert str(recipe.data) not in card.text
 
 
+def test_card_says_how_long_the_rate_is_held(tmp_path: Path, recipe: Recipe) -> None:
+    optimizer = replace(recipe.optimizer, warmup_steps=1, decay="linear", decay_fraction=0.25, final_fraction=0.0)
+    chosen = replace(recipe, optimizer=optimizer)
+    write_card(tmp_path, model_config(chosen, 512, 0), 1234, chosen, PreparedData.open(recipe.data))
+    over_time = "1 steps of warm-up, then the highest, and in the last 25% of the rest linear to 0 of the highest"
+    assert f"| learning rate over time | {over_time} |" in (tmp_path / "README.md").read_text()
+
+
 def test_equal_layers_share_a_row(tmp_path: Path, recipe: Recipe) -> None:
     data = PreparedData.open(recipe.data)
     shape = replace(recipe.model, num_hidden_layers=6, schedule="fixed", **hybrid_layers(6, full=(2,)))

@@ -146,6 +146,8 @@ the single tokens that far back.
 def _training(recipe: Recipe, data: PreparedData) -> str:
     taken = {source["name"]: quantity(source["train"]["tokens"]) for source in data.sources if source["train"]}
     optimizer = recipe.optimizer
+    held = f" the highest, and in the last {optimizer.decay_fraction:.0%} of the rest"
+    plateau = held if optimizer.decay_fraction < 1 else ""
     rows = {
         "tokens": f"{quantity(recipe.tokens)}: {recipe.steps} steps of {recipe.sequences_per_step} sequences of "
         f"{recipe.sequence_length}",
@@ -154,7 +156,7 @@ def _training(recipe: Recipe, data: PreparedData) -> str:
         "data fingerprint": f"`{data.fingerprint}`",
         "seeds": f"weights {recipe.init_seed}, data {recipe.data_seed}",
         "highest learning rate": optimizer.rates,
-        "learning rate over time": f"{optimizer.warmup_steps} steps of warm-up, then {optimizer.decay} to "
+        "learning rate over time": f"{optimizer.warmup_steps} steps of warm-up, then{plateau} {optimizer.decay} to "
         f"{optimizer.final_fraction:g} of the highest",
     }
     lines = (f"| {name} | {value} |" for name, value in rows.items() if value)
