@@ -16,7 +16,7 @@ import pytest
 import torch
 from forked import Server
 
-from fibattn import files
+from fibattn import FibAttnConfig, files
 from fibattn.cli import eval as eval_verb
 from fibattn.cli import pattern, prepare, sample
 from fibattn.cli.flags import parse
@@ -38,7 +38,7 @@ def test_defaults_are_the_papers_recipe() -> None:
     assert paper.optimizer == OptimizerRecipe(**rate, **adamw)  # pyright: ignore
     assert (paper.order, paper.init_seed, paper.data_seed) == ("random", 42, 42)
     assert paper.model.max_offset is None
-    assert replace(paper.model, max_offset="sequence") == ModelRecipe()
+    assert model_config(paper, 32_768, 0).to_dict() == FibAttnConfig().to_dict()
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -27,7 +27,7 @@ from fibattn.model.loading import load_model
 from fibattn.model.streaming import growing_layers
 from fibattn.pattern import LayerType, hybrid_layers
 from fibattn.training import checkpoints
-from fibattn.training.recipe import ModelRecipe, Recipe
+from fibattn.training.recipe import Recipe
 from fibattn.training.recipe_file import to_json
 from fibattn.training.run import train
 
@@ -422,10 +422,6 @@ def test_gradient_checkpointing_and_micro_batches_change_nothing(recipe: Recipe)
     torch.testing.assert_close(
         torch.tensor(losses(other)), torch.tensor(losses(replace(recipe, steps=3))), rtol=1e-5, atol=0
     )
-
-
-def test_model_recipe_default_is_the_paper() -> None:
-    assert ModelRecipe() == Recipe().model
 
 
 def test_a_run_of_before_goes_on(recipe: Recipe) -> None:

@@ -25,8 +25,8 @@ class Arguments:
     window: int | None = None
     """Distances 0 … WINDOW are attended: window + 1 keys."""
     rungs: int | None = None
-    """How many Fibonacci distances there are beyond the window, before scaling; 0 for the window alone. 15 when left
-    out, none beside blocks; of powers of two there are as many as training was long for."""
+    """How many Fibonacci distances there are before scaling, of which those beyond the window count; 0 for none. 15
+    when left out, none beside blocks; of powers of two there are as many as training was long for."""
     blocks: int | None = None
     """In place of distances: how many blocks of keys each query chooses beyond the window, by what is in them."""
     block_size: Literal[16, 32, 64, 128] = 16

@@ -47,7 +47,7 @@ class ModelRecipe:
     window: int = 12
     """Distances 0 … window are attended: window + 1 keys."""
     rungs: int = 15
-    """How many distances there are beyond the window, before scaling."""
+    """How many distances there are before scaling; those inside the window add nothing."""
     max_offset: int | Literal["sequence"] | None = "sequence"
     """Drop rungs farther than this; sequence: those that no training sequence is long enough for. None keeps all, as
     the paper does."""
