@@ -39,3 +39,21 @@ def test_a_place_is_tried_before_the_work(tmp_path: Path) -> None:
             files.check_writable(path)
     files.check_writable(tmp_path / "new" / "result.json")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_takes_its_place_once_it_is_whole_without_what_a_broken_attempt_left(tmp_path: Path) -> None:
+    out = tmp_path / "made" / "model"
+
+    def write(name: str) -> None:
+        with files.replacing_folder(out) as staged:
+            staged.mkdir()
+            (staged / name).write_text("")
+            if name == "broken":
+                raise ValueError(name)
+
+    with pytest.raises(ValueError, match="broken"):
+        write("broken")
+    assert not out.exists()
+    write("whole")
+    assert [path.name for path in out.parent.iterdir()] == ["model"]
+    assert [path.name for path in out.iterdir()] == ["whole"]
