@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from foreign_decoders import PATTERN, model, tokens
+from foreign_decoders import LAYERS, PATTERN, model, tokens
 from forked import Server
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -21,6 +21,7 @@ from fibattn.model.conversion import ARCHITECTURES
 
 OTHERS = ("mixtral", "gemma", "gemma3_text")
 NATIVE = tuple(kind for kind in ARCHITECTURES if kind not in OTHERS)
+IN_MEMORY: dict[str, dict[str, Any]] = {"llama": {}, "fibattn": {"layer_types": ["full_attention"] * LAYERS}}
 WITHOUT = """
 import json, sys
 sys.modules["fibattn"] = None
@@ -171,9 +172,12 @@ def test_an_adapter_keeps_the_pattern(architecture: str, tmp_path: Path) -> None
     torch.testing.assert_close(found, right, rtol=1e-3, atol=1e-3)
 
 
-def test_an_adapter_of_a_model_converted_in_memory_is_not_loaded_on_the_dense_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", IN_MEMORY)
+def test_an_adapter_of_a_model_converted_in_memory_is_not_loaded_on_the_dense_one(
+    architecture: str, tmp_path: Path
+) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    model().save_pretrained(tmp_path / "dense")
+    model(architecture, **IN_MEMORY[architecture]).save_pretrained(tmp_path / "dense")
     made: Any = fibattn.convert(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), **PATTERN).eval()
     chosen = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
     adapted = peft.get_peft_model(made, chosen).eval()
@@ -186,8 +190,9 @@ def test_an_adapter_of_a_model_converted_in_memory_is_not_loaded_on_the_dense_on
     assert torch.equal(loaded(tokens()).logits, right)
 
 
-def test_a_restored_model_has_its_name_back(tmp_path: Path) -> None:
-    model().save_pretrained(tmp_path)
+@pytest.mark.parametrize("architecture", IN_MEMORY)
+def test_a_restored_model_has_its_name_back(architecture: str, tmp_path: Path) -> None:
+    model(architecture, **IN_MEMORY[architecture]).save_pretrained(tmp_path)
     made = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert "window=3" in fibattn.convert(made, **PATTERN).name_or_path
     assert fibattn.restore(made).name_or_path == made.base_model.name_or_path == str(tmp_path)

@@ -119,11 +119,11 @@ def convert(
         given = (blocks, block_size, limit if block_reach is None else block_reach)
         entry |= {name: whole_number(name, value) for name, value in zip(BLOCKS, given, strict=False)}
         entry["block_anchor"] = bool(block_anchor)
-    if isinstance(model, FibAttnPreTrainedModel):
-        config: Any = native_config(model.config, with_offsets(entry, layers_of(model.config, entry)))
-        return attend_by(model, config)
     # An adapter keeps this name for its base: were it that of the original, it would be loaded on a dense model.
     name = model.name_or_path and f"{model.name_or_path}, converted by fibattn.convert(model, {in_words(entry)})"
+    if isinstance(model, FibAttnPreTrainedModel):
+        config: Any = native_config(model.config, with_offsets(entry, layers_of(model.config, entry)))
+        return attend_by(model, config, name)
     return apply(model, entry, name)
 
 

@@ -92,9 +92,10 @@ def pattern_of(config: Any) -> dict[str, Any] | None:
     return {**given, "keep_layers": kept, "layer_offsets": config.layer_offsets}
 
 
-def attend_by(model: FibAttnPreTrainedModel, config: FibAttnConfig) -> FibAttnPreTrainedModel:
-    """Give `model` the attention of `config`, which says the same of its weights, in place."""
+def attend_by(model: FibAttnPreTrainedModel, config: FibAttnConfig, name: str | None) -> FibAttnPreTrainedModel:
+    """Give `model` the attention of `config`, which says the same of its weights, and the name `name`, in place."""
     decoder: Any = model.base_model
+    model.name_or_path = decoder.name_or_path = name
     fields = ("layer_types", "layer_offsets", "layer_limits", "rope_scales_all", "block_rope", "converted_from")
     for name in (*_PATTERN, *fields):
         setattr(decoder.config, name, getattr(config, name))
@@ -135,7 +136,7 @@ def dense_model(model: FibAttnPreTrainedModel) -> PreTrainedModel:
     if source is None:
         raise InputError(f"this {type(model).__name__} was not converted from another model; it has no dense form")
     if isinstance(source, FibAttnConfig):
-        return attend_by(model, source)
+        return attend_by(model, source, model.config.name_or_path)  # a conversion leaves the configuration's
     source.dtype = model.dtype
     with no_init_weights():
         kind = AutoModelForCausalLM if isinstance(model, FibAttnForCausalLM) else AutoModel
