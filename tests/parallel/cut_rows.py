@@ -61,10 +61,11 @@ def row(kind: str) -> dict[str, Tensor]:
     labels[:, 20:25] = -100
     given = {"input_ids": ids}
     if "padded" in kind:
+        padding = 29 if "mostly" in kind else 13  # more than the text, in more than the first part
         given["attention_mask"] = torch.ones_like(ids)
-        for some in ((0, slice(0, 13)), (1, slice(-5, None))):
+        for some in ((0, slice(0, padding)), (1, slice(-5, None))):
             given["attention_mask"][some], labels[some] = 0, -100
-        labels[0, 13] = -100  # nothing predicts the first token
+        labels[0, padding] = -100  # nothing predicts the first token
     if "packed" in kind:
         lengths = (4, 23, TOKENS - 27)
         given["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None].repeat(2, 1)
@@ -161,7 +162,8 @@ def main() -> None:
     cases += [(name, "padded and packed", everyone, "") for name in several]
     cases += [(name, "short", everyone, "") for name in ("mixture", "bounded mixture")]
     cases += [("mixture", "packed", everyone, way) for way in WAYS]
-    cases += [("chosen near", "packed", everyone, "")]
+    cases += [("chosen near", kind, everyone, "") for kind in ("packed", "mostly padded", "mostly padded and packed")]
+    cases += [("converted to blocks", "mostly padded", everyone, "")]
     cases += [("ten layers", "packed", everyone, "sharded weights, compiled layers")]
     lines = []
     for name, kind, group, way in cases:

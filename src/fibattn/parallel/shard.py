@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from fibattn.attention import attend, attend_chosen
 from fibattn.model.positions import check_padding
-from fibattn.parallel.exchange import exchange, gathered, halo, summed
+from fibattn.parallel.exchange import exchange, gathered, halo
 from fibattn.pattern import ChosenPattern, LearnedPattern, Pattern, reach_of
 
 
@@ -135,8 +135,11 @@ class Shard:
             begins = self._differences(position_ids) != 1
         if attention_mask is not None:
             padding_ends = self._differences((attention_mask != 0).to(torch.int32)) > 0
-            check_padding(summed(padding_ends.sum(dim=1), self.group))
-            begins = padding_ends if begins is None else begins | padding_ends
+            ends = gathered(padding_ends.sum(dim=1), self.ranks, self.group)
+            check_padding(ends.sum(dim=0))
+            # Padding on the left is no document: were it counted, it could pass for the longest.
+            padding = padding_ends.cumsum(dim=1) + ends[: self.rank].sum(dim=0)[:, None] == 0
+            begins = padding_ends | padding if begins is None else begins | padding_ends | padding
         if begins is None:
             return None
         index = torch.arange(begins.shape[1], device=begins.device, dtype=torch.int32) + self.rank * begins.shape[1]
