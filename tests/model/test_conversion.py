@@ -200,6 +200,22 @@ def test_compiled_streams() -> None:
         next(stream(made, ids[0].tolist(), compiled=True))
 
 
+@pytest.mark.skipif(" " in sys.prefix, reason="PyTorch's compiler for a CPU does not quote the blank in its own path")
+@pytest.mark.parametrize("prompt", [3, 20])
+@pytest.mark.parametrize(("architecture", "kept"), [("mistral", None), ("mistral", [1, 3]), ("gemma3_text", [0, 2])])
+@torch.no_grad()
+def test_a_compiled_stream_without_a_limit_has_the_whole_sliding_windows(
+    architecture: str, kept: list[int] | None, prompt: int
+) -> None:
+    """With the step as it is, since compiling it takes minutes: what could differ is the static cache."""
+    made, ids = model(architecture), tokens(1, prompt)[0].tolist()
+    if kept is not None:
+        fibattn.convert(made, **PATTERN, keep_layers=kept)
+    with torch.compiler.set_stance("force_eager"):
+        found = list(itertools.islice(stream(made, ids, temperature=0, compiled=True), 40))
+    assert found == list(stream(made, ids, temperature=0, max_new_tokens=40))
+
+
 @pytest.mark.parametrize(
     ("architecture", "before", "after"), [("llama", 4, 1), ("mistral", 0, 0), ("qwen2", 2, 1), ("gemma3_text", 2, 1)]
 )

@@ -75,7 +75,10 @@ def stream(
             )
         if model.device.type == "cpu":
             check_compiler()
-        cache = StaticCache(config=model.config, max_cache_len=len(ids) + (max_new_tokens or 0))
+        # Sliding windows are cut to the length of a static cache, so without a limit it has room for one.
+        window = getattr(model.config, "sliding_window", None) or 0
+        more = window if max_new_tokens is None else max_new_tokens
+        cache = StaticCache(config=model.config, max_cache_len=len(ids) + more)
         mode = "reduce-overhead" if model.device.type == "cuda" else "default"
         step = torch.compile(model.forward, fullgraph=True, mode=mode)
     draw = partial(_draw, temperature=temperature, top_p=top_p, generator=generator)
