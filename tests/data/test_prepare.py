@@ -76,6 +76,14 @@ def _kept(found, seen):
         yield text
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no such names")
+def test_a_name_that_is_no_text_is_kept_by_its_escape(tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt"))
+    path.write_text("some words " * 200)
+    data = make(tmp_path / "out", [parse_source(f"old={path}")], held_out=0.0)
+    assert data.sources[0]["from"] == str(path)
+
+
 def test_counts_in_the_record_are_right(whole):
     data = PreparedData.open(whole)
     for source in data.sources:

@@ -222,3 +222,13 @@ def test_without_a_network_the_hub_is_refused_politely(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match=r"roneneldan/TinyStories .*cannot be had: .*or give local files instead"):
         resolve(PRESETS["tinystories"])
+
+
+def test_null_is_no_text(tmp_path):
+    rows = [{"title": "a", "body": None}, {"title": None, "body": None}, {"title": None, "body": "b"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = Source("rows", (path,), text=("title", "body"))
+    assert [text for _, text in source.documents()] == ["a", "b"]
+    with pytest.raises(InputError, match="field 'title' in row 2 of .* is NoneType"):
+        list(Source("rows", (path,), text=("title", "body"), key="title").documents())

@@ -154,6 +154,21 @@ def test_a_kept_start_in_longer_sequences_has_their_length(
     assert {name for name in before if before[name] != after[name]} <= {"max_position_embeddings"}
 
 
+def test_a_kept_start_keeps_how_it_generates(recipe: Recipe, finished: Path) -> None:
+    how = {"eos_token_id": [0, 5], "do_sample": True, "temperature": 0.6}
+    files.write_json(finished / "model" / "generation_config.json", how)
+    sealed.seal(finished / "model")
+    run = replace(recipe, start=finished, keep_model=True, out=recipe.out.with_name("kept"), steps=2)
+    found = files.read_json(train(run) / "generation_config.json")
+    assert {name: found[name] for name in how} == how
+
+
+def test_another_activation_than_the_starts_is_refused(recipe: Recipe, finished: Path) -> None:
+    shape = replace(recipe.model, hidden_act="relu2")
+    with pytest.raises(InputError, match="has the activation silu, the recipe relu2; give the recipe that of its"):
+        train(replace(recipe, start=finished, model=shape, out=recipe.out.with_name("other")))
+
+
 def test_a_run_without_a_start_is_not_one_whose_start_is_gone(recipe: Recipe, finished: Path) -> None:
     with pytest.raises(InputError, match=r"run was trained on other data, .* another start"):
         train(replace(recipe, start=finished.with_name("gone")))

@@ -172,10 +172,12 @@ def wanted_fields(fields: tuple[str, ...], key: str | None) -> list[str]:
 
 
 def from_row(row: Mapping[str, Any], fields: tuple[str, ...], key: str | None, where: str) -> tuple[str, str]:
-    """(key, text) of a row: its fields joined by a blank line, its key field (without one, the text)."""
+    """(key, text) of a row: its fields that are not null joined by a blank line, its key field (or else the text)."""
     for field in wanted_fields(fields, key):
         if field not in row:
             raise InputError(_no_field(where, field, row))
+        if row[field] is None and field in fields and field != key:
+            continue
         if not isinstance(row[field], str):
             got = type(row[field]).__name__
             flag = "--text" if field in fields else "--key"
@@ -187,5 +189,5 @@ def from_row(row: Mapping[str, Any], fields: tuple[str, ...], key: str | None, w
             raise InputError(
                 f"field {field!r} in {where} has half a character ({wrong}); mend it or leave it out"
             ) from None
-    text = "\n\n".join(row[field] for field in fields)
+    text = "\n\n".join(row[field] for field in fields if row[field] is not None)
     return (row[key] if key else text), text

@@ -297,7 +297,7 @@ def only_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | No
     if cache is not None and past_key_values is not None and cache is not past_key_values:
         raise InputError(
             "cache and past_key_values are two different caches; give one. (peft's prefix tuning gives its prefix as "
-            "past_key_values while generating: take LoRA or prompt tuning)"
+            "past_key_values while generating: take LoRA)"
         )
     return past_key_values if cache is None else cache
 
@@ -322,8 +322,8 @@ def ring_of(cache: Cache, layer: int, owner: object, reach: int) -> RingLayer:
         if found is not None and not empty:
             raise InputError(
                 f"layer {layer} of the cache is a {type(found).__name__} with tokens that this model has not written. "
-                "peft's prefix tuning puts a prefix there, which fixed distances reach from few places: take LoRA "
-                "or prompt tuning. Any other cache belongs to the model that made it: begin a new one"
+                "peft's prefix tuning puts a prefix there, which fixed distances reach from few places: take LoRA. "
+                "Any other cache belongs to the model that made it: begin a new one"
             )
         # The cache of a full layer can always be cropped; the ring of a bounded one records if the rings beside it do.
         recording = any(getattr(one, "record_past", False) for one in cache.layers)

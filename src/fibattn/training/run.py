@@ -1,6 +1,7 @@
 """One training run from recipe to finished model; run again, it goes on where it was."""
 
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -91,8 +92,8 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
         if recipe.start is not None:
             inputs |= _start(recipe, config, data)
         claim(recipe, inputs)
-        if recipe.keep_model:
-            files.write_json(recipe.out / start.KEPT, config.to_dict())
+        if recipe.keep_model and recipe.start is not None:
+            start.keep(recipe.start, recipe.out, config)
         if not (recipe.out / "tokenizer").exists():
             save_tokenizer(tokenizer, recipe.out / "tokenizer")  # for who looks at a checkpoint
     finished = recipe.out / "model"
@@ -305,6 +306,8 @@ def _finish(
             # A base model knows no roles, but chat programs and instruction tuning ask for a template.
             tokenizer.chat_template = tokenizer.chat_template or _CHAT.read_text(encoding="utf-8")
             tokenizer.save_pretrained(staged)
+            if (kept := recipe.out / start.GENERATION).exists():
+                shutil.copy(kept, staged)
             config = FibAttnConfig.from_pretrained(staged)
             if recipe.full_reach is not None and not recipe.keep_model:
                 config.full_reach = recipe.full_reach

@@ -1,5 +1,6 @@
 """Beginning with the weights of a finished model: to go on in longer sequences, or on other text."""
 
+import shutil
 from pathlib import Path
 
 from safetensors import safe_open
@@ -11,9 +12,8 @@ from fibattn.data.tokenizer import check_same_vocabulary
 from fibattn.errors import InputError
 from fibattn.model import FibAttnConfig, FibAttnForCausalLM
 
-KEPT = "start.json"
-"""A run's copy of the configuration of a start that it keeps."""
-
+KEPT, GENERATION = "start.json", "generation_config.json"
+"""A run's copies of the configuration of a start that it keeps, and of how that generates."""
 _WEIGHTS = "model.safetensors"
 
 
@@ -48,11 +48,23 @@ def configuration(start: Path, run: Path, length: int) -> FibAttnConfig:
     return config
 
 
+def keep(start: Path, run: Path, config: FibAttnConfig) -> None:
+    """Give the run its copies of the configuration of a start that it keeps, and of how that generates."""
+    if not (run / KEPT).exists() and (how := _model(start) / GENERATION).exists():
+        shutil.copy(how, run / GENERATION)
+    files.write_json(run / KEPT, config.to_dict())
+
+
 def check_shapes(model: FibAttnForCausalLM, start: Path) -> None:
     """Refuse a `start` that has other weights than `model`, which may be on the meta device."""
     path = _model(start) / _WEIGHTS
-    if model.config.converted_from is None and files.read_json(path.with_name("config.json")).get("converted_from"):
+    before = files.read_json(path.with_name("config.json"))
+    if model.config.converted_from is None and before.get("converted_from"):
         raise InputError(f"{start} was converted from another model, which no recipe describes; add --keep-model")
+    if (was := before.get("hidden_act", model.config.hidden_act)) != model.config.hidden_act:
+        raise InputError(
+            f"{start} has the activation {was}, the recipe {model.config.hidden_act}; give the recipe that of its start"
+        )
     with safe_open(path, framework="pt") as file:
         theirs = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     ours = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
