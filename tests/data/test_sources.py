@@ -230,5 +230,5 @@ def test_null_is_no_text(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = Source("rows", (path,), text=("title", "body"))
     assert [text for _, text in source.documents()] == ["a", "b"]
-    with pytest.raises(InputError, match="field 'title' in row 2 of .* is NoneType"):
+    with pytest.raises(InputError, match=r"field 'title' in row 2 of .* is NoneType"):
         list(Source("rows", (path,), text=("title", "body"), key="title").documents())
