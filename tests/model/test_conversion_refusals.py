@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from foreign_decoders import PATTERN, model, tokens
+from foreign_decoders import LAYERS, PATTERN, model, tokens
 from torch import nn
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
@@ -32,6 +32,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
             fibattn.FibAttnConfig(vocab_size=61, hidden_size=16, intermediate_size=16, num_attention_heads=2)
         ),
         "sparse by themselves",
+    ),
+    "quantised of our own": (
+        lambda: model("fibattn", layer_types=["full_attention"] * LAYERS, quantization_config={"quant_method": "x"}),
+        "a FibAttnForCausalLM that is quantised cannot be converted; convert it before that",
     ),
     "converted": (lambda: fibattn.convert(model(), **PATTERN), "converted already"),
     "wrapped": (lambda: nn.Sequential(model()), "a Sequential cannot be converted"),

@@ -67,6 +67,9 @@ SOURCES |= {
             "no_rope_layers": [1, 0, 1, 1],
         },
     ),
+    "own, with limits": ("fibattn", {**DENSE, "layer_limits": [8, None, 20, 5]}),
+    "own, bounded": ("fibattn", {**DENSE, "layer_limits": [5, None, None, 20], "full_reach": 9}),
+    "own, with what sparse layers have": ("fibattn", {**DENSE, "kv_convolution": 3, "stagger_heads": True}),
     "own, yarn RoPE": ("fibattn", {**DENSE, **SOURCES["llama, yarn RoPE"][1]}),
 }
 PLACES: dict[str, dict[str, Any]] = {"none": {}, "kept": {"keep_layers": [1, 2]}}
@@ -164,6 +167,7 @@ def test_kept_layers_of_a_bounded_dense_model_look_no_farther_than_they_did(tmp_
     right, before = made(ids).logits, made.config.to_dict()
     close(fibattn.convert(made, window=9, rungs=0, keep_layers=[1])(ids).logits, right)
     assert made.config.full_reach == 9
+    assert made.config.layer_limits == [9, None, 9, 9]  # of the kept layer it may still be taken away
     assert fibattn.restore(made).config.to_dict() == before
 
 
@@ -267,6 +271,7 @@ def test_the_library_knows_as_much_of_each_source() -> None:
 
 
 def test_every_field_of_our_own_goes_along_or_is_one_that_a_conversion_decides() -> None:
+    """Of those that are not handed on, the sources above have what a dense model may say in them."""
     given = {*native._SAME, *native._FAMILIES[FibAttnConfig.model_type][0], *native._PATTERN}
     decided = {"block_rope", "converted_from", "layer_limits", "layer_offsets", "layer_types", "rope_scales_all"}
     sparse_alone = {"kv_convolution", "stagger_heads"}

@@ -123,6 +123,8 @@ def convert(
     name = model.name_or_path and f"{model.name_or_path}, converted by fibattn.convert(model, {in_words(entry)})"
     if isinstance(model, FibAttnPreTrainedModel):
         config: Any = native_config(model.config, with_offsets(entry, layers_of(model.config, entry)))
+        if config is None:
+            raise InputError(f"a {type(model).__name__} that is quantised cannot be converted; convert it before that")
         return attend_by(model, config, name)
     return apply(model, entry, name)
 

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from fibattn.errors import InputError
+from fibattn.model.configuration import FibAttnConfig
 from fibattn.pattern import ChosenPattern, Pattern, layer_patterns
 
 STORED_PATTERN = "fibattn_pattern"
@@ -97,7 +98,10 @@ def _inside(pattern: Pattern, keys: int | None) -> Pattern:
 
 
 def sliding_window(config: PreTrainedConfig, layer: int) -> int | None:
-    """The layer's own sliding window in keys, as Transformers' caches read it from a configuration."""
+    """The layer's own sliding window in keys, as Transformers' caches read it from a configuration; in ours its reach."""
+    if isinstance(config, FibAttnConfig):
+        reach = config.layer_reach(layer)
+        return None if reach is None else reach + 1
     kinds = getattr(config, "layer_types", None)
     sliding = kinds is None or kinds[layer] == "sliding_attention"
     return getattr(config, "sliding_window", None) if sliding else None

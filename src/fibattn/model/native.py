@@ -61,6 +61,9 @@ def native_config(source: PreTrainedConfig, entry: dict[str, Any]) -> FibAttnCon
     fields = {name: getattr(source, name) for name in (*_SAME, *more) if hasattr(source, name)}
     layers = layers_of(source, entry)
     kept, limits = entry["keep_layers"], [layer.sliding_window and layer.sliding_window - 1 for layer in layers]
+    if isinstance(source, FibAttnConfig):  # `full_reach`, which may change while loading, is no limit of kept layers
+        own = source.layer_limits or [None] * len(layers)
+        limits = [own[index] if index in kept else limit for index, limit in enumerate(limits)]
     sparse = ["fibonacci_attention" if offsets else "sliding_attention" for offsets in entry["layer_offsets"]]
     if "blocks" in entry:
         sparse = ["chosen_attention"] * len(layers)
@@ -97,7 +100,8 @@ def attend_by(model: FibAttnPreTrainedModel, config: FibAttnConfig, name: str | 
     decoder: Any = model.base_model
     model.name_or_path = decoder.name_or_path = name
     fields = ("layer_types", "layer_offsets", "layer_limits", "rope_scales_all", "block_rope", "converted_from")
-    for name in (*_PATTERN, *fields):
+    # Those say nothing of dense layers, and sparse ones would have weights or offsets of them.
+    for name in (*_PATTERN, *fields, "kv_convolution", "stagger_heads"):
         setattr(decoder.config, name, getattr(config, name))
     decoder.full_reach = config.full_reach
     for index, layer in enumerate(decoder.layers):

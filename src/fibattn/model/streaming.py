@@ -18,7 +18,6 @@ from transformers.cache_utils import Cache
 from fibattn.errors import InputError
 from fibattn.machine import check_compiler
 from fibattn.model.cache import CACHE_NAME
-from fibattn.model.configuration import FibAttnConfig
 from fibattn.model.converted_pattern import STORED_PATTERN, sliding_window
 
 _PREFILL = 4096
@@ -113,8 +112,6 @@ def growing_layers(model: PreTrainedModel) -> int:
     """How many layers attend to everything, so that their cache grows with the text; converted ones do not."""
     config: Any = model.config
     layers: Iterable[int] = range(config.num_hidden_layers)
-    if isinstance(config, FibAttnConfig):
-        return sum(config.layer_reach(layer) is None for layer in layers)
     converted = getattr(config, STORED_PATTERN, None)
     if converted is not None:
         layers = [] if converted["full_reach"] is not None else converted["keep_layers"]
