@@ -119,9 +119,7 @@ class Pattern:
         for offset in self.offsets:
             if offset <= nearest:
                 found = f"offset {offset} follows {nearest}" if nearest > self.window else f"offset {offset} is inside"
-                raise InputError(
-                    f"{found} (window {self.window}); offsets must be beyond the window and strictly increasing"
-                )
+                raise InputError(f"{found} (window {self.window}); offsets must be beyond it and strictly increasing")
             nearest = offset
 
     @classmethod

@@ -49,9 +49,7 @@ def verify(folder: Path) -> dict[str, str]:
                 "restore it, or use another checkpoint"
             )
         if files.sha256(path) != expected["sha256"]:
-            raise InputError(
-                f"{path} was changed since it was written (SHA-256 differs); restore it, or use another checkpoint"
-            )
+            raise InputError(f"{path} was changed since it was written (SHA-256); restore it or use another checkpoint")
     return {name: expected["sha256"] for name, expected in manifest.items()}
 
 

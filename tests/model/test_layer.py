@@ -68,7 +68,7 @@ def test_the_cache_stays_as_small_as_the_reach() -> None:
     [
         ({"heads": 4, "kv_heads": 3}, "4 query heads do not divide into 3 KV heads"),
         ({"heads": 5}, "a hidden size of 32 does not divide into 5 heads; give head_size"),
-        ({"heads": 4, "head_size": 7}, "the head size is 7; rotary positions need an even one"),
+        ({"heads": 4, "head_size": 7}, "the head size is 7; RoPE needs an even one"),
         ({"heads": 4, "rope_theta": 0}, "rope_theta is 0; it must be a finite number above 0, or None"),
         ({"heads": 4, "rope_theta": float("inf")}, "rope_theta is inf; it must be a finite number above 0"),
     ],

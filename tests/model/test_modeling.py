@@ -166,7 +166,7 @@ def test_embeddings_in_place_of_tokens() -> None:
             made(**wrong)
     valued = model("modern")
     with pytest.raises(
-        InputError, match=r"inputs_embeds are given, but this model has value_embeddings.*Give input_ids"
+        InputError, match=r"inputs_embeds are given, but this model has value_embeddings.*give input_ids"
     ):
         valued(inputs_embeds=valued.get_input_embeddings()(ids))
 

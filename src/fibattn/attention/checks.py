@@ -89,17 +89,13 @@ def check_pattern(
     if isinstance(patterns, LearnedPattern):
         if not isinstance(alpha, Tensor):
             wanted = f"give a tensor with one floating-point number, on {q.device}"
-            raise InputError(
-                f"alpha is {alpha!r}; the rungs of a LearnedPattern are at alpha times its rungs: {wanted}"
-            )
+            raise InputError(f"alpha is {alpha!r}; a LearnedPattern reads at alpha times its rungs: {wanted}")
         if alpha.numel() != 1 or not alpha.is_floating_point() or alpha.device != q.device:
             found = f"{tuple(alpha.shape)} {alpha.dtype} on {alpha.device}"
             raise InputError(f"alpha is {found}; it must be one floating-point number on {q.device}")
         return patterns
     if alpha is not None:
-        raise InputError(
-            "alpha was given, but a Pattern's offsets are fixed; give a fibattn.LearnedPattern, or leave alpha out"
-        )
+        raise InputError("alpha was given, but a Pattern's offsets are fixed; give a LearnedPattern, or leave it out")
     if len(patterns) not in (1, kv_heads):
         raise InputError(f"{len(patterns)} patterns for {kv_heads} KV heads; give one, or one for each")
     windows = sorted({one.window for one in patterns})

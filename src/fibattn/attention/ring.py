@@ -118,8 +118,7 @@ def _check_farther_keys(nearer: tuple[int, ...], rows: int, oldest: int) -> None
     farthest = max((near + 1 for near in nearer), default=0)
     if min(farthest, oldest) >= rows:
         raise InputError(
-            f"alpha puts a rung between {farthest - 1} and {farthest}, but the cache has {rows} rows; "
-            f"it needs {farthest + 1}"
+            f"alpha puts a rung between {farthest - 1} and {farthest}; the cache has {rows} rows, not {farthest + 1}"
         )
 
 

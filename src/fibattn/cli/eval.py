@@ -57,7 +57,7 @@ def run(arguments: list[str]) -> None:
         raise InputError(f"{values}: each must be at least 1")
     state = PartialState(cpu=not torch.cuda.is_available())
     folder, data = find_model(chosen.model), PreparedData.open(chosen.data)
-    ways = _ways(chosen, "" if _is_of_its_run(folder, data.fingerprint) else data.fingerprint[:8])
+    ways = _ways(chosen, folder, data.fingerprint)
     out = chosen.out or default_output(folder, ways)
     if out is not None:
         files.check_writable(out)
@@ -90,16 +90,12 @@ def run(arguments: list[str]) -> None:
     console.print(f"convention: {result['convention']}; {f'written to {out}' if out else kept}", soft_wrap=True)
 
 
-def _is_of_its_run(model: Path, fingerprint: str) -> bool:
-    """Whether a run's model was trained on the data with this fingerprint; true where nothing is known."""
-    inputs = model.resolve().parent / "inputs.json"
-    return not inputs.exists() or files.read_json(inputs).get("data_fingerprint") in (None, fingerprint)
-
-
-def _ways(chosen: Arguments, data: str) -> str:
+def _ways(chosen: Arguments, model: Path, data: str) -> str:
     """In what an evaluation differs from a whole one, as a part of a file's name; empty where in nothing."""
+    inputs = model.resolve().parent / "inputs.json"
+    own = files.read_json(inputs).get("data_fingerprint") if inputs.exists() else None
     given = {
-        "data": data,
+        "data": "" if own in (None, data) else data[:8],
         "full-reach": "" if chosen.full_reach == "saved" else str(chosen.full_reach),
         "lengths": "-".join(map(str, sorted(set(chosen.lengths)))),
         "sets": "-".join(sorted(chosen.sets)),

@@ -60,11 +60,8 @@ class Plan:
 
     def check_name(self, what: str, name: str) -> None:
         """Refuse a name that no source has, for which `what` was given."""
-        names = [source.name for source in self.sources]
-        if name not in names:
-            raise InputError(
-                f"a {what} is given for {name!r}, which is no source: {suggestion(name, names, 'sources')}"
-            )
+        if name not in (own := [source.name for source in self.sources]):
+            raise InputError(f"a {what} is given for {name!r}, which is no source: {suggestion(name, own, 'sources')}")
 
     def _check_weights(self, names: list[str]) -> None:
         for name in names if self.weights is not None else ():

@@ -111,9 +111,7 @@ class PreparedData:
         folder = Path(folder)
         if not (folder / DATA).exists():
             if (folder / UNFINISHED).exists():
-                raise InputError(
-                    f"{folder} is not finished; run the same `fibattn prepare` again, it goes on from there"
-                )
+                raise InputError(f"{folder} is not finished; run the same `fibattn prepare` again, it goes on there")
             raise InputError(f"{folder} holds no prepared data ({DATA} is missing); make it with `fibattn prepare`")
         data = files.read_json(folder / DATA)
         found = data.get("format") if isinstance(data, dict) else None
@@ -161,8 +159,7 @@ def _check(folder: Path, data: dict[str, Any], verify: bool) -> None:
         found, expected = f"without {error}", "a whole one"
     if found != expected:
         raise InputError(
-            f"{folder / DATA} was altered: its fingerprint is {found}, expected {expected}; restore it or prepare "
-            "the data anew"
+            f"{folder / DATA} was altered: its fingerprint is {found}, expected {expected}; restore or prepare it anew"
         )
     for name, expected in (
         ("tokenizer/tokenizer.json", data["tokenizer_sha256"]),

@@ -113,8 +113,7 @@ def _expand(what: str) -> tuple[Path, ...]:
         found = [Path(file) for file in glob.glob(str(path), recursive=True)]  # noqa: PTH207 - pathlib cannot take an absolute one
     else:
         raise InputError(
-            f"{what} does not exist; expected a file, a folder, a glob, hf:owner/name or one of "
-            f"{', '.join(PRESETS)}, paper"
+            f"{what} does not exist; expected a file, folder, glob, hf:owner/name or one of {', '.join(PRESETS)}, paper"
         )
     files = sorted((file for file in found if file.is_file() and readers.kind(file)), key=Path.as_posix)
     if not files:

@@ -302,9 +302,7 @@ class FibAttnConfig(SavesShim, PreTrainedConfig):
                 "use a multiple of them"
             )
         if self.full_reach is not None and not 1 <= self.full_reach < 1 << 63:
-            raise InputError(
-                f"full_reach is {self.full_reach}; it must be at least 1, below 2**63, or None for no bound"
-            )
+            raise InputError(f"full_reach is {self.full_reach}; it must be at least 1, below 2**63, or None for none")
         if (self.head_dim or 0) % 2:
             raise InputError(
                 f"head_dim is {self.head_dim}, and RoPE needs an even head size; where it is not given, hidden_size is "
@@ -325,9 +323,7 @@ class FibAttnConfig(SavesShim, PreTrainedConfig):
             if len(getattr(self, name) or [0] * self.num_hidden_layers) != self.num_hidden_layers:
                 raise InputError(f"{name} has {len(getattr(self, name))} entries for {self.num_hidden_layers} layers")
         if self.stagger_heads and self.schedule == "learned":
-            raise InputError(
-                "stagger_heads is True, but a learned scale is one for all heads of a layer; set it to False"
-            )
+            raise InputError("stagger_heads is True, but a learned scale is one for all heads of a layer; leave it out")
         if any(limit is not None and limit < 1 for limit in self.layer_limits or []):
             raise InputError(f"layer_limits is {self.layer_limits}; each entry is at least 1, or None for no limit")
         if self.layer_limits and self.schedule == "learned":

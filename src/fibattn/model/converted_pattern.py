@@ -98,7 +98,7 @@ def _inside(pattern: Pattern, keys: int | None) -> Pattern:
 
 
 def sliding_window(config: PreTrainedConfig, layer: int) -> int | None:
-    """The layer's own sliding window in keys, as Transformers' caches read it from a configuration; in ours its reach."""
+    """The layer's own sliding window in keys, as Transformers' caches read it; in a model of ours what it looks at."""
     if isinstance(config, FibAttnConfig):
         reach = config.layer_reach(layer)
         return None if reach is None else reach + 1

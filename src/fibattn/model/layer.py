@@ -74,9 +74,7 @@ class FibAttention(LearnedScale):
         self.pattern, self.rope_theta = pattern, rope_theta
         self.head_size = hidden_size // heads if head_size is None else head_size
         if rope_theta is not None and self.head_size % 2:
-            raise InputError(
-                f"the head size is {self.head_size}; rotary positions need an even one, or rope_theta=None"
-            )
+            raise InputError(f"the head size is {self.head_size}; RoPE needs an even one, or rope_theta=None")
         if rope_theta is not None and not 0 < rope_theta < math.inf:
             raise InputError(f"rope_theta is {rope_theta}; it must be a finite number above 0, or None")
         self.q_proj = nn.Linear(hidden_size, heads * self.head_size, bias=False)

@@ -32,9 +32,7 @@ def find_model(path: Path) -> Path:
             return folder
     found = sorted(path.glob("checkpoint-*/config.json"))
     checkpoint = f", or a checkpoint of this one, such as {found[0].parent}" if found else ""
-    raise InputError(
-        f"{path} holds no model (config.json is missing); give a model folder or a finished run{checkpoint}"
-    )
+    raise InputError(f"{path} holds no model (config.json is missing); give a model folder or finished run{checkpoint}")
 
 
 def load_model(folder: Path, **changes: Any) -> PreTrainedModel:

@@ -198,8 +198,7 @@ class FibAttnModel(FibAttnPreTrainedModel):
             raise InputError(f"input_ids have shape {tuple(input_ids.shape)}; expected (batch, tokens)")
         if input_ids is None and self.config.value_embeddings:
             raise InputError(
-                "inputs_embeds are given, but this model has value_embeddings: the ids of tokens decide its values. "
-                "Give input_ids"
+                "inputs_embeds are given, but this model has value_embeddings, which need ids: give input_ids"
             )
         if self.config.full_reach != self.full_reach:
             raise InputError(

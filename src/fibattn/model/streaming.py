@@ -69,9 +69,7 @@ def stream(
     step: Callable[..., Any] = model
     if compiled:
         if max_new_tokens is None and growing_layers(model):
-            raise InputError(
-                "a compiled stream of a model with full-attention layers needs a limit: their cache has a fixed size"
-            )
+            raise InputError("a compiled stream with full-attention layers needs a limit: their cache has a fixed size")
         if model.device.type == "cpu":
             check_compiler()
         # Sliding windows are cut to the length of a static cache, so without a limit it has room for one.

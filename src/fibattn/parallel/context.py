@@ -51,9 +51,7 @@ class ContextParallel:
             check_same(buffers[0], ranks, self.shard.group)
         for buffer, dim in zip(buffers, dims, strict=True):
             if buffer.shape[dim] % ranks or not buffer.shape[dim]:
-                raise InputError(
-                    f"{buffer.shape[dim]} tokens do not divide over cp_size {ranks}; pad the rows to a multiple of it"
-                )
+                raise InputError(f"{buffer.shape[dim]} tokens do not divide over cp_size {ranks}; pad to a multiple")
         whole = [buffer.detach() for buffer in buffers]
         for buffer, dim in zip(buffers, dims, strict=True):
             buffer.set_(buffer.chunk(ranks, dim)[rank].contiguous())  # pyright: ignore

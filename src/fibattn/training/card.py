@@ -146,8 +146,8 @@ the single tokens that far back.
 def _training(recipe: Recipe, data: PreparedData) -> str:
     taken = {source["name"]: quantity(source["train"]["tokens"]) for source in data.sources if source["train"]}
     optimizer = recipe.optimizer
-    held = f" the highest, and in the last {optimizer.decay_fraction:.0%} of the rest"
-    plateau = held if optimizer.decay_fraction < 1 else ""
+    falls = optimizer.decay_fraction
+    plateau = f" the highest, and in the last {falls:.0%} of the rest" if falls < 1 else ""
     rows = {
         "tokens": f"{quantity(recipe.tokens)}: {recipe.steps} steps of {recipe.sequences_per_step} sequences of "
         f"{recipe.sequence_length}",

@@ -114,9 +114,7 @@ def _pair(recipe: HealingRecipe, folder: Path) -> tuple[PreTrainedModel, PreTrai
     except InputError as error:
         raise InputError(f"the dense model: {error}; if it is elsewhere now, give --teacher") from None
     of_teacher: Any = teacher.base_model.config
-    right, found = (
-        {key: value for key, value in plain(one).items() if key not in _UNTOLD} for one in (before, of_teacher)
-    )
+    right, found = ({name: x for name, x in plain(one).items() if name not in _UNTOLD} for one in (before, of_teacher))
     wrong = [key for key in ("model_type", *right, *found) if right.get(key) != found.get(key)]
     if wrong:
         raise InputError(
@@ -125,10 +123,7 @@ def _pair(recipe: HealingRecipe, folder: Path) -> tuple[PreTrainedModel, PreTrai
         )
     ours, theirs = (one.get_input_embeddings().weight.detach().float() for one in (student, teacher))  # pyright: ignore
     if (ours - theirs).norm() > 0.5 * theirs.norm():
-        raise InputError(
-            f"{name} has the shape of what {folder} was converted from, but other weights; give the dense model by "
-            "--teacher"
-        )
+        raise InputError(f"{name} has the shape of what {folder} was converted from, but other weights; give --teacher")
     check_head(student, torch.arange(8)[None])
     return student, teacher, name
 
@@ -146,9 +141,7 @@ def _runs(recipe: HealingRecipe, length: int) -> dict[str, Recipe]:
     """What the Trainer is told of each stage that has steps."""
     step = recipe.sequences_per_step * length
     if recipe.tokens < step:
-        raise InputError(
-            f"tokens is {recipe.tokens}, less than the {step} of one step; give more, or make steps smaller"
-        )
+        raise InputError(f"tokens is {recipe.tokens}, less than the {step} of one step; give more, or smaller steps")
     whole = recipe.tokens // step
     matching = round(whole * recipe.matching)
     shared = Recipe(

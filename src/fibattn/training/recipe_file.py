@@ -22,9 +22,7 @@ def load_recipe(name: str) -> Recipe:
         return PRESETS[name]
     if Path(name).suffix == ".json":
         return _from_json(Recipe, files.read_json(Path(name)), name)
-    raise InputError(
-        f"unknown recipe {name!r}: {suggestion(name, PRESETS, 'presets')} (a file of your own ends in .json)"
-    )
+    raise InputError(f"unknown recipe {name!r}: {suggestion(name, PRESETS, 'presets')} (a file of yours ends in .json)")
 
 
 def to_json(recipe: Any) -> Any:

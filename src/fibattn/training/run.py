@@ -113,7 +113,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
         start.load_weights(model, recipe.start)
     if recipe.gradient_checkpointing:
         enable_checkpointing(model)
-    _say_what_begins(model, sequences, recipe, state)
+    _announce(model, sequences, recipe, state)
     trainer = FibTrainer(model, recipe, sequences, _held_out(recipe, data))
     if checkpoint is not None:
         _check_same(checkpoint, recipe, inputs)
@@ -141,9 +141,7 @@ def _held_out(recipe: Recipe, data: PreparedData) -> HeldOut | None:
     return HeldOut.choose(data.validation, data.training, data.token_bytes, length, tokens)
 
 
-def _say_what_begins(
-    model: FibAttnForCausalLM, sequences: TrainingSequences, recipe: Recipe, state: PartialState
-) -> None:
+def _announce(model: FibAttnForCausalLM, sequences: TrainingSequences, recipe: Recipe, state: PartialState) -> None:
     several = "" if state.num_processes == 1 else f"{state.num_processes} × "
     state.print(
         f"{quantity(model.num_parameters())} parameters, {quantity(recipe.tokens)} tokens in {recipe.steps} steps "

@@ -46,8 +46,7 @@ def shape_of(q: Tensor, k: Tensor) -> Shape:
 def _shape(size: int, group: int, dtype: torch.dtype) -> Shape:
     if dtype not in _SUPPORTED:
         raise InputError(
-            f"q is {dtype}; the GPU kernels take {', '.join(map(str, _SUPPORTED))}: convert it, "
-            "or use backend='reference'"
+            f"q is {dtype}; the kernels take {', '.join(map(str, _SUPPORTED))}: convert it, or use backend='reference'"
         )
     if size % 8 or not 16 <= size <= 256:
         raise InputError(
