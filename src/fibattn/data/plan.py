@@ -19,8 +19,8 @@ class Plan:
     budget `tokens`, all sources have the same. Without a budget the weights take as many tokens as all
     sources can fill; with neither, everything is taken. `validation` names a held-out source for a training
     source; the others have `held_out` of their documents held out, of which the set has the first `held_out_tokens`;
-    what is beyond them is in no set.
-    `tokenizer` is a folder or an id of the Hub; without it one of `vocab_size` is trained.
+    what is beyond them is in no set. `tokenizer` is a folder or an id of the Hub; without it one of `vocab_size` is
+    trained.
     """
 
     sources: tuple[Source, ...]

@@ -101,8 +101,8 @@ def attend_by(model: FibAttnPreTrainedModel, config: FibAttnConfig, name: str | 
     model.name_or_path = decoder.name_or_path = name
     fields = ("layer_types", "layer_offsets", "layer_limits", "rope_scales_all", "block_rope", "converted_from")
     # Those say nothing of dense layers, and sparse ones would have weights or offsets of them.
-    for name in (*_PATTERN, *fields, "kv_convolution", "stagger_heads"):
-        setattr(decoder.config, name, getattr(config, name))
+    for field in (*_PATTERN, *fields, "kv_convolution", "stagger_heads"):
+        setattr(decoder.config, field, getattr(config, field))
     decoder.full_reach = config.full_reach
     for index, layer in enumerate(decoder.layers):
         layer.self_attn.attend_by(config)
