@@ -35,7 +35,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "quantised of our own": (
         lambda: model("fibattn", layer_types=["full_attention"] * LAYERS, quantization_config={"quant_method": "x"}),
-        "a FibAttnForCausalLM that is quantised cannot be converted; convert it before that",
+        "this FibAttnForCausalLM is quantised, or of another class; convert it before that",
     ),
     "converted": (lambda: fibattn.convert(model(), **PATTERN), "converted already"),
     "wrapped": (lambda: nn.Sequential(model()), "a Sequential cannot be converted"),

@@ -124,7 +124,7 @@ def convert(
     if isinstance(model, FibAttnPreTrainedModel):
         config: Any = native_config(model.config, with_offsets(entry, layers_of(model.config, entry)))
         if config is None:
-            raise InputError(f"a {type(model).__name__} that is quantised cannot be converted; convert it before that")
+            raise InputError(f"this {type(model).__name__} is quantised, or of another class; convert it before that")
         return attend_by(model, config, name)
     return apply(model, entry, name)
 
