@@ -216,7 +216,7 @@ def test_model_that_is_none(prepared: Path, tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "checkpoint-3" / "config.json").touch()
     line = says(capsys, "eval", tmp_path, "--data", prepared)
     assert "holds no model (config.json is missing)" in line
-    assert line.endswith(f"a finished run, or a checkpoint of this one, such as {tmp_path / 'checkpoint-3'}")
+    assert line.endswith(f"finished run, or a checkpoint of this one, such as {tmp_path / 'checkpoint-3'}")
 
 
 def test_disk_that_is_full_is_said_in_one_line(prepared: Path, forked: Server, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def test_prepare_prints_a_table_and_a_finished_folder(books, tmp_path, capsys):
         (["--weights", "boks=1"], "did you mean 'books'?"),
         (["--weights", "books"], "--weights was given 'books'; expected NAME=NUMBER"),
         (["--weights", "books=much"], "--weights was given 'books=much'; expected NAME=NUMBER"),
-        (["--val", "boks=no.jsonl"], "no.jsonl does not exist; expected a file, a folder"),
+        (["--val", "boks=no.jsonl"], "no.jsonl does not exist; expected a file, folder, glob, hf:owner/name"),
         (
             ["--key", "boks=id"],
             "a --key field is given for 'boks', which is no source: did you mean 'books'?",

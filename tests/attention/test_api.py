@@ -216,7 +216,7 @@ def test_bad_scales_of_the_rungs_are_refused(alpha: torch.Tensor, message: str, 
 
 
 def test_alpha_and_a_learned_pattern_come_together() -> None:
-    with pytest.raises(InputError, match="alpha is None; the rungs of a LearnedPattern are at alpha times its rungs"):
+    with pytest.raises(InputError, match="alpha is None; a LearnedPattern reads at alpha times its rungs"):
         attend(**tensors(), pattern=LEARNED)
     with pytest.raises(InputError, match=r"alpha is 1\.0; .*: give a tensor with one floating-point number, on cpu"):
         attend(**tensors(), pattern=LEARNED, alpha=1.0)  # pyright: ignore
