@@ -337,7 +337,7 @@ def test_learned_rungs_between_the_same_keys_keep_the_first() -> None:
     ("make", "message"),
     [
         (lambda: Pattern(-1), r"window is -1; it must be 0 or more"),
-        (lambda: Pattern(8, (8,)), r"offset 8 is inside \(window 8\); offsets must be beyond the window"),
+        (lambda: Pattern(8, (8,)), r"offset 8 is inside \(window 8\); offsets must be beyond it"),
         (lambda: Pattern(8, (0,)), r"offset 0 is inside \(window 8\)"),
         (lambda: Pattern(8, (-5,)), r"offset -5 is inside \(window 8\)"),
         (lambda: Pattern(8, (13, 13)), r"offset 13 follows 13 .*strictly increasing"),

@@ -235,7 +235,7 @@ def test_a_damaged_folder_is_named_and_the_same_command_repairs_it(whole, source
     (out / "data.json").write_text(
         text.replace('"tokens": 2500', '"tokens": 2501').replace('"sha256": "', '"sha256": "0', 1)
     )
-    with pytest.raises(InputError, match=r"data.json was altered: its fingerprint is .*restore it"):
+    with pytest.raises(InputError, match=r"data.json was altered: its fingerprint is .*restore or prepare it anew"):
         PreparedData.open(out)
 
 
