@@ -110,7 +110,7 @@ def test_without_a_document_so_long_there_is_nothing_by_position(
         assert ("by position" in capsys.readouterr().out) == bool(sets)
 
 
-def test_full_layers_can_be_bounded(data: Path, tmp_path: Path) -> None:
+def test_full_layers_can_be_bounded(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     vocab_size = PreparedData.open(data).vocab_size
     shape = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
     kinds = {"layer_types": ["full_attention"] * 2, "no_rope_layers": [0, 0]}
@@ -136,6 +136,12 @@ def test_full_layers_can_be_bounded(data: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "result.json").read_text())["full_reach"] == 15
     assert losses("--full-reach", "None") == whole
     assert "full_reach" not in json.loads((tmp_path / "result.json").read_text())
+    for wrong in (0, 2**63):
+        capsys.readouterr()
+        assert main(["eval", str(tmp_path / "full"), "--data", str(data), "--full-reach", str(wrong)]) == 2
+        printed = capsys.readouterr().err
+        assert f"full_reach is {wrong}; it must be at least 1, below 2**63, or None" in printed
+        assert printed.count("\n") == 1
 
 
 @pytest.mark.parametrize(

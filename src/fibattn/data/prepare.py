@@ -182,12 +182,12 @@ class _Preparation:
         """Training texts in the mixture's proportions, each cut; a surveyed source of many is thinned evenly."""
         for source in self.sources:
             budget = TOKENIZER_CHARACTERS * self._fractions()[source.name]
-            found, taken, cut, share = self.surveys.get(source.name), 0, DOCUMENT_CHARACTERS, 1.0
+            found, taken, cut, limit = self.surveys.get(source.name), 0, DOCUMENT_CHARACTERS, split.SPAN
             if found:
                 cut = max(cut, int(budget / found.documents))
-                share = min(1.0, max(budget / found.bytes, FEWEST_DOCUMENTS / found.documents))
+                limit = min(1.0, max(budget / found.bytes, FEWEST_DOCUMENTS / found.documents)) * split.SPAN
             for text in self._training_texts(source, self.excluded_at_first):
-                if split.text_hash(text) >= share * split.SPAN:
+                if split.text_hash(text) >= limit:
                     continue
                 text = text[:cut]
                 yield text

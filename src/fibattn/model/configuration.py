@@ -302,7 +302,7 @@ class FibAttnConfig(SavesShim, PreTrainedConfig):
                 "use a multiple of them"
             )
         if self.full_reach is not None and not 1 <= self.full_reach < 1 << 63:
-            raise InputError(f"full_reach is {self.full_reach}; it must be at least 1, below 2**63, or None for none")
+            raise InputError(f"full_reach is {self.full_reach}; it must be at least 1, below 2**63, or None")
         if (self.head_dim or 0) % 2:
             raise InputError(
                 f"head_dim is {self.head_dim}, and RoPE needs an even head size; where it is not given, hidden_size is "

@@ -112,7 +112,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         # A compiler fills in zeros for outputs that nobody used, and knows no second derivatives itself.
         if not (torch.compiler.is_compiling() or (second is None and other is None)):
-            raise InputError("the loss has no second derivatives; take functional.cross_entropy of the logits")
+            raise InputError("the loss has no second derivatives; take torch's cross_entropy of the logits for them")
         grad_hidden, grad_weight = ctx.saved_tensors
         if upstream is None:
             return None, None, None, None
