@@ -12,6 +12,7 @@ import argparse
 import torch
 from datasets import load_dataset
 from peft import LoraConfig
+from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports]
 
 import fibattn  # noqa: F401  # so that the folder needs no trust_remote_code
@@ -31,6 +32,9 @@ parser.add_argument("--packing", action=argparse.BooleanOptionalAction, default=
 given = parser.parse_args()
 
 data = load_dataset("json", data_files=given.data, split="train")
+chats = "messages" in data.column_names  # pyright: ignore
+if chats and not (given.chat_template or AutoTokenizer.from_pretrained(given.model).chat_template):
+    parser.error(f"{given.model} has no chat template; give --chat-template a model's folder or a file that has one")
 # An adapter says by its task which class loads the model that it belongs to.
 adapter = given.lora and LoraConfig(task_type="CAUSAL_LM", r=given.lora, target_modules=r".*self_attn\.[qkvo]_proj")
 trainer = SFTTrainer(
@@ -44,7 +48,7 @@ trainer = SFTTrainer(
         learning_rate=given.rate,
         packing=given.packing,
         chat_template_path=given.chat_template,
-        assistant_only_loss="messages" in data.column_names,  # pyright: ignore
+        assistant_only_loss=chats,
         bf16=torch.cuda.is_available(),
         report_to="none",
     ),

@@ -90,6 +90,11 @@ def test_of_a_chat_the_answers_alone_are_learnt(packing: bool, folder: Path, tmp
     assert sorted(tokenizer.decode(learnt).split(end)) == sorted(["", "1 follows.", "2 follows."])
 
 
+def run_example(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["tune_with_trl.py", *map(str, words)])
+    exec(compile((ROOT / "examples" / "tune_with_trl.py").read_text(), "tune_with_trl.py", "exec"), {})
+
+
 ELSEWHERE = ["--chat-template", str(Path(run.__file__).with_name("chat.jinja"))]
 
 
@@ -104,9 +109,7 @@ def test_the_example_trains_what_it_is_given(
     if words == ELSEWHERE:
         folder = shutil.copytree(folder, tmp_path / "bare")
         (folder / "chat_template.jinja").unlink()
-    command = ["tune_with_trl.py", str(folder), str(data), str(out), "--steps", "3", "--rate", "1e-2", *words]
-    monkeypatch.setattr(sys, "argv", command)
-    exec(compile((ROOT / "examples" / "tune_with_trl.py").read_text(), "tune_with_trl.py", "exec"), {})
+    run_example(monkeypatch, folder, data, out, "--steps", "3", "--rate", "1e-2", *words)
     before = AutoModelForCausalLM.from_pretrained(folder).eval()
     auto: Any = AutoPeftModelForCausalLM if "--lora" in words else AutoModelForCausalLM
     after = auto.from_pretrained(out).eval()
@@ -114,3 +117,14 @@ def test_the_example_trains_what_it_is_given(
     assert (after(ids).logits - before(ids).logits).abs().max() > 1e-3
     inner = after.get_base_model() if "--lora" in words else after
     assert type(inner) is type(before)
+
+
+def test_chats_without_a_template_are_refused_with_the_flag_that_names_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, bare = tmp_path / "data.jsonl", shutil.copytree(folder, tmp_path / "bare")
+    data.write_text(json.dumps(CHATS[0]) + "\n")
+    (bare / "chat_template.jinja").unlink()
+    with pytest.raises(SystemExit):
+        run_example(monkeypatch, bare, data, tmp_path / "out")
+    assert f"{bare} has no chat template; give --chat-template" in capsys.readouterr().err
