@@ -234,7 +234,7 @@ class LearnedPattern:
     @property
     def reach(self) -> int:
         """The farthest distance that is read for any alpha up to `largest_alpha`, both keys of a rung counted."""
-        nearer = math.floor(self.largest_alpha * max(self.rungs, default=0))
+        nearer = math.floor(self.largest_alpha * (self.rungs[-1] if self.rungs else 0))
         return max(self.window, 1 + (nearer if self.max_offset is None else min(nearer, self.max_offset)))
 
 

@@ -131,6 +131,21 @@ def test_a_scale_does_not_break_the_graph() -> None:
             forward(*random_inputs(Shape(20)), scale)
 
 
+def test_patterns_do_not_break_the_graph_where_every_size_is_a_symbol() -> None:
+    torch._dynamo.reset()
+    heads, scaled, alpha = [Pattern(3, (5, 9)), Pattern(3, (4,))], LearnedPattern(4, FIBONACCI), torch.tensor(0.83)
+    how: dict[str, Any] = {"fullgraph": True, "dynamic": True, "backend": "eager"}
+    q, k, v = random_inputs(Shape(20, batch=2, kv_heads=2, group=2))
+    compiled = torch.compile(lambda q, k, v: attend(q, k, v, heads), **how)
+    assert torch.equal(compiled(q, k, v), attend(q, k, v, heads))
+    positions, rings = torch.arange(20)[None], [k.new_zeros(2, 30, *k.shape[2:]) for _ in range(2)]
+    found = [
+        call(q, *(ring.clone() for ring in rings), k, v, scaled, cache_positions=positions, alpha=alpha)
+        for call in (torch.compile(attend_cached, **how), attend_cached)
+    ]
+    assert torch.equal(*found)
+
+
 def test_boundaries_of_documents_compile_too() -> None:
     torch._dynamo.reset()
     counter = Counter()

@@ -202,6 +202,17 @@ def test_a_compiled_step_serves_all_tokens(kind):
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize("kind", ["linear", "learned", "mixture"])
+def test_a_model_compiled_for_all_shapes_goes_on_with_its_cache(kind):
+    torch.compiler.reset()
+    m, ids = model(kind), tokens(2, LENGTH)
+    compiled = torch.compile(m, dynamic=True, backend="eager")
+    cache = DynamicCache(config=m.config)
+    with torch.no_grad():
+        logits = [compiled(part, past_key_values=cache).logits for part in ids.split([20, 1, 1, LENGTH - 22], dim=1)]
+    close_logits(torch.cat(logits, 1), whole(m, ids))
+
+
 def test_generate_compiles_the_step_once():
     from transformers import CompileConfig
 

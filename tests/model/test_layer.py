@@ -25,6 +25,17 @@ def test_a_sequence_in_parts_equals_the_whole(pattern, chunks: list[int]) -> Non
     assert cache.length == 60
 
 
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_a_compiled_layer_goes_on_with_its_cache(pattern) -> None:
+    """Under `dynamic=True` the numbers of a pattern are symbols."""
+    torch.compiler.reset()
+    layer, hidden, cache = FibAttention(32, 4, pattern, kv_heads=2), torch.randn(2, 30, 32), AttentionCache(pattern)
+    compiled = torch.compile(layer, dynamic=True, backend="eager")
+    with torch.no_grad():
+        parts = [compiled(part, cache=cache) for part in hidden.split([20, 1, 1, 8], dim=1)]
+        torch.testing.assert_close(torch.cat(parts, 1), layer(hidden))
+
+
 @pytest.mark.parametrize("modes", [(0, 1), (1, 0), (0, 1, 0, 0), (1, 0, 1)], ids=str)
 def test_a_cache_outlives_inference_mode(modes: tuple[int, ...]) -> None:
     layer, pattern = FibAttention(32, 4, PATTERNS["fixed"]), PATTERNS["fixed"]

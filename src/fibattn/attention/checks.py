@@ -96,7 +96,7 @@ def check_pattern(
         return patterns
     if alpha is not None:
         raise InputError("alpha was given, but a Pattern's offsets are fixed; give a LearnedPattern, or leave it out")
-    if len(patterns) not in (1, kv_heads):
+    if len(patterns) != 1 and len(patterns) != kv_heads:  # not `not in`: sizes may be a compiler's symbols
         raise InputError(f"{len(patterns)} patterns for {kv_heads} KV heads; give one, or one for each")
     windows = sorted({one.window for one in patterns})
     if len(windows) != 1:
@@ -124,6 +124,12 @@ def check_positions(q: Tensor, k: Tensor, positions: Tensor | None, cu_seqlens: 
     return positions.clamp(max=torch.iinfo(torch.int32).max).to(torch.int32)
 
 
+def check_for_tokens(name: str, x: Tensor, batch: int, tokens: int) -> None:
+    """Refuse what has not one number for each token, of each row of the batch or for all alike."""
+    if x.ndim != 2 or (x.shape[0] != 1 and x.shape[0] != batch) or x.shape[1] != tokens:
+        raise InputError(f"{name} have shape {tuple(x.shape)}; expected ({batch} or 1, {tokens})")
+
+
 def _check_tensor(q: Tensor, name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise InputError(f"{name} are a {type(x).__name__}; give a tensor of integers on {q.device}")
@@ -134,8 +140,7 @@ def _check_integers(q: Tensor, name: str, x: Tensor, least: str) -> None:
     _check_tensor(q, name, x)
     if x.dtype not in (torch.int32, torch.int64) or x.device != q.device:
         raise InputError(f"{name} are {x.dtype} on {x.device}; expected integers on {q.device}")
-    if x.ndim != 2 or x.shape[0] not in (1, q.shape[0]) or x.shape[1] != q.shape[1]:
-        raise InputError(f"{name} have shape {tuple(x.shape)}; expected ({q.shape[0]} or 1, {q.shape[1]})")
+    check_for_tokens(name, x, *q.shape[:2])
     if readable(x) and int(x.min()) < 0:
         raise InputError(f"{name} go down to {int(x.min())}; {least}")
 

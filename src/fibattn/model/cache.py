@@ -309,7 +309,7 @@ def ring_of(cache: Cache, layer: int, owner: object, reach: int) -> RingLayer:
     """
     found = cache.layers[layer] if layer < len(cache.layers) else None
     if isinstance(found, RingLayer) and found.reach >= 0:
-        if found.owner != owner:
+        if not found.owner == owner:  # the compiler knows no `!=` where a pattern's numbers are symbols
             raise InputError(
                 f"layer {layer} of the cache was written for the pattern {found.owner}, the model has {owner}; "
                 "a cache belongs to the model that made it: begin a new one"

@@ -94,7 +94,8 @@ class FibAttention(LearnedScale):
         """
         if hidden.ndim != 3 or 0 in hidden.shape:
             raise InputError(f"hidden has shape {tuple(hidden.shape)}; expected (batch, tokens, hidden size), none 0")
-        if cache is not None and patterns_of(cache.pattern) != patterns_of(self.pattern):
+        # The compiler knows no `!=` where a pattern's numbers are symbols.
+        if cache is not None and not patterns_of(cache.pattern) == patterns_of(self.pattern):
             raise InputError(f"the cache is for {cache.pattern}, the layer has {self.pattern}; give it one for that")
         shape = (*hidden.shape[:2], -1, self.head_size)
         q, k, v = (project(hidden).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
