@@ -10,22 +10,6 @@ from fibattn.errors import InputError
 _ops: Any = torch.ops._c10d_functional
 
 
-def halo(x: Tensor, tokens: int, reach: int, rank: int, ranks: int, group: str) -> Tensor:
-    """The `reach` tokens before this part, or as many as the row has there: (0 … reach, ...), with gradients.
-
-    All processes of the group call it, those that get nothing too: in the backward pass it is they who do.
-
-    Args:
-        x: (tokens, ...), this process's part, or the last `reach` of it.
-        tokens: how many a part has; all have as many.
-        reach: how many tokens before its first are wanted; they may be in several parts.
-        rank: the place of this part; `ranks`: how many there are; `group`: the name of their process group.
-    """
-    receive, send = ([wanted(way * (rank - other), reach, tokens) for other in range(ranks)] for way in (1, -1))
-    parts = [x[x.shape[0] - count :] for count in send if count] or [x[:0]]
-    return exchange(torch.cat(parts), receive, send, group)
-
-
 def exchange(x: Tensor, receive: list[int], send: list[int], group: str) -> Tensor:
     """x (tokens, ...) to the processes, so many tokens to each in order; what they send, in order, with gradients."""
     return _Exchange.apply(x.contiguous(), receive, send, group)

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from fibattn.attention import attend, attend_chosen
 from fibattn.model.positions import check_padding
-from fibattn.parallel.exchange import exchange, gathered, halo
+from fibattn.parallel.exchange import exchange, gathered, wanted
 from fibattn.pattern import ChosenPattern, LearnedPattern, Pattern, reach_of
 
 
@@ -178,5 +178,14 @@ class Shard:
         return functional.pad(torch.cat((before, x), dim=1), (1 - before.shape[1], 0)).diff(dim=1)
 
     def _halo(self, last: Tensor, tokens: int, reach: int) -> Tensor:
-        """Of parts with so many tokens, whose last are given, (batch, tokens, ...), what is before this one."""
-        return halo(last.transpose(0, 1), tokens, reach, self.rank, self.ranks, self.group).transpose(0, 1)
+        """The `reach` tokens before this part, or as many as the row has there: (batch, 0 … reach, ...).
+
+        They may be in several parts, of `tokens` each, whose `last` are given, `reach` of them or all. Every process
+        calls it, those that get nothing too: in the backward pass it is they who do.
+        """
+        receive, send = (
+            [wanted(way * (self.rank - other), reach, tokens) for other in range(self.ranks)] for way in (1, -1)
+        )
+        x = last.transpose(0, 1)
+        parts = [x[x.shape[0] - count :] for count in send if count] or [x[:0]]
+        return exchange(torch.cat(parts), receive, send, self.group).transpose(0, 1)
