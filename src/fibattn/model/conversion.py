@@ -18,14 +18,7 @@ from fibattn.errors import InputError, whole_number
 from fibattn.model.batching import start_batching
 from fibattn.model.configuration import FibAttnConfig
 from fibattn.model.converted_layers import IMPLEMENTATION, before_attention, before_decoder
-from fibattn.model.converted_pattern import (
-    BLOCKS,
-    FIELDS,
-    STORED_PATTERN,
-    in_words,
-    layers_of,
-    with_offsets,
-)
+from fibattn.model.converted_pattern import STORED_PATTERN, in_words, layers_of, with_offsets
 from fibattn.model.converted_rotary import after_rotation, before_rotation, keep_exact, rotary_modules
 from fibattn.model.modeling import FibAttnPreTrainedModel
 from fibattn.model.native import attend_by, dense_model, is_native, native_config, new_trust
@@ -107,18 +100,25 @@ def convert(
     of_blocks = {"block_size": block_size, "block_reach": block_reach, "block_anchor": block_anchor}
     _refuse_idle(of_blocks if blocks is None else of_rungs | {"max_offset": max_offset}, blocks)
     rungs = (15 if blocks is None else 0) if rungs is None else rungs
-    window, rungs, farthest = map(whole_number, ("window", "rungs", "rung_reach"), (window, rungs, farthest))
-    max_offset, full_reach = (
-        None if value is None else whole_number(name, value)
-        for name, value in (("max_offset", max_offset), ("full_reach", full_reach))
-    )
-    values = (window, base, schedule, rungs, farthest, max_offset, kept, full_reach)
-    entry: dict[str, Any] = dict(zip(FIELDS, values, strict=False))
+    entry: dict[str, Any] = {
+        "window": whole_number("window", window),
+        "base": base,
+        "schedule": schedule,
+        "rungs": whole_number("rungs", rungs),
+        "rung_reach": whole_number("rung_reach", farthest),
+        "max_offset": None if max_offset is None else whole_number("max_offset", max_offset),
+        "keep_layers": kept,
+        "full_reach": None if full_reach is None else whole_number("full_reach", full_reach),
+    }
     if blocks is not None:
-        limit = min(decoder.config.max_position_embeddings - 1, 64 * whole_number("block_size", block_size) - 1)
-        given = (blocks, block_size, limit if block_reach is None else block_reach)
-        entry |= {name: whole_number(name, value) for name, value in zip(BLOCKS, given, strict=False)}
-        entry["block_anchor"] = bool(block_anchor)
+        block_size = whole_number("block_size", block_size)
+        limit = min(decoder.config.max_position_embeddings - 1, 64 * block_size - 1)
+        entry |= {
+            "blocks": whole_number("blocks", blocks),
+            "block_size": block_size,
+            "block_reach": limit if block_reach is None else whole_number("block_reach", block_reach),
+            "block_anchor": bool(block_anchor),
+        }
     # An adapter keeps this name for its base: were it that of the original, it would be loaded on a dense model.
     name = model.name_or_path and f"{model.name_or_path}, converted by fibattn.convert(model, {in_words(entry)})"
     if isinstance(model, FibAttnPreTrainedModel):
