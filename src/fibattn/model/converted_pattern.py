@@ -73,12 +73,13 @@ def layers_of(config: PreTrainedConfig, entry: dict[str, Any]) -> list[Converted
     layers = []
     for layer, sparse in enumerate(patterns):
         keys = sliding_window(config, layer)
-        if layer not in kept and chosen is not None:
+        if layer in kept:
+            layers.append(ConvertedLayer(None if bound is None else _inside(Pattern(bound), keys), keys))
+        elif chosen is not None:
             _check_inside(chosen, layer, keys)
             layers.append(ConvertedLayer(chosen, None))
-            continue
-        pattern = sparse if layer not in kept else None if bound is None else Pattern(bound)
-        layers.append(ConvertedLayer(pattern and _inside(pattern, keys), keys))
+        else:
+            layers.append(ConvertedLayer(_inside(sparse, keys), keys))
     return layers
 
 
