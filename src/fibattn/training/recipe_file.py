@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -26,12 +27,8 @@ def load_recipe(name: str) -> Recipe:
 
 
 def to_json(recipe: Any) -> Any:
-    """A recipe as plain JSON values."""
-    if dataclasses.is_dataclass(recipe):
-        return {one.name: to_json(getattr(recipe, one.name)) for one in dataclasses.fields(recipe)}
-    if isinstance(recipe, tuple):
-        return [to_json(one) for one in recipe]
-    return str(recipe) if isinstance(recipe, Path) else recipe
+    """A recipe, or a part of one, as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(recipe), default=str))  # paths are the only other kind of value
 
 
 _DROPPED = {"cautious_decay": False}  # what recipes once had, at the value at which it said nothing
