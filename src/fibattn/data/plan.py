@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
 from fibattn.data.sources import Source
 from fibattn.data.tokenizer import check_vocab_size
@@ -83,13 +84,8 @@ class Plan:
 
 def shares(total: int, fractions: Mapping[str, float]) -> dict[str, int]:
     """`total` tokens split by fractions into whole numbers that sum to `total`."""
-    result, before, sum_of_fractions = {}, 0, 0.0
-    for name, fraction in fractions.items():
-        sum_of_fractions += fraction
-        upto = round(total * sum_of_fractions)
-        result[name] = upto - before
-        before = upto
-    return result
+    edges = [0, *(round(total * part) for part in accumulate(fractions.values()))]
+    return {name: end - begin for name, (begin, end) in zip(fractions, pairwise(edges), strict=True)}
 
 
 def largest_shares(available: Mapping[str, int], fractions: Mapping[str, float]) -> dict[str, int]:
