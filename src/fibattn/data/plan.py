@@ -65,8 +65,10 @@ class Plan:
             raise InputError(f"a {what} is given for {name!r}, which is no source: {suggestion(name, own, 'sources')}")
 
     def _check_weights(self, names: list[str]) -> None:
-        for name in names if self.weights is not None else ():
-            weight = (self.weights or {}).get(name)
+        if self.weights is None:
+            return
+        for name in names:
+            weight = self.weights.get(name)
             if weight is None:
                 raise InputError(f"source {name!r} has no weight; give one for every source: {', '.join(names)}")
             if not (weight > 0 and math.isfinite(weight)):
