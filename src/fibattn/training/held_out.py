@@ -44,10 +44,13 @@ class HeldOut:
         shorter than that, or whose training text is, is left out. None where no set is left.
         """
         names = [name for name in held_out if min(len(held_out[name]), len(training[name])) > length]
-        count = max(tokens // max(len(names), 1) // length, 1)
-        parts = {name: _spread(held_out[name], length, count) for name in names}
-        sizes = {name: _size(part, token_bytes) for name, part in parts.items()}
-        return cls(parts, {name: _spread(training[name], length, count) for name in names}, sizes) if names else None
+        if not names:
+            return None
+        count = max(tokens // len(names) // length, 1)
+        parts, beside = (
+            {name: _spread(streams[name], length, count) for name in names} for streams in (held_out, training)
+        )
+        return cls(parts, beside, {name: _size(part, token_bytes) for name, part in parts.items()})
 
     @torch.no_grad()
     def losses(self, model: nn.Module, batch: int, accelerator: Accelerator) -> dict[str, float]:
