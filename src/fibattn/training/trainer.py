@@ -182,9 +182,9 @@ class FibTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
         with torch.compiler.set_stance("force_eager"):  # what is sharded is compiled in place
             found = self.held_out.losses(model, self.args.eval_batch_size, self.accelerator)
+        found["runtime"] = time.monotonic() - began
+        self.evaluation_seconds += found["runtime"]
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
-        metrics[f"{metric_key_prefix}_runtime"] = time.monotonic() - began
-        self.evaluation_seconds += metrics[f"{metric_key_prefix}_runtime"]
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
