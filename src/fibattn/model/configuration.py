@@ -21,7 +21,7 @@ from fibattn.pattern import (
     Pattern,
     Schedule,
     base_rungs,
-    layer_patterns,
+    layer_alphas,
     reach_of,
 )
 
@@ -340,15 +340,10 @@ class FibAttnConfig(SavesShim, PreTrainedConfig):
             raise InputError(f"hidden_act is {self.hidden_act!r}: {suggestion(self.hidden_act, ACT2FN, 'activations')}")
 
     def _resolve_offsets(self) -> list[list[list[int]] | None]:
-        patterns = layer_patterns(
-            self.base,  # pyright: ignore[reportArgumentType]
-            self.schedule,  # pyright: ignore[reportArgumentType]
-            layers=self.num_hidden_layers * (self.num_key_value_heads or 1 if self.stagger_heads else 1),
-            window=self.window,
-            rungs=self.rungs,
-            reach=1 if self.rung_reach is None else self.rung_reach,
-            max_offset=self.max_offset,
-        )
+        rungs = self.base_rungs
+        heads = (self.num_key_value_heads or 1) if self.stagger_heads else 1
+        alphas = layer_alphas(self.schedule, layers=self.num_hidden_layers * heads)  # pyright: ignore[reportArgumentType]
+        patterns = [Pattern.scaled(self.window, rungs, alpha, self.max_offset) for alpha in alphas]
         resolved: list[list[list[int]] | None] = []
         for layer, kind in enumerate(self.layer_types or []):
             if kind == "sliding_attention":
@@ -356,8 +351,8 @@ class FibAttnConfig(SavesShim, PreTrainedConfig):
             elif kind in ("full_attention", "chosen_attention") or self.learns_alpha(layer):
                 resolved.append(None)
             else:
-                heads, limit = patterns[layer :: self.num_hidden_layers], self._limit(layer)
-                resolved.append([[d for d in one.offsets if limit is None or d <= limit] for one in heads])
+                of_heads, limit = patterns[layer :: self.num_hidden_layers], self._limit(layer)
+                resolved.append([[d for d in one.offsets if limit is None or d <= limit] for one in of_heads])
         return resolved
 
     def check_offsets(self) -> None:
