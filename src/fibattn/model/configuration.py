@@ -209,15 +209,15 @@ class FibAttnConfig(SavesShim, PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in Transformers, but changes to fields go in before the offsets are derived and checked."""
-        own = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__annotations__}
+        changes = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__annotations__}
         give_back = kwargs.pop("return_unused_kwargs", False)
-        config, unused = super().from_dict({**config_dict, **own}, return_unused_kwargs=True, **kwargs)
+        config, unused = super().from_dict({**config_dict, **changes}, return_unused_kwargs=True, **kwargs)
         if give_back:
             return config, unused
         # The rest are the loader's own options, of which there is no list; what is nearly a field was meant as one.
         # A tokenizer's go through here as well: its tokens (pad_token) are called nearly as their ids.
-        own = (name for name in unused if not name.endswith("_token"))
-        cls._refuse_unknown(name for name in own if get_close_matches(name, cls.__annotations__, cutoff=0.75))
+        others = (name for name in unused if not name.endswith("_token"))
+        cls._refuse_unknown(name for name in others if get_close_matches(name, cls.__annotations__, cutoff=0.75))
         return config
 
     @classmethod
