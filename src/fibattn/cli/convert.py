@@ -62,10 +62,11 @@ def run(arguments: list[str]) -> None:
     chosen = parse(Arguments, arguments, "fibattn convert")
     _check(chosen)
     from fibattn.model.conversion import convert, restore
-    from fibattn.training.converting import load_source, load_tokenizer_of, write_folder
+    from fibattn.training.converting import find_source, load_source, load_tokenizer_of, write_folder
 
-    model: Any = load_source(chosen.model)
-    tokenizer = load_tokenizer_of(chosen.model)
+    source = find_source(chosen.model)
+    model: Any = load_source(source)
+    tokenizer = load_tokenizer_of(source)
     if tokenizer is None:
         print(f"{chosen.model} has no tokenizer; the folder has none, either")
     if chosen.restore:

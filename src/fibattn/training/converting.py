@@ -18,13 +18,17 @@ RECORD = "conversion.json"
 """The file of a converted folder that says what it was made from, and how its kept layers were found."""
 
 
+def find_source(name: str) -> str:
+    """The model that `name` means, as Transformers takes it: of a folder or a run as `find_model`, else of the Hub."""
+    return str(find_model(Path(name))) if Path(name).exists() else name
+
+
 def load_source(name: str) -> PreTrainedModel:
-    """The causal language model of a folder, a finished run or the Hub, in the precision that it was saved in.
+    """The causal language model that `find_source` found, in the precision that it was saved in.
 
     Raises:
         InputError: for a model that cannot be loaded, or whose weights are quantised.
     """
-    name = _named(name)
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -36,14 +40,10 @@ def load_source(name: str) -> PreTrainedModel:
     return load_whole(name, "give a whole model, and check the network", dtype="auto", **how)
 
 
-def _named(name: str) -> str:
-    return str(find_model(Path(name))) if Path(name).exists() else name
-
-
 def load_tokenizer_of(name: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside a model's weights; None where there is none."""
+    """The tokenizer beside the weights of a model that `find_source` found; None where there is none."""
     try:
-        return AutoTokenizer.from_pretrained(_named(name))
+        return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -29,7 +29,7 @@ from fibattn.model.loss import check_head
 from fibattn.model.native import dense_config, pattern_of, plain
 from fibattn.training import checkpoints
 from fibattn.training.card import say_healed
-from fibattn.training.converting import RECORD, load_source
+from fibattn.training.converting import RECORD, find_source, load_source
 from fibattn.training.healing_recipe import HealingRecipe
 from fibattn.training.healing_stages import AttentionMatching, Distillation, HealingStage
 from fibattn.training.recipe import OptimizerRecipe, Recipe
@@ -110,7 +110,7 @@ def _pair(recipe: HealingRecipe, folder: Path) -> tuple[PreTrainedModel, PreTrai
     if name is None:
         raise InputError(f"{folder} does not say what it was converted from ({RECORD} is missing); give --teacher")
     try:
-        teacher = load_source(name)
+        teacher = load_source(find_source(name))
     except InputError as error:
         raise InputError(f"the dense model: {error}; if it is elsewhere now, give --teacher") from None
     of_teacher: Any = teacher.base_model.config
