@@ -61,13 +61,12 @@ class Record:
 
     def save(self) -> None:
         """Write `unfinished.json`."""
-        shards = {stream: [asdict(shard) for shard in found] for stream, found in self.shards.items()}
         value = {
             "settings": self.settings,
             "limits": self.limits,
             "tokenizer_sha256": self.tokenizer,
             "complete": sorted(self.complete),
-            "shards": shards,
+            "shards": {stream: [asdict(shard) for shard in found] for stream, found in self.shards.items()},
         }
         files.write_json(self.folder / UNFINISHED, value)
 
