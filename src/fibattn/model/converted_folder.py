@@ -113,9 +113,7 @@ def _loader(auto: Any) -> type[FibAttnConvertedModel]:
 
 _OTHERS = (AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoModelForQuestionAnswering)
 LOADERS: dict[Any, type[FibAttnConvertedModel]] = {
-    AutoModel: FibAttnConvertedModel,
-    AutoModelForCausalLM: FibAttnConvertedForCausalLM,
-    **{auto: _loader(auto) for auto in _OTHERS},
+    one.auto: one for one in (FibAttnConvertedModel, FibAttnConvertedForCausalLM, *map(_loader, _OTHERS))
 }
 """For each Auto class what it loads a converted folder with."""
 
