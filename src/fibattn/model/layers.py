@@ -160,11 +160,10 @@ class FibAttnMLP(nn.Module):
 
     def __init__(self, config: FibAttnConfig):
         super().__init__()
-        bias = config.mlp_bias
-        gated = config.gated_mlp
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias) if gated else None
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
-        self.down_proj = _residual_output(nn.Linear(config.intermediate_size, config.hidden_size, bias=bias))
+        outer, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(outer, inner, bias=bias) if config.gated_mlp else None
+        self.up_proj = nn.Linear(outer, inner, bias=bias)
+        self.down_proj = _residual_output(nn.Linear(inner, outer, bias=bias))
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden: Tensor) -> Tensor:
