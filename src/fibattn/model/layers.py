@@ -85,9 +85,10 @@ class FibAttnAttention(LearnedScale):
         if isinstance(cache, Cache) and self.pattern is not None:
             taps = 0 if self.kv_convolution is None else self.kv_convolution.shape[1]
             ring = ring_of(cache, self.layer_idx, self.pattern, max(self.reach or 0, taps - 1))
-        raw = () if self.kv_convolution is None else (k, v)
+        raw: tuple[Tensor, ...] = ()
         if self.kv_convolution is not None:
-            k, v = convolved((k, v), self.kv_convolution, ring, positions, cache_positions, shard)
+            raw = k, v
+            k, v = convolved(raw, self.kv_convolution, ring, positions, cache_positions, shard)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         far = None if self.block_rope else (q, k)
