@@ -71,13 +71,12 @@ class FibAttnPreTrainedModel(FoundByShim, PreTrainedModel):
         elif isinstance(module, nn.RMSNorm):
             initialization.ones_(module.weight)
         elif isinstance(module, FibAttnAttention):
-            for weight, fill in (
-                (module.theta, initialization.zeros_),
-                (module.trust, initialization.ones_),
-                (module.kv_convolution, initialization.zeros_),
-            ):
-                if weight is not None:
-                    fill(weight)
+            if module.theta is not None:
+                initialization.zeros_(module.theta)
+            if module.trust is not None:
+                initialization.ones_(module.trust)
+            if module.kv_convolution is not None:
+                initialization.zeros_(module.kv_convolution)
         elif isinstance(module, FibAttnGate):
             initialization.zeros_(module.weight)
         elif isinstance(module, FibAttnDecoderLayer) and module.skip is not None:
