@@ -138,31 +138,11 @@ class FibAttnModel(FibAttnPreTrainedModel):
                 cache under gradient checkpointing, which would run its updates twice, or a `full_reach` that was
                 changed after loading.
         """
-        self._check_given(input_ids, inputs_embeds)
-        hidden: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if self.embed_norm is not None:
-            hidden = self.embed_norm(hidden)
-        if self.config.autocast_residual and torch.is_autocast_enabled(hidden.device.type):
-            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        if 0 in hidden.shape[:2]:
-            raise InputError("there are no tokens; a prompt has at least one, such as the model's bos_token_id")
+        hidden = embedded = self._embedded(input_ids, inputs_embeds)
         cache = only_cache(cache, past_key_values)
-        paged = isinstance(cache, PagedAttentionCache)
-        past = 0 if cache is None or paged else cache.get_seq_length()
+        past = 0 if cache is None or isinstance(cache, PagedAttentionCache) else cache.get_seq_length()
         cache_positions = torch.arange(hidden.shape[1], device=hidden.device)[None] + past
-        documents = position_ids
-        masks: Any = {"full_attention": batching.full_mask(attention_mask)} if paged else attention_mask
-        shard: Shard | None = kwargs.get("shard")
-        if shard is not None:
-            masks = {"positions": shard.positions(attention_mask, position_ids)}
-            if "chosen_attention" in (self.config.layer_types or []):
-                kwargs["shard"] = shard.with_blocks(masks["positions"])
-        elif kwargs.get("cu_seq_lens_q") is not None and not paged:
-            documents = packed_positions(hidden, kwargs["cu_seq_lens_q"], attention_mask, cache)
-        if not isinstance(masks, dict):
-            masks = self.prepare_masks(self.config, hidden, attention_mask, documents, cache)
-            if documents is not None and cache is None:
-                kwargs = self._tell_lengths(masks, hidden.shape[0], kwargs)
+        masks, documents = self._masks_and_documents(hidden, attention_mask, position_ids, cache, kwargs)
         if position_ids is None:
             position_ids = cache_positions if documents is None else documents
         # Made after the masks: where there is a cache, even an empty one, Transformers looks for no packed documents.
@@ -172,7 +152,6 @@ class FibAttnModel(FibAttnPreTrainedModel):
             raise InputError("a cache was given under gradient checkpointing; leave it out, or call eval() first")
         plain = self.rotary_emb(hidden, position_ids)
         scaled = plain if self.scaled_rotary_emb is None else self.scaled_rotary_emb(hidden, position_ids)
-        embedded = hidden
         # Fewer than there are where `assistant_early_exit` drafts with the first of them.
         for layer in self.layers[: self.config.num_hidden_layers]:
             hidden = layer(
@@ -190,7 +169,8 @@ class FibAttnModel(FibAttnPreTrainedModel):
         kept: dict[str, Any] = {CACHE_NAME: cache}
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), **kept)
 
-    def _check_given(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
+    def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """What the first layer is given."""
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("give exactly one of input_ids and inputs_embeds")
         if input_ids is not None and input_ids.dim() != 2:
@@ -204,6 +184,40 @@ class FibAttnModel(FibAttnPreTrainedModel):
                 f"full_reach was {self.full_reach} when the model was made and is {self.config.full_reach} now; load "
                 f"it anew: from_pretrained(…, full_reach={self.config.full_reach})"
             )
+        hidden: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.embed_norm is not None:
+            hidden = self.embed_norm(hidden)
+        if self.config.autocast_residual and torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        if 0 in hidden.shape[:2]:
+            raise InputError("there are no tokens; a prompt has at least one, such as the model's bos_token_id")
+        return hidden
+
+    def _masks_and_documents(
+        self,
+        hidden: Tensor,
+        attention_mask: Any,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        given: dict[str, Any],
+    ) -> tuple[dict[str, Any], Tensor | None]:
+        """What `prepare_masks` gives, and the position ids by which documents begin; `given` is for the layers, too."""
+        if isinstance(cache, PagedAttentionCache):
+            return {"full_attention": batching.full_mask(attention_mask)}, position_ids
+        shard: Shard | None = given.get("shard")
+        if shard is not None:
+            positions = shard.positions(attention_mask, position_ids)
+            if "chosen_attention" in (self.config.layer_types or []):
+                given["shard"] = shard.with_blocks(positions)
+            return {"positions": positions}, position_ids
+        if given.get("cu_seq_lens_q") is not None:
+            position_ids = packed_positions(hidden, given["cu_seq_lens_q"], attention_mask, cache)
+        if isinstance(attention_mask, dict):  # made ahead by `create_masks_for_generate`
+            return attention_mask, position_ids
+        masks = self.prepare_masks(self.config, hidden, attention_mask, position_ids, cache)
+        if position_ids is not None and cache is None:
+            self._tell_lengths(masks, hidden.shape[0], given)
+        return masks, position_ids
 
     @staticmethod
     def prepare_masks(
@@ -229,15 +243,14 @@ class FibAttnModel(FibAttnPreTrainedModel):
             masks["full_attention"] = full_mask(config, hidden, attention_mask, position_ids, cache, positions)
         return masks
 
-    def _tell_lengths(self, masks: dict[str, Any], batch: int, given: dict[str, Any]) -> dict[str, Any]:
-        """The layers' arguments, with the lengths of documents where the full layers' attention reads no mask."""
+    def _tell_lengths(self, masks: dict[str, Any], batch: int, given: dict[str, Any]) -> None:
+        """Put the lengths of documents into `given`, where the full layers' attention reads them and no mask."""
         if self.config._attn_implementation in TAKES_MASKS or "full_attention" not in masks:
-            return given
+            return
         masks["full_attention"] = None
         lengths = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-        if all(given.get(name) is not None for name in lengths):
-            return given
-        return {**given, **document_lengths(masks["positions"], batch)}
+        if any(given.get(name) is None for name in lengths):
+            given.update(document_lengths(masks["positions"], batch))
 
 
 class FibAttnForCausalLM(FibAttnPreTrainedModel, GenerationMixin):
