@@ -18,12 +18,10 @@ def windows(config: FibAttnConfig, block: int, chunk: int, longest: int) -> list
         longest: the most tokens of a request.
     """
     reaches = [config.layer_reach(layer) for layer in range(config.num_hidden_layers)]
-    kinds = [
-        (kind == "full_attention", reach is None) for kind, reach in zip(config.layer_types or [], reaches, strict=True)
-    ]
-    most = {kind: max((reach or 0) for reach, one in zip(reaches, kinds, strict=True) if one == kind) for kind in kinds}
+    full = [kind == "full_attention" for kind in config.layer_types or []]
+    most = {kind: max((reach or 0) for reach, one in zip(reaches, full, strict=True) if one == kind) for kind in full}
     own = [None if reach is None else reach + 1 for reach in reaches]
-    shared = [None if reach is None else most[kind] + 1 for reach, kind in zip(reaches, kinds, strict=True)]
+    shared = [None if reach is None else most[kind] + 1 for reach, kind in zip(reaches, full, strict=True)]
     return min(shared, own, key=lambda windows: rows_held(windows, block, chunk, longest))
 
 
