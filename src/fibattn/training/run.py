@@ -102,17 +102,8 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
             _bound(finished, recipe)
         return finished
     disable_progress_bar()
-    try:
-        model = _fresh(config, recipe)
-    except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error):
-            raise
-        raise InputError(f"a model of these sizes does not fit into memory ({error}); make it smaller") from None
     checkpoint = checkpoints.latest(recipe.out)
-    if recipe.start is not None and checkpoint is None:
-        start.load_weights(model, recipe.start)
-    if recipe.gradient_checkpointing:
-        enable_checkpointing(model)
+    model = _begun(config, recipe, checkpoint)
     _announce(model, sequences, recipe, state)
     trainer = FibTrainer(model, recipe, sequences, _held_out(recipe, data))
     if checkpoint is not None:
@@ -122,6 +113,21 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     trainer.run("train", checkpoint, callbacks)
     _finish(trainer, recipe, data, tokenizer, finished)
     return finished
+
+
+def _begun(config: FibAttnConfig, recipe: Recipe, checkpoint: Path | None) -> FibAttnForCausalLM:
+    """The model as training begins: fresh, or with the weights of its start; those of a checkpoint are loaded later."""
+    try:
+        model = _fresh(config, recipe)
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error):
+            raise
+        raise InputError(f"a model of these sizes does not fit into memory ({error}); make it smaller") from None
+    if recipe.start is not None and checkpoint is None:
+        start.load_weights(model, recipe.start)
+    if recipe.gradient_checkpointing:
+        enable_checkpointing(model)
+    return model
 
 
 def _config(recipe: Recipe, data: PreparedData, tokenizer: PreTrainedTokenizerFast) -> FibAttnConfig:
