@@ -194,9 +194,9 @@ class FibAttnDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = FibAttnRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.skip = nn.Parameter(torch.tensor([1.0, 0.0])) if config.embedding_skip else None
 
-    def forward(self, hidden: Tensor, embedded: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def forward(self, hidden: Tensor, embedded: Tensor, **kwargs: Any) -> Tensor:
         """`hidden` (batch, tokens, hidden size) in and out, `embedded` likewise; the rest goes to the attention."""
-        if self.skip is not None and embedded is not None:
+        if self.skip is not None:
             hidden = self.skip[0] * hidden + self.skip[1] * embedded
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), **kwargs)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
