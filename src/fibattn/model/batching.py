@@ -154,6 +154,6 @@ def update(cache: Any, k: Tensor, v: Tensor, layer: int, given: dict[str, Any]) 
     return k.transpose(0, 1)[None], v.transpose(0, 1)[None]
 
 
-def full_mask(attention_mask: Tensor | dict[str, Tensor] | None) -> Tensor | None:
+def mask_of_full_layers(attention_mask: Tensor | dict[str, Tensor] | None) -> Tensor | None:
     """The mask of the full layers among those that the manager made."""
     return attention_mask.get("full_attention") if isinstance(attention_mask, dict) else attention_mask

@@ -46,7 +46,7 @@ def before_decoder(
     tokens = given.get("inputs_embeds") if tokens is None else tokens
     if isinstance(cache, PagedAttentionCache):
         # What stands for a mask is taken as it is; attention reads where requests begin.
-        given["fibattn_full_mask"] = batching.full_mask(mask)
+        given["fibattn_full_mask"] = batching.mask_of_full_layers(mask)
         given["attention_mask"] = _as_mask(given["position_ids"].to(torch.int32))
         return (), given
     # `generate` makes the mask ahead where the cache is static: one, or one for every type of layer.

@@ -203,7 +203,7 @@ class FibAttnModel(FibAttnPreTrainedModel):
     ) -> tuple[dict[str, Any], Tensor | None]:
         """What `prepare_masks` gives, and the position ids by which documents begin; `given` is for the layers, too."""
         if isinstance(cache, PagedAttentionCache):
-            return {"full_attention": batching.full_mask(attention_mask)}, position_ids
+            return {"full_attention": batching.mask_of_full_layers(attention_mask)}, position_ids
         shard: Shard | None = given.get("shard")
         if shard is not None:
             positions = shard.positions(attention_mask, position_ids)
