@@ -100,7 +100,7 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 def _ends(encoded: "Encoding", start: int = 0) -> np.ndarray:
     """The character of the text before which each token ends; tokens of one character end together."""
     places = np.array(encoded.offsets, np.int64).reshape(-1, 2)
-    return start + np.maximum.accumulate(places[:, 1]) if len(places) else np.zeros(0, np.int64)
+    return start + np.maximum.accumulate(places[:, 1])
 
 
 def _bytes(text: str, ends: np.ndarray) -> np.ndarray:
