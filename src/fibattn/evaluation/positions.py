@@ -49,8 +49,7 @@ def by_position(
     for name in sets:
         sequences = document_beginnings(data.validation[name], length, tokens)
         if len(sequences):
-            label = f"{name} by position"
-            losses = token_losses(model, sequences, label=label, **how)
+            losses = token_losses(model, sequences, label=f"{name} by position", **how)
             results[name] = {"documents": len(sequences), "blocks": _blocks(losses.mean(axis=0, dtype=np.float64))}
     return results
 
