@@ -22,13 +22,7 @@ BLOCK, BLOCKS = 2048, 8
 
 
 def by_position(
-    model: PreTrainedModel,
-    data: PreparedData,
-    *,
-    length: int,
-    sets: list[str],
-    tokens: int = 1_048_576,
-    **how: Any,
+    model: PreTrainedModel, data: PreparedData, *, length: int, sets: list[str], tokens: int = 1_048_576, **how: Any
 ) -> dict[str, Any]:
     """The loss in blocks of positions, for each held-out set with a document of at least `length` targets.
 

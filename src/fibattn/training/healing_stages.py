@@ -94,12 +94,7 @@ class Distillation(HealingStage):
     """The divergence of the model's next tokens from the dense model's, mixed with the cross entropy of the text."""
 
     def __init__(
-        self,
-        student: PreTrainedModel,
-        teacher: PreTrainedModel,
-        trained: Iterable[nn.Parameter],
-        *,
-        text_weight: float,
+        self, student: PreTrainedModel, teacher: PreTrainedModel, trained: Iterable[nn.Parameter], *, text_weight: float
     ):
         super().__init__(student, teacher, trained)
         self.text_weight = text_weight

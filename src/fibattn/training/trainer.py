@@ -100,13 +100,7 @@ class FibTrainer(Trainer):
     `evaluation_seconds` is what that has taken so far, in this process.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        recipe: Recipe,
-        sequences: TrainingSequences,
-        held_out: HeldOut | None = None,
-    ):
+    def __init__(self, model: nn.Module, recipe: Recipe, sequences: TrainingSequences, held_out: HeldOut | None = None):
         super().__init__(
             model=model,  # pyright: ignore[reportArgumentType]
             args=training_arguments(recipe, process_count(), evaluates=held_out is not None),
