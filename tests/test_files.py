@@ -12,6 +12,8 @@ from fibattn.errors import InputError
     ("content", "message"),
     [
         (b'{"steps":', "is not valid JSON"),
+        (b"[]", "is a list, expected an object with keys; restore it or make it anew"),
+        (b"null", "is a NoneType, expected an object with keys"),
         (b'{"steps": "caf\xe9"}', "is not valid JSON"),
         (b'{"steps": ' + b"9" * 5000 + b"}", "has a number of thousands of digits, or brackets nested as deeply"),
         (b'{"model": {"window": 8, "rungs": 3, "window": 9}}', "names 'window' twice; leave one out"),

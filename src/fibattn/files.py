@@ -68,11 +68,11 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file; a missing or damaged one is an `InputError` that names it."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Read the JSON object in a file; a missing or damaged one is an `InputError` that names it."""
     try:
         # Some editors begin a file with a byte-order mark.
-        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
+        value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; check the path") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -83,6 +83,11 @@ def read_json(path: Path) -> Any:
         raise InputError(
             f"{path} has a number of thousands of digits, or brackets nested as deeply; give smaller ones"
         ) from None
+    if not isinstance(value, dict):
+        raise InputError(
+            f"{path} is a {type(value).__name__}, expected an object with keys; restore it or make it anew"
+        )
+    return value
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -36,8 +36,7 @@ def verify(folder: Path) -> dict[str, str]:
     if not (folder / _MANIFEST).exists():
         raise InputError(f"{folder} has no {_MANIFEST}: it was not finished; use another checkpoint")
     manifest = files.read_json(folder / _MANIFEST)
-    entries = manifest.values() if isinstance(manifest, dict) else [None]
-    if not all(isinstance(one, dict) and {"bytes", "sha256"} <= one.keys() for one in entries):
+    if not all(isinstance(one, dict) and {"bytes", "sha256"} <= one.keys() for one in manifest.values()):
         raise InputError(f"{folder / _MANIFEST} does not list files with their sizes; use another checkpoint")
     for name, expected in manifest.items():
         path = folder / name

@@ -379,12 +379,19 @@ def test_two_at_once_do_not_write_into_one_folder(sources, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["data.json", "unfinished.json"])
-@pytest.mark.parametrize("content", ["{}", "[]", '{"shards": 3}'])
-def test_a_record_of_another_make_is_refused(sources, tmp_path, name, content):
+@pytest.mark.parametrize(
+    ("content", "of_record", "of_data"),
+    [
+        ("{}", "not what `fibattn prepare` wrote", "format None, expected 1"),
+        ('{"shards": 3}', "not what `fibattn prepare` wrote", "format None, expected 1"),
+        ("[]", "a list, expected an object with keys", "a list, expected an object with keys"),
+    ],
+)
+def test_a_record_of_another_make_is_refused(sources, tmp_path, name, content, of_record, of_data):
     (tmp_path / name).write_text(content)
-    with pytest.raises(InputError, match=f"{name} is not what `fibattn prepare` wrote"):
+    with pytest.raises(InputError, match=f"{name} is {of_record}"):
         make(tmp_path, sources)
-    with pytest.raises(InputError, match=r"format None, expected 1|is not finished"):
+    with pytest.raises(InputError, match=of_data if name == "data.json" else "is not finished"):
         PreparedData.open(tmp_path)
 
 

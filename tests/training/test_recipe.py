@@ -86,7 +86,7 @@ def test_what_a_file_leaves_out_has_its_default(tmp_path: Path) -> None:
         ('{"model": {"max_offset": "all"}}', r"max_offset is 'all'; expected a whole number .*, sequence or null"),
         ('{"model": {"no_rope_layers": [1, true]}}', r"no_rope_layers is True; expected one of 0, 1"),
         ('{"model": 3}', r"mine.json: model is 3; expected an object"),
-        ("[]", r"mine.json is \[\]; expected an object"),
+        ("[]", r"mine.json is a list, expected an object with keys; restore it"),
         ('{"steps": 5', r"mine.json is not valid JSON"),
     ],
 )

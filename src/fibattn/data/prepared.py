@@ -114,8 +114,7 @@ class PreparedData:
                 raise InputError(f"{folder} is not finished; run the same `fibattn prepare` again, it goes on there")
             raise InputError(f"{folder} holds no prepared data ({DATA} is missing); make it with `fibattn prepare`")
         data = files.read_json(folder / DATA)
-        found = data.get("format") if isinstance(data, dict) else None
-        if found != 1:
+        if (found := data.get("format")) != 1:
             raise InputError(f"{folder / DATA} has format {found}, expected 1; prepare the data anew")
         _check(folder, data, verify)
         streams = {
