@@ -1,5 +1,6 @@
 """The model against plain formulas and Llama: every row of the study, packing, padding, saving."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,13 @@ def test_embeddings_in_place_of_tokens() -> None:
         InputError, match=r"inputs_embeds are given, but this model has value_embeddings.*give input_ids"
     ):
         valued(inputs_embeds=valued.get_input_embeddings()(ids))
+
+
+@pytest.mark.parametrize("kind", ["linear", "mixture"])
+@pytest.mark.parametrize("shape", [(12,), (1, 3), (1, 1), (3, 12)])
+def test_position_ids_of_other_tokens_are_refused(kind: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=rf"position_ids have shape {re.escape(str(shape))}; expected \(2 or 1, 12\)"):
+        model(kind)(tokens(2, 12), position_ids=torch.zeros(shape, dtype=torch.long))
 
 
 def test_logits_of_the_last_tokens_alone() -> None:

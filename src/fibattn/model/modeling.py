@@ -13,6 +13,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from fibattn.attention.checks import check_for_tokens
 from fibattn.errors import InputError
 from fibattn.model import batching
 from fibattn.model.cache import CACHE_NAME, only_cache
@@ -139,6 +140,8 @@ class FibAttnModel(FibAttnPreTrainedModel):
                 changed after loading.
         """
         hidden = embedded = self._embedded(input_ids, inputs_embeds)
+        if position_ids is not None:
+            check_for_tokens("position_ids", position_ids, *hidden.shape[:2])
         cache = only_cache(cache, past_key_values)
         past = 0 if cache is None or isinstance(cache, PagedAttentionCache) else cache.get_seq_length()
         cache_positions = torch.arange(hidden.shape[1], device=hidden.device)[None] + past
