@@ -308,7 +308,11 @@ def test_a_run_that_was_cut_goes_on_and_ends_with_the_same_weights(
         ("nowhere", ["--text", "TEXT"], "holds no model (config.json is missing)"),
         ("out", ["--text", "TEXT", "--teacher", "qwen3"], "converted from: model_type is qwen3 there, expected llama"),
         ("out", ["--text", "TEXT", "--teacher", "wide"], "converted from: intermediate_size is 48 there, expected 40"),
-        ("out", ["--text", "TEXT", "--teacher", "other"], "but other weights; give --teacher"),
+        (
+            "out",
+            ["--text", "TEXT", "--teacher", "other"],
+            "other has other weights than what out was converted from; give that by --teacher",
+        ),
         ("out", ["--text", "TEXT", "--teacher", "gone"], "the dense model: gone cannot be loaded"),
         ("out", ["--text", "TEXT", "--teacher", "quantised"], "are quantised (gptq)"),
         ("quantised", ["--text", "TEXT"], "are quantised (gptq)"),

@@ -9,7 +9,7 @@ import tyro
 
 from fibattn.cli.flags import parse
 from fibattn.errors import InputError
-from fibattn.pattern import Base, Schedule
+from fibattn.pattern import Base
 
 _KEEP = "layers by number (7,15), every n-th (every:4), or as many measured on a text (auto:4)"
 
@@ -37,7 +37,7 @@ class Arguments:
     """Let one of the blocks always be the first of the text, where pretrained models leave much attention."""
     base: Base = "fibonacci"
     """The distances before scaling: Fibonacci numbers or powers of two."""
-    schedule: Schedule = "linear"
+    schedule: Literal["fixed", "linear", "coprime"] = "linear"
     """How the scale of the distances goes over the layers."""
     max_offset: int | Literal["sequence"] | None = "sequence"
     """Drop rungs farther than this; sequence: those that the model was never trained at. None keeps all."""

@@ -106,9 +106,9 @@ def _pair(recipe: HealingRecipe, folder: Path) -> tuple[PreTrainedModel, PreTrai
         raise InputError(f"{folder} was not converted; heal what `fibattn convert` wrote")
     before: Any = dense_config(config) if isinstance(config, FibAttnConfig) else config
     record = folder / RECORD
-    name = recipe.teacher or (files.read_json(record)["source"] if record.exists() else None)
+    name = recipe.teacher or (files.read_json(record).get("source") if record.exists() else None)
     if name is None:
-        raise InputError(f"{folder} does not say what it was converted from ({RECORD} is missing); give --teacher")
+        raise InputError(f"{folder} does not say what it was converted from (by {RECORD}); give --teacher")
     try:
         teacher = load_source(find_source(name))
     except InputError as error:
@@ -123,7 +123,7 @@ def _pair(recipe: HealingRecipe, folder: Path) -> tuple[PreTrainedModel, PreTrai
         )
     ours, theirs = (one.get_input_embeddings().weight.detach().float() for one in (student, teacher))  # pyright: ignore
     if (ours - theirs).norm() > 0.5 * theirs.norm():
-        raise InputError(f"{name} has the shape of what {folder} was converted from, but other weights; give --teacher")
+        raise InputError(f"{name} has other weights than what {folder} was converted from; give that by --teacher")
     check_head(student, torch.arange(8)[None])
     return student, teacher, name
 
