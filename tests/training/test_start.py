@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from fibattn import files, sealed
 from fibattn.data.prepared import PreparedData
+from fibattn.data.tokenizer import load_tokenizer
 from fibattn.errors import InputError
 from fibattn.model import FibAttnForCausalLM
 from fibattn.training.recipe import Recipe
@@ -102,7 +103,7 @@ def test_a_start_of_another_shape_is_refused(
 
 
 def test_a_start_that_is_none_is_refused(recipe: Recipe, finished: Path) -> None:
-    with pytest.raises(InputError, match="nowhere holds no finished model; give a finished run"):
+    with pytest.raises(InputError, match=r"nowhere holds no finished model \(config.json, .*; give a finished run"):
         train(longer(recipe, Path("nowhere")))
     with pytest.raises(InputError, match="checkpoint-12 holds no finished model"):
         train(longer(recipe, finished / "checkpoint-12"))
@@ -111,6 +112,28 @@ def test_a_start_that_is_none_is_refused(recipe: Recipe, finished: Path) -> None
     with pytest.raises(InputError, match=r"model.safetensors has 1000 bytes"):
         train(longer(recipe, finished))
     assert not longer(recipe, finished).out.exists()
+
+
+def test_a_start_that_is_the_runs_own_place_is_refused_and_left_as_it_is(recipe: Recipe, finished: Path) -> None:
+    model = finished / "model"
+    before = {path.name for path in model.iterdir()}
+    for start, out in ((model, model), (model, finished), (finished, finished)):
+        with pytest.raises(InputError, match="the place of the run itself; give the run another folder by --out"):
+            train(replace(recipe, start=start, keep_model=True, out=out))
+    assert {path.name for path in model.iterdir()} == before
+
+
+def test_a_model_that_was_saved_by_others_is_a_start(recipe: Recipe, finished: Path) -> None:
+    saved = recipe.out.with_name("saved")
+    FibAttnForCausalLM.from_pretrained(finished / "model").save_pretrained(saved)
+    load_tokenizer(finished / "model").save_pretrained(saved)
+    ours, theirs = (
+        train(replace(longer(recipe, one), out=recipe.out.with_name(f"from-{one.name}"))) for one in (finished, saved)
+    )
+    assert files.sha256(ours / "model.safetensors") == files.sha256(theirs / "model.safetensors")
+    (saved / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match="saved holds no finished model"):
+        train(longer(recipe, saved))
 
 
 def test_a_start_with_another_tokenizer_is_refused(recipe: Recipe, finished: Path) -> None:

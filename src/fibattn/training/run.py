@@ -191,6 +191,8 @@ def _tokenizer(data: PreparedData) -> PreTrainedTokenizerFast:
 def _start(recipe: Recipe, config: FibAttnConfig, data: PreparedData) -> dict[str, str]:
     """The fingerprints of the start; once the run has a checkpoint, the start itself is not needed any more."""
     assert recipe.start is not None
+    if recipe.start.resolve() in (recipe.out.resolve(), recipe.out.resolve() / "model"):
+        raise InputError(f"start is {recipe.start}, the place of the run itself; give the run another folder by --out")
     known = recipe.out / "inputs.json"
     if known.exists() and not recipe.start.exists():
         before = files.read_json(known)

@@ -14,7 +14,8 @@ from fibattn.model import FibAttnConfig, FibAttnForCausalLM
 
 KEPT, GENERATION = "start.json", "generation_config.json"
 """A run's copies of the configuration of a start that it keeps, and of how that generates."""
-_WEIGHTS = "model.safetensors"
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_NEEDED = (_CONFIG, _WEIGHTS, "tokenizer.json")
 
 
 def fingerprints(start: Path, data: PreparedData, *, kept: bool) -> dict[str, str]:
@@ -24,9 +25,10 @@ def fingerprints(start: Path, data: PreparedData, *, kept: bool) -> dict[str, st
         InputError: where no finished model is, it was cut short or changed, or it was trained with another tokenizer.
     """
     folder = _model(start)
-    sums = sealed.verify(folder)
+    sealing = sealed.is_sealed(folder)  # as is what this project writes, and not what others do
+    sums = sealed.verify(folder) if sealing else {name: files.sha256(folder / name) for name in _NEEDED}
     check_same_vocabulary(folder, data)
-    return {"start_sha256": sums[_WEIGHTS]} | ({"config_sha256": sums["config.json"]} if kept else {})
+    return {"start_sha256": sums[_WEIGHTS]} | ({"config_sha256": sums[_CONFIG]} if kept else {})
 
 
 def configuration(start: Path, run: Path, length: int) -> FibAttnConfig:
@@ -39,7 +41,7 @@ def configuration(start: Path, run: Path, length: int) -> FibAttnConfig:
         InputError: where no finished model is, or one of another kind.
     """
     copy = run / KEPT
-    found = files.read_json(copy if copy.exists() else _model(start) / "config.json")
+    found = files.read_json(copy if copy.exists() else _model(start) / _CONFIG)
     if (kind := found.get("model_type")) != FibAttnConfig.model_type:
         raise InputError(f"{start} is a {kind} model; only fibattn models are trained here, others by Transformers")
     config = FibAttnConfig.from_dict(found)
@@ -58,7 +60,7 @@ def keep(start: Path, run: Path, config: FibAttnConfig) -> None:
 def check_shapes(model: FibAttnForCausalLM, start: Path) -> None:
     """Refuse a `start` that has other weights than `model`, which may be on the meta device."""
     path = _model(start) / _WEIGHTS
-    before = files.read_json(path.with_name("config.json"))
+    before = files.read_json(path.with_name(_CONFIG))
     if model.config.converted_from is None and before.get("converted_from"):
         raise InputError(f"{start} was converted from another model, which no recipe describes; add --keep-model")
     if (was := before.get("hidden_act", model.config.hidden_act)) != model.config.hidden_act:
@@ -83,6 +85,8 @@ def load_weights(model: FibAttnForCausalLM, start: Path) -> None:
 
 def _model(start: Path) -> Path:
     for folder in (start, start / "model"):
-        if sealed.is_sealed(folder) and (folder / "tokenizer.json").exists():  # a checkpoint has none
+        if all((folder / name).exists() for name in _NEEDED):  # a checkpoint has no tokenizer
             return folder
-    raise InputError(f"{start} holds no finished model; give a finished run of `fibattn train`, or its model folder")
+    raise InputError(
+        f"{start} holds no finished model ({', '.join(_NEEDED)}); give a finished run, or a model's folder"
+    )
