@@ -93,7 +93,7 @@ def results(folder: Path, verb: str, is_one: Callable[[dict[str, Any]], bool]) -
     found = []
     for path in sorted(folder.glob("*.json")):
         one = files.read_json(path)
-        if not (isinstance(one, dict) and is_one(one)):
+        if not is_one(one):
             raise InputError(
                 f"{path} is not a result of `python -m study {verb}`; move it out of the folder, or make it anew"
             )

@@ -47,7 +47,7 @@ def rows_of(earlier: dict[str, Any] | None, settings: dict[str, Any]) -> list[di
     """
     if earlier is None:
         return []
-    if not (isinstance(earlier, dict) and isinstance(earlier.get("rows"), list)):
+    if not isinstance(earlier.get("rows"), list):
         raise InputError("the earlier result is not one of this probe; give a new --out, or move the file away")
     changed = [name for name, value in settings.items() if earlier.get(name) != value]
     if changed:

@@ -69,7 +69,7 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
 @pytest.mark.parametrize("text", ["{}", "x", "[]", '{"candidate": "best"}'])
 def test_a_damaged_trial_is_named(tmp_path: Path, text: str) -> None:
     files.write_text(tmp_path / "far" / "x.json", text)
-    with pytest.raises(InputError, match=r"x\.json is (not a result of `python -m study far`|no)"):
+    with pytest.raises(InputError, match=r"x\.json is (not a result of `python -m study far`|a list, expected|no)"):
         trials(tmp_path, "far")
 
 
