@@ -22,7 +22,7 @@ class FibAttnRotaryEmbedding(nn.Module):
     inv_freq: Tensor
     original_inv_freq: Tensor
 
-    def __init__(self, config: FibAttnConfig, *, scaled: bool):
+    def __init__(self, config: FibAttnConfig, *, scaled: bool = True):
         super().__init__()
         self.config = config
         self.rope_type = str(config.rope_parameters["rope_type"]) if scaled else "default"  # pyright: ignore
